@@ -1,0 +1,32 @@
+"""The package's errors. Each message is one sentence: what was wrong, the offending value, what to do.
+
+The command line turns `InputError` into exit code 2 and `VerificationError` into 3; anything else is ours (1).
+"""
+
+
+class MetaDeployError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class InputError(MetaDeployError):
+    """The user's input cannot be used: a wrong option, path or value."""
+
+
+class ImageError(InputError):
+    """An image or video cannot be read."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint cannot be read, or does not fit the model."""
+
+
+class BundleError(InputError):
+    """A bundle is incomplete, altered, or from a newer version."""
+
+
+class BackendError(InputError):
+    """A back end is not installed, or cannot run this bundle on this machine."""
+
+
+class VerificationError(MetaDeployError):
+    """An exported model does not agree with its PyTorch reference."""
