@@ -1,0 +1,95 @@
+"""Region proposal network (Ren et al. 2015), in the semantics and names of MMDetection 2.x's `RPNHead`."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from meta_deploy.models.box_ops import decode_boxes, has_area, nms, select_top, separate, take
+
+_SCALE = 8
+_RATIOS = (0.5, 1.0, 2.0)
+_STDS = (1.0, 1.0, 1.0, 1.0)
+
+
+class RPNHead(nn.Module):
+    """One scale, three ratios, strides 4 to 64.
+
+    Args:
+        channels: of the pyramid.
+        pre_nms: anchors kept per level before NMS.
+        nms_threshold: IoU.
+        max_proposals: proposals per image.
+    """
+
+    strides = (4, 8, 16, 32, 64)
+
+    def __init__(self, channels: int, pre_nms: int, nms_threshold: float, max_proposals: int) -> None:
+        super().__init__()
+        self.pre_nms = pre_nms
+        self.nms_threshold = nms_threshold
+        self.max_proposals = max_proposals
+        self.rpn_conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.rpn_cls = nn.Conv2d(channels, len(_RATIOS), 1)
+        self.rpn_reg = nn.Conv2d(channels, len(_RATIOS) * 4, 1)
+        for conv in (self.rpn_conv, self.rpn_cls, self.rpn_reg):
+            nn.init.normal_(conv.weight, std=0.01)
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Per level: logits (B, 3, h, w) and deltas (B, 12, h, w)."""
+        hidden = [F.relu(self.rpn_conv(x)) for x in features]
+        return [self.rpn_cls(x) for x in hidden], [self.rpn_reg(x) for x in hidden]
+
+    def anchors(self, features: list[Tensor]) -> list[Tensor]:
+        """Per level (h * w * 3, 4) xyxy in input pixels, rows first, ratios last."""
+        return [self._level_anchors(x, stride) for x, stride in zip(features, self.strides, strict=True)]
+
+    @staticmethod
+    def _level_anchors(feature: Tensor, stride: int) -> Tensor:
+        h, w = feature.shape[-2:]
+        root = feature.new_tensor(_RATIOS).sqrt()
+        half_w, half_h = stride * _SCALE / root / 2, stride * _SCALE * root / 2
+        base = torch.stack([-half_w, -half_h, half_w, half_h], dim=1)  # (3, 4)
+        x = torch.arange(w, device=feature.device, dtype=feature.dtype)[None, :].expand(h, w) * stride
+        y = torch.arange(h, device=feature.device, dtype=feature.dtype)[:, None].expand(h, w) * stride
+        corners = torch.stack([x, y, x, y], dim=-1)  # (h, w, 4)
+        return (corners[:, :, None] + base).reshape(-1, 4)
+
+    @torch.no_grad()
+    def proposals(
+        self,
+        logits: list[Tensor],
+        deltas: list[Tensor],
+        image_size: tuple[int, int],
+        pre_nms: int | None = None,
+        max_proposals: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The best boxes of all levels after NMS within each level.
+
+        Args:
+            logits, deltas: what `forward` gave.
+            image_size: (H, W) of the input, to which boxes are clipped.
+            pre_nms, max_proposals: override the test-time settings (training uses fewer).
+
+        Returns:
+            Boxes (B, max_proposals, 4) and scores (B, max_proposals), best first; missing ones have score -1.
+        """
+        pre_nms = pre_nms or self.pre_nms
+        max_proposals = max_proposals or self.max_proposals
+        boxes, scores, levels = [], [], []
+        for level, anchors in enumerate(self.anchors(logits)):
+            B = logits[level].shape[0]
+            score = logits[level].permute(0, 2, 3, 1).reshape(B, -1).sigmoid()
+            delta = deltas[level].permute(0, 2, 3, 1).reshape(B, -1, 4)
+            N = anchors.shape[0]
+            score, index = select_top(score, min(pre_nms, N) if isinstance(N, int) else pre_nms)
+            box = decode_boxes(anchors[index], take(delta, index), _STDS, image_size)
+            boxes.append(box)
+            scores.append(torch.where(has_area(box), score, -1.0))
+            levels.append(torch.full((index.shape[1],), float(level), device=score.device))
+        box, score = torch.cat(boxes, dim=1), torch.cat(scores, dim=1)
+        kept = nms(
+            separate(box, torch.cat(levels), image_size), score, self.nms_threshold, 0.0, max_proposals
+        )
+        score, index = select_top(torch.where(kept, score, -1.0), max_proposals)
+        return take(box, index), score
