@@ -1,0 +1,81 @@
+"""What every command shares: exit codes, one-line errors, option types.
+
+Imports only the standard library, so that `--help` stays instant; knows nothing of models or images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from meta_deploy.errors import InputError, VerificationError
+
+EXIT_FAULT, EXIT_INPUT, EXIT_VERIFICATION, EXIT_PIPE, EXIT_INTERRUPT = 1, 2, 3, 141, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line and exit with 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def run(main_fn: Callable[[], int | None], prog: str | None = None) -> int:
+    """Run a command's body and turn what it raises into one line on stderr and an exit code.
+
+    InputError gives 2, VerificationError 3, Ctrl-C 130, a closed pipe 141, anything else 1. With
+    META_DEPLOY_DEBUG=1 the traceback is printed too.
+    """
+    prog = prog or Path(sys.argv[0]).name
+    try:
+        code = main_fn() or 0
+        sys.stdout.flush()
+        return code
+    except InputError as error:
+        return _fail(prog, str(error), EXIT_INPUT)
+    except VerificationError as error:
+        return _fail(prog, str(error), EXIT_VERIFICATION)
+    except KeyboardInterrupt:
+        return _fail(prog, "interrupted", EXIT_INTERRUPT)
+    except BrokenPipeError:
+        # Whoever read our output has gone; give the interpreter's last flush somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        hint = "this is a fault of ours: please report it with the output of META_DEPLOY_DEBUG=1"
+        return _fail(prog, f"{what} ({hint})", EXIT_FAULT)
+
+
+def _fail(prog: str, message: str, code: int) -> int:
+    if os.environ.get("META_DEPLOY_DEBUG", "") not in ("", "0"):
+        traceback.print_exc()
+    print(f"{prog}: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def positive_int(text: str) -> int:
+    """An option's value as a whole number of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return value
+
+
+def fraction(text: str) -> float:
+    """An option's value as a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 to 1")
+    return value
