@@ -20,7 +20,13 @@ from typing import Any, BinaryIO
 from meta_deploy.errors import BundleError, InputError
 
 SCHEMA = 1
-TASKS = ("instance-segmentation", "detection", "semantic-segmentation")
+# What the runtime needs of each task's graph, by name.
+_DETECTIONS = ("num_detections", "boxes", "scores", "labels")
+OUTPUTS = {
+    "instance-segmentation": (*_DETECTIONS, "masks"),
+    "detection": _DETECTIONS,
+    "semantic-segmentation": ("logits",),
+}
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
 _CHUNK = 1 << 20
@@ -118,14 +124,23 @@ class Bundle:
         return float(self.manifest.get("thresholds", {}).get("mask", 0.5))
 
     @property
+    def output_names(self) -> tuple[str, ...]:
+        """The outputs that this task's results are made of."""
+        return OUTPUTS[self.task]
+
+    @property
     def input(self) -> InputSpec:
         spec = self.manifest["input"]
         batch, size = spec["batch"], spec["size"]
         return InputSpec(
-            spec["name"],
-            *(batch[key] for key in ("min", "opt", "max")),
-            *(tuple(size[key]) for key in ("min", "opt", "max")),
-            spec["divisor"],
+            name=spec["name"],
+            batch_min=batch["min"],
+            batch_opt=batch["opt"],
+            batch_max=batch["max"],
+            size_min=tuple(size["min"]),
+            size_opt=tuple(size["opt"]),
+            size_max=tuple(size["max"]),
+            divisor=spec["divisor"],
         )
 
     def _open_file(self, name: str) -> BinaryIO:
@@ -277,12 +292,16 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 0 and all(map(_is_text, value))
 
 
+def _is_outputs(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(v, dict) and _is_text(v.get("name")) for v in value)
+
+
 def _one_of(*values: str) -> Callable[[Any], bool]:
-    return lambda value: value in values
+    return lambda value: isinstance(value, str) and value in values
 
 
 _FIELDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("task", _one_of(*TASKS), f"one of {', '.join(TASKS)}"),
+    ("task", _one_of(*OUTPUTS), f"one of {', '.join(OUTPUTS)}"),
     ("model.name", _is_text, "a name"),
     ("classes", _is_names, "a list of class names"),
     ("input.name", _is_text, "a name"),
@@ -294,6 +313,7 @@ _FIELDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("input.size.opt", _is_size, "[height, width]"),
     ("input.size.max", _is_size, "[height, width]"),
     ("input.divisor", _is_count, "a positive whole number"),
+    ("outputs", _is_outputs, "a list of objects with a name"),
     ("preprocess.resize.mode", _one_of("fit", "edges"), "fit or edges"),
     ("preprocess.mean", _is_triple, "three numbers"),
     ("preprocess.std", lambda v: _is_triple(v) and min(v) > 0, "three positive numbers"),
@@ -316,6 +336,9 @@ def _validate(manifest: dict[str, Any], path: Path) -> None:
     """Raise BundleError unless the manifest is one that this version can run. Touches no other file."""
     _check_schema(manifest, path)
     _check_fields(manifest, path, _FIELDS)
+    given = {output["name"] for output in manifest["outputs"]}
+    if absent := [name for name in OUTPUTS[manifest["task"]] if name not in given]:
+        raise BundleError(f"the manifest of bundle '{path}' lacks the output '{absent[0]}'; export it again")
     resize = manifest["preprocess"]["resize"]
     _check_fields(manifest, path, _FIT_FIELDS if resize["mode"] == "fit" else _EDGES_FIELDS)
     if manifest["task"] != "semantic-segmentation":
@@ -328,7 +351,7 @@ def _validate(manifest: dict[str, Any], path: Path) -> None:
 
 
 def _check_schema(manifest: dict[str, Any], path: Path) -> None:
-    schema = manifest.get("schema")
+    schema: Any = manifest.get("schema")
     if not _is_count(schema):
         raise BundleError(
             f"'{path}' is not a bundle: its {MANIFEST} gives no schema; write one with meta-export"

@@ -1,0 +1,82 @@
+"""One instance's mask, kept as run lengths within its box: small in memory, exact, COCO RLE on demand.
+
+Knows pixels and runs; must not know models or images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A binary mask over an image of `size` (height, width); all of it lies in one crop.
+
+    The crop is at (`top`, `left`), of `shape` (height, width); `runs` are the lengths, in pixels, of
+    alternating runs of 0 and 1 down its columns, beginning with 0 (as in COCO's RLE).
+    """
+
+    size: Size
+    top: int
+    left: int
+    shape: Size
+    runs: np.ndarray
+
+    @classmethod
+    def from_crop(cls, crop: np.ndarray, top: int, left: int, size: Size) -> Mask:
+        """From the boolean pixels (h, w) of the part at (`top`, `left`) in an image of `size`."""
+        return cls(size, top, left, (crop.shape[0], crop.shape[1]), _runs(crop))
+
+    @classmethod
+    def from_full(cls, mask: np.ndarray) -> Mask:
+        """From a whole boolean mask (H, W); the crop becomes the tight one."""
+        rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+        if not len(rows):
+            return cls.from_crop(np.zeros((0, 0), bool), 0, 0, (mask.shape[0], mask.shape[1]))
+        top, left = int(rows[0]), int(columns[0])
+        crop = mask[top : rows[-1] + 1, left : columns[-1] + 1].astype(bool)
+        return cls.from_crop(crop, top, left, (mask.shape[0], mask.shape[1]))
+
+    def crop(self) -> np.ndarray:
+        """The crop's pixels, bool (h, w)."""
+        values = np.arange(len(self.runs)) % 2 == 1
+        return np.repeat(values, self.runs).reshape(self.shape[::-1]).T
+
+    def full(self) -> np.ndarray:
+        """The whole mask, bool (H, W)."""
+        whole = np.zeros(self.size, bool)
+        whole[self.top : self.top + self.shape[0], self.left : self.left + self.shape[1]] = self.crop()
+        return whole
+
+    @property
+    def area(self) -> int:
+        """The number of pixels set."""
+        return int(self.runs[1::2].sum())
+
+    def rle(self) -> dict:
+        """COCO's compressed RLE of the whole mask: {"size": [H, W], "counts": str}."""
+        from pycocotools import mask as coco
+
+        height, width = self.size
+        band = np.zeros((height, self.shape[1]), bool)  # whole columns, so that only the ends are missing
+        band[self.top : self.top + self.shape[0]] = self.crop()
+        runs = _runs(band).astype(np.int64)
+        runs[0] += self.left * height
+        after = (width - self.left - self.shape[1]) * height
+        runs = np.append(runs, after) if len(runs) % 2 == 0 else np.append(runs[:-1], runs[-1] + after)
+        encoded = coco.frPyObjects({"size": [height, width], "counts": runs.tolist()}, height, width)
+        return {"size": [height, width], "counts": encoded["counts"].decode("ascii")}
+
+
+def _runs(crop: np.ndarray) -> np.ndarray:
+    """Lengths of the runs down the columns of a boolean (h, w), uint32; the first run is of zeros."""
+    flat = crop.T.ravel()
+    if not len(flat):
+        return np.zeros(1, np.uint32)
+    ends = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    start = [0, 0] if flat[0] else [0]
+    return np.diff(np.concatenate([start, ends, [len(flat)]])).astype(np.uint32)
