@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 MAX_SIZE_CHANGE = abs(math.log(16 / 1000))  # a decoded side grows by this factor at most, in log space
+_NMS_HEAD = 32  # candidates that one step of `nms` looks at
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ def select_top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         Values (B, k) and indices (B, k) int64.
     """
     N = scores.shape[1]
-    if isinstance(N, int) and N >= k:
+    if isinstance(N, int) and k <= N:
         return tuple(torch.topk(scores, k, dim=1))
     values, index = torch.topk(F.pad(scores, (0, k), value=-1.0), k, dim=1)
     return values, torch.where(index < N, index, 0)
@@ -113,12 +114,20 @@ def nms(
     for b in range(boxes.shape[0]):
         candidates = (scores[b] > score_threshold).nonzero()[:, 0]
         candidates = candidates[scores[b, candidates].argsort(descending=True, stable=True)]
-        for _ in range(max_output):
-            if len(candidates) == 0:
-                break
-            best, rest = candidates[0], candidates[1:]
-            kept[b, best] = True
-            candidates = rest[box_iou(boxes[b, best][None], boxes[b, rest])[0] <= iou_threshold]
+        room = max_output
+        while len(candidates) and room > 0:
+            # The overlaps of the best few at once: the greedy choice goes through them, and what it keeps
+            # suppresses all the others in one step.
+            head, rest = candidates[:_NMS_HEAD], candidates[_NMS_HEAD:]
+            overlap = box_iou(boxes[b, head], boxes[b, candidates]) > iou_threshold  # (head, candidates)
+            chosen: list[int] = []
+            for i, row in enumerate(overlap[:, : len(head)].tolist()):
+                if not any(row[j] for j in chosen):
+                    chosen.append(i)
+            chosen = chosen[:room]
+            room -= len(chosen)
+            kept[b, head[chosen]] = True
+            candidates = rest[~overlap[chosen][:, len(head) :].any(dim=0)]
     return kept
 
 

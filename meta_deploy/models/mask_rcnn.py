@@ -140,8 +140,13 @@ class MaskRCNN(nn.Module):
         """(B, 3, H, W) -> five maps at strides 4 to 64."""
         return self.neck(self.backbone(images))
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, stages: bool = False) -> dict[str, Tensor]:
         """(B, 3, H, W), normalized RGB; H and W multiples of 32.
+
+        Args:
+            images: the batch.
+            stages: also return what verification compares on the way: the pyramid maps `feature_0` ..
+                `feature_4`, `proposals` (B, P, 4) and `proposal_scores` (B, P).
 
         Returns:
             `num_detections` (B,) int32; padded to K, best first: `boxes` (B, K, 4) xyxy in input pixels,
@@ -153,10 +158,14 @@ class MaskRCNN(nn.Module):
         boxes, scores, labels = self.roi_head.detect(features[:4], proposals, proposal_scores, image_size)
         masks = self.roi_head.masks(features[:4], boxes, labels)
         found = scores > 0
-        return {
+        outputs = {
             "num_detections": found.sum(dim=1).to(torch.int32),
             "boxes": torch.where(found[..., None], boxes, 0.0),
             "scores": scores.clamp(min=0.0),
             "labels": torch.where(found, labels, -1).to(torch.int32),
             "masks": torch.where(found[..., None, None], masks, 0.0),
         }
+        if stages:
+            outputs |= {f"feature_{i}": feature for i, feature in enumerate(features)}
+            outputs |= {"proposals": proposals, "proposal_scores": proposal_scores}
+        return outputs

@@ -10,7 +10,7 @@ _FINEST_SCALE = 56.0  # sqrt(area) in pixels below which a RoI belongs to the fi
 
 
 def pyramid_level(rois: Tensor, levels: int) -> Tensor:
-    """The pyramid level of each RoI, (R, 4) -> (R,) int64 (FPN, Lin et al. 2017, eq. 1, as MMDetection has it)."""
+    """The level of each RoI by its size, (R, 4) -> (R,) int64 (FPN, Lin et al. 2017, eq. 1)."""
     scale = ((rois[:, 2] - rois[:, 0]) * (rois[:, 3] - rois[:, 1])).clamp(min=0).sqrt()
     return torch.floor(torch.log2(scale / _FINEST_SCALE + 1e-6)).clamp(0, levels - 1).long()
 

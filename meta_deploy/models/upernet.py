@@ -87,6 +87,19 @@ class UPerNet(nn.Module):
             config.backbone.embed_dim, config.channels, config.pool_scales, config.num_classes
         )
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """(B, 3, H, W), normalized RGB; H and W multiples of 32. Returns `logits` (B, classes, H/4, W/4)."""
-        return {"logits": self.decode_head(self.backbone(images))}
+    def forward(self, images: Tensor, stages: bool = False) -> dict[str, Tensor]:
+        """(B, 3, H, W), normalized RGB; H and W multiples of 32.
+
+        Args:
+            images: the batch.
+            stages: also return what verification compares on the way: the backbone's maps `feature_0` ..
+                `feature_3`.
+
+        Returns:
+            `logits` (B, classes, H/4, W/4).
+        """
+        maps = self.backbone(images)
+        outputs = {"logits": self.decode_head(maps)}
+        if stages:
+            outputs |= {f"feature_{i}": feature for i, feature in enumerate(maps)}
+        return outputs

@@ -129,7 +129,7 @@ _BACKBONES: dict[str, dict[str, Any]] = {
 _WINDOWS = {"mask-rcnn": 14, "upernet": 0}
 # The nano is for the demo: narrow heads, so that checkpoint and bundle ship with the package.
 _NANO_HEADS: dict[str, dict[str, Any]] = {
-    "mask-rcnn": {"fpn_channels": 64, "fc_channels": 256, "mask_channels": 64, "window": 0},
+    "mask-rcnn": {"fpn_channels": 64, "fc_channels": 192, "mask_channels": 64, "window": 0},
     "upernet": {"channels": 64},
 }
 

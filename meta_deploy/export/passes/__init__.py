@@ -1,1 +1,1 @@
-
+"""Graph passes: graph in, changes made out. They know ONNX graphs, not models."""

@@ -1,0 +1,199 @@
+"""A checkpoint file's bytes to plain dicts, lists, tensors and numbers, with no trust in the file.
+
+Runs nothing that the file says and raises only `CheckpointError`; must not know what the tensors are for.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import threading
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from meta_deploy.errors import CheckpointError
+
+RESAVE = "re-save the weights alone: torch.save(model.state_dict(), ...) or safetensors.torch.save_file"
+
+_UNPICKLING = threading.Lock()  # torch's list of safe globals is one per process
+_REJECTED_GLOBAL = re.compile(r"GLOBAL (\S+)")
+_FOREIGN_KINDS = (
+    (b"\x89HDF", "an HDF5 file"),
+    (b"GGUF", "a GGUF file"),
+    (b"\x89PNG", "a PNG picture"),
+    (b"\xff\xd8\xff", "a JPEG picture"),
+    (b"\x1f\x8b", "a gzip file"),
+    (b"version https://git-lfs", "a Git LFS pointer and not the file itself"),
+    (b"<", "a web page or XML"),
+)
+
+
+class _Inert:
+    """Stands in for a class or function that training checkpoints often name; takes everything, does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
+        return object.__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+# Harmless beside the weights (options, metrics, logs), and no reason to refuse a checkpoint. Whatever else a
+# pickle names is refused.
+_IGNORED_GLOBALS = (
+    "argparse.Namespace",
+    "_codecs.encode",
+    "builtins.getattr",  # how HistoryBuffer's own methods are named; it reaches `_Inert` here, like its result
+    "pathlib.PosixPath",
+    "pathlib.PurePosixPath",
+    "pathlib.WindowsPath",
+    "pathlib._local.PosixPath",
+    "numpy.dtype",
+    "numpy.ndarray",
+    "numpy.core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
+    "numpy._core.multiarray._reconstruct",
+    "mmcv.utils.config.ConfigDict",
+    "mmengine.config.config.ConfigDict",
+    "mmengine.logging.history_buffer.HistoryBuffer",
+)
+
+
+def shown(text: object, limit: int = 80) -> str:
+    """A name out of a file, fit for one line of a message: no control characters, not too long."""
+    line = "".join(c if c.isprintable() else "?" for c in str(text)[: limit + 1])
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def refuse(path: str | os.PathLike[str], what: str, cause: BaseException | None = None) -> NoReturn:
+    """Raise the `CheckpointError` about this file."""
+    raise CheckpointError(f"checkpoint '{shown(path, 300)}' {what}") from cause
+
+
+def read_file(path: str | os.PathLike[str]) -> tuple[Any, dict[str, str]]:
+    """Read a file that torch.save or safetensors wrote; which of them is told by its content, not its name.
+
+    Returns:
+        What was saved (for safetensors a dict of tensors, on the CPU, mapped from the file where possible),
+        and the metadata strings that safetensors may hold.
+
+    Raises:
+        CheckpointError: no such file, or not a checkpoint, or damaged, or one that names code.
+    """
+    path = Path(path)
+    start = _first_bytes(path)
+    if start[:4] == b"PK\x03\x04":
+        _check_zip(path)
+        return _torch_load(path, mmap=True), {}
+    if start[8:9] == b"{":
+        return _read_safetensors(path)
+    if start[:1] == b"\x80":
+        return _torch_load(path, mmap=False), {}
+    refuse(path, f"{_foreign_kind(path, start)}; give a .pth, .pt or .safetensors file")
+
+
+def _first_bytes(path: Path) -> bytes:
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            refuse(path, "is a folder; name the .pth, .pt or .safetensors file in it")
+        if not stat.S_ISREG(mode):
+            refuse(path, "is not a regular file; copy it into one first")
+        with path.open("rb") as stream:
+            start = stream.read(512)
+    except FileNotFoundError as error:
+        refuse(path, "does not exist; check the path", error)
+    except (OSError, ValueError) as error:
+        refuse(path, f"cannot be read: {getattr(error, 'strerror', None) or error}; check the path", error)
+    if not start:
+        refuse(path, "is empty (0 bytes); fetch or save it again")
+    return start
+
+
+def _foreign_kind(path: Path, start: bytes) -> str:
+    for magic, kind in _FOREIGN_KINDS:
+        if start.startswith(magic):
+            return f"is {kind}"
+    if start[257:262] == b"ustar":
+        return "is a tar archive"
+    if path.suffix == ".safetensors":
+        return "is not a safetensors file, or is damaged at its start"
+    return "was written neither by torch.save nor by safetensors, or is damaged at its start"
+
+
+def _check_zip(path: Path) -> None:
+    """Refuse archives that torch did not write or that are damaged; torch itself checks no checksum."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            names = [entry.filename for entry in entries]
+            if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
+                refuse(path, f"is a TorchScript archive, which holds code; {RESAVE}")
+            if not any(name.count("/") == 1 and name.endswith("/data.pkl") for name in names):
+                refuse(path, f"is a zip archive without a checkpoint (it holds {_first(names)}); {RESAVE}")
+            claimed = sum(entry.file_size for entry in entries)
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+            if not stored or claimed > path.stat().st_size:
+                refuse(path, f"is a compressed archive, which torch.save never writes; {RESAVE}")
+            # With torch.serialization.set_crc32_options(False) torch writes zeros for all of them.
+            damaged = archive.testzip() if any(entry.CRC for entry in entries) else None
+    except CheckpointError:
+        raise
+    except Exception as error:  # zipfile raises many kinds on damaged archives
+        refuse(path, f"is truncated or damaged ({_reason(error)}); fetch or save it again", error)
+    if damaged is not None:
+        refuse(path, f"is damaged: the checksum of '{shown(damaged)}' is wrong; fetch or save it again")
+
+
+def _torch_load(path: Path, mmap: bool) -> Any:
+    ignored = [(_Inert, name) for name in _IGNORED_GLOBALS]
+    try:
+        with (
+            _UNPICKLING,
+            warnings.catch_warnings(),
+            torch.serialization.safe_globals(ignored),  # type: ignore[arg-type]
+        ):
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # what the unpickler raises on bad bytes can be anything
+        rejected = _REJECTED_GLOBAL.search(str(error))
+        if rejected:
+            refuse(path, f"pickles code: it names '{shown(rejected[1])}', which is not run; {RESAVE}", error)
+        refuse(
+            path, f"cannot be unpickled ({_reason(error)}): damaged, or not from torch.save; {RESAVE}", error
+        )
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    try:
+        from safetensors import safe_open
+    except ImportError as error:
+        refuse(path, "needs the safetensors package: pip install 'meta-deploy[export]'", error)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as archive:
+            names = list(archive.keys())  # noqa: SIM118 (not a dict)
+            return {name: archive.get_tensor(name) for name in names}, dict(archive.metadata() or {})
+    except Exception as error:
+        refuse(path, f"is not a whole safetensors file ({_reason(error)}); fetch or save it again", error)
+
+
+def _reason(error: BaseException) -> str:
+    """The first sentence of an error, in one line."""
+    text = " ".join(str(error).split()).removeprefix("Error while deserializing header: ")
+    text = text.removeprefix("Weights only load failed.").strip()
+    return shown(text or type(error).__name__, 100)
+
+
+def _first(names: list[str], count: int = 3) -> str:
+    """The first few of many names, in one line."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return (", ".join(shown(name) for name in names[:count]) or "nothing") + more
