@@ -135,7 +135,7 @@ def segmenter(size: tuple[int, int], dynamic: bool = False) -> bytes:
 
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory) -> Path:
-    """A folder of bundles, all 64x64: detector, detector-batch (4), detector-dynamic, segmenter, …-dynamic."""
+    """Bundles, all 64x64: detector, detector-batch (4), detector-dynamic, segmenter, *-dynamic."""
     folder = tmp_path_factory.mktemp("bundles")
     size = (64, 64)
     instances, semantic = "instance-segmentation", "semantic-segmentation"

@@ -60,13 +60,23 @@ def paste_mask(mask: np.ndarray, box: np.ndarray, size: Size, threshold: float) 
     where at least `threshold`. Bilinear sampling is separable, so that it is two matrix products.
     """
     x0, y0, x1, y1 = (float(edge) for edge in box)
-    left, right = max(math.floor(x0) - 1, 0), min(math.ceil(x1) + 1, size[1])
-    top, bottom = max(math.floor(y0) - 1, 0), min(math.ceil(y1) + 1, size[0])
+    left, right = _span(x0, x1, size[1])
+    top, bottom = _span(y0, y1, size[0])
     rows = _bilinear(top, bottom, y0, y1, mask.shape[0])
     columns = _bilinear(left, right, x0, x1, mask.shape[1])
+    if not len(rows) or not len(columns):
+        return Mask.from_crop(np.zeros((len(rows), len(columns)), bool), top, left, size)
+    # OpenCV's product, for numpy's BLAS wakes a thread per core for it and then waits for a busy machine.
     # Transposed: run lengths go down the columns, which then lie together in memory.
-    pasted = (columns @ mask.T.astype(np.float32)) @ rows.T
+    half = cv2.gemm(columns, np.ascontiguousarray(mask, np.float32), 1, None, 0, flags=cv2.GEMM_2_T)
+    pasted = cv2.gemm(half, rows, 1, None, 0, flags=cv2.GEMM_2_T)
     return Mask.from_crop((pasted >= threshold).T, top, left, size)
+
+
+def _span(start: float, stop: float, limit: int) -> tuple[int, int]:
+    """The pixels [first, last) that a box's edge touches, one more either way, within the image."""
+    first = min(max(math.floor(start) - 1, 0), limit)
+    return first, max(min(math.ceil(stop) + 1, limit), first)
 
 
 def _bilinear(first: int, last: int, start: float, stop: float, count: int) -> np.ndarray:

@@ -150,6 +150,10 @@ class Segmentation:
         """The image's (height, width)."""
         return self.labels.shape[0], self.labels.shape[1]
 
+    def filter(self, score: float) -> Segmentation:
+        """Itself: a class map has no scores. There so that both results are used alike."""
+        return self
+
     @property
     def areas(self) -> dict[int, int]:
         """The pixels of each label that occurs, the largest first."""

@@ -1,0 +1,142 @@
+"""meta-infer: images, folders and videos in; overlays, a line each, COCO JSON and JSON out.
+
+Parses, calls the runtime and prints; imports nothing heavy before there is something to do.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from meta_deploy.cli.common import EXIT_INPUT, Parser, fraction, positive_int, run
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from meta_deploy.runtime.predictor import Predictor
+
+SHOWN = 0.3
+OUT = "meta-infer-out"
+
+_EPILOG = """\
+examples:
+  meta-infer photo.jpg                                  the demo model, an overlay in meta-infer-out/
+  meta-infer photos/ --model my-bundle --out overlays
+  meta-infer 'val/*.jpg' --model my-bundle --coco-json results.json
+  meta-infer clip.mp4 --model my-bundle --json > clip.json
+
+Exit code 0: done; 2: bad input (the images that could be read are done); 1: a fault of ours.
+"""
+
+
+def parser() -> Parser:
+    """The command's options."""
+    p = Parser(
+        prog="meta-infer",
+        description="Find objects or classes in images with an exported bundle.",
+        epilog=_EPILOG,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    p.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="IMAGE|DIR|GLOB|VIDEO",
+        help="image files, videos, folders (the images directly in them) or quoted patterns",
+    )
+    p.add_argument("--model", metavar="BUNDLE", help="the bundle to run (default: the demo bundle)")
+    p.add_argument(
+        "--backend",
+        choices=("auto", "onnxruntime", "cuda", "tensorrt"),
+        default="auto",
+        help="what runs the model (default: auto, a GPU where ONNX Runtime can use one, else the CPU)",
+    )
+    p.add_argument(
+        "--score-threshold",
+        type=fraction,
+        default=SHOWN,
+        metavar="X",
+        help="the least score of a detection in overlays, printed lines and --json (default: %(default)s); "
+        "--coco-json always holds all that the bundle gives, since average precision needs them",
+    )
+    p.add_argument(
+        "--batch",
+        type=positive_int,
+        metavar="N",
+        help="images a run of the model (default: what the bundle was made for)",
+    )
+    p.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads (default: all cores)")
+    p.add_argument(
+        "--out",
+        metavar="DIR",
+        help=f"folder for the overlays, NAME-overlay.jpg or .png, .mp4 for a video (default: {OUT}; "
+        "with --json or --coco-json none are written unless this is given)",
+    )
+    p.add_argument(
+        "--coco-json",
+        metavar="FILE",
+        help="write COCO results; image_id is the number that the file is named by, if all are, else the "
+        "place in the order of input, from 1; category_id is COCO's for its 80 classes, else label + 1",
+    )
+    p.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The entry point; returns the exit code."""
+    args = parser().parse_args(argv)
+    return run(lambda: _infer(args), "meta-infer")
+
+
+def _infer(args: Namespace) -> int:
+    # Decoders' own chatter: what matters of it arrives as an exception.
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    warnings.filterwarnings("ignore", module="PIL")
+
+    from meta_deploy.cli.outputs import CocoFile, Overlays, Report, folder_for
+    from meta_deploy.runtime.images import expand
+    from meta_deploy.runtime.stream import predict
+
+    sources = expand(args.inputs)
+    out = args.out or (None if args.json or args.coco_json else OUT)
+    with folder_for(out) as folder, CocoFile(args.coco_json, sources) as coco, _open(args) as predictor:
+        report = Report(sources, as_json=args.json)
+        batch = args.batch or predictor.bundle.input.batch_opt
+        with Overlays(folder, sources) as overlays, report:
+            for frame in predict(predictor, sources, batch):
+                if frame.result is None:
+                    report.fail(frame)
+                    continue
+                coco.add(frame)
+                shown = frame.result.filter(args.score_threshold)
+                report.add(frame, shown, overlays.add(frame, shown))
+        report.finish(predictor, folder, args.score_threshold)
+    return EXIT_INPUT if report.failed else 0
+
+
+def _open(args: Namespace) -> Predictor:
+    import cv2
+
+    from meta_deploy.errors import InputError
+    from meta_deploy.runtime.predictor import Predictor
+
+    if args.threads:
+        cv2.setNumThreads(args.threads)
+    # COCO results hold everything; else what is not shown need not be computed.
+    threshold = None if args.coco_json else args.score_threshold
+    predictor = Predictor(args.model, args.backend, threshold, args.threads)
+    most = predictor.bundle.input.batch_max
+    if args.batch and args.batch > most:
+        raise InputError(
+            f"--batch {args.batch} is more than the {most} that this bundle takes; "
+            f"export it with --batch {args.batch} or --dynamic-batch"
+        )
+    return predictor
+
+
+if __name__ == "__main__":
+    sys.exit(main())

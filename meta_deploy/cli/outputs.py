@@ -1,0 +1,343 @@
+"""What meta-infer leaves behind: overlays, COCO results, the printed lines and the JSON document.
+
+Knows files and streams; must not know how a result is computed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+from tqdm import tqdm
+
+from meta_deploy.errors import InputError
+from meta_deploy.runtime.files import atomic_path, atomic_write
+from meta_deploy.runtime.images import Source, Video
+from meta_deploy.runtime.predictor import Predictor, Result
+from meta_deploy.runtime.results import Detections, save_image
+from meta_deploy.runtime.stream import Frame
+
+
+@contextlib.contextmanager
+def folder_for(path: str | None) -> Iterator[Path | None]:
+    """A folder that can be written to, made if need be; what was made and stayed empty is removed again.
+
+    Raises:
+        InputError: it is a file, or cannot be made or written to.
+    """
+    if path is None:
+        yield None
+        return
+    folder = Path(path)
+    missing = [p for p in (folder, *folder.parents) if not p.exists()]
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with atomic_write(folder / ".meta-infer-probe"):
+                pass
+            (folder / ".meta-infer-probe").unlink()
+        except FileExistsError as error:
+            raise InputError(f"--out '{path}' is a file; name a folder") from error
+        except OSError as error:
+            raise InputError(
+                f"cannot write to --out '{path}': {error.strerror}; choose another folder"
+            ) from error
+        yield folder
+    finally:
+        for made in missing:
+            with contextlib.suppress(OSError):
+                made.rmdir()
+
+
+class Overlays:
+    """Writes the overlay of every frame, drawing in the background. A context manager."""
+
+    MOST_WAITING = 4
+
+    def __init__(self, folder: Path | None, sources: Sequence[Source]):
+        self._folder = folder
+        self._names = overlay_names(folder, sources) if folder else {}
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="draw")
+        self._waiting: deque[Future] = deque()
+        self._video: VideoFile | None = None
+
+    def add(self, frame: Frame, shown: Result) -> Path | None:
+        """Draw and write one frame, soon; returns where. Raises what went wrong with an earlier one."""
+        if self._folder is None:
+            return None
+        target = self._names[frame.source]
+        if self._video is not None and self._video.target != target:
+            self._end_video(None)
+        if frame.index is None:
+            self._submit(_draw_image, target, frame.image, shown)
+        else:
+            if self._video is None:
+                self._video = VideoFile(target, frame.fps or 25.0)
+            self._submit(_draw_frame, self._video, frame.image, shown)
+        return target
+
+    def _submit(self, *task: Any) -> None:
+        self._waiting.append(self._pool.submit(*task))
+        while len(self._waiting) > self.MOST_WAITING:
+            self._waiting.popleft().result()
+
+    def _end_video(self, error: BaseException | None) -> None:
+        while self._waiting and error is None:
+            self._waiting.popleft().result()
+        video, self._video = self._video, None
+        if video is not None:
+            video.close(error)
+
+    def __enter__(self) -> Overlays:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self._end_video(None)
+        except BaseException as failure:
+            error = failure
+            raise
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+            if error is not None:
+                self._end_video(error)
+
+
+def _draw_image(target: Path, image: np.ndarray, shown: Result) -> None:
+    save_image(target, shown.draw(image))
+
+
+def _draw_frame(video: VideoFile, image: np.ndarray, shown: Result) -> None:
+    video.write(shown.draw(image))
+
+
+def overlay_names(folder: Path, sources: Sequence[Source]) -> dict[Source, Path]:
+    """A file in `folder` for each source: no two alike, even where case does not count, and none an input."""
+    taken = {os.path.abspath(source.path).casefold() for source in sources}
+    names: dict[Source, Path] = {}
+    for source in sources:
+        lossy = source.path.suffix.lower() in (".jpg", ".jpeg")
+        suffix = ".mp4" if source.video else ".jpg" if lossy else ".png"
+        stem, number = source.path.stem, 1
+        while True:
+            path = folder / f"{stem}-overlay{'' if number == 1 else f'-{number}'}{suffix}"
+            key = os.path.abspath(path).casefold()
+            if key not in taken:
+                break
+            number += 1
+        taken.add(key)
+        names[source] = path
+    return names
+
+
+class VideoFile:
+    """An MP4 written frame by frame, in place only when whole."""
+
+    def __init__(self, target: Path, fps: float):
+        self.target = target
+        self._fps = fps
+        self._count = 0
+        self._writer: Any = None
+        self._stack = contextlib.ExitStack()
+        self._temp = self._stack.enter_context(atomic_path(target))
+
+    def write(self, image: np.ndarray) -> None:
+        """Append an RGB uint8 frame (H, W, 3)."""
+        import cv2
+
+        if self._writer is None:
+            size = image.shape[1], image.shape[0]
+            self._writer = cv2.VideoWriter(str(self._temp), cv2.VideoWriter.fourcc(*"mp4v"), self._fps, size)
+            if not self._writer.isOpened():
+                raise InputError(f"cannot write the video '{self.target}'; choose another folder with --out")
+        self._writer.write(np.ascontiguousarray(image[:, :, ::-1]))
+        self._count += 1
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Put the file in its place, or with an `error` remove it."""
+        if self._writer is not None:
+            self._writer.release()
+        if error is not None:
+            self._stack.__exit__(type(error), error, error.__traceback__)
+            return
+        # The writer reports no full disk: count what arrived.
+        with self._stack, Video(self._temp) as written:
+            if written.count != self._count:
+                raise InputError(f"cannot write all of the video '{self.target}'; free space on its disk")
+
+
+class CocoFile:
+    """COCO results, streamed to a file that appears when whole. A context manager; None writes nothing."""
+
+    def __init__(self, path: str | None, sources: Sequence[Source]):
+        self._stack = contextlib.ExitStack()
+        self._stream: BinaryIO | None = None
+        if path is not None:
+            self._stream = self._stack.enter_context(atomic_write(path))
+            self._stream.write(b"[")
+        self._place = {source: place for place, source in enumerate(sources, 1)}
+        stems = [source.path.stem for source in sources]
+        plain = not any(source.video for source in sources) and all(
+            s.isascii() and s.isdigit() for s in stems
+        )
+        self._by_name = plain and len({int(stem) for stem in stems}) == len(stems)
+        self._frames = 0
+        self._first = True
+
+    def add(self, frame: Frame) -> None:
+        """Write one frame's records, each with the file's name besides COCO's fields."""
+        if self._stream is None or frame.result is None:
+            return
+        for record in frame.result.to_coco(self._image_id(frame)):
+            record["file_name"] = frame.source.path.name
+            if frame.index is not None:
+                record["frame"] = frame.index
+            self._stream.write(b"\n" if self._first else b",\n")
+            self._stream.write(json.dumps(record).encode())
+            self._first = False
+
+    def _image_id(self, frame: Frame) -> int:
+        if self._by_name:
+            return int(frame.source.path.stem)
+        if frame.index:  # a video's frames after its first push the following numbers up
+            self._frames += 1
+        return self._place[frame.source] + self._frames
+
+    def __enter__(self) -> CocoFile:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        if self._stream is not None and exc[0] is None:
+            self._stream.write(b"\n]\n")
+        self._stack.__exit__(*exc)
+
+
+class Report:
+    """The lines for people, or the document for programs; a progress bar beside either."""
+
+    def __init__(self, sources: Sequence[Source], as_json: bool):
+        self.failed = 0
+        self._json = as_json
+        self._entries: list[str] = []
+        self._errors: list[dict[str, str]] = []
+        self._times: dict[str, list[float]] = {"pre": [], "model": [], "post": []}
+        self._several = len(sources) > 1
+        self._total = None if any(source.video for source in sources) else len(sources)
+        many = self._several or self._total is None
+        self._bar = tqdm(total=self._total, unit="image", disable=None if many else True, leave=False)
+        self._video: _VideoLine | None = None
+
+    def add(self, frame: Frame, shown: Result, overlay: Path | None) -> None:
+        """Take one result in."""
+        for name, values in self._times.items():
+            values.append(getattr(shown.timings, name))
+        self._end_video(frame.source)
+        if self._json:
+            entry = shown.to_dict()
+            if frame.index is not None:
+                entry["frame"] = frame.index
+            entry["overlay"] = str(overlay) if overlay else None
+            self._entries.append(json.dumps(entry))
+        elif frame.index is None:
+            self._line(f"{_title(frame.source, shown)}: {describe(shown)}, {_total_ms(shown):.1f} ms")
+        else:
+            if self._video is None:
+                self._video = _VideoLine(frame.source)
+            self._video.add(shown)
+        self._bar.update()
+
+    def fail(self, frame: Frame) -> None:
+        """Say on standard error what could not be read."""
+        self.failed += 1
+        self._errors.append({"path": str(frame.source.path), "error": str(frame.error)})
+        skipped = "; skipped" if self._several else ""
+        tqdm.write(f"meta-infer: {' '.join(str(frame.error).split())}{skipped}", file=sys.stderr)
+        self._bar.update()
+
+    def finish(self, predictor: Predictor, folder: Path | None, threshold: float) -> None:
+        """The last line, or the document."""
+        done = len(self._times["model"])
+        if self._json:
+            head = {
+                "bundle": str(predictor.bundle.path),
+                "model": predictor.bundle.model_name,
+                "task": predictor.bundle.task,
+                "backend": predictor.backend,
+                "score_threshold": threshold,
+            }
+            text = json.dumps(head)[:-1] + ', "images": [' + ",\n".join(self._entries)
+            print(text + f'], "errors": {json.dumps(self._errors)}}}')
+        if done:
+            times = ", ".join(f"{name} {median(values):.1f}" for name, values in self._times.items())
+            where = f"overlays in {folder}{os.sep}; " if folder else ""
+            print(f"{where}median ms: {times}", file=sys.stderr if self._json else sys.stdout)
+        if self.failed and self._several:
+            print(f"meta-infer: {self.failed} could not be read, {done} done", file=sys.stderr)
+
+    def _line(self, text: str) -> None:
+        tqdm.write(text, file=sys.stdout)
+
+    def _end_video(self, current: Source | None) -> None:
+        if self._video is not None and self._video.source != current:
+            self._line(self._video.text())
+            self._video = None
+
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.close()
+        if exc[0] is None:
+            self._end_video(None)
+
+
+class _VideoLine:
+    """Sums up a video's frames."""
+
+    def __init__(self, source: Source):
+        self.source = source
+        self._frames = self._objects = 0
+        self._ms = 0.0
+        self._title = ""
+
+    def add(self, shown: Result) -> None:
+        self._title = self._title or _title(self.source, shown)
+        self._frames += 1
+        self._objects += len(shown) if isinstance(shown, Detections) else 0
+        self._ms += _total_ms(shown)
+
+    def text(self) -> str:
+        objects = f", {self._objects} objects" if self._objects else ""
+        return f"{self._title}: {self._frames} frames{objects}, {self._ms / self._frames:.1f} ms a frame"
+
+
+def _title(source: Source, shown: Result) -> str:
+    return f"{source.path} {shown.size[1]}x{shown.size[0]}"
+
+
+def _total_ms(shown: Result) -> float:
+    return shown.timings.pre + shown.timings.model + shown.timings.post
+
+
+def describe(shown: Result) -> str:
+    """What was found, in words: '4 objects (3 disc, 1 star)' or 'sky 52%, road 48%'."""
+    if isinstance(shown, Detections):
+        counts = ", ".join(f"{count} {name}" for name, count in Counter(shown.names).most_common())
+        noun = "object" if len(shown) == 1 else "objects"
+        return f"{len(shown)} {noun}" + (f" ({counts})" if counts else "")
+    pixels = shown.labels.size
+    top = list(shown.areas.items())[:5]
+    return ", ".join(f"{shown.classes[label]} {100 * area / pixels:.0f}%" for label, area in top)

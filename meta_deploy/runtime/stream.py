@@ -1,0 +1,101 @@
+"""Many images and videos through a predictor: the next are read while one is computed, few held at a time.
+
+Knows the order of things; must not know what becomes of the results.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from meta_deploy.errors import ImageError
+from meta_deploy.runtime.images import Source, Video, read_image
+from meta_deploy.runtime.predictor import Predictor, Result
+
+READERS = 2
+
+
+@dataclass(frozen=True)
+class Frame:
+    """An image, or one frame of a video: read (`image`, RGB uint8 (H, W, 3)) or failed (`error`).
+
+    `index` counts a video's frames from 0 and is None for an image; `result` is there once predicted.
+    """
+
+    source: Source
+    index: int | None = None
+    image: np.ndarray | None = None
+    error: ImageError | None = None
+    result: Result | None = None
+    fps: float | None = None
+
+
+def predict(predictor: Predictor, sources: Iterable[Source], batch: int = 1) -> Iterator[Frame]:
+    """Every image and video frame of `sources`, in order, each with its result or its error.
+
+    `batch` of them go through the model at a time. What cannot be read raises nothing: it comes out with
+    its error, and the others are done.
+    """
+    group: list[Frame] = []
+    for frame in read_ahead(sources, depth=batch + READERS):
+        group.append(frame)
+        if sum(frame.error is None for frame in group) == batch:
+            yield from _predict_group(predictor, group)
+            group = []
+    yield from _predict_group(predictor, group)
+
+
+def _predict_group(predictor: Predictor, group: list[Frame]) -> Iterator[Frame]:
+    results = iter(predictor.batch([frame.image for frame in group if frame.image is not None]))
+    for frame in group:
+        if frame.image is None:
+            yield frame
+        else:
+            yield replace(frame, result=replace(next(results), path=str(frame.source.path)))
+
+
+def read_ahead(sources: Iterable[Source], depth: int) -> Iterator[Frame]:
+    """The images and frames of `sources` in order, up to `depth` images read before they are asked for."""
+    pool = ThreadPoolExecutor(READERS, thread_name_prefix="read")
+    pending: deque[tuple[Source, Future]] = deque()
+    try:
+        for source in sources:
+            if not source.video:
+                pending.append((source, pool.submit(read_image, source.path)))
+            while pending and (source.video or len(pending) > depth):
+                yield _frame(*pending.popleft())
+            if source.video:
+                yield from _video_frames(source, pool)
+        while pending:
+            yield _frame(*pending.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _frame(source: Source, image: Future) -> Frame:
+    try:
+        return Frame(source, image=image.result())
+    except ImageError as error:
+        return Frame(source, error=error)
+
+
+def _video_frames(source: Source, pool: ThreadPoolExecutor) -> Iterator[Frame]:
+    """A video's frames; one is decoded ahead."""
+    try:
+        with Video(source.path) as video:
+            frames = iter(video)
+            index = 0
+            ahead = pool.submit(next, frames, None)
+            try:
+                while (image := ahead.result()) is not None:
+                    ahead = pool.submit(next, frames, None)
+                    yield Frame(source, index, image, fps=video.fps)
+                    index += 1
+            finally:
+                wait([ahead])  # before the video closes under it
+    except ImageError as error:
+        yield Frame(source, error=error)
