@@ -13,6 +13,12 @@ import numpy as np
 
 CLASSES = ("disc", "ring", "triangle", "square", "star", "cross", "heart", "crescent")
 
+# Who uses which scenes. Nothing that is judged on a range may have learned from it.
+TEST_SEEDS = range(200)
+VALIDATION_SEEDS = range(1_000, 1_050)
+CALIBRATION_SEEDS = range(2_000, 2_200)
+TRAINING_SEEDS = range(1_000_000, 2**31)
+
 DIAMETER = (30.0, 150.0)  # of a shape, in pixels of a 320-pixel picture
 MIN_VISIBLE = 0.3  # a shape's part that must stay uncovered and inside the picture
 MAX_SHAPES = 8
