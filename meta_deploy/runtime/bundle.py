@@ -49,6 +49,10 @@ class InputSpec:
     divisor: int
 
     @property
+    def static_batch(self) -> bool:
+        return self.batch_min == self.batch_max
+
+    @property
     def static_size(self) -> bool:
         return self.size_min == self.size_max
 

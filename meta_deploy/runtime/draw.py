@@ -6,7 +6,9 @@ Knows pixels and results; must not know where either came from.
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Iterable
+import functools
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import cv2
@@ -14,20 +16,35 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
+    from meta_deploy.runtime.masks import Mask
     from meta_deploy.runtime.results import Detections, Segmentation
 
 SMALLEST = 384  # an image whose longer side is less is enlarged before drawing, or no name could be read
 TINT = 0.45
+PALETTE = 96
+FIRST = (0.15, 0.55, 1.0)  # the colour of class 0: a blue that shows on skin, grass and asphalt
 Color = tuple[int, int, int]
 Rect = tuple[int, int, int, int]
 
 
 def class_color(label: int) -> Color:
-    """The RGB colour of a class: always the same for a label, and far from its neighbours'."""
-    hue = (0.58 + label * 0.61803398875) % 1.0  # golden-ratio steps spread any number of hues evenly
-    saturation, value = ((0.85, 1.0), (0.6, 0.95), (1.0, 0.8))[label // 8 % 3]
-    red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
-    return round(red * 255), round(green * 255), round(blue * 255)
+    """The RGB colour of a class: always the same for a label, and far from those of the labels before it."""
+    return _palette()[label % PALETTE]
+
+
+@functools.cache
+def _palette() -> tuple[Color, ...]:
+    """Vivid colours, each as far as can be from all before it (in CIELAB, where distance is as seen)."""
+    shades = itertools.product(range(0, 360, 6), (0.55, 0.8, 1.0), (0.65, 0.85, 1.0))
+    rgb = np.array([colorsys.hsv_to_rgb(hue / 360, s, v) for hue, s, v in shades], np.float32)
+    lab = cv2.cvtColor(rgb[None], cv2.COLOR_RGB2LAB)[0]
+    chosen = [int(np.argmin(np.abs(rgb - FIRST).sum(1)))]
+    nearest = np.full(len(rgb), np.inf)
+    while len(chosen) < PALETTE:
+        nearest = np.minimum(nearest, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
+        chosen.append(int(np.argmax(nearest)))
+    red, green, blue = np.rint(rgb[chosen] * 255).astype(int).T.tolist()
+    return tuple(zip(red, green, blue, strict=True))
 
 
 def draw_detections(image: np.ndarray, detections: Detections) -> np.ndarray:
@@ -42,17 +59,8 @@ def draw_detections(image: np.ndarray, detections: Detections) -> np.ndarray:
     # The smallest last, on top of what surrounds them.
     order = np.argsort(-(boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), kind="stable")
     if detections.segments is not None:
-        for i in order:
-            segment = detections.segments[i]
-            crop = _enlarged(segment.crop(), factor)
-            _tint(
-                canvas,
-                crop,
-                segment.top * factor,
-                segment.left * factor,
-                class_color(detections.labels[i]),
-                width,
-            )
+        masks = ((detections.segments[i], class_color(detections.labels[i])) for i in order)
+        canvas = _draw_masks(canvas, masks, factor, width)
     for i in order:
         _outline(canvas, boxes[i], class_color(detections.labels[i]), width)
     texts = [f"{name} {score:.2f}" for name, score in zip(detections.names, detections.scores, strict=True)]
@@ -106,15 +114,24 @@ def _rect(box: np.ndarray) -> Rect:
     return int(box[0]), int(box[1]), int(box[2]), int(box[3])
 
 
-def _tint(canvas: np.ndarray, crop: np.ndarray, top: int, left: int, color: Color, width: int) -> None:
-    """Mix a colour into the mask's pixels, and draw its contour."""
-    if not crop.size:
-        return
-    part = canvas[top : top + crop.shape[0], left : left + crop.shape[1]]
-    inside = part[crop]
-    part[crop] = (inside * (1 - TINT) + np.array(color) * TINT).astype(np.uint8)
-    contours, _ = cv2.findContours(crop.view(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    cv2.drawContours(canvas, contours, -1, color, max(1, width - 1), cv2.LINE_AA, offset=(left, top))
+def _draw_masks(
+    canvas: np.ndarray, masks: Iterable[tuple[Mask, Color]], factor: int, width: int
+) -> np.ndarray:
+    """The canvas tinted and contoured; where masks overlap, a pixel has the colour of the last alone."""
+    layer = canvas.copy()
+    outlines: list[tuple[Sequence[np.ndarray], tuple[int, int], Color]] = []
+    for mask, color in masks:
+        if not mask.area:
+            continue
+        crop = _enlarged(mask.crop(), factor)
+        top, left = mask.top * factor, mask.left * factor
+        layer[top : top + crop.shape[0], left : left + crop.shape[1]][crop] = color
+        contours, _ = cv2.findContours(crop.view(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+        outlines.append((contours, (left, top), color))
+    mixed = cv2.addWeighted(canvas, 1 - TINT, layer, TINT, 0)
+    for contours, offset, color in outlines:
+        cv2.drawContours(mixed, contours, -1, color, max(1, width - 1), cv2.LINE_AA, offset=offset)
+    return mixed
 
 
 def _outline(canvas: np.ndarray, box: np.ndarray, color: Color, width: int) -> None:

@@ -15,6 +15,8 @@ from meta_deploy.runtime.bundle import Size
 from meta_deploy.runtime.masks import Mask
 from meta_deploy.runtime.preprocess import Placement
 
+_NONE = np.empty((0, 0), np.float32)  # no matrix to add to a product
+
 
 @dataclass(frozen=True)
 class Instances:
@@ -68,8 +70,8 @@ def paste_mask(mask: np.ndarray, box: np.ndarray, size: Size, threshold: float) 
         return Mask.from_crop(np.zeros((len(rows), len(columns)), bool), top, left, size)
     # OpenCV's product, for numpy's BLAS wakes a thread per core for it and then waits for a busy machine.
     # Transposed: run lengths go down the columns, which then lie together in memory.
-    half = cv2.gemm(columns, np.ascontiguousarray(mask, np.float32), 1, None, 0, flags=cv2.GEMM_2_T)
-    pasted = cv2.gemm(half, rows, 1, None, 0, flags=cv2.GEMM_2_T)
+    half = cv2.gemm(columns, np.ascontiguousarray(mask, np.float32), 1, _NONE, 0, flags=cv2.GEMM_2_T)
+    pasted = cv2.gemm(half, rows, 1, _NONE, 0, flags=cv2.GEMM_2_T)
     return Mask.from_crop((pasted >= threshold).T, top, left, size)
 
 
