@@ -72,7 +72,8 @@ def generate(seed: int, size: tuple[int, int] = (320, 320)) -> Scene:
 
 
 def coco_dataset(seeds: Iterable[int], size: tuple[int, int] = (320, 320)) -> dict:
-    """Ground truth of the scenes of `seeds` as a COCO dictionary (RLE masks, image id = seed)."""
+    """Ground truth of the scenes of `seeds` as a COCO dictionary: RLE masks, image id = seed, category id =
+    label + 1, as the runtime's `to_coco` has it."""
     from pycocotools import mask as rle
 
     images, annotations = [], []
@@ -86,14 +87,14 @@ def coco_dataset(seeds: Iterable[int], size: tuple[int, int] = (320, 320)) -> di
                 {
                     "id": len(annotations) + 1,
                     "image_id": seed,
-                    "category_id": int(label),
+                    "category_id": int(label) + 1,
                     "bbox": [x1, y1, x2 - x1, y2 - y1],
                     "area": int(mask.sum()),
                     "segmentation": {"size": encoded["size"], "counts": encoded["counts"].decode()},
                     "iscrowd": 0,
                 }
             )
-    categories = [{"id": index, "name": name} for index, name in enumerate(CLASSES)]
+    categories = [{"id": index, "name": name} for index, name in enumerate(CLASSES, 1)]
     return {"images": images, "annotations": annotations, "categories": categories}
 
 

@@ -147,7 +147,7 @@ def evaluate(
             results.append(
                 {
                     "image_id": seed,
-                    "category_id": int(out["labels"][k]),
+                    "category_id": int(out["labels"][k]) + 1,
                     "score": float(out["scores"][k]),
                     "bbox": [x1, y1, x2 - x1, y2 - y1],
                     "segmentation": {"size": encoded["size"], "counts": encoded["counts"].decode()},

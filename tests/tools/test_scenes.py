@@ -70,7 +70,7 @@ def test_coco_ground_truth_holds_the_same_boxes_and_masks(scenes):
     assert [image["id"] for image in dataset["images"]] == [3, 9]
     for seed in (3, 9):
         annotations = [a for a in dataset["annotations"] if a["image_id"] == seed]
-        assert [a["category_id"] for a in annotations] == scenes[seed].labels.tolist()
+        assert [a["category_id"] - 1 for a in annotations] == scenes[seed].labels.tolist()
         for annotation, mask in zip(annotations, scenes[seed].masks, strict=True):
             assert np.array_equal(rle.decode(annotation["segmentation"]).astype(bool), mask)
             assert annotation["bbox"] == rle.toBbox(annotation["segmentation"]).tolist()
