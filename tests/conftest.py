@@ -1,4 +1,4 @@
-"""Bundles made by hand: what they must give follows from the lines here, not from a trained model."""
+"""Fixtures that every test may use: bundles made by hand, a picture, the real photos."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from meta_deploy.runtime.bundle import Bundle, write_bundle
+from tests.runtime.by_hand import detector, manifest, segmenter
 
 COCO = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco-tiny"
-CLASSES = ["disc", "star", "ring"]
 
 
 @pytest.fixture(scope="session")
@@ -19,118 +19,6 @@ def coco_tiny() -> Path:
     if not COCO.is_dir():
         pytest.skip(f"the photos of {COCO} are not here")
     return COCO
-
-
-def manifest(task: str, size: tuple[int, int], dynamic: bool = False, batch: int = 1, **changes) -> dict:
-    """A valid manifest; mean 0 and std 255, so that the network sees pixels as 0 to 1."""
-    largest = [edge * 4 for edge in size] if dynamic else list(size)
-    smallest = [32, 32] if dynamic else list(size)
-    outputs = (
-        ["logits"] if task == "semantic-segmentation" else ["num_detections", "boxes", "scores", "labels"]
-    )
-    outputs += ["masks"] if task == "instance-segmentation" else []
-    return {
-        "schema": 1,
-        "created_by": {"meta_deploy": "test"},
-        "task": task,
-        "model": {"name": "by-hand", "config": {}},
-        "classes": CLASSES,
-        "parameters": 0,
-        "input": {
-            "name": "images",
-            "dtype": "float32",
-            "batch": {"min": 1 if dynamic else batch, "opt": batch, "max": batch},
-            "size": {"min": smallest, "opt": list(size), "max": largest},
-            "divisor": 32,
-        },
-        "outputs": [{"name": name, "dtype": "float32", "shape": []} for name in outputs],
-        "preprocess": {
-            "resize": {"mode": "fit", "size": list(size)},
-            "mean": [0.0, 0.0, 0.0],
-            "std": [255.0, 255.0, 255.0],
-            "pad_value": 0,
-        },
-        "thresholds": {"score": 0.05, "mask": 0.5},
-        "target": "onnxruntime",
-        "precision": "fp32",
-        "nodes": {"before": 0, "after": 0},
-        "passes": [],
-        "verification": None,
-        **changes,
-    }
-
-
-def detector(size: tuple[int, int], dynamic: bool = False, batch: int = 1) -> bytes:
-    """A network that finds the same three boxes in any image; the first's score is the image's largest value.
-
-    In input pixels of a 64x64 input: a disc at (8, 8, 40, 40), a star at (32, 16, 64, 48) with score 0.6, a
-    ring at (0, 0, 16, 16) with score 0.1. Each mask is set in its left half.
-    """
-    import onnx
-    from onnx import TensorProto as T
-    from onnx import helper as h
-    from onnx import numpy_helper
-
-    boxes = np.zeros((1, 5, 4), np.float32)
-    boxes[0, :3] = [[8, 8, 40, 40], [32, 16, 64, 48], [0, 0, 16, 16]]
-    masks = np.zeros((1, 5, 28, 28), np.float32)
-    masks[:, :3, :, :14] = 1
-    constants = {
-        "count": np.array([3], np.int32),
-        "boxes1": boxes,
-        "rest": np.array([[0.6, 0.1, 0, 0]], np.float32),
-        "labels1": np.array([[0, 1, 2, -1, -1]], np.int32),
-        "masks1": masks,
-        "one": np.array([1], np.int64),
-        **{f"tail{n}": np.ones(n, np.int64) for n in (1, 2, 3)},
-    }
-    nodes = [
-        h.make_node("Shape", ["images"], ["b"], start=0, end=1),
-        h.make_node("ReduceMax", ["images"], ["first"], axes=[1, 2, 3], keepdims=0),
-        h.make_node("Unsqueeze", ["first", "one"], ["first_"]),
-        h.make_node("Expand", ["count", "b"], ["num_detections"]),
-    ]
-    for name, tail in (("rest", 1), ("labels1", 1), ("boxes1", 2), ("masks1", 3)):
-        nodes.append(h.make_node("Concat", ["b", f"tail{tail}"], [f"{name}_shape"], axis=0))
-        nodes.append(
-            h.make_node(
-                "Expand", [name, f"{name}_shape"], [name.removesuffix("1") + ("_" if name == "rest" else "")]
-            )
-        )
-    nodes.append(h.make_node("Concat", ["first_", "rest_"], ["scores"], axis=1))
-    b, hw = ("b", ("h", "w")) if dynamic else (batch, size)
-    graph = h.make_graph(
-        nodes,
-        "detector",
-        [h.make_tensor_value_info("images", T.FLOAT, [b, 3, *hw])],
-        [
-            h.make_tensor_value_info("num_detections", T.INT32, [b]),
-            h.make_tensor_value_info("boxes", T.FLOAT, [b, 5, 4]),
-            h.make_tensor_value_info("scores", T.FLOAT, [b, 5]),
-            h.make_tensor_value_info("labels", T.INT32, [b, 5]),
-            h.make_tensor_value_info("masks", T.FLOAT, [b, 5, 28, 28]),
-        ],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
-    )
-    model = h.make_model(graph, opset_imports=[h.make_opsetid("", 17)], ir_version=8)
-    onnx.checker.check_model(model)
-    return model.SerializeToString()
-
-
-def segmenter(size: tuple[int, int], dynamic: bool = False) -> bytes:
-    """A network whose logits are the colours' means over 4x4 pixels: red is class 0, green 1, blue 2."""
-    from onnx import TensorProto as T
-    from onnx import helper as h
-
-    hw, quarter = (("h", "w"), ("qh", "qw")) if dynamic else (size, (size[0] // 4, size[1] // 4))
-    graph = h.make_graph(
-        [h.make_node("AveragePool", ["images"], ["logits"], kernel_shape=[4, 4], strides=[4, 4])],
-        "segmenter",
-        [h.make_tensor_value_info("images", T.FLOAT, [1, 3, *hw])],
-        [h.make_tensor_value_info("logits", T.FLOAT, [1, 3, *quarter])],
-    )
-    model = h.make_model(graph, opset_imports=[h.make_opsetid("", 17)], ir_version=8)
-    return model.SerializeToString()
 
 
 @pytest.fixture(scope="session")

@@ -67,7 +67,10 @@ class Mask:
         runs = _runs(band).astype(np.int64)
         runs[0] += self.left * height
         after = (width - self.left - self.shape[1]) * height
-        runs = np.append(runs, after) if len(runs) % 2 == 0 else np.append(runs[:-1], runs[-1] + after)
+        if len(runs) % 2 == 1:
+            runs[-1] += after
+        elif after:
+            runs = np.append(runs, after)
         encoded = coco.frPyObjects({"size": [height, width], "counts": runs.tolist()}, height, width)
         return {"size": [height, width], "counts": encoded["counts"].decode("ascii")}
 
