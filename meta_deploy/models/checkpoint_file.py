@@ -34,7 +34,7 @@ _FOREIGN_KINDS = (
 
 
 class _Inert:
-    """Stands in for a class or function that training checkpoints often name; takes everything, does nothing."""
+    """Stands in for a class or function that training checkpoints often name; does nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -50,8 +50,7 @@ class _Inert:
 # pickle names is refused.
 _IGNORED_GLOBALS = (
     "argparse.Namespace",
-    "_codecs.encode",
-    "builtins.getattr",  # how HistoryBuffer's own methods are named; it reaches `_Inert` here, like its result
+    "builtins.getattr",  # how a HistoryBuffer's own methods are named
     "pathlib.PosixPath",
     "pathlib.PurePosixPath",
     "pathlib.WindowsPath",
@@ -139,7 +138,7 @@ def _check_zip(path: Path) -> None:
             if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
                 refuse(path, f"is a TorchScript archive, which holds code; {RESAVE}")
             if not any(name.count("/") == 1 and name.endswith("/data.pkl") for name in names):
-                refuse(path, f"is a zip archive without a checkpoint (it holds {_first(names)}); {RESAVE}")
+                refuse(path, f"is a zip archive without a checkpoint (it holds {first_few(names)}); {RESAVE}")
             claimed = sum(entry.file_size for entry in entries)
             stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
             if not stored or claimed > path.stat().st_size:
@@ -180,7 +179,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         refuse(path, "needs the safetensors package: pip install 'meta-deploy[export]'", error)
     try:
         with safe_open(path, framework="pt", device="cpu") as archive:
-            names = list(archive.keys())  # noqa: SIM118 (not a dict)
+            names = list(archive.keys())
             return {name: archive.get_tensor(name) for name in names}, dict(archive.metadata() or {})
     except Exception as error:
         refuse(path, f"is not a whole safetensors file ({_reason(error)}); fetch or save it again", error)
@@ -189,11 +188,12 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 def _reason(error: BaseException) -> str:
     """The first sentence of an error, in one line."""
     text = " ".join(str(error).split()).removeprefix("Error while deserializing header: ")
-    text = text.removeprefix("Weights only load failed.").strip()
+    text = text.split("WeightsUnpickler error:")[-1].removeprefix("Weights only load failed.").strip()
+    text = text.split(" Check the documentation of torch.load")[0]
     return shown(text or type(error).__name__, 100)
 
 
-def _first(names: list[str], count: int = 3) -> str:
+def first_few(names: list[str], count: int = 3) -> str:
     """The first few of many names, in one line."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return (", ".join(shown(name) for name in names[:count]) or "nothing") + more
