@@ -258,26 +258,28 @@ def train(args: argparse.Namespace) -> None:
         log(f"evaluation at step {training.step}: {', '.join(parts)} ({took:.0f} s)")
 
     every = {"save": Every(60 * args.save_every), "evaluate": Every(60 * args.evaluate_every)}
-    sums: dict[str, float] = {}
+    sums: dict[str, float]
     # Small pictures first: they teach the same at a fraction of the cost.
     for stage, size in enumerate(args.sizes, 1):
         end = stage / len(args.sizes)
         if training.progress() >= end:
             continue
         clock = window = time.perf_counter()
+        sums, summed = {}, 0
         for images, raw in loader(args, size, training.step):
             parts = training.train_step(images, [Truth(*tensors) for tensors in raw])
             for name, value in parts.items():
-                sums[name] = sums.get(name, 0.0) + value / args.log_every
+                sums[name] = sums.get(name, 0.0) + value
+            summed += 1
             now = time.perf_counter()
             training.seconds, clock = training.seconds + now - clock, now
             if training.step % args.log_every == 0:
-                text = " ".join(f"{name} {value:.3f}" for name, value in sums.items())
-                rate = args.log_every * args.batch / (now - window)
+                text = " ".join(f"{name} {value / summed:.3f}" for name, value in sums.items())
+                rate = summed * args.batch / (now - window)
                 minutes, lr = training.seconds / 60, training.learning_rate()
                 speed = f"{rate:.1f} img/s {minutes:.1f} min"
                 log(f"step {training.step} {text} | size {size} lr {lr:.2e} {speed}")
-                sums, window = {}, now
+                sums, summed, window = {}, 0, now
             if every["save"].due():
                 write()
             if every["evaluate"].due():
