@@ -171,7 +171,8 @@ def _places(box: Rect, size: tuple[int, int], picture: tuple[int, int]) -> Itera
     rows = (y0 - height, y0, y1 - height, y1, (y0 + y1 - height) // 2)
     columns = (x0, x1 - width, (x0 + x1 - width) // 2)
     spots = [(x, y) for x in columns for y in rows]
-    spots += [(x, y0 + step * height // 2) for step in range(1, 9) for x in (x0, x0 - width, x1)]
+    away = (sign * step * height for step in range(1, 9) for sign in (1, -1))  # stacked, ever farther
+    spots += [(x, y0 + step) for step in away for x in (x0, x0 - width, x1)]
     for x, y in spots:
         left = min(max(x, 0), max(picture[0] - width, 0))
         top = min(max(y, 0), max(picture[1] - height, 0))

@@ -1,0 +1,308 @@
+"""meta-infer keeps its contract: what it prints, what it writes, its exit codes, one line for bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco
+from pycocotools.coco import COCO
+
+from meta_deploy.cli.infer import main
+from meta_deploy.cli.outputs import overlay_names
+from meta_deploy.runtime.images import Source
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, photo):
+    """An empty working folder with photos a.jpg, b.png and more/a.jpg in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "more").mkdir()
+    for name in ("a.jpg", "b.png", "more/a.jpg"):
+        Image.fromarray(photo).save(tmp_path / name)
+    return tmp_path
+
+
+@pytest.fixture
+def infer(bundles, capsys):
+    """Run meta-infer on the detector (or another bundle); gives exit code, stdout, stderr."""
+
+    def call(*arguments, model="detector"):
+        try:
+            code = main([*map(str, arguments), "--model", str(bundles / model)])
+        except SystemExit as exit:
+            code = exit.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def clip(path, frames=5):
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 10, (96, 128))
+    for i in range(frames):
+        writer.write(np.full((128, 96, 3), 40 * (i % 6), np.uint8))
+    writer.release()
+
+
+def test_an_image_gives_a_line_an_overlay_and_the_times(here, infer):
+    code, out, err = infer("a.jpg")
+    assert (code, err) == (0, "")
+    first, last = out.splitlines()
+    assert first.startswith("a.jpg 96x128: 2 objects (1 disc, 1 star), ")
+    assert last.startswith("overlays in meta-infer-out/; median ms: pre ")
+    assert os.listdir("meta-infer-out") == ["a-overlay.jpg"]
+
+
+def test_json_is_one_document_and_nothing_else_on_stdout(here, infer, bundles):
+    code, out, _ = infer("a.jpg", "b.png", "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert document["bundle"] == str(bundles / "detector")
+    assert (document["model"], document["backend"], document["errors"]) == ("by-hand", "onnxruntime", [])
+    assert [entry["path"] for entry in document["images"]] == ["a.jpg", "b.png"]
+    entry = document["images"][1]
+    assert entry["size"] == [128, 96]
+    assert set(entry["timings"]) == {"pre_ms", "model_ms", "post_ms"}
+    disc, star = entry["detections"]
+    assert (disc["label"], disc["name"], disc["box"]) == (0, "disc", [16, 16, 80, 80])
+    assert (star["name"], round(star["score"], 6)) == ("star", 0.6)
+    mask = coco.decode(disc["mask"])
+    assert mask.shape == (128, 96)
+    assert mask[16:80, 16:48].all()
+    assert mask.sum() == 64 * 32
+    assert not os.path.exists("meta-infer-out")  # no pictures unless asked for
+
+
+def test_the_threshold_is_for_what_is_shown_and_coco_holds_everything(here, infer):
+    _, out, _ = infer("a.jpg", "--json", "--coco-json", "coco.json", "--score-threshold", "0.9")
+    assert [d["name"] for d in json.loads(out)["images"][0]["detections"]] == ["disc"]
+    with open("coco.json") as stream:
+        assert len(json.load(stream)) == 3
+    _, out, _ = infer("a.jpg", "--json", "--score-threshold", "0")
+    assert len(json.loads(out)["images"][0]["detections"]) == 3
+
+
+def test_coco_results_load_in_pycocotools(here, infer, photo):
+    for name in ("0007.png", "12.png"):
+        Image.fromarray(photo).save(name)
+    code, _, _ = infer("12.png", "0007.png", "--coco-json", "coco.json")
+    assert code == 0
+    truth = COCO()
+    truth.dataset = {
+        "images": [{"id": i, "height": 128, "width": 96} for i in (7, 12)],
+        "categories": [{"id": i} for i in (1, 2, 3)],
+        "annotations": [],
+    }
+    truth.createIndex()
+    results = truth.loadRes("coco.json")
+    assert sorted(results.getImgIds()) == [7, 12]
+    first = results.loadAnns(results.getAnnIds(imgIds=[12]))[0]
+    assert (first["category_id"], first["bbox"], first["file_name"]) == (1, [16, 16, 64, 64], "12.png")
+
+
+def test_without_numbers_in_the_names_image_ids_are_places(here, infer):
+    infer("b.png", "a.jpg", "--coco-json", "coco.json")
+    with open("coco.json") as stream:
+        assert {(r["image_id"], r["file_name"]) for r in json.load(stream)} == {(1, "b.png"), (2, "a.jpg")}
+
+
+def test_nothing_found_is_an_empty_list(here, infer):
+    Image.new("RGB", (8, 8)).save("black.png")
+    code, out, _ = infer("black.png", "--score-threshold", "1")
+    assert (code, "0 objects," in out) == (0, True)
+
+
+def test_no_two_inputs_share_an_overlay_and_none_is_overwritten(here, infer):
+    Image.open("a.jpg").save("a-overlay.jpg")
+    before = (here / "a-overlay.jpg").read_bytes()
+    code, _, _ = infer("a.jpg", "more/a.jpg", "a-overlay.jpg", "b.png", "--out", ".")
+    assert code == 0
+    written = {"a-overlay-2.jpg", "a-overlay-3.jpg", "a-overlay-overlay.jpg", "b-overlay.png"}
+    assert set(os.listdir(".")) == written | {"a.jpg", "b.png", "more", "a-overlay.jpg"}
+    assert (here / "a-overlay.jpg").read_bytes() == before
+
+
+def test_overlay_names_differ_where_case_does_not_count(tmp_path):
+    sources = [Source(tmp_path / name, False) for name in ("A.JPG", "a.jpg", "a.png", "a.tif")]
+    names = [path.name for path in overlay_names(tmp_path / "out", sources).values()]
+    assert names == ["A-overlay.jpg", "a-overlay-2.jpg", "a-overlay.png", "a-overlay-2.png"]
+
+
+def test_a_video_gives_a_video_and_an_entry_a_frame(here, infer):
+    clip("clip.mp4")
+    code, out, _ = infer("clip.mp4", "a.jpg", "--json", "--out", "out", "--coco-json", "coco.json")
+    assert code == 0
+    images = json.loads(out)["images"]
+    assert [entry.get("frame") for entry in images] == [0, 1, 2, 3, 4, None]
+    assert {entry["overlay"] for entry in images[:5]} == {os.path.join("out", "clip-overlay.mp4")}
+    capture = cv2.VideoCapture("out/clip-overlay.mp4")
+    assert capture.get(cv2.CAP_PROP_FRAME_COUNT) == 5
+    assert capture.get(cv2.CAP_PROP_FPS) == 10
+    capture.release()
+    with open("coco.json") as stream:
+        assert {r["image_id"] for r in json.load(stream)} == {1, 2, 3, 4, 5, 6}
+    assert sorted(os.listdir("out")) == ["a-overlay.jpg", "clip-overlay.mp4"]
+    _, out, _ = infer("clip.mp4", "--out", "out")
+    assert out.startswith("clip.mp4 96x128: 5 frames, ")
+
+
+def test_a_class_map_is_summed_up_by_area(here, infer):
+    Image.new("RGB", (64, 64), (255, 0, 0)).save("red.png")
+    code, out, _ = infer("red.png", "--json", model="segmenter")
+    assert code == 0
+    (segment,) = json.loads(out)["images"][0]["segments"]
+    assert (segment["name"], segment["pixels"]) == ("disc", 4096)
+    _, out, _ = infer("red.png", model="segmenter")
+    assert "red.png 64x64: disc 100%" in out
+
+
+def test_unreadable_images_are_reported_and_the_others_done(here, infer):
+    (here / "more" / "broken.jpg").write_bytes(b"no image")
+    code, out, err = infer("more", "b.png", "none.jpg", "--json")
+    assert code == 2
+    document = json.loads(out)
+    assert [entry["path"] for entry in document["images"]] == ["more/a.jpg", "b.png"]
+    assert [error["path"] for error in document["errors"]] == ["more/broken.jpg", "none.jpg"]
+    assert "meta-infer: 'more/broken.jpg' is not an image" in err
+    assert "meta-infer: 2 could not be read, 2 done" in err
+
+
+def one_line(code, out, err, *said):
+    assert code == 2
+    assert out == ""
+    assert len(err.splitlines()) == 1, err
+    assert err.startswith("meta-infer: ")
+    for words in said:
+        assert words in err
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(here, infer):
+    (here / "empty.jpg").write_bytes(b"")
+    (here / "none").mkdir()
+    before = sorted(os.listdir("."))
+    one_line(*infer("missing.jpg"), "missing.jpg", "check the path")
+    one_line(*infer("empty.jpg", "--out", "x/y"), "empty.jpg", "0 bytes")
+    one_line(*infer("none"), "no image in the folder 'none'")
+    one_line(*infer("*.gif"), "*.gif")
+    one_line(*infer("a.jpg", model="nowhere"), "no bundle at", "meta-export")
+    one_line(*infer("a.jpg", "--backend", "tpu"), "--backend", "tpu")
+    one_line(*infer("a.jpg", "--backend", "tensorrt"), "--backend onnxruntime")
+    one_line(*infer("a.jpg", "--score-threshold", "2"), "'2'")
+    one_line(*infer("a.jpg", "--score-threshold", "nan"), "'nan'")
+    one_line(*infer("a.jpg", "--batch", "0"), "'0'")
+    one_line(*infer("a.jpg", "--batch", "8"), "--batch 8", "--dynamic-batch")
+    one_line(*infer("a.jpg", "--threads", "many"), "'many'")
+    one_line(*infer("a.jpg", "--no-such-option"), "--no-such-option")
+    one_line(*infer("a.jpg", "--out", "b.png"), "b.png", "name a folder")
+    one_line(*infer("a.jpg", "--coco-json", "none"), "none", "a folder")
+    one_line(*infer("a.jpg", "--coco-json", "no/where.json"), "no/where.json")
+    assert sorted(os.listdir(".")) == before
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that even root cannot write to")
+def test_an_unwritable_output_is_found_before_anything_is_computed(here, infer, monkeypatch):
+    monkeypatch.setattr("meta_deploy.runtime.stream.predict", None)
+    one_line(*infer("a.jpg", "--out", "/proc/x"), "/proc/x")
+    one_line(*infer("a.jpg", "--coco-json", "/proc/x"), "/proc/x")
+
+
+def test_a_disk_that_fills_up_is_one_line_and_leaves_no_half_file(here, infer, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    code, _, err = infer("a.jpg", "--out", "out", "--coco-json", "coco.json")
+    assert code == 2
+    assert "No space left on device" in err
+    assert sorted(os.listdir(".")) == ["a.jpg", "b.png", "more"]
+
+
+def test_an_interrupt_is_one_line_and_leaves_no_half_file(here, infer, monkeypatch):
+    from meta_deploy.runtime.results import Detections
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Detections, "to_coco", interrupt)
+    code, out, err = infer("a.jpg", "--coco-json", "coco.json")
+    assert (code, out, err) == (130, "", "meta-infer: interrupted\n")
+    assert sorted(os.listdir(".")) == ["a.jpg", "b.png", "more"]
+
+
+def test_an_interrupted_video_leaves_no_half_video(here, infer, monkeypatch):
+    from meta_deploy.cli.outputs import Report
+
+    clip("clip.mp4", 10)
+    seen = []
+
+    def stop_at_the_fifth(self, *_):
+        seen.append(1)
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Report, "add", stop_at_the_fifth)
+    code, _, _ = infer("clip.mp4")
+    assert code == 130
+    assert sorted(os.listdir(".")) == ["a.jpg", "b.png", "clip.mp4", "more"]
+
+
+def test_our_own_fault_says_how_to_report_it(here, infer, monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr("meta_deploy.runtime.stream.predict", broken)
+    code, _, err = infer("a.jpg")
+    assert code == 1
+    assert err.startswith("meta-infer: ZeroDivisionError: oops (")
+    assert "META_DEPLOY_DEBUG=1" in err
+    assert len(err.splitlines()) == 1
+    monkeypatch.setenv("META_DEPLOY_DEBUG", "1")
+    assert "Traceback" in infer("a.jpg")[2]
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "meta_deploy.cli.infer", *map(str, arguments)]
+
+
+def test_a_closed_pipe_is_no_traceback(here, bundles):
+    process = subprocess.Popen(
+        command("a.jpg", "--model", bundles / "detector"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 141
+    process.stderr.close()
+
+
+def test_ctrl_c_ends_a_long_run_cleanly(here, bundles):
+    clip("clip.mp4", 2000)
+    process = subprocess.Popen(
+        command("clip.mp4", "--model", bundles / "detector"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not os.path.isdir("meta-infer-out") or not os.listdir("meta-infer-out"):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "meta-infer: interrupted\n")
+    assert not os.path.exists("meta-infer-out")
+
+
+def test_a_folder_of_real_photos_is_done(infer, coco_tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = infer(coco_tiny / "val", "--json", "--coco-json", "c.json", model="detector-dynamic")
+    assert (code, len(json.loads(out)["images"])) == (0, 80)
+    with open("c.json") as stream:
+        assert len({record["image_id"] for record in json.load(stream)}) == 80

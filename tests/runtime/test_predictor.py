@@ -1,0 +1,181 @@
+"""One call from an image to its result, whatever the bundle's sizes, from one thread or many."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from meta_deploy import Detections, Predictor, Segmentation
+from meta_deploy.errors import BackendError, BundleError, ImageError, InputError
+from meta_deploy.runtime.backends import open_backend
+from meta_deploy.runtime.bundle import Bundle, write_bundle
+from tests.runtime.by_hand import detector, manifest, segmenter
+
+
+def grey(value, size=(128, 96)):
+    return np.full((*size, 3), value, np.uint8)
+
+
+@pytest.mark.parametrize("name", ["detector", "detector-batch", "detector-dynamic"])
+def test_boxes_masks_and_scores_come_back_in_the_images_own_pixels(bundles, photo, name):
+    with Predictor(bundles / name) as predictor:
+        result = predictor(photo)
+    assert isinstance(result, Detections)
+    assert result.size == (128, 96)
+    assert result.names == ["disc", "star", "ring"]
+    np.testing.assert_allclose(result.scores, [1.0, 0.6, 0.1], atol=1e-6)
+    # The picture lies in 64x64 at half its size; the star's box reaches into the padding.
+    np.testing.assert_allclose(result.boxes, [[16, 16, 80, 80], [64, 32, 96, 96], [0, 0, 32, 32]])
+    left_half = np.zeros((128, 96), bool)
+    left_half[16:80, 16:48] = True
+    np.testing.assert_array_equal(result.masks[0], left_half)
+
+
+def test_the_threshold_is_the_bundles_unless_given(bundles, photo):
+    assert len(Predictor(bundles / "detector")(photo)) == 3
+    assert len(Predictor(bundles / "detector", score_threshold=0.5)(photo)) == 2
+    assert len(Predictor(bundles / "detector", score_threshold=1.0)(grey(200))) == 0
+
+
+@pytest.mark.parametrize("name", ["segmenter", "segmenter-dynamic"])
+def test_a_class_map_comes_back_at_the_images_size(bundles, name):
+    image = np.zeros((128, 96, 3), np.uint8)
+    image[:, :48, 0] = 255
+    image[:, 48:, 2] = 255
+    result = Predictor(bundles / name)(image)
+    assert isinstance(result, Segmentation)
+    assert result.labels.shape == (128, 96)
+    # Red is class 0, blue class 2; what mixes at the border is within the 8 pixels of one logit.
+    assert (result.labels[:, :40] == 0).all()
+    assert (result.labels[:, 56:] == 2).all()
+
+
+@pytest.mark.parametrize("name", ["detector", "detector-batch", "detector-dynamic"])
+def test_a_batch_gives_what_one_by_one_gives_in_order(bundles, name):
+    images = [grey(value) for value in (51, 102, 153, 204, 255, 76)]
+    with Predictor(bundles / name) as predictor:
+        together = predictor.batch(images)
+        alone = [predictor(image) for image in images]
+    assert [round(float(result.scores[0]) * 255) for result in together] == [51, 102, 153, 204, 255, 76]
+    for one, other in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(one.boxes, other.boxes)
+        np.testing.assert_array_equal(one.scores, other.scores)
+
+
+def test_a_batch_of_different_sizes_keeps_each_images_own_geometry(bundles):
+    images = [grey(255, (128, 96)), grey(255, (64, 64)), grey(255, (20, 200))]
+    with Predictor(bundles / "detector-dynamic") as predictor:
+        results = predictor.batch(images)
+    np.testing.assert_allclose(results[0].boxes[0], [16, 16, 80, 80])
+    np.testing.assert_allclose(results[1].boxes[0], [8, 8, 40, 40])
+    assert [result.size for result in results] == [(128, 96), (64, 64), (20, 200)]
+
+
+def test_no_images_give_no_results(bundles):
+    assert Predictor(bundles / "detector").batch([]) == []
+
+
+def test_many_threads_get_their_own_answers(bundles):
+    values = [50 + 5 * i for i in range(40)]
+    with Predictor(bundles / "detector", threads=1) as predictor, ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda value: predictor(grey(value)), values))
+    assert [round(float(result.scores[0]) * 255) for result in results] == values
+
+
+def test_timings_are_milliseconds_of_each_part(bundles, photo):
+    timings = Predictor(bundles / "detector")(photo).timings
+    assert min(timings.pre, timings.model, timings.post) > 0
+
+
+def test_a_path_is_remembered_and_drawn_from(bundles, photo, tmp_path):
+    from PIL import Image
+
+    Image.fromarray(photo).save(tmp_path / "a.png")
+    result = Predictor(bundles / "detector")(tmp_path / "a.png")
+    assert result.path == str(tmp_path / "a.png")
+    assert result.draw().shape == (384, 288, 3)
+    assert Predictor(bundles / "detector")(photo).path is None
+
+
+def test_bad_input_is_refused(bundles, photo):
+    with pytest.raises(ImageError):
+        Predictor(bundles / "detector")("none.jpg")
+    with pytest.raises(InputError, match="score_threshold"):
+        Predictor(bundles / "detector", score_threshold=1.5)
+    with pytest.raises(InputError, match="threads"):
+        Predictor(bundles / "detector", threads=0)
+    with pytest.raises(BundleError, match="no bundle"):
+        Predictor(bundles / "none")
+
+
+def test_a_closed_predictor_says_so(bundles, photo):
+    with Predictor(bundles / "detector") as predictor:
+        pass
+    predictor.close()
+    with pytest.raises(BackendError, match="closed"):
+        predictor(photo)
+
+
+def test_a_model_with_more_classes_than_names_is_refused(tmp_path, photo):
+    few = manifest("instance-segmentation", (64, 64), classes=["disc", "star"])
+    write_bundle(tmp_path / "d", few, {"model.onnx": detector((64, 64))})
+    with pytest.raises(BundleError, match="gives 3 classes, and its manifest names 2"):
+        Predictor(tmp_path / "d")(photo)
+    few = manifest("semantic-segmentation", (64, 64), classes=["sky"])
+    write_bundle(tmp_path / "s", few, {"model.onnx": segmenter((64, 64))})
+    with pytest.raises(BundleError, match="names 1"):
+        Predictor(tmp_path / "s")(photo)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("tensorrt", "tensorrt back end cannot"), ("tpu", "no back end 'tpu'"), ("cuda", "CUDA")],
+)
+def test_a_back_end_that_is_not_there_is_an_error_and_never_another_one(detector_bundle, name, said):
+    if name == "cuda":
+        import onnxruntime
+
+        if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+            pytest.skip("this ONNX Runtime has CUDA")
+    with pytest.raises(BackendError, match=said):
+        open_backend(detector_bundle, name)
+
+
+def test_auto_is_the_cpu_where_there_is_no_gpu(detector_bundle):
+    with open_backend(detector_bundle) as backend:
+        assert backend.name in ("onnxruntime", "cuda")
+        outputs = backend.infer(np.ones((1, 3, 64, 64), np.float32))
+    assert set(outputs) == {"num_detections", "boxes", "scores", "labels", "masks"}
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", bytes(100)])
+def test_a_model_that_cannot_be_loaded_is_one_sentence(tmp_path, content):
+    bundle = write_bundle(
+        tmp_path / "b", manifest("instance-segmentation", (64, 64)), {"model.onnx": content}
+    )
+    with pytest.raises(BackendError, match=r"model\.onnx") as caught:
+        open_backend(bundle)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_is_not_the_manifests_is_refused(tmp_path):
+    bundle = write_bundle(
+        tmp_path / "b", manifest("instance-segmentation", (64, 64)), {"model.onnx": segmenter((64, 64))}
+    )
+    with pytest.raises(BackendError, match="not what its manifest says"):
+        open_backend(bundle)
+
+
+def test_a_bundle_without_an_onnx_model_says_so(tmp_path):
+    bundle = write_bundle(tmp_path / "b", manifest("detection", (64, 64)), {"model.engine": b"x"})
+    with pytest.raises(BundleError, match=r"holds no model\.onnx"):
+        open_backend(bundle)
+
+
+def test_real_photos_go_through(bundles, coco_tiny):
+    paths = sorted((coco_tiny / "val").glob("*.jpg"))[:8]
+    with Predictor(Bundle.open(bundles / "detector-dynamic")) as predictor:
+        for path, result in zip(paths, predictor.batch(paths), strict=True):
+            assert result.path == str(path)
+            assert (result.boxes[:, [0, 2]] <= result.size[1]).all()
+            assert (result.boxes[:, [1, 3]] <= result.size[0]).all()

@@ -1,0 +1,75 @@
+"""Many inputs: in order, each once, errors in their place, and only a few read before they are needed."""
+
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from meta_deploy import Predictor
+from meta_deploy.errors import ImageError
+from meta_deploy.runtime import stream
+from meta_deploy.runtime.images import Source
+from meta_deploy.runtime.stream import predict, read_ahead
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """Twelve images of rising brightness, the fourth of which is broken."""
+    paths = [tmp_path / f"{i:02}.png" for i in range(12)]
+    for i, path in enumerate(paths):
+        Image.new("RGB", (64, 64), (100 + 10 * i,) * 3).save(path)
+    paths[3].write_bytes(b"broken")
+    return [Source(path, False) for path in paths]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4, 20])
+def test_results_come_in_order_with_errors_in_their_place(bundles, sources, batch):
+    with Predictor(bundles / "detector-dynamic") as predictor:
+        frames = list(predict(predictor, sources, batch))
+    assert [frame.source for frame in frames] == sources
+    assert [i for i, frame in enumerate(frames) if frame.error] == [3]
+    for i, frame in enumerate(frames):
+        if i != 3:
+            assert frame.result.path == str(sources[i].path)
+            assert round(float(frame.result.scores[0]) * 255) == 100 + 10 * i
+
+
+def test_only_a_few_images_are_held_at_a_time(sources, monkeypatch):
+    read = []
+    monkeypatch.setattr(stream, "read_image", lambda path: read.append(path))
+    frames = read_ahead(sources, depth=2)
+    next(frames)
+    assert len(read) <= 3
+    frames.close()
+    assert len(read) <= 3
+
+
+def test_stopping_early_leaves_no_thread(sources):
+    frames = read_ahead(sources, depth=2)
+    next(frames)
+    frames.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read")]
+
+
+def test_a_video_that_breaks_off_gives_its_frames_and_then_the_error(monkeypatch, tmp_path):
+    class Broken:
+        fps = 5.0
+
+        def __init__(self, path):
+            pass
+
+        def __iter__(self):
+            yield np.zeros((8, 8, 3), np.uint8)
+            raise ImageError("the rest is missing")
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(stream, "Video", Broken)
+    frames = list(read_ahead([Source(tmp_path / "a.mp4", True)], depth=2))
+    assert [frame.index for frame in frames] == [0, None]
+    assert "missing" in str(frames[1].error)

@@ -1,0 +1,89 @@
+"""Who may import whom (architecture.md), read from the sources; and what importing must not load."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "meta_deploy"
+EVERYTHING = {"cli", "models", "export", "calib", "runtime", "report"}
+ALLOWED = {
+    "cli": EVERYTHING,
+    "report": {"report", "runtime", "export"},
+    "calib": {"calib", "runtime"},
+    "export": {"export", "models", "calib", "runtime"},
+    "runtime": {"runtime"},
+    "models": {"models"},
+}
+TORCH = {"torch", "torchvision", "safetensors"}
+ONNX = {"onnx", "onnxscript", "onnx_graphsurgeon", "onnx_ir", "onnxslim", "polygraphy"}
+FORBIDDEN = {
+    "runtime": TORCH | ONNX,
+    "models": ONNX | {"onnxruntime", "tensorrt", "tensorrt_rtx", "cv2"},
+}
+
+
+def imported(path):
+    """Every module that a file imports, at its top or inside a function, as an absolute dotted name."""
+    package = (PACKAGE.name, *path.relative_to(PACKAGE).parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = ".".join(package[: len(package) - node.level + 1]) + "." if node.level else ""
+            base = (above + (node.module or "")).rstrip(".")
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("part", sorted(ALLOWED))
+def test_a_part_imports_only_what_it_may(part):
+    for path in (PACKAGE / part).rglob("*.py"):
+        for name in imported(path):
+            parts = name.split(".")
+            if parts[0] == "meta_deploy" and len(parts) > 1 and parts[1] in EVERYTHING:
+                assert parts[1] in ALLOWED[part], f"{path.relative_to(PACKAGE)} imports {name}"
+            assert parts[0] not in FORBIDDEN.get(part, ()), f"{path.relative_to(PACKAGE)} imports {name}"
+
+
+def test_passes_know_graphs_and_not_models():
+    for path in (PACKAGE / "export" / "passes").rglob("*.py"):
+        for name in imported(path):
+            assert name.split(".")[0] not in TORCH, f"{path.name} imports {name}"
+            assert not name.startswith("meta_deploy.models"), f"{path.name} imports {name}"
+
+
+def test_every_folder_has_its_rule():
+    folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    assert folders <= set(ALLOWED)
+
+
+def loaded_by(code):
+    """The top-level modules that a fresh interpreter holds after running `code`."""
+    script = f"import sys\n{code}\nprint(' '.join(sorted({{name.split('.')[0] for name in sys.modules}})))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(result.stdout.splitlines()[-1].split())
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    heavy = TORCH | ONNX | {"numpy", "cv2", "PIL", "onnxruntime", "tqdm", "pycocotools"}
+    assert not loaded_by("import meta_deploy, meta_deploy.runtime") & heavy
+
+
+def test_the_whole_runtime_loads_without_torch_and_onnx():
+    modules = [
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        for path in (PACKAGE / "runtime").rglob("*.py")
+        if path.name != "__init__.py"
+    ]
+    code = "import " + ", ".join([*modules, "meta_deploy.runtime.backends", "meta_deploy.cli.outputs"])
+    loaded = loaded_by(code + "\nfrom meta_deploy import Predictor, Bundle, Detections, Segmentation")
+    assert not loaded & (TORCH | ONNX)
+    assert "cv2" in loaded  # or this test looks at nothing
+
+
+def test_help_loads_nothing_heavy():
+    code = "from meta_deploy.cli.infer import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass"
+    assert not loaded_by(code) & {"numpy", "cv2", "PIL", "onnxruntime", "tqdm", "torch", "onnx"}
