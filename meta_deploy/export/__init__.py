@@ -1,6 +1,6 @@
 """From checkpoint to bundle. `export(...)` is the whole of it; needs the `[export]` extra."""
 
-__all__ = ["export"]  # noqa: F822
+__all__ = ["export"]
 
 
 def __getattr__(name: str):

@@ -75,7 +75,10 @@ class BackboneConfig:
 
 @dataclass(frozen=True)
 class MaskRCNNConfig:
-    """Mask R-CNN with FPN, in the semantics of MMDetection 2.x's `mask_rcnn_*_fpn` test path."""
+    """Mask R-CNN with FPN, in the semantics of MMDetection 2.x's `mask_rcnn_*_fpn` test path.
+
+    `input_size` (height, width) is what `meta-export` takes when it is not told another.
+    """
 
     name: str
     backbone: BackboneConfig
@@ -91,6 +94,7 @@ class MaskRCNNConfig:
     max_detections: int = 100
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    input_size: tuple[int, int] = (512, 512)
     task: str = field(default="instance-segmentation", init=False)
     head: str = field(default="mask-rcnn", init=False)
 
@@ -106,6 +110,7 @@ class UPerNetConfig:
     pool_scales: tuple[int, ...] = (1, 2, 3, 6)
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    input_size: tuple[int, int] = (512, 512)
     task: str = field(default="semantic-segmentation", init=False)
     head: str = field(default="upernet", init=False)
 
@@ -129,8 +134,14 @@ _BACKBONES: dict[str, dict[str, Any]] = {
 _WINDOWS = {"mask-rcnn": 14, "upernet": 0}
 # The nano is for the demo: narrow heads, so that checkpoint and bundle ship with the package.
 _NANO_HEADS: dict[str, dict[str, Any]] = {
-    "mask-rcnn": {"fpn_channels": 64, "fc_channels": 192, "mask_channels": 64, "window": 0},
-    "upernet": {"channels": 64},
+    "mask-rcnn": {
+        "fpn_channels": 64,
+        "fc_channels": 192,
+        "mask_channels": 64,
+        "window": 0,
+        "input_size": (320, 320),
+    },
+    "upernet": {"channels": 64, "input_size": (320, 320)},
 }
 
 MODEL_NAMES = tuple(f"meta-{size}-{head}" for size in _BACKBONES for head in _HEADS)

@@ -1,0 +1,202 @@
+"""meta-export: a checkpoint becomes a bundle. Parses, calls the API, prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from meta_deploy.cli.common import Parser, positive_int, run
+
+if TYPE_CHECKING:
+    from meta_deploy.runtime.bundle import Bundle
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    return run(lambda: export_command(parser().parse_args(argv)), "meta-export")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(
+        prog="meta-export",
+        description="Turn a checkpoint into a bundle that meta-infer runs, checked against the checkpoint.",
+    )
+    p.add_argument("--ckpt", required=True, metavar="PATH", help=".pth, .pt or .safetensors")
+    p.add_argument("--model", metavar="NAME", help="zoo model, such as meta-t-mask-rcnn (default: inferred)")
+    p.add_argument(
+        "--target",
+        default="auto",
+        choices=("auto", "onnxruntime", "tensorrt", "tensorrt-rtx"),
+        help="what will run the bundle (default: %(default)s, which says what it chose and why)",
+    )
+    precision = p.add_mutually_exclusive_group()
+    for name in PRECISIONS:
+        default = " (default)" if name == "fp32" else ""
+        precision.add_argument(
+            f"--{name}", dest="precision", action="store_const", const=name, help=f"{name} weights{default}"
+        )
+    p.set_defaults(precision="fp32")
+    p.add_argument(
+        "--calib-images",
+        metavar="DIR",
+        help="images to verify (and later calibrate) on (default: eight that ship with the package)",
+    )
+    p.add_argument(
+        "--input-size",
+        nargs=2,
+        type=positive_int,
+        metavar=("H", "W"),
+        help="pixels, multiples of 32 (default: the model's own)",
+    )
+    batch = p.add_mutually_exclusive_group()
+    batch.add_argument(
+        "--batch", type=positive_int, default=1, metavar="N", help="images a call (default: 1)"
+    )
+    batch.add_argument("--dynamic-batch", nargs=3, type=positive_int, metavar=("MIN", "OPT", "MAX"))
+    p.add_argument(
+        "--dynamic-size",
+        action="store_true",
+        help="take any size in steps of 32 up to the longer side of --input-size",
+    )
+    p.add_argument("--passes", default="all", metavar="all|none|NAME,…", help="graph passes to run")
+    p.add_argument("--out", metavar="DIR", help="the bundle (default: CKPT-TARGET-PRECISION here)")
+    p.add_argument("--no-verify", action="store_true", help="skip the comparison with PyTorch on images")
+    p.add_argument("--allow-partial", action="store_true", help="accept a checkpoint that lacks tensors")
+    p.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+    return p
+
+
+def export_command(args: argparse.Namespace) -> int:
+    try:
+        from meta_deploy.export.pipeline import Progress, export
+    except ModuleNotFoundError as error:
+        from meta_deploy.errors import InputError
+
+        raise InputError(
+            f"exporting needs {error.name}, which is not installed; run: pip install 'meta-deploy[export]'"
+        ) from error
+
+    started = time.perf_counter()
+    display = StageDisplay()
+    try:
+        bundle = export(
+            args.ckpt,
+            model=args.model,
+            target=args.target,
+            precision=args.precision,
+            calib_images=args.calib_images,
+            input_size=tuple(args.input_size) if args.input_size else None,
+            batch=args.batch,
+            dynamic_batch=tuple(args.dynamic_batch) if args.dynamic_batch else None,
+            dynamic_size=args.dynamic_size,
+            passes=args.passes,
+            out=args.out,
+            check=not args.no_verify,
+            allow_partial=args.allow_partial,
+            progress=Progress(display.note, display.start, display.end, display.count),
+        )
+    finally:
+        display.close()
+    if args.json:
+        print(json.dumps(document(bundle)))
+    else:
+        print(summary(bundle, time.perf_counter() - started))
+    return 0
+
+
+def document(bundle: Bundle) -> dict[str, object]:
+    """What --json prints."""
+    manifest = bundle.manifest
+    keys = ("target", "precision", "parameters", "nodes", "passes", "verification", "seconds", "peak_rss_mb")
+    return {
+        "bundle": str(bundle.path),
+        "model": manifest["model"]["name"],
+        **{key: manifest[key] for key in keys},
+        "engine": manifest["engine"],
+    }
+
+
+def summary(bundle: Bundle, seconds: float) -> str:
+    """What the command prints at its end: passes, verification, bundle."""
+    manifest = bundle.manifest
+    lines = []
+    if manifest["passes"]:
+        lines.append(f"{'pass':<20}{'nodes':>16}{'transpose+reshape':>20}{'seconds':>9}")
+        for row in manifest["passes"]:
+            nodes = f"{row['nodes_before']} -> {row['nodes_after']}"
+            moves = f"{row['moves_before']} -> {row['moves_after']}"
+            lines.append(f"{row['name']:<20}{nodes:>16}{moves:>20}{row['seconds']:>9.1f}")
+    lines.append(verdict(manifest["verification"]))
+    size = sum(entry["bytes"] for entry in manifest["files"].values()) / 1e6
+    memory = f", peak memory {manifest['peak_rss_mb'] / 1e3:.1f} GB" if manifest["peak_rss_mb"] else ""
+    lines.append(f"{bundle.path}: {size:.1f} MB, {manifest['precision']}, in {seconds:.0f} s{memory}")
+    lines.append(f"next: meta-infer IMAGE --model {bundle.path}")
+    return "\n".join(lines)
+
+
+def verdict(verification: dict | None) -> str:
+    """The verification in one line."""
+    if verification is None:
+        return "not compared with PyTorch (--no-verify)"
+    parts = []
+    for name, stage in verification["stages"].items():
+        if "max_relative_error" in stage:
+            parts.append(f"{name} within {stage['max_relative_error']:.1e}")
+        elif stage.get("compared", 1) == 0:
+            parts.append(f"no {name} on them to compare")
+        else:
+            parts.append(f"{stage['agreement']:.1%} of {name} agree")
+    return f"matches PyTorch on {verification['images']} images: {', '.join(parts)}"
+
+
+class StageDisplay:
+    """Stages on standard error: a line that updates on a terminal, a line per finished stage elsewhere."""
+
+    TITLES = {  # noqa: RUF012
+        "load": "loading the checkpoint",
+        "export": "exporting to ONNX",
+        "passes": "running graph passes",
+        "verify": "comparing with PyTorch",
+        "write": "writing the bundle",
+    }
+
+    def __init__(self) -> None:
+        self.live = sys.stderr.isatty()
+        self.title = ""
+
+    def note(self, line: str) -> None:
+        self._clear()
+        print(line, file=sys.stderr, flush=True)
+
+    def start(self, stage: str) -> None:
+        self.title = self.TITLES[stage]
+        self._show("…")
+
+    def count(self, done: int, total: int) -> None:
+        self._show(f" {done}/{total} images")
+
+    def end(self, stage: str, seconds: float) -> None:
+        self._clear()
+        print(f"{self.title} {seconds:.1f} s", file=sys.stderr, flush=True)
+        self.title = ""
+
+    def close(self) -> None:
+        """Leave the cursor on a clean line, also after an error."""
+        self._clear()
+
+    def _show(self, rest: str) -> None:
+        if self.live:
+            print(f"\r\033[K{self.title}{rest}", end="", file=sys.stderr, flush=True)
+
+    def _clear(self) -> None:
+        if self.live:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""ONNX model to graph-surgeon graph and back, and what passes ask of a graph. Knows no pattern."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
+
+IR_VERSION = 10  # graph-surgeon's default is newer than ONNX Runtime may accept
+
+
+def to_graph(proto: onnx.ModelProto) -> gs.Graph:
+    """A model as a graph to edit, local functions inlined and constants as initializers.
+
+    graph-surgeon reads a Constant node's `value_floats` as float64, so no Constant node may reach it.
+    """
+    model = ir.from_proto(proto)
+    InlinePass()(model)
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    return gs.import_onnx(ir.to_proto(model))
+
+
+def to_proto(graph: gs.Graph) -> onnx.ModelProto:
+    """The inverse of `to_graph`."""
+    graph.ir_version = IR_VERSION
+    return gs.export_onnx(graph)
+
+
+def producer(tensor: gs.Tensor, op: str | None = None) -> gs.Node | None:
+    """The node that makes a tensor, if there is one and it is an `op`."""
+    node = tensor.inputs[0] if tensor.inputs else None
+    return node if node is not None and op in (None, node.op) else None
+
+
+def sole_consumer(graph: gs.Graph, tensor: gs.Tensor) -> bool:
+    """Whether one node alone reads a tensor, which is not an output of the graph either."""
+    return len(tensor.outputs) == 1 and all(output is not tensor for output in graph.outputs)
+
+
+def constant_value(tensor: gs.Tensor) -> np.ndarray | None:
+    """A constant's value, None for what is computed."""
+    return np.asarray(tensor.values) if isinstance(tensor, gs.Constant) else None

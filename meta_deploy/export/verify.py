@@ -1,0 +1,270 @@
+"""Does the graph that ships answer as the PyTorch model does? Both run on images, stage by stage.
+
+Knows the models' and the runtime's interfaces; no pass and no target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import nn
+
+from meta_deploy.errors import VerificationError
+from meta_deploy.runtime.bundle import InputSpec
+from meta_deploy.runtime.images import read_image
+from meta_deploy.runtime.preprocess import Preprocessor
+
+# What each precision must keep. `maps`: largest difference over the map's largest value. `agreement`: share
+# of boxes (pixels, for segmentation) that both sides have. `mask_iou`: mean over the matched boxes.
+TOLERANCES = {"fp32": {"maps": 1e-3, "agreement": 0.99, "mask_iou": 0.99}}
+MATCH_IOU = 0.9  # boxes that overlap by this, with one label, are one box
+SCORE_TOLERANCE = 0.01  # and their scores are this near; boxes this near to a cut-off need no partner
+
+
+def verify(
+    model: nn.Module,
+    graph: onnx.ModelProto,
+    images: Sequence[Path],
+    spec: InputSpec,
+    preprocess: dict[str, Any],
+    precision: str,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Run the PyTorch model and the ONNX graph on images and compare what both say.
+
+    Args:
+        model: the reference, float32, in evaluation mode.
+        graph: what will ship, with those intermediate stages as outputs that it still has.
+        images: files to read; every batch size between the smallest and the largest is met at its ends.
+        spec: the input's dimensions.
+        preprocess: the manifest's rules.
+        precision: a key of `TOLERANCES`.
+        progress: called with (images done, images in all).
+
+    Returns:
+        The manifest's `verification`: per stage the figures, the tolerance, and whether it holds.
+
+    Raises:
+        VerificationError: a stage is off; its `figures` holds the whole result.
+        ImageError: an image cannot be read.
+    """
+    session = onnxruntime.InferenceSession(
+        graph.SerializeToString(), _session_options(), providers=["CPUExecutionProvider"]
+    )
+    names = [output.name for output in session.get_outputs()]
+    preprocessor = Preprocessor(spec, preprocess)
+    comparison = Comparison(getattr(model.config, "score_threshold", 0.0))
+    done = 0
+    for paths in _batches(images, spec):
+        batch, _ = preprocessor([read_image(path) for path in paths])
+        with torch.inference_mode():
+            expected = {k: v.numpy() for k, v in model(torch.from_numpy(batch), stages=True).items()}
+        comparison.add(expected, dict(zip(names, session.run(None, {"images": batch}), strict=True)))
+        done += len(paths)
+        progress(min(done, len(images)), len(images))
+
+    stages = comparison.stages(TOLERANCES[precision])
+    result = {
+        "images": len(images),
+        "reference": f"PyTorch {torch.__version__} float32",
+        "backend": f"ONNX Runtime {onnxruntime.__version__} CPU",
+        "stages": stages,
+        "passed": all(stage["passed"] for stage in stages.values()),
+    }
+    if not result["passed"]:
+        raise _failure(result)
+    return result
+
+
+def _failure(result: dict[str, Any]) -> VerificationError:
+    name, stage = next((n, s) for n, s in result["stages"].items() if not s["passed"])
+    figures = ", ".join(f"{k} {_short(v)}" for k, v in stage.items() if k not in ("passed", "tolerance"))
+    limits = ", ".join(f"{k} {_short(v)}" for k, v in stage["tolerance"].items())
+    error = VerificationError(
+        f"the exported model does not match PyTorch on {result['images']} images: {name} are off "
+        f"({figures}; wanted: {limits}); no bundle was written"
+    )
+    error.figures = result  # type: ignore[attr-defined]
+    return error
+
+
+def _short(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _session_options() -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return options
+
+
+def _batches(images: Sequence[Path], spec: InputSpec) -> Iterator[list[Path]]:
+    """Every image once, in batches of the largest size, then of the smallest, then of the usual one."""
+    sizes = [spec.batch_max, spec.batch_min] if not spec.static_batch else []
+    start = 0
+    while start < len(images) or sizes:
+        size = sizes.pop(0) if sizes else spec.batch_opt
+        # A short last batch is filled up from the start: a static graph takes no other size.
+        yield [images[i % len(images)] for i in range(start, start + size)]
+        start += size
+
+
+class Comparison:
+    """Gathers differences batch by batch; `stages` sums them up."""
+
+    def __init__(self, score_threshold: float = 0.0) -> None:
+        self.score_threshold = score_threshold
+        self.map_errors: list[float] = []
+        self.proposals = _Matches()
+        self.detections = _Matches()
+        self.same_label: list[float] = []
+
+    def add(self, expected: dict[str, np.ndarray], actual: dict[str, np.ndarray]) -> None:
+        """One batch of both sides' outputs, by name; of the stages only those that `actual` has count."""
+        for name, value in expected.items():
+            if name in actual and name.startswith(("feature_", "logits")):
+                scale = max(float(np.abs(value).max()), 1e-12)
+                self.map_errors.append(_finite(float(np.abs(actual[name] - value).max()) / scale))
+        if "logits" in expected:
+            same = expected["logits"].argmax(1) == actual["logits"].argmax(1)
+            self.same_label.append(float(same.mean()))
+        if "proposals" in actual:
+            for b in range(len(expected["proposals"])):
+                self.proposals.add(
+                    *(
+                        Boxes(side["proposals"][b], side["proposal_scores"][b], 0.0)
+                        for side in (expected, actual)
+                    )
+                )
+        if "boxes" in expected:
+            for b in range(len(expected["boxes"])):
+                self.detections.add(
+                    *(
+                        Boxes(
+                            *(side[name][b] for name in ("boxes", "scores")),
+                            self.score_threshold,
+                            *(side[name][b] for name in ("labels", "masks")),
+                        )
+                        for side in (expected, actual)
+                    )
+                )
+
+    def stages(self, tolerance: dict[str, float]) -> dict[str, dict[str, Any]]:
+        """Figures, tolerance and verdict per stage."""
+        stages: dict[str, dict[str, Any]] = {}
+        if self.map_errors:
+            error = max(self.map_errors)
+            stages["maps"] = {
+                "max_relative_error": error,
+                "tolerance": {"max_relative_error": tolerance["maps"]},
+                "passed": error <= tolerance["maps"],
+            }
+        if self.same_label:
+            agreement = float(np.mean(self.same_label))
+            stages["pixels"] = {
+                "agreement": agreement,
+                "tolerance": {"agreement": tolerance["agreement"]},
+                "passed": agreement >= tolerance["agreement"],
+            }
+        if self.proposals.images:
+            stages["proposals"] = self.proposals.stage(tolerance)
+        if self.detections.images:
+            stages["detections"] = self.detections.stage(tolerance)
+        return stages
+
+
+def _finite(error: float) -> float:
+    return error if np.isfinite(error) else float("inf")
+
+
+class Boxes:
+    """One image's boxes of one side, those with a score: xyxy, score, label, mask probabilities.
+
+    `score_threshold` is where the model itself cuts the list off.
+    """
+
+    def __init__(
+        self,
+        boxes: np.ndarray,
+        scores: np.ndarray,
+        score_threshold: float,
+        labels: np.ndarray | None = None,
+        masks: np.ndarray | None = None,
+    ) -> None:
+        found = scores > 0
+        self.boxes, self.scores = boxes[found].astype(np.float64), scores[found].astype(np.float64)
+        self.labels = np.zeros(len(self.scores)) if labels is None else labels[found]
+        self.masks = None if masks is None else masks[found]
+        # Which box came last, where the list is full or at the threshold, may hang on rounding.
+        last = self.scores.min() if len(scores) and found.all() else score_threshold
+        self.cut_off = last + SCORE_TOLERANCE
+
+
+class _Matches:
+    """Boxes of both sides, matched one to one by overlap and label, over many images."""
+
+    def __init__(self) -> None:
+        self.images = 0
+        self.compared = 0
+        self.agreed = 0
+        self.mask_ious: list[float] = []
+        self.score_difference = 0.0
+
+    def add(self, expected: Boxes, actual: Boxes) -> None:
+        self.images += 1
+        pairs = match(expected, actual)
+        for i, j in pairs:
+            self.score_difference = max(self.score_difference, abs(expected.scores[i] - actual.scores[j]))
+            if expected.masks is not None and actual.masks is not None:
+                a, b = expected.masks[i] >= 0.5, actual.masks[j] >= 0.5
+                self.mask_ious.append(float((a & b).sum() / max((a | b).sum(), 1)) if (a | b).any() else 1.0)
+        matched = ({i for i, _ in pairs}, {j for _, j in pairs})
+        for side, partners in zip((expected, actual), matched, strict=True):
+            # A box without a partner counts unless it is at the cut-off.
+            alone = sum(side.scores[i] > side.cut_off for i in range(len(side.scores)) if i not in partners)
+            self.compared += len(partners) + int(alone)
+            self.agreed += len(partners)
+
+    def stage(self, tolerance: dict[str, float]) -> dict[str, Any]:
+        agreement = self.agreed / self.compared if self.compared else 1.0
+        stage: dict[str, Any] = {
+            "compared": self.compared // 2,
+            "agreement": agreement,
+            "max_score_difference": float(self.score_difference),
+            "tolerance": {"agreement": tolerance["agreement"]},
+            "passed": agreement >= tolerance["agreement"],
+        }
+        if self.mask_ious:
+            stage["mean_mask_iou"] = float(np.mean(self.mask_ious))
+            stage["tolerance"]["mean_mask_iou"] = tolerance["mask_iou"]
+            stage["passed"] = stage["passed"] and stage["mean_mask_iou"] >= tolerance["mask_iou"]
+        return stage
+
+
+def match(expected: Boxes, actual: Boxes) -> list[tuple[int, int]]:
+    """Pairs (i, j) of boxes of one label, near scores and an IoU of at least `MATCH_IOU`, best first."""
+    if not len(expected.scores) or not len(actual.scores):
+        return []
+    a, b = expected.boxes[:, None], actual.boxes[None]
+    sides = np.clip(np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2]), 0, None)
+    inter = sides[..., 0] * sides[..., 1]
+    area_a, area_b = ((x[..., 2] - x[..., 0]) * (x[..., 3] - x[..., 1]) for x in (a, b))
+    iou = inter / np.maximum(area_a + area_b - inter, 1e-9)
+    near = np.abs(expected.scores[:, None] - actual.scores[None]) <= SCORE_TOLERANCE
+    iou[(expected.labels[:, None] != actual.labels[None]) | ~near] = 0.0
+    candidates = np.argwhere(iou >= MATCH_IOU)
+    order = np.argsort(-iou[tuple(candidates.T)], kind="stable")
+    pairs: list[tuple[int, int]] = []
+    taken_i, taken_j = set(), set()
+    for i, j in candidates[order].tolist():
+        if i not in taken_i and j not in taken_j:
+            pairs.append((i, j))
+            taken_i.add(i)
+            taken_j.add(j)
+    return pairs
