@@ -71,7 +71,8 @@ def select_top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     N = scores.shape[1]
     if isinstance(N, int) and k <= N:
-        return tuple(torch.topk(scores, k, dim=1))
+        values, index = torch.topk(scores, k, dim=1)
+        return values, index
     values, index = torch.topk(F.pad(scores, (0, k), value=-1.0), k, dim=1)
     return values, torch.where(index < N, index, 0)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from meta_deploy.errors import InputError
 
@@ -16,6 +16,33 @@ if TYPE_CHECKING:
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a field's declared type; a whole number is a float too, but True is no number."""
+    if get_origin(kind) is tuple:
+        kinds = get_args(kind)
+        if isinstance(value, tuple) and kinds[1] is Ellipsis:
+            kinds = kinds[:1] * len(value)
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    return isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) is (
+        kind is bool
+    )
+
+
+def _check_fields(config: Any, may_be_zero: tuple[str, ...]) -> None:
+    """Every field of its declared type, every number above zero (or zero, where that has a meaning)."""
+    hints = get_type_hints(type(config))
+    for item in dataclasses.fields(config):
+        value, kind = getattr(config, item.name), hints[item.name]
+        if not _fits(value, kind):
+            raise InputError(f"Bad model configuration: {item.name} {value!r} is not of type {item.type}.")
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, (int, float)) and kind is not bool:
+                if item.name in may_be_zero and not number >= 0:
+                    raise InputError(f"Bad model configuration: {item.name} {number} is negative.")
+                if item.name not in may_be_zero and not number > 0:
+                    raise InputError(f"Bad model configuration: {item.name} {number} is not positive.")
 
 
 @dataclass(frozen=True)
@@ -49,12 +76,13 @@ class BackboneConfig:
     shared_norm: bool = True
 
     def __post_init__(self) -> None:
+        _check_fields(self, may_be_zero=("window",))
         hidden = int(self.embed_dim * self.adapter_ratio)
-        part = hidden // self.adapter_parts if self.adapter_parts > 0 else 0
+        part = hidden // self.adapter_parts
         for ok, rule in (
-            (self.depth > 0 and self.depth % 4 == 0, f"depth {self.depth} is not a multiple of 4"),
+            (self.depth % 4 == 0, f"depth {self.depth} is not a multiple of 4"),
             (
-                self.num_heads > 0 and self.embed_dim % self.num_heads == 0,
+                self.embed_dim % self.num_heads == 0,
                 f"{self.num_heads} heads do not divide width {self.embed_dim}",
             ),
             (self.patch_size == 16, f"patch size {self.patch_size} is not 16"),
@@ -63,11 +91,9 @@ class BackboneConfig:
                 f"{self.adapter_parts} parts do not divide {hidden}",
             ),
             (
-                self.adapter_heads > 0 and self.adapter_heads % 2 == 0 and part % self.adapter_heads == 0,
+                self.adapter_heads % 2 == 0 and part % self.adapter_heads == 0,
                 f"{self.adapter_heads} adapter heads are not an even divisor of {part} channels",
             ),
-            (self.stripe_width > 0, f"stripe width {self.stripe_width} is not positive"),
-            (self.window >= 0, f"window {self.window} is negative"),
         ):
             if not ok:
                 raise InputError(f"Bad backbone configuration: {rule}.")
@@ -98,6 +124,9 @@ class MaskRCNNConfig:
     task: str = field(default="instance-segmentation", init=False)
     head: str = field(default="mask-rcnn", init=False)
 
+    def __post_init__(self) -> None:
+        _check_fields(self, may_be_zero=("score_threshold", "mean"))
+
 
 @dataclass(frozen=True)
 class UPerNetConfig:
@@ -113,6 +142,9 @@ class UPerNetConfig:
     input_size: tuple[int, int] = (512, 512)
     task: str = field(default="semantic-segmentation", init=False)
     head: str = field(default="upernet", init=False)
+
+    def __post_init__(self) -> None:
+        _check_fields(self, may_be_zero=("mean",))
 
 
 ModelConfig = MaskRCNNConfig | UPerNetConfig
@@ -182,7 +214,7 @@ def config_from_dict(data: dict[str, Any]) -> ModelConfig:
         InputError: an unknown head, or a field that is unknown, missing or of the wrong type.
     """
     try:
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         head = fields.pop("head")
         task = fields.pop("task", None)
         fields["backbone"] = BackboneConfig(**fields["backbone"])
