@@ -348,7 +348,11 @@ def _choose_config(
     if embedded is not None and embedded.name == model_name:
         return embedded, []
     grid = infer.pos_grid_of(state) or wanted.backbone.pos_grid
-    config = get_config(model_name, infer.num_classes_of(state, wanted.head) if head == wanted.head else None)
+    classes = infer.num_classes_of(state, wanted.head) if head == wanted.head else None
+    try:
+        config = get_config(model_name, classes)
+    except InputError as error:
+        refuse(checkpoint.path, f"has a head of {classes} classes; take another checkpoint", error)
     config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, pos_grid=grid))
     if embedded is None or embedded.head != config.head:
         return config, []
@@ -405,11 +409,8 @@ def _load_meta(
     """Build the model of `config` and fill it."""
     path = checkpoint.path
     state, resized = _fit_pos_embed(checkpoint.state, _VIT, config.backbone.pos_grid)
-    try:
-        with torch.device("meta"):  # names and shapes only: nothing is allocated before they are known to fit
-            model = build_model(config)
-    except Exception as error:  # an embedded configuration can ask for anything
-        refuse(path, f"embeds a configuration of which no model can be built: {_one_line(error)}", error)
+    with torch.device("meta"):  # names and shapes only: nothing is allocated before they are known to fit
+        model = _build(config, path)
     report = _compare(model.state_dict(), state, _HARMLESS_PREFIXES)
     report.resized.extend(resized)
     if report.problems() and not allow_partial:
@@ -422,7 +423,7 @@ def _load_meta(
         refuse(path, f"has nothing that fits {shown(config.name)}; name the right model with --model")
     values = {name: state[name].clone() for name in report.loaded}
     if not report.complete:
-        model = build_model(config)
+        model = _build(config, path)
         model.load_state_dict(values, strict=False)
         return model, report
     for name, value in model.state_dict().items():
@@ -430,6 +431,13 @@ def _load_meta(
             values[name] = torch.zeros(value.shape, dtype=value.dtype)  # a batch norm's counter
     model.load_state_dict(values, assign=True)
     return model, report
+
+
+def _build(config: ModelConfig, path: Path) -> nn.Module:
+    try:
+        return build_model(config)
+    except Exception as error:  # an embedded configuration can ask for anything
+        refuse(path, f"embeds a configuration of which no model can be built: {_one_line(error)}", error)
 
 
 def _load_around_vit(checkpoint: Checkpoint, config: ModelConfig) -> tuple[nn.Module, LoadReport]:
