@@ -4,6 +4,8 @@ Knows the operators' signatures in `models/`, and no model.
 """
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import onnx
 import torch
@@ -68,7 +70,7 @@ def pyramid_roi_align(features, rois, batch_index, strides, output_size):
     return op.Gather(op.Concat(*pooled, axis=0), inverse)
 
 
-TRANSLATIONS = {
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.meta_deploy.nms.default: nms,
     torch.ops.meta_deploy.pyramid_roi_align.default: pyramid_roi_align,
 }

@@ -55,6 +55,7 @@ class MaskHead(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                assert module.bias is not None
                 nn.init.zeros_(module.bias)
 
     def forward(self, pooled: Tensor) -> Tensor:
@@ -154,7 +155,8 @@ class MaskRCNN(nn.Module):
         """
         image_size = (images.shape[2], images.shape[3])
         features = self.extract_features(images)
-        proposals, proposal_scores = self.rpn_head.proposals(*self.rpn_head(features), image_size)
+        logits, deltas = self.rpn_head(features)
+        proposals, proposal_scores = self.rpn_head.proposals(logits, deltas, image_size)
         boxes, scores, labels = self.roi_head.detect(features[:4], proposals, proposal_scores, image_size)
         masks = self.roi_head.masks(features[:4], boxes, labels)
         found = scores > 0

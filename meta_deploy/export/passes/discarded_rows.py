@@ -44,7 +44,7 @@ def _match(graph: gs.Graph, where: gs.Node) -> tuple[gs.Node, list[gs.Node], gs.
     flat = reshape.inputs[0]
     if not _same_rows(keep.shape, flat.shape, value.shape):
         return None
-    nodes = []
+    nodes: list[gs.Node] = []
     tensor = flat
     while sole_consumer(graph, tensor) and (node := producer(tensor)) is not None:
         if node.op == "Gather" and node.attrs.get("axis", 0) == 0 and nodes:
