@@ -56,16 +56,21 @@ def roi_align(feature: Tensor, rois: Tensor, output_size: int, stride: int) -> T
         (R, C, P, P).
     """
     C, H, W = feature.shape
+    by_row = feature.transpose(0, 1).reshape(H, C * W)
+    # Pieces keep the product with the rows, R x P x C x W, near 64 MB; and RoIs that begin at about the same
+    # row share few rows of the map, so that each piece need only look at those.
+    order = rois[:, 1].argsort()
     out = []
-    # The product with the rows is R x P x C x W large: keep a piece of it near 64 MB.
-    piece = max(1, 2**24 // (output_size * C * W))
-    for part in rois.split(piece):
+    for part in rois[order].split(max(1, min(32, 2**24 // (output_size * C * W)))):
         x1, y1, x2, y2 = (part / stride - 0.5).unbind(1)
         rows = sampling_weights(y1, y2 - y1, output_size, H)  # (R, P, H)
         columns = sampling_weights(x1, x2 - x1, output_size, W)  # (R, P, W)
-        banded = torch.einsum("rph,chw->rcpw", rows, feature)
-        out.append(torch.einsum("rcpw,rqw->rcpq", banded, columns))
-    return torch.cat(out)
+        used = (rows > 0).any(dim=0).any(dim=0).nonzero()[:, 0]
+        top, bottom = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
+        banded = (rows[:, :, top:bottom] @ by_row[top:bottom]).reshape(-1, output_size * C, W)
+        pooled = (banded @ columns.transpose(1, 2)).reshape(-1, output_size, C, output_size)
+        out.append(pooled.transpose(1, 2))
+    return torch.cat(out)[order.argsort()]
 
 
 def _pyramid_roi_align(

@@ -103,6 +103,7 @@ def test_an_empty_roi_pools_to_zero():
 def test_no_rois_give_an_empty_result():
     features = [torch.ones(2, 3, 64 // s, 64 // s) for s in STRIDES]
     none = torch.zeros(0, dtype=torch.int64)
+    assert roi_align(features[0][0], torch.zeros(0, 4), 7, 4).shape == (0, 3, 7, 7)
     assert pyramid_roi_align(features, torch.zeros(0, 4), none, STRIDES, 7).shape == (0, 3, 7, 7)
 
 
