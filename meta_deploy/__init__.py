@@ -1,6 +1,6 @@
 """Deployment and inference for ViT-adapter dense-prediction models.
 
-The verbs: `meta_deploy.export.export(...)` writes a `Bundle`, `meta_deploy.Predictor(bundle)(image)` runs one.
+`meta_deploy.export.export(...)` writes a `Bundle`; `meta_deploy.Predictor(bundle)(image)` runs one.
 
 Importing this package imports nothing heavy; each name is loaded on first use.
 """
@@ -13,7 +13,7 @@ _LAZY = {
     "Detections": "meta_deploy.runtime.results",
     "Segmentation": "meta_deploy.runtime.results",
 }
-__all__ = ["Bundle", "Detections", "Predictor", "Segmentation", "__version__"]  # noqa: F822
+__all__ = ["Bundle", "Detections", "Predictor", "Segmentation", "__version__"]
 
 
 def __getattr__(name: str):

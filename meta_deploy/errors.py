@@ -1,6 +1,6 @@
 """The package's errors. Each message is one sentence: what was wrong, the offending value, what to do.
 
-The command line turns `InputError` into exit code 2 and `VerificationError` into 3; anything else is ours (1).
+The command line makes `InputError` exit code 2 and `VerificationError` 3; anything else is ours (1).
 """
 
 

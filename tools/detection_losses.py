@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from meta_deploy.models.box_ops import box_iou, encode_boxes
+from meta_deploy.models.box_ops import INVALID, box_iou, encode_boxes
 
 NEGATIVE, IGNORED = -1, -2
 RPN_STDS = (1.0, 1.0, 1.0, 1.0)
@@ -116,7 +116,7 @@ def detection_losses(
             settings.proposals_pre_nms,
             settings.proposals,
         )
-    candidates = [boxes[score >= 0] for boxes, score in zip(proposals, scores, strict=True)]
+    candidates = [boxes[score > INVALID] for boxes, score in zip(proposals, scores, strict=True)]
     losses |= roi_losses(model.roi_head, features, candidates, truths, settings)
     return losses
 

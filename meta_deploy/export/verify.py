@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from meta_deploy.errors import VerificationError
+from meta_deploy.models.box_ops import INVALID
 from meta_deploy.runtime.bundle import InputSpec
 from meta_deploy.runtime.images import read_image
 from meta_deploy.runtime.preprocess import Preprocessor
@@ -25,6 +26,7 @@ from meta_deploy.runtime.preprocess import Preprocessor
 TOLERANCES = {"fp32": {"maps": 1e-3, "agreement": 0.99, "mask_iou": 0.99}}
 MATCH_IOU = 0.9  # boxes that overlap by this, with one label, are one box
 SCORE_TOLERANCE = 0.01  # and their scores are this near; boxes this near to a cut-off need no partner
+LOGIT_TOLERANCE = 0.05  # the same for proposals, which have logits
 
 
 def verify(
@@ -138,7 +140,7 @@ class Comparison:
             for b in range(len(expected["proposals"])):
                 self.proposals.add(
                     *(
-                        Boxes(side["proposals"][b], side["proposal_scores"][b], 0.0)
+                        Boxes(side["proposals"][b], side["proposal_logits"][b], INVALID, LOGIT_TOLERANCE)
                         for side in (expected, actual)
                     )
                 )
@@ -149,6 +151,7 @@ class Comparison:
                         Boxes(
                             *(side[name][b] for name in ("boxes", "scores")),
                             self.score_threshold,
+                            SCORE_TOLERANCE,
                             *(side[name][b] for name in ("labels", "masks")),
                         )
                         for side in (expected, actual)
@@ -186,7 +189,8 @@ def _finite(error: float) -> float:
 class Boxes:
     """One image's boxes of one side, those with a score: xyxy, score, label, mask probabilities.
 
-    `score_threshold` is where the model itself cuts the list off.
+    `score_threshold` is where the model itself cuts the list off; `tolerance` how near two scores of one
+    box are.
     """
 
     def __init__(
@@ -194,16 +198,18 @@ class Boxes:
         boxes: np.ndarray,
         scores: np.ndarray,
         score_threshold: float,
+        tolerance: float,
         labels: np.ndarray | None = None,
         masks: np.ndarray | None = None,
     ) -> None:
-        found = scores > 0
+        found = scores > score_threshold
+        self.tolerance = tolerance
         self.boxes, self.scores = boxes[found].astype(np.float64), scores[found].astype(np.float64)
         self.labels = np.zeros(len(self.scores)) if labels is None else labels[found]
         self.masks = None if masks is None else masks[found]
         # Which box came last, where the list is full or at the threshold, may hang on rounding.
         last = self.scores.min() if len(scores) and found.all() else score_threshold
-        self.cut_off = last + SCORE_TOLERANCE
+        self.cut_off = last + tolerance
 
 
 class _Matches:
@@ -256,7 +262,7 @@ def match(expected: Boxes, actual: Boxes) -> list[tuple[int, int]]:
     inter = sides[..., 0] * sides[..., 1]
     area_a, area_b = ((x[..., 2] - x[..., 0]) * (x[..., 3] - x[..., 1]) for x in (a, b))
     iou = inter / np.maximum(area_a + area_b - inter, 1e-9)
-    near = np.abs(expected.scores[:, None] - actual.scores[None]) <= SCORE_TOLERANCE
+    near = np.abs(expected.scores[:, None] - actual.scores[None]) <= expected.tolerance
     iou[(expected.labels[:, None] != actual.labels[None]) | ~near] = 0.0
     candidates = np.argwhere(iou >= MATCH_IOU)
     order = np.argsort(-iou[tuple(candidates.T)], kind="stable")

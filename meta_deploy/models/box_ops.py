@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+INVALID = -1.0e4  # the score or logit of an entry that is only padding; float16 can hold it
 MAX_SIZE_CHANGE = abs(math.log(16 / 1000))  # a decoded side grows by this factor at most, in log space
 _NMS_HEAD = 32  # candidates that one step of `nms` looks at
 
@@ -61,10 +62,10 @@ def has_area(boxes: Tensor) -> Tensor:
 
 
 def select_top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best per row, best first; where a row has fewer than k, the rest has score -1 and index 0.
+    """The k best per row, best first; where a row has fewer than k, the rest has `INVALID` and index 0.
 
     Args:
-        scores: (B, N), not below -1. N may be known only at run time.
+        scores: (B, N), not below `INVALID`. N may be known only at run time.
 
     Returns:
         Values (B, k) and indices (B, k) int64.
@@ -73,7 +74,7 @@ def select_top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if isinstance(N, int) and k <= N:
         values, index = torch.topk(scores, k, dim=1)
         return values, index
-    values, index = torch.topk(F.pad(scores, (0, k), value=-1.0), k, dim=1)
+    values, index = torch.topk(F.pad(scores, (0, k), value=INVALID), k, dim=1)
     return values, torch.where(index < N, index, 0)
 
 
@@ -90,9 +91,7 @@ def separate(boxes: Tensor, groups: Tensor, image_size: tuple[int, int]) -> Tens
         groups: (N,) integers.
         image_size: (H, W).
     """
-    step = (
-        float(max(image_size)) + 1.0 if all(isinstance(s, int) for s in image_size) else sum(image_size) + 1
-    )
+    step = torch.sym_max(*image_size) + 1
     return boxes + (groups * step)[:, None]
 
 

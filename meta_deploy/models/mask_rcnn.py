@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from meta_deploy.models.box_ops import decode_boxes, has_area, nms, select_top, separate, take
+from meta_deploy.models.box_ops import INVALID, decode_boxes, has_area, nms, select_top, separate, take
 from meta_deploy.models.fpn import FPN, ConvModule
 from meta_deploy.models.meta import META
 from meta_deploy.models.roi_align import pyramid_roi_align
@@ -89,11 +89,11 @@ class RoIHead(nn.Module):
         return pyramid_roi_align(features, rois, batch_index, _ROI_STRIDES, 14)
 
     def detect(
-        self, features: list[Tensor], proposals: Tensor, proposal_scores: Tensor, image_size: tuple[int, int]
+        self, features: list[Tensor], proposals: Tensor, proposal_logits: Tensor, image_size: tuple[int, int]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Proposals (B, P, 4) -> the K best boxes (B, K, 4), scores (B, K) and labels (B, K).
 
-        Padded entries have score -1.
+        Padded entries have the score `INVALID`.
         """
         B, P, _ = proposals.shape
         logits, deltas = self.bbox_head(
@@ -102,14 +102,14 @@ class RoIHead(nn.Module):
         scores = logits.softmax(dim=-1)[:, : self.num_classes].reshape(B, P, -1)
         deltas = deltas.reshape(B, P, self.num_classes, 4)
         boxes = decode_boxes(proposals[:, :, None], deltas, BOX_STDS, image_size)  # (B, P, classes, 4)
-        valid = (proposal_scores > 0)[:, :, None] & has_area(boxes)
-        scores = torch.where(valid, scores, -1.0).reshape(B, -1)
+        valid = (proposal_logits > INVALID)[:, :, None] & has_area(boxes)
+        scores = torch.where(valid, scores, INVALID).reshape(B, -1)
         boxes = boxes.reshape(B, -1, 4)
 
         classes = torch.arange(self.num_classes, device=boxes.device).repeat(P)
         apart = separate(boxes, classes.to(boxes.dtype), image_size)
         kept = nms(apart, scores, self.nms_threshold, self.score_threshold, self.max_detections)
-        scores, index = select_top(torch.where(kept, scores, -1.0), self.max_detections)
+        scores, index = select_top(torch.where(kept, scores, INVALID), self.max_detections)
         return take(boxes, index), scores, index % self.num_classes
 
     def masks(self, features: list[Tensor], boxes: Tensor, labels: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ class MaskRCNN(nn.Module):
         Args:
             images: the batch.
             stages: also return what verification compares on the way: the pyramid maps `feature_0` ..
-                `feature_4`, `proposals` (B, P, 4) and `proposal_scores` (B, P).
+                `feature_4`, `proposals` (B, P, 4) and `proposal_logits` (B, P).
 
         Returns:
             `num_detections` (B,) int32; padded to K, best first: `boxes` (B, K, 4) xyxy in input pixels,
@@ -156,8 +156,8 @@ class MaskRCNN(nn.Module):
         image_size = (images.shape[2], images.shape[3])
         features = self.extract_features(images)
         logits, deltas = self.rpn_head(features)
-        proposals, proposal_scores = self.rpn_head.proposals(logits, deltas, image_size)
-        boxes, scores, labels = self.roi_head.detect(features[:4], proposals, proposal_scores, image_size)
+        proposals, proposal_logits = self.rpn_head.proposals(logits, deltas, image_size)
+        boxes, scores, labels = self.roi_head.detect(features[:4], proposals, proposal_logits, image_size)
         masks = self.roi_head.masks(features[:4], boxes, labels)
         found = scores > 0
         outputs = {
@@ -169,5 +169,5 @@ class MaskRCNN(nn.Module):
         }
         if stages:
             outputs |= {f"feature_{i}": feature for i, feature in enumerate(features)}
-            outputs |= {"proposals": proposals, "proposal_scores": proposal_scores}
+            outputs |= {"proposals": proposals, "proposal_logits": proposal_logits}
         return outputs

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from meta_deploy.models.box_ops import decode_boxes, has_area, nms, select_top, separate, take
+from meta_deploy.models.box_ops import INVALID, decode_boxes, has_area, nms, select_top, separate, take
 
 _SCALE = 8
 _RATIOS = (0.5, 1.0, 2.0)
@@ -66,30 +66,34 @@ class RPNHead(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The best boxes of all levels after NMS within each level.
 
+        Logits rank them, where MMDetection takes their sigmoid: the order is the same, but a runtime's
+        float32 sigmoid maps all very unlikely boxes to one value, and then their order is chance.
+
         Args:
             logits, deltas: what `forward` gave.
             image_size: (H, W) of the input, to which boxes are clipped.
             pre_nms, max_proposals: override the test-time settings (training uses fewer).
 
         Returns:
-            Boxes (B, max_proposals, 4) and scores (B, max_proposals), best first; missing ones have score -1.
+            Boxes (B, max_proposals, 4) and their logits (B, max_proposals), best first; missing ones have
+            the logit `INVALID`.
         """
         pre_nms = pre_nms or self.pre_nms
         max_proposals = max_proposals or self.max_proposals
         boxes, scores, levels = [], [], []
         for level, anchors in enumerate(self.anchors(logits)):
             B = logits[level].shape[0]
-            score = logits[level].permute(0, 2, 3, 1).reshape(B, -1).sigmoid()
+            score = logits[level].permute(0, 2, 3, 1).reshape(B, -1)
             delta = deltas[level].permute(0, 2, 3, 1).reshape(B, -1, 4)
             N = anchors.shape[0]
             score, index = select_top(score, min(pre_nms, N) if isinstance(N, int) else pre_nms)
             box = decode_boxes(anchors[index], take(delta, index), _STDS, image_size)
             boxes.append(box)
-            scores.append(torch.where(has_area(box), score, -1.0))
+            scores.append(torch.where(has_area(box), score, INVALID))
             levels.append(torch.full((index.shape[1],), float(level), device=score.device))
         box, score = torch.cat(boxes, dim=1), torch.cat(scores, dim=1)
         kept = nms(
-            separate(box, torch.cat(levels), image_size), score, self.nms_threshold, 0.0, max_proposals
+            separate(box, torch.cat(levels), image_size), score, self.nms_threshold, INVALID, max_proposals
         )
-        score, index = select_top(torch.where(kept, score, -1.0), max_proposals)
+        score, index = select_top(torch.where(kept, score, INVALID), max_proposals)
         return take(box, index), score
