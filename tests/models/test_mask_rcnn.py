@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from meta_deploy.models.mask_rcnn import BOX_STDS, BoxHead, MaskHead, MaskRCNN, RoIHead, image_of
+from meta_deploy.models.box_ops import INVALID
+from meta_deploy.models.mask_rcnn import BoxHead, MaskHead, MaskRCNN, RoIHead, image_of
 from meta_deploy.models.zoo import BackboneConfig, MaskRCNNConfig
 from tests.models import references as ref
 
@@ -88,7 +89,7 @@ def second_stage(head, features, proposals, image_size):
     deltas = ref.linear(x, state, "bbox_head.fc_reg").reshape(len(proposals), -1, 4)
     boxes = np.array(
         [
-            [ref.decode(p, d, BOX_STDS, image_size) for d in row]
+            [ref.decode(p, d, (0.1, 0.1, 0.2, 0.2), image_size) for d in row]
             for p, row in zip(proposals, deltas, strict=True)
         ]
     )
@@ -121,10 +122,10 @@ def test_detections_are_mmdetections(size, score_threshold):
     x = images(2, 3, *size)
     out = {k: v.detach().numpy() for k, v in model(x).items()}
     features = model.extract_features(x)
-    proposals, proposal_scores = model.rpn_head.proposals(*model.rpn_head(features), size)
+    proposals, proposal_logits = model.rpn_head.proposals(*model.rpn_head(features), size)
     for b in range(2):
         maps = [f[b].detach().numpy() for f in features[:4]]
-        real = proposals[b][proposal_scores[b] > 0].detach().numpy()
+        real = proposals[b][proposal_logits[b] > INVALID].detach().numpy()
         found, masks = second_stage(model.roi_head, maps, real, size)
         count = out["num_detections"][b]
         assert count == len(found) > 0
@@ -207,7 +208,7 @@ def test_equal_boxes_of_two_classes_are_both_detected():
     boxes, scores, labels = head.detect(features, proposals, torch.tensor([[0.9, 0.8, 0.7]]), (64, 64))
     assert labels[0, :4].tolist() == [0, 0, 1, 1]
     torch.testing.assert_close(boxes[0, :4], proposals[0, [0, 2, 0, 2]])
-    assert (scores[0, 4:] == -1).all()
+    assert (scores[0, 4:] == INVALID).all()
 
 
 def test_missing_proposals_detect_nothing():
@@ -215,10 +216,10 @@ def test_missing_proposals_detect_nothing():
     features = [torch.randn(1, 8, 64 // s, 64 // s) for s in STRIDES]
     proposals = torch.tensor([[[4.0, 4, 40, 40], [20, 20, 60, 60]]])
     _, alone, _ = head.detect(features, proposals[:, :1], torch.tensor([[0.9]]), (64, 64))
-    _, padded, _ = head.detect(features, proposals, torch.tensor([[0.9, -1.0]]), (64, 64))
+    _, padded, _ = head.detect(features, proposals, torch.tensor([[0.9, INVALID]]), (64, 64))
     torch.testing.assert_close(padded, alone)
-    _, nothing, _ = head.detect(features, proposals, torch.tensor([[-1.0, -1.0]]), (64, 64))
-    assert (nothing == -1).all()
+    _, nothing, _ = head.detect(features, proposals, torch.tensor([[INVALID, INVALID]]), (64, 64))
+    assert (nothing == INVALID).all()
 
 
 def test_a_box_pushed_out_of_the_image_is_no_detection():
@@ -228,7 +229,7 @@ def test_a_box_pushed_out_of_the_image_is_no_detection():
         head.bbox_head.fc_reg.bias.reshape(CLASSES, 4)[:, 0] = 100.0  # ten widths to the right
     features = [torch.randn(1, 8, 64 // s, 64 // s) for s in STRIDES]
     proposals = torch.tensor([[[4.0, 4, 40, 40]]])
-    assert (head.detect(features, proposals, torch.tensor([[0.9]]), (64, 64))[1] == -1).all()
+    assert (head.detect(features, proposals, torch.tensor([[0.9]]), (64, 64))[1] == INVALID).all()
 
 
 def test_mask_is_of_the_label_and_the_box():
