@@ -11,6 +11,7 @@ from onnx import TensorProto, helper
 
 from meta_deploy.models import box_ops
 from meta_deploy.models.box_ops import (
+    INVALID,
     box_iou,
     decode_boxes,
     encode_boxes,
@@ -162,7 +163,7 @@ def test_lines_points_and_inside_out_boxes_have_no_area():
     ),
     st.integers(1, 15),
 )
-def test_select_top_is_a_sort_padded_with_minus_one(rows, k):
+def test_select_top_is_a_sort_padded_with_invalid(rows, k):
     scores = torch.tensor(rows)
     values, index = select_top(scores, k)
     assert values.shape == index.shape == (len(rows), k)
@@ -170,15 +171,15 @@ def test_select_top_is_a_sort_padded_with_minus_one(rows, k):
     assert ((index >= 0) & (index < scores.shape[1])).all()
     for row, value, place in zip(rows, values.tolist(), index.tolist(), strict=True):
         expected = sorted(np.float32(row).tolist(), reverse=True)[:k]
-        assert value == expected + [-1.0] * (k - len(expected))
-        real = [i for v, i in zip(value, place, strict=True) if v > -1]
+        assert value == expected + [INVALID] * (k - len(expected))
+        real = [i for v, i in zip(value, place, strict=True) if v > INVALID]
         assert len(set(real)) == len(real)
-        assert [row[i] for i in real] == [v for v in value if v > -1]
+        assert [row[i] for i in real] == [v for v in value if v > INVALID]
 
 
 def test_select_top_points_at_zero_where_there_is_nothing():
     values, index = select_top(torch.tensor([[0.5, 0.9]]), 4)
-    torch.testing.assert_close(values, torch.tensor([[0.9, 0.5, -1.0, -1.0]]))
+    torch.testing.assert_close(values, torch.tensor([[0.9, 0.5, INVALID, INVALID]]))
     assert index.tolist() == [[1, 0, 0, 0]]
 
 

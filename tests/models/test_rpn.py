@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from meta_deploy.models.box_ops import INVALID
 from meta_deploy.models.rpn import RPNHead
 from tests.models import references as ref
 
@@ -97,20 +98,20 @@ def test_proposals_are_mmdetections(size, pre_nms, max_proposals, spread):
     numpy_levels = ([x[0].numpy() for x in part] for part in (logits, deltas))
     want_boxes, want_scores = mmdetection_proposals(*numpy_levels, size, pre_nms, 0.7, max_proposals)
     assert boxes.shape == (1, max_proposals, 4)
-    count = int((scores > 0).sum())
+    count = int((scores > INVALID).sum())
     assert count == len(want_scores)
-    np.testing.assert_allclose(scores[0, :count].numpy(), want_scores, atol=1e-12)
+    np.testing.assert_allclose(scores[0, :count].sigmoid().numpy(), want_scores, atol=1e-12)
     np.testing.assert_allclose(boxes[0, :count].numpy(), want_boxes, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_missing_proposals_have_score_minus_one_and_come_last(size):
+def test_missing_proposals_are_invalid_and_come_last(size):
     logits, deltas = predictions(*size)
     boxes, scores = RPNHead(4, 1000, 0.7, 3000).proposals(logits, deltas, size)
-    count = int((scores > 0).sum())
+    count = int((scores > INVALID).sum())
     assert 0 < count < 3000
-    assert (scores[0, :count] > 0).all()
-    assert (scores[0, count:] == -1).all()
+    assert (scores[0, :count] > INVALID).all()
+    assert (scores[0, count:] == INVALID).all()
     assert (scores[0, 1:] <= scores[0, :-1]).all()
     assert boxes.isfinite().all()
 
@@ -118,7 +119,7 @@ def test_missing_proposals_have_score_minus_one_and_come_last(size):
 def test_proposals_lie_inside_the_image_and_have_area():
     logits, deltas = predictions(96, 160, spread=8.0)
     boxes, scores = RPNHead(4, 1000, 0.7, 300).proposals(logits, deltas, (96, 160))
-    boxes = boxes[scores > 0]
+    boxes = boxes[scores > INVALID]
     assert (boxes >= 0).all()
     assert (boxes[:, [1, 3]] <= 96).all()
     assert (boxes[:, [0, 2]] <= 160).all()
@@ -134,7 +135,7 @@ def test_levels_do_not_suppress_each_other():
     deltas[1][0, 4 + 2 : 4 + 4, 4, 4] = np.log(0.5)
     boxes, scores = RPNHead(4, 1000, 0.7, 2).proposals(logits, deltas, (64, 64))
     torch.testing.assert_close(boxes[0], torch.tensor([[16.0, 16, 48, 48]] * 2))
-    torch.testing.assert_close(scores[0], torch.tensor([3.0, 2.0]).sigmoid())
+    torch.testing.assert_close(scores[0], torch.tensor([3.0, 2.0]))
 
 
 def test_a_batch_of_two_is_two_batches_of_one():
@@ -143,7 +144,7 @@ def test_a_batch_of_two_is_two_batches_of_one():
     boxes, scores = head.proposals(logits, deltas, (96, 160))
     for b in range(2):
         alone = head.proposals([x[b : b + 1] for x in logits], [x[b : b + 1] for x in deltas], (96, 160))
-        real = scores[b] > 0
+        real = scores[b] > INVALID
         assert torch.equal(scores[b], alone[1][0])
         assert torch.equal(boxes[b][real], alone[0][0][real])
 
