@@ -1,0 +1,28 @@
+"""Turn a checkpoint into a bundle, and say how near it is to PyTorch. Needs meta-deploy[export].
+
+python examples/export_checkpoint.py model.pth my-bundle
+"""
+
+import sys
+
+from meta_deploy.errors import InputError, VerificationError
+from meta_deploy.export import export
+
+
+def main(checkpoint: str, out: str) -> None:
+    try:
+        bundle = export(checkpoint, target="onnxruntime", out=out)
+    except InputError as error:  # a checkpoint that cannot be used, a folder that cannot be written
+        sys.exit(f"bad input: {error}")
+    except VerificationError as error:  # the graph does not answer as the model does; nothing was written
+        sys.exit(f"not the same model: {error}")
+
+    manifest = bundle.manifest
+    print(f"{bundle.model_name}: {manifest['parameters']:,} parameters, {len(bundle.classes)} classes")
+    print(f"{manifest['nodes']['before']} nodes became {manifest['nodes']['after']}")
+    for name, stage in manifest["verification"]["stages"].items():
+        print(f"{name}: {stage}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

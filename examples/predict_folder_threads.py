@@ -1,0 +1,36 @@
+"""Find the objects in a folder of images, several threads on one predictor: the model is in memory once.
+
+python examples/predict_folder_threads.py photos/ [THREADS]
+"""
+
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from meta_deploy import Detections, Predictor
+from meta_deploy.errors import ImageError
+
+
+def main(folder: str, threads: str = "4") -> None:
+    paths = sorted(path for path in Path(folder).iterdir() if path.is_file())
+
+    # Each call runs on one core, so that the calls share the cores and not each call all of them.
+    with Predictor(threads=1, score_threshold=0.3) as predictor:
+
+        def find(path: Path) -> Detections | ImageError:
+            try:
+                return predictor(path)
+            except ImageError as error:
+                return error
+
+        with ThreadPoolExecutor(int(threads)) as pool:
+            for path, found in zip(paths, pool.map(find, paths), strict=True):
+                if isinstance(found, ImageError):
+                    print(f"{path.name}: {found}", file=sys.stderr)
+                else:
+                    print(f"{path.name}: {dict(Counter(found.names))}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

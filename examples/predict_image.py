@@ -1,0 +1,24 @@
+"""Find the objects in one image: print them, and write an overlay.
+
+python examples/predict_image.py photo.jpg [BUNDLE]
+"""
+
+import sys
+
+from meta_deploy import Predictor
+
+
+def main(image: str, bundle: str | None = None) -> None:
+    with Predictor(bundle, score_threshold=0.5) as predictor:  # None: the demo bundle
+        found = predictor(image)  # a path, a file's bytes, a Pillow image or an RGB array
+
+    for name, score, box, segment in zip(found.names, found.scores, found.boxes, found.masks, strict=True):
+        x0, y0, x1, y1 = box.round().astype(int)
+        print(f"{name:<10} {score:.2f}  ({x0}, {y0}) to ({x1}, {y1}), {segment.sum()} pixels")
+    found.save("overlay.jpg")
+    ms = found.timings
+    print(f"overlay.jpg; {ms.pre:.1f} ms before the model, {ms.model:.1f} in it, {ms.post:.1f} after")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,24 @@
+"""Follow what is in a video, frame by frame; the next frame is decoded while one is computed.
+
+python examples/predict_video.py clip.mp4 [BUNDLE]
+"""
+
+import sys
+from collections import Counter
+
+from meta_deploy import Predictor
+from meta_deploy.runtime.images import expand
+from meta_deploy.runtime.stream import predict
+
+
+def main(video: str, bundle: str | None = None) -> None:
+    with Predictor(bundle, score_threshold=0.3) as predictor:
+        for frame in predict(predictor, expand([video])):
+            if frame.result is None:
+                sys.exit(f"bad input: {frame.error}")
+            seconds = frame.index / frame.fps
+            print(f"{seconds:7.2f} s: {dict(Counter(frame.result.names))}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,90 @@
+"""Every file of examples/ runs as its docstring says, on the demo bundle."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import pytest
+from PIL import Image
+
+from meta_deploy import Bundle
+from tools.scenes import TEST_SEEDS, coco_dataset, generate
+
+ROOT = Path(__file__).resolve().parents[1]
+ASSETS = ROOT / "meta_deploy" / "assets"
+IMAGES = ASSETS / "images"
+
+
+@pytest.fixture
+def example(tmp_path):
+    """Run an example in an empty folder; gives its standard output and standard error."""
+
+    def call(name, *arguments):
+        command = [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, done.stderr
+
+    return call
+
+
+def test_every_example_is_tested():
+    here = Path(__file__).read_text()
+    assert [path.name for path in (ROOT / "examples").glob("*.py") if f'"{path.name}"' not in here] == []
+
+
+@pytest.mark.slow
+def test_export_checkpoint(example, tmp_path):
+    out, _ = example("export_checkpoint.py", ASSETS / "meta-nano-mask-rcnn.pth", "bundle")
+    assert out.startswith("meta-nano-mask-rcnn: ")
+    assert "\ndetections: " in out
+    assert Bundle.open(tmp_path / "bundle").target == "onnxruntime"
+
+
+def test_predict_image(example, tmp_path):
+    out, _ = example("predict_image.py", IMAGES / "scene-1.jpg")
+    *objects, last = out.splitlines()
+    assert len(objects) >= 1
+    assert all(line.endswith(" pixels") for line in objects)
+    assert last.startswith("overlay.jpg; ")
+    with Image.open(tmp_path / "overlay.jpg") as overlay, Image.open(IMAGES / "scene-1.jpg") as image:
+        assert overlay.size == image.size
+
+
+def test_predict_folder_threads(example, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("a.jpg", "c.jpg"):
+        (folder / name).write_bytes((IMAGES / "scene-1.jpg").read_bytes())
+    (folder / "b.jpg").write_bytes(b"no image")
+    out, err = example("predict_folder_threads.py", folder, 2)
+    a, c = out.splitlines()
+    assert a.startswith("a.jpg: {'")
+    assert c == a.replace("a.jpg", "c.jpg")  # the same picture, the same objects, whichever thread it was
+    assert err.startswith("b.jpg: ")
+    assert len(err.splitlines()) == 1
+
+
+def test_coco_results(example, tmp_path):
+    seeds = TEST_SEEDS[:2]
+    (tmp_path / "annotations.json").write_text(json.dumps(coco_dataset(seeds)))
+    for seed in seeds:
+        Image.fromarray(generate(seed).image).save(tmp_path / f"{seed}.png")
+    out, _ = example("coco_results.py", "annotations.json", ".")
+    ap = {line.split(":")[0]: float(line.split()[2][:-1]) for line in out.splitlines() if ": AP" in line}
+    assert set(ap) == {"box", "mask"}
+    assert all(0.1 < value <= 1 for value in ap.values())
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {result["image_id"] for result in results} == set(seeds)
+
+
+def test_predict_video(example, tmp_path):
+    clip = tmp_path / "clip.mp4"
+    writer = cv2.VideoWriter(str(clip), cv2.VideoWriter.fourcc(*"mp4v"), 10, (320, 320))
+    for _ in range(3):
+        writer.write(generate(TEST_SEEDS[0]).image[:, :, ::-1])
+    writer.release()
+    out, _ = example("predict_video.py", clip)
+    assert [line.split(" s: ")[0].strip() for line in out.splitlines()] == ["0.00", "0.10", "0.20"]
