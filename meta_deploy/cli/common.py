@@ -6,6 +6,7 @@ Imports only the standard library, so that `--help` stays instant; knows nothing
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import traceback
@@ -43,13 +44,20 @@ def run(main_fn: Callable[[], int | None], prog: str | None = None) -> int:
     except KeyboardInterrupt:
         return _fail(prog, "interrupted", EXIT_INTERRUPT)
     except BrokenPipeError:
-        # Whoever read our output has gone; give the interpreter's last flush somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence_stdout()
         return EXIT_PIPE
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _silence_stdout()
+            return _fail(prog, f"{error.strerror}; free space or write elsewhere", EXIT_INPUT)
         what = f"{type(error).__name__}: {error}"
         hint = "this is a fault of ours: please report it with the output of META_DEPLOY_DEBUG=1"
         return _fail(prog, f"{what} ({hint})", EXIT_FAULT)
+
+
+def _silence_stdout() -> None:
+    """Nothing more can be written there: give the interpreter's last flush somewhere to go."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(prog: str, message: str, code: int) -> int:

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from meta_deploy.errors import InputError
+from meta_deploy.errors import ImageError, InputError
 from meta_deploy.runtime.files import atomic_path, atomic_write
 from meta_deploy.runtime.images import Source, Video
 from meta_deploy.runtime.predictor import Predictor, Result
@@ -173,10 +173,18 @@ class VideoFile:
         if error is not None:
             self._stack.__exit__(type(error), error, error.__traceback__)
             return
-        # The writer reports no full disk: count what arrived.
-        with self._stack, Video(self._temp) as written:
-            if written.count != self._count:
+        with self._stack:
+            # The writer reports no full disk: count what arrived.
+            if _frame_count(self._temp) != self._count:
                 raise InputError(f"cannot write all of the video '{self.target}'; free space on its disk")
+
+
+def _frame_count(path: Path) -> int:
+    try:
+        with Video(path) as video:
+            return video.count
+    except ImageError:
+        return 0
 
 
 class CocoFile:

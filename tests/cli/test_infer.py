@@ -224,6 +224,43 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_no_half_file(here, infer, m
     assert sorted(os.listdir(".")) == ["a.jpg", "b.png", "more"]
 
 
+def test_a_disk_that_fills_up_under_a_video_is_one_line(here, infer, monkeypatch):
+    class Full:  # as OpenCV's own does, it says nothing
+        fourcc = cv2.VideoWriter.fourcc
+
+        def __init__(self, path, *_):
+            open(path, "wb").close()
+
+        def isOpened(self):
+            return True
+
+        def write(self, image):
+            pass
+
+        def release(self):
+            pass
+
+    clip("clip.mp4")
+    monkeypatch.setattr(cv2, "VideoWriter", Full)
+    code, _, err = infer("clip.mp4")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "cannot write all of the video" in err
+    assert not os.path.exists("meta-infer-out")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_disk_under_standard_output_is_one_line(here, bundles):
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            command("a.jpg", "--json", "--model", bundles / "detector"),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert process.returncode == 2
+    assert process.stderr.splitlines()[-1].startswith("meta-infer: No space left on device; free space")
+
+
 def test_an_interrupt_is_one_line_and_leaves_no_half_file(here, infer, monkeypatch):
     from meta_deploy.runtime.results import Detections
 
@@ -292,7 +329,7 @@ def test_ctrl_c_ends_a_long_run_cleanly(here, bundles):
         stderr=subprocess.PIPE,
         text=True,
     )
-    while not os.path.isdir("meta-infer-out") or not os.listdir("meta-infer-out"):
+    while process.poll() is None and not (os.path.isdir("meta-infer-out") and os.listdir("meta-infer-out")):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
