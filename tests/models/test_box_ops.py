@@ -1,5 +1,7 @@
 """Box arithmetic: against hand values, MMDetection's documented ones, O(n^2) loops and ONNX Runtime."""
 
+import functools
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -200,8 +202,8 @@ def test_separated_groups_do_not_overlap_and_keep_their_inner_overlaps():
 # --- suppression ---
 
 
-def onnx_nms(boxes, scores, iou_threshold, score_threshold, max_output):
-    """ONNX Runtime's NonMaxSuppression: (B, N, 4), (B, N) -> (B, N) bool."""
+@functools.cache
+def onnx_nms_session():
     names = ["boxes", "scores", "max_output", "iou", "score"]
     graph = helper.make_graph(
         [helper.make_node("NonMaxSuppression", names, ["selected"])],
@@ -217,7 +219,11 @@ def onnx_nms(boxes, scores, iou_threshold, score_threshold, max_output):
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     onnx.checker.check_model(model)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def onnx_nms(boxes, scores, iou_threshold, score_threshold, max_output):
+    """ONNX Runtime's NonMaxSuppression: (B, N, 4), (B, N) -> (B, N) bool."""
     feed = {
         "boxes": boxes,
         "scores": scores[:, None],
@@ -225,7 +231,7 @@ def onnx_nms(boxes, scores, iou_threshold, score_threshold, max_output):
         "iou": np.array([iou_threshold], np.float32),
         "score": np.array([score_threshold], np.float32),
     }
-    (selected,) = session.run(None, feed)
+    (selected,) = onnx_nms_session().run(None, feed)
     kept = np.zeros(scores.shape, bool)
     kept[selected[:, 0], selected[:, 2]] = True
     return kept

@@ -1,5 +1,7 @@
 """RoIAlign: against ONNX Runtime's operator, a loop over single samples, and finite differences."""
 
+import functools
+
 import numpy as np
 import onnxruntime
 import pytest
@@ -36,7 +38,8 @@ def rois_of(kind, H, W, rng, count=12):
 KINDS = ["ordinary", "tiny", "zero-size", "elongated", "outside", "whole"]
 
 
-def onnx_roi_align(feature, rois, batch_index, bins, stride):
+@functools.cache
+def onnx_roi_align_session(bins, stride):
     node = helper.make_node(
         "RoiAlign",
         ["x", "rois", "index"],
@@ -59,8 +62,13 @@ def onnx_roi_align(feature, rois, batch_index, bins, stride):
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * 4)],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 16)], ir_version=8)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(None, {"x": feature, "rois": rois, "index": batch_index})[0]
+    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def onnx_roi_align(feature, rois, batch_index, bins, stride):
+    """ONNX Runtime's RoiAlign: (B, C, H, W), (R, 4), (R,) -> (R, C, bins, bins)."""
+    feed = {"x": feature, "rois": rois, "index": batch_index}
+    return onnx_roi_align_session(bins, stride).run(None, feed)[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
