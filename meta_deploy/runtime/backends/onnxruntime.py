@@ -52,6 +52,8 @@ class OnnxRuntimeBackend(Backend):
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = _FATAL  # errors arrive as exceptions, warnings are not the user's
+        # Idle workers that spin take the cores from the postprocessing, and from whatever else runs here.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
