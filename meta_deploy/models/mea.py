@@ -55,7 +55,7 @@ class CrossShapedAttention(nn.Module):
         else:
             inside = partition(qkv.new_ones(B, H, W, 1), stripe)  # 1 on the map, 0 on its padding
             out = attention(q, k, v, valid=inside.reshape(stripes, 1, 1, N) > 0)
-        return merge(out.transpose(1, 2).reshape(stripes, N, -1), stripe, (H, W))
+        return merge(out.transpose(1, 2).reshape(stripes, N, -1), stripe, (B, H, W))
 
 
 class ConvFFN(nn.Module):

@@ -86,7 +86,7 @@ class Block(nn.Module):
         if self.window:
             # Padding is zeros after the norm and takes part in the softmax, as in ViTDet and ViT-Adapter.
             window = (self.window, self.window)
-            y = merge(self.attn(partition(y, window)), window, (H, W))
+            y = merge(self.attn(partition(y, window)), window, (B, H, W))
         else:
             y = self.attn(y.reshape(B, H * W, C)).reshape(B, H, W, C)
         x = x + self.ls1(y)

@@ -9,6 +9,11 @@ def divides(size: int, window: int) -> bool:
     return isinstance(size, int) and size % window == 0
 
 
+def count(size: int, window: int) -> int:
+    """Windows that it takes to cover `size`."""
+    return 1 if size is window else (size + window - 1) // window
+
+
 def partition(x: Tensor, window: tuple[int, int]) -> Tensor:
     """Cut a map into windows that don't overlap, zero-padded below and to the right.
 
@@ -21,19 +26,28 @@ def partition(x: Tensor, window: tuple[int, int]) -> Tensor:
     """
     B, H, W, C = x.shape
     h, w = window
+    rows, columns = count(H, h), count(W, w)
     if not divides(H, h) or not divides(W, w):
-        x = F.pad(x, (0, 0, 0, -W % w, 0, -H % h))
-    rows, columns = x.shape[1] // h, x.shape[2] // w
+        x = F.pad(x, (0, 0, 0, columns * w - W, 0, rows * h - H))
     x = x.reshape(B, rows, h, columns, w, C).permute(0, 1, 3, 2, 4, 5)  # (B, rows, columns, h, w, C)
     return x.reshape(B * rows * columns, h * w, C)
 
 
-def merge(windows: Tensor, window: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """The inverse of `partition`: (B * rows * columns, h * w, C) back to (B, H, W, C), padding cut off."""
-    (H, W), (h, w) = size, window
-    rows, columns = -(-H // h), -(-W // w)
-    x = windows.reshape(-1, rows, columns, h, w, windows.shape[-1])
-    x = x.permute(0, 1, 3, 2, 4, 5).reshape(-1, rows * h, columns * w, windows.shape[-1])
+def merge(windows: Tensor, window: tuple[int, int], shape: tuple[int, int, int]) -> Tensor:
+    """The inverse of `partition`.
+
+    Args:
+        windows: (B * rows * columns, h * w, C).
+        window: (h, w) of one window.
+        shape: (B, H, W) of the map.
+
+    Returns:
+        (B, H, W, C), the padding cut off.
+    """
+    (B, H, W), (h, w), C = shape, window, windows.shape[-1]
+    rows, columns = count(H, h), count(W, w)
+    x = windows.reshape(B, rows, columns, h, w, C).permute(0, 1, 3, 2, 4, 5)
+    x = x.reshape(B, rows * h, columns * w, C)
     if divides(H, h) and divides(W, w):
         return x
     return x[:, :H, :W]

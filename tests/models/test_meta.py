@@ -185,18 +185,12 @@ def adapter(size):
     return model, added
 
 
-TOO_LARGE = (
-    "17.1 M with adapter_ratio 0.5 (13.5 M with 0.375): meta-model.md's width and bound exclude each other"
-)
-
-
 @pytest.mark.parametrize(
     ("size", "vit_adapter"),
     [
         pytest.param("t", 2.6e6, id="T against 2.6 M"),
-        pytest.param(
-            "b", 14.0e6, id="B against 14 M", marks=pytest.mark.xfail(reason=TOO_LARGE, strict=True)
-        ),
+        pytest.param("b", 14.0e6, id="B against 14 M"),
+        pytest.param("l", 23.7e6, id="L against 23.7 M"),
     ],
 )
 def test_adapter_is_no_larger_than_vit_adapters(size, vit_adapter):

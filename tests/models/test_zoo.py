@@ -51,7 +51,7 @@ def test_vits_are_the_published_sizes(size, head):
     backbone = get_config(f"meta-{size}-{head}").backbone
     assert (backbone.embed_dim, backbone.depth, backbone.num_heads) == VIT[size]
     assert (backbone.patch_size, backbone.mlp_ratio, backbone.pos_grid) == (16, 4.0, 14)
-    assert (backbone.adapter_ratio, backbone.adapter_parts, backbone.stripe_width) == (0.5, 4, 4)
+    assert (backbone.adapter_parts, backbone.stripe_width) == (4, 4)
     assert backbone.shared_norm
 
 
