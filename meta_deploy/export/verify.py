@@ -138,25 +138,18 @@ class Comparison:
             self.same_label.append(float(same.mean()))
         if "proposals" in actual:
             for b in range(len(expected["proposals"])):
-                self.proposals.add(
-                    *(
-                        Boxes(side["proposals"][b], side["proposal_logits"][b], INVALID, LOGIT_TOLERANCE)
-                        for side in (expected, actual)
-                    )
-                )
+                self.proposals.add(self._proposals(expected, b), self._proposals(actual, b))
         if "boxes" in expected:
             for b in range(len(expected["boxes"])):
-                self.detections.add(
-                    *(
-                        Boxes(
-                            *(side[name][b] for name in ("boxes", "scores")),
-                            self.score_threshold,
-                            SCORE_TOLERANCE,
-                            *(side[name][b] for name in ("labels", "masks")),
-                        )
-                        for side in (expected, actual)
-                    )
-                )
+                self.detections.add(self._detections(expected, b), self._detections(actual, b))
+
+    @staticmethod
+    def _proposals(side: dict[str, np.ndarray], b: int) -> Boxes:
+        return Boxes(side["proposals"][b], side["proposal_logits"][b], INVALID, LOGIT_TOLERANCE)
+
+    def _detections(self, side: dict[str, np.ndarray], b: int) -> Boxes:
+        boxes, scores, labels, masks = (side[name][b] for name in ("boxes", "scores", "labels", "masks"))
+        return Boxes(boxes, scores, self.score_threshold, SCORE_TOLERANCE, labels, masks)
 
     def stages(self, tolerance: dict[str, float]) -> dict[str, dict[str, Any]]:
         """Figures, tolerance and verdict per stage."""

@@ -3,6 +3,8 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from meta_deploy.models.init import zero_bias
+
 
 class ConvModule(nn.Module):
     """A convolution, optionally with batch norm and ReLU, under MMCV's names (`conv`, `bn`)."""
@@ -32,8 +34,7 @@ class FPN(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                zero_bias(module)
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
         laterals = [conv(x) for conv, x in zip(self.lateral_convs, maps, strict=True)]

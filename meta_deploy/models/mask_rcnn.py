@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from meta_deploy.models.box_ops import INVALID, decode_boxes, has_area, nms, select_top, separate, take
 from meta_deploy.models.fpn import FPN, ConvModule
+from meta_deploy.models.init import zero_bias
 from meta_deploy.models.meta import META
 from meta_deploy.models.roi_align import pyramid_roi_align
 from meta_deploy.models.rpn import RPNHead
@@ -27,12 +28,12 @@ class BoxHead(nn.Module):
         self.shared_fcs = nn.ModuleList([nn.Linear(in_channels * 7 * 7, hidden), nn.Linear(hidden, hidden)])
         self.fc_cls = nn.Linear(hidden, num_classes + 1)
         self.fc_reg = nn.Linear(hidden, 4 * num_classes)
-        for fc in self.shared_fcs:
-            nn.init.xavier_uniform_(fc.weight)
-            nn.init.zeros_(fc.bias)
-        for fc, std in ((self.fc_cls, 0.01), (self.fc_reg, 0.001)):
-            nn.init.normal_(fc.weight, std=std)
-            nn.init.zeros_(fc.bias)
+        for fc in self.modules():
+            if isinstance(fc, nn.Linear):
+                nn.init.xavier_uniform_(fc.weight)
+                zero_bias(fc)
+        nn.init.normal_(self.fc_cls.weight, std=0.01)
+        nn.init.normal_(self.fc_reg.weight, std=0.001)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """(R, C, 7, 7) -> logits (R, classes + 1), deltas (R, 4 * classes)."""
@@ -55,8 +56,7 @@ class MaskHead(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                assert module.bias is not None
-                nn.init.zeros_(module.bias)
+                zero_bias(module)
 
     def forward(self, pooled: Tensor) -> Tensor:
         """(R, C, 14, 14) -> logits (R, classes, 28, 28)."""

@@ -85,6 +85,7 @@ class META(nn.Module):
         prior = self.merge_prior(torch.cat([F.avg_pool2d(c2, 2), c3, up4], dim=1))
         x = self.vit.embed(images)
         for index, interaction in enumerate(self.interactions):
+            assert isinstance(interaction, Interaction)
             x = interaction.inject(prior, x)
             x = self.vit.run_quarter(x, index)
             prior = interaction.extract(prior, x)

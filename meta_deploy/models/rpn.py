@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from meta_deploy.models.box_ops import INVALID, decode_boxes, has_area, nms, select_top, separate, take
+from meta_deploy.models.init import zero_bias
 
 _SCALE = 8
 _RATIOS = (0.5, 1.0, 2.0)
@@ -33,7 +34,7 @@ class RPNHead(nn.Module):
         self.rpn_reg = nn.Conv2d(channels, len(_RATIOS) * 4, 1)
         for conv in (self.rpn_conv, self.rpn_cls, self.rpn_reg):
             nn.init.normal_(conv.weight, std=0.01)
-            nn.init.zeros_(conv.bias)
+            zero_bias(conv)
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Per level: logits (B, 3, h, w) and deltas (B, 12, h, w)."""

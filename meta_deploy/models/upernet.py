@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from meta_deploy.models.fpn import ConvModule
+from meta_deploy.models.init import zero_bias
 from meta_deploy.models.meta import META
 from meta_deploy.models.zoo import UPerNetConfig
 
@@ -47,7 +48,7 @@ class UPerHead(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         nn.init.normal_(self.conv_seg.weight, std=0.01)
-        nn.init.zeros_(self.conv_seg.bias)
+        zero_bias(self.conv_seg)
 
     def pyramid_pool(self, x: Tensor) -> Tensor:
         """(B, D, h, w) -> (B, channels, h, w)."""

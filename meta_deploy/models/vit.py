@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from meta_deploy.models.init import zero_bias
 from meta_deploy.models.windows import merge, partition
 
 
@@ -162,7 +163,7 @@ class VisionTransformer(nn.Module):
     def _init_weights(module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)
-            nn.init.zeros_(module.bias)
+            zero_bias(module)
 
     def embed(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, D, H/16, W/16), with position."""
