@@ -18,6 +18,9 @@ from onnxscript import optimizer
 
 from meta_deploy.export.passes.graph import to_proto
 
+_DOMAIN = "meta_deploy.pins"
+_RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial")
+
 
 def clean_up(graph: gs.Graph) -> int:
     """The same function of the same inputs, in fewer nodes, in place.
@@ -25,7 +28,8 @@ def clean_up(graph: gs.Graph) -> int:
     Returns:
         Nodes removed.
     """
-    before = len(graph.nodes)
+    before, outputs = len(graph.nodes), list(graph.outputs)
+    _pin(graph)
     model = ir.from_proto(to_proto(graph))
     optimizer.fold_constants(model)
     for step in (
@@ -37,6 +41,46 @@ def clean_up(graph: gs.Graph) -> int:
         step(model)
     cleaned = gs.import_onnx(ir.to_proto(model))
     onnxruntime.set_default_logger_severity(3)  # folding runs it on fragments, which it comments on
-    cleaned.fold_constants().cleanup(remove_unused_graph_inputs=False).toposort()
+    # Without what graph-surgeon gets wrong: its casts of sizes lose fractions, its Shape ignores `start` and
+    # `end`, and its flat If loses an output that passes an outer tensor on.
+    cleaned.fold_constants(
+        fold_shapes=False,
+        flatten_subgraphs=False,
+        recurse_subgraphs=False,
+        should_exclude_node=lambda node: node.domain == _DOMAIN or node.op in _RANDOM,
+    )
+    cleaned.cleanup(remove_unused_graph_inputs=False)
+    _unpin(cleaned, outputs)
+    cleaned.toposort()
     graph.__dict__.update(cleaned.__dict__)
     return before - len(graph.nodes)
+
+
+def _pin(graph: gs.Graph) -> None:
+    """Put a node of no known operator before each output: the libraries mix up outputs of one value."""
+    for index, tensor in enumerate(graph.outputs):
+        pinned = gs.Variable(f"{tensor.name}/pinned", tensor.dtype, tensor.shape)
+        node = gs.Node("Pin", pinned.name, {"index": index}, [tensor], [pinned], domain=_DOMAIN)
+        graph.nodes.append(node)
+        graph.outputs[index] = pinned
+
+
+def _unpin(graph: gs.Graph, outputs: list[gs.Tensor]) -> None:
+    """The inverse: what reaches each pin gets the output's name, by an Identity if it has to keep another."""
+    pins = [tensor.inputs[0] for tensor in graph.outputs]
+    reached = [pin.inputs[0] for pin in pins]
+    kept = {id(tensor) for tensor in graph.inputs}
+    kept |= {id(t) for t, output in zip(reached, outputs, strict=True) if t.name == output.name}
+    for index, (tensor, output) in enumerate(zip(reached, outputs, strict=True)):
+        if tensor.name != output.name:
+            if id(tensor) in kept:
+                copy = gs.Variable(output.name, output.dtype, output.shape)
+                graph.nodes.append(gs.Node("Identity", output.name, {}, [tensor], [copy]))
+                tensor = copy
+            tensor.name = output.name
+            kept.add(id(tensor))
+        graph.outputs[index] = tensor
+    for pin in pins:
+        pin.inputs.clear()
+        pin.outputs.clear()
+        graph.nodes.remove(pin)

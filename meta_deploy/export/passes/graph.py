@@ -6,7 +6,11 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import onnx_ir as ir
+from onnx_graphsurgeon.logger import G_LOGGER
 from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
+
+# Its remarks go to standard output, which is the commands' own; what is an error it raises as well.
+G_LOGGER.severity = G_LOGGER.CRITICAL + 1
 
 IR_VERSION = 10  # graph-surgeon's default is newer than ONNX Runtime may accept
 
@@ -14,10 +18,14 @@ IR_VERSION = 10  # graph-surgeon's default is newer than ONNX Runtime may accept
 def to_graph(proto: onnx.ModelProto) -> gs.Graph:
     """A model as a graph to edit, local functions inlined and constants as initializers.
 
-    graph-surgeon reads a Constant node's `value_floats` as float64, so no Constant node may reach it.
+    graph-surgeon reads a Constant node's `value_floats` as float64, and not every Constant can be lifted.
     """
     model = ir.from_proto(proto)
     InlinePass()(model)
+    for node in model.graph.all_nodes():
+        if node.op_type == "Constant" and "value_floats" in node.attributes:
+            numbers = np.array(node.attributes.pop("value_floats").as_floats(), np.float32)
+            node.attributes["value"] = ir.AttrTensor("value", ir.tensor(numbers))
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     return gs.import_onnx(ir.to_proto(model))
 

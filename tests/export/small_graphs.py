@@ -1,0 +1,39 @@
+"""Small ONNX models by hand, and how to run them: what the tests of the passes share."""
+
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper
+
+FLOAT = TensorProto.FLOAT
+
+
+def value(name, shape=None, kind=FLOAT):
+    """A typed name; without a shape, of unknown shape."""
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+def model(nodes, inputs, outputs=None, initializers=(), infer=True, opset_imports=None, functions=()):
+    """A checked model; `outputs` are names (default: "y") or value infos; shapes are inferred."""
+    wanted = [helper.make_empty_tensor_value_info(o) if isinstance(o, str) else o for o in outputs or ["y"]]
+    graph = helper.make_graph(list(nodes), "small", list(inputs), wanted, list(initializers))
+    opset_imports = opset_imports or [helper.make_opsetid("", 18)]
+    proto = helper.make_model(graph, opset_imports=opset_imports, functions=list(functions), ir_version=10)
+    if infer:
+        proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    return proto
+
+
+def session(proto):
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    # As written: ONNX Runtime's own rewriting is not what is tested.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(proto.SerializeToString(), options, ["CPUExecutionProvider"])
+
+
+def run(proto, **feeds):
+    """Outputs by name, in the order of the graph."""
+    s = session(proto)
+    names = [output.name for output in s.get_outputs()]
+    return dict(zip(names, s.run(None, feeds), strict=True))
