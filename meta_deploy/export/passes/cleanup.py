@@ -19,7 +19,9 @@ from onnxscript import optimizer
 from meta_deploy.export.passes.graph import to_proto
 
 _DOMAIN = "meta_deploy.pins"
-_RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial")
+_RANDOM = (
+    *("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"),
+)
 
 
 def clean_up(graph: gs.Graph) -> int:

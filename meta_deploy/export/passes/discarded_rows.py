@@ -50,20 +50,29 @@ def _match(graph: gs.Graph, where: gs.Node) -> tuple[gs.Node, list[gs.Node], gs.
         if node.op == "Gather" and node.attrs.get("axis", 0) == 0 and nodes:
             convolutions = any(n.op in ("Conv", "ConvTranspose") for n in nodes)
             return (reshape, nodes, node) if convolutions else None
-        if node.op not in _ROW_WISE or (node.op == "GatherElements" and node.attrs.get("axis", 0) == 0):
+        if node.op not in _ROW_WISE or (node.op == "GatherElements" and _chooses_rows(node)):
             return None
         nodes.append(node)
         tensor = node.inputs[0]
     return None
 
 
+def _chooses_rows(gather_elements: gs.Node) -> bool:
+    """Whether it goes along axis 0, which may be counted from the end."""
+    axis, shape = gather_elements.attrs.get("axis", 0), gather_elements.outputs[0].shape
+    return axis == 0 or (axis < 0 and (shape is None or axis + len(shape) == 0))
+
+
 def _same_rows(keep: list | None, flat: list | None, value: list | None) -> bool:
-    """Whether row r of `flat` is entry (r // K, r % K) of `value`, which `keep` has an element for."""
-    if keep is None or flat is None or value is None:
+    """Whether row r of `flat` is entry (r // K, r % K) of `value`, which `keep` has an element for.
+
+    B may be a name, as long as it is the same one: a `keep` of one image would serve all by broadcasting.
+    """
+    if keep is None or flat is None or value is None or not len(keep) == len(flat) == len(value) >= 3:
         return False
-    if not len(keep) == len(flat) == len(value) >= 3 or not isinstance(value[1], int):
+    if keep[0] is None or not all(isinstance(size, int) for size in value[1:]):
         return False
-    return list(keep[1:]) == [value[1]] + [1] * (len(keep) - 2) and list(flat[1:]) == [1, *value[2:]]
+    return list(keep) == [*value[:2]] + [1] * (len(keep) - 2) and list(flat[1:]) == [1, *value[2:]]
 
 
 def _rewrite(
@@ -90,7 +99,8 @@ def _rewrite(
     for node in nodes:
         node.outputs[0].shape = None  # its rows are now the kept ones
         if node.op == "GatherElements":
-            node.inputs[1] = add("Gather", node.inputs[1], index, dtype=np.int64, axis=0)
+            chosen = node.inputs[1]
+            node.inputs[1] = add("Gather", chosen, index, dtype=chosen.dtype, axis=0)
     shape = add("Concat", add("Shape", keep, dtype=np.int64), inner, dtype=np.int64, axis=0)
     zero = gs.Constant("zero", np.zeros(1, flat.dtype))
     zeros = add("ConstantOfShape", shape, dtype=flat.dtype, value=zero)
