@@ -19,7 +19,7 @@ from meta_deploy.export.operators import TRANSLATIONS
 from meta_deploy.models.zoo import MaskRCNNConfig, ModelConfig
 from meta_deploy.runtime.bundle import InputSpec
 
-OPSET = 18
+OPSET = 20
 DIVISOR = 32
 
 
