@@ -12,16 +12,22 @@ from dataclasses import asdict, dataclass
 import onnx
 import onnx_graphsurgeon as gs
 
+from meta_deploy.export.passes.chains import collapse_chains
 from meta_deploy.export.passes.cleanup import clean_up
 from meta_deploy.export.passes.discarded_rows import discarded_rows
+from meta_deploy.export.passes.fuse_attention import fuse_attention
 from meta_deploy.export.passes.graph import to_graph, to_proto
+from meta_deploy.export.passes.splits import slices_to_split
 
 PASSES: dict[str, Callable[[gs.Graph], int]] = {
     "clean-up": clean_up,
+    "fuse-attention": fuse_attention,
+    "slices-to-split": slices_to_split,
+    "collapse-chains": collapse_chains,
     "discarded-rows": discarded_rows,
 }
 PIPELINES: dict[str, tuple[str, ...]] = {
-    "onnxruntime": ("clean-up", "discarded-rows"),
+    "onnxruntime": ("clean-up", "fuse-attention", "slices-to-split", "collapse-chains", "discarded-rows"),
 }
 
 

@@ -7,7 +7,7 @@ import onnx
 import onnx_graphsurgeon as gs
 import onnx_ir as ir
 from onnx_graphsurgeon.logger import G_LOGGER
-from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
+from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass, ShapeInferencePass
 
 # Its remarks go to standard output, which is the commands' own; what is an error it raises as well.
 G_LOGGER.severity = G_LOGGER.CRITICAL + 1
@@ -27,6 +27,7 @@ def to_graph(proto: onnx.ModelProto) -> gs.Graph:
             numbers = np.array(node.attributes.pop("value_floats").as_floats(), np.float32)
             node.attributes["value"] = ir.AttrTensor("value", ir.tensor(numbers))
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    ShapeInferencePass()(model)
     return gs.import_onnx(ir.to_proto(model))
 
 
@@ -50,3 +51,11 @@ def sole_consumer(graph: gs.Graph, tensor: gs.Tensor) -> bool:
 def constant_value(tensor: gs.Tensor) -> np.ndarray | None:
     """A constant's value, None for what is computed."""
     return np.asarray(tensor.values) if isinstance(tensor, gs.Constant) else None
+
+
+def static_shape(tensor: gs.Tensor) -> list[int] | None:
+    """A tensor's shape where all of it is known before running."""
+    shape = tensor.shape
+    if shape is None or not all(isinstance(size, (int, np.integer)) for size in shape):
+        return None
+    return [int(size) for size in shape]

@@ -1,0 +1,223 @@
+"""Chains of Reshape, Transpose, Squeeze, Unsqueeze and Flatten become one Reshape-Transpose-Reshape, or less.
+
+A chain only renames where elements are: it is a factorization of the axes and an order of the factors. Axes
+of length one have no part in that. Static shapes only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from meta_deploy.export.passes.graph import producer, sole_consumer, static_shape
+
+MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
+
+
+def collapse_chains(graph: gs.Graph) -> int:
+    """Replace every chain of two or more moves by the fewest that do the same, where that is fewer.
+
+    Pattern: moves in a row, each read by the next alone, all shapes known.
+    Check: the shapes' factors fit together (always so unless a Reshape mixes axes by a common divisor only).
+
+    Returns:
+        Nodes removed.
+    """
+    outputs = {id(output) for output in graph.outputs}
+    removed = 0
+    for node in list(graph.nodes):
+        if node.op in MOVES and _ends_chain(node, outputs):
+            removed += _collapse(graph, node)
+    if removed:
+        graph.cleanup(remove_unused_graph_inputs=False).toposort()
+    return removed
+
+
+def _ends_chain(node: gs.Node, outputs: set[int]) -> bool:
+    """Whether no move alone goes on from this one."""
+    out = node.outputs[0]
+    return id(out) in outputs or len(out.outputs) != 1 or out.outputs[0].op not in MOVES
+
+
+def chain_before(graph: gs.Graph, tensor: gs.Tensor) -> tuple[gs.Tensor, list[gs.Node]]:
+    """The moves that lead to a tensor, each read by the next alone, and what they start from."""
+    chain: list[gs.Node] = []
+    while (node := producer(tensor)) is not None and node.op in MOVES:
+        if chain and not sole_consumer(graph, tensor):
+            break
+        chain.append(node)
+        tensor = node.inputs[0]
+    return tensor, chain[::-1]
+
+
+def follow(start: gs.Tensor, chain: Sequence[gs.Node]) -> Factors | None:
+    """Where the elements of `start` are after a chain of moves; None where the shapes don't tell."""
+    shape = static_shape(start)
+    if shape is None or 0 in shape:
+        return None
+    factors = Factors(shape)
+    for node in chain:
+        target = static_shape(node.outputs[0])
+        if target is None or math.prod(target) != math.prod(shape):
+            return None
+        if node.op == "Transpose":
+            factors.transpose(node.attrs.get("perm", list(range(len(target)))[::-1]))
+        elif not factors.reshape(target):
+            return None
+    return factors
+
+
+def _collapse(graph: gs.Graph, last: gs.Node) -> int:
+    end = last.outputs[0]
+    start, chain = chain_before(graph, end)
+    factors = follow(start, chain)
+    plan = factors.moves() if factors else None
+    if plan is None or len(plan) >= len(chain):
+        return 0
+    last.outputs.clear()
+    tensor = start
+    for i, (op, values, shape) in enumerate(plan):
+        out = end if i == len(plan) - 1 else gs.Variable(f"{end.name}/move_{i}", start.dtype, shape)
+        tensor = _add(graph, op, values, tensor, out)
+    if not plan:
+        _replace(graph, end, start)
+    return len(chain) - len(plan)
+
+
+def _add(graph: gs.Graph, op: str, values: list[int], x: gs.Tensor, out: gs.Variable) -> gs.Tensor:
+    if op == "Transpose":
+        graph.nodes.append(gs.Node(op, out.name, {"perm": values}, [x], [out]))
+    else:
+        shape = gs.Constant(f"{out.name}/shape", np.array(values, np.int64))
+        graph.nodes.append(gs.Node(op, out.name, {}, [x, shape], [out]))
+    return out
+
+
+def _replace(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> None:
+    """Let `new` stand for `old`; an output of the graph keeps its name by an Identity."""
+    if any(output is old for output in graph.outputs):
+        graph.nodes.append(gs.Node("Identity", old.name, {}, [new], [old]))
+        return
+    for consumer in list(old.outputs):
+        consumer.inputs = [new if x is old else x for x in consumer.inputs]
+
+
+Move = tuple[str, list[int], list[int]]  # operator, its shape or permutation, the shape that it gives
+
+
+class Factors:
+    """Where the elements of a tensor come from: the original axes' factors, in their present order.
+
+    Attributes:
+        sizes: of every factor, in the original order; none is 1.
+        origin: for each original axis its factors, as indices into `sizes`.
+        axes: the same for each present axis.
+    """
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self.sizes = [size for size in shape if size != 1]
+        numbers = iter(range(len(self.sizes)))
+        self.origin = [[next(numbers)] if size != 1 else [] for size in shape]
+        self.axes = [list(axis) for axis in self.origin]
+
+    def transpose(self, perm: Sequence[int]) -> None:
+        self.axes = [self.axes[p] for p in perm]
+
+    def reshape(self, target: Sequence[int]) -> bool:
+        """Regroup the factors into new axes, splitting those that an axis ends in; False where that fails."""
+        axes: list[list[int]] = []
+        taken = 0
+        for size in target:
+            axis: list[int] = []
+            while size != 1:
+                order = [factor for axis in self.axes for factor in axis]
+                factor = order[taken]
+                if size % self.sizes[factor]:
+                    if self.sizes[factor] % size:
+                        return False
+                    split = self._split(factor, size)
+                    axes, axis = [split(a) for a in axes], split(axis)
+                size //= self.sizes[factor]
+                axis.append(factor)
+                taken += 1
+            axes.append(axis)
+        self.axes = axes
+        return True
+
+    def _split(self, factor: int, outer: int) -> Callable[[list[int]], list[int]]:
+        """Split a factor in two, the first of size `outer`; returns what renumbers a list of factors."""
+        self.sizes[factor : factor + 1] = [outer, self.sizes[factor] // outer]
+
+        def renumbered(axis: list[int]) -> list[int]:
+            return [n for f in axis for n in ([f, f + 1] if f == factor else [f + (f > factor)])]
+
+        self.origin = [renumbered(axis) for axis in self.origin]
+        self.axes = [renumbered(axis) for axis in self.axes]
+        return renumbered
+
+    def moves(self) -> list[Move]:
+        """At most one Reshape, one Transpose and one Reshape from the original shape to the present one."""
+        order = [factor for axis in self.axes for factor in axis]
+        if order == sorted(order):
+            return self._between(self.origin, list(range(len(self.origin))))
+        plans = [
+            self._between(*start) for start in (self._whole(), self._runs(), self._groups(order)) if start
+        ]
+        return min(plans, key=len)
+
+    def _between(self, start: list[list[int]], perm: list[int]) -> list[Move]:
+        """Reshape to `start`, permute, reshape to the present axes; what does nothing is left out."""
+        split, target = self._shape(start), self._shape(self.axes)
+        moved = [split[p] for p in perm]
+        moves: list[Move] = []
+        if split != self._shape(self.origin):
+            moves.append(("Reshape", split, split))
+        if perm != sorted(perm):
+            moves.append(("Transpose", perm, moved))
+        if moved != target:
+            moves.append(("Reshape", target, target))
+        return moves
+
+    def _shape(self, axes: list[list[int]]) -> list[int]:
+        return [math.prod(self.sizes[f] for f in axis) for axis in axes]
+
+    def _whole(self) -> tuple[list[list[int]], list[int]] | None:
+        """Permute the original axes as they are, if each stayed whole."""
+        order = [factor for axis in self.axes for factor in axis]
+        filled = sorted(
+            (a for a, axis in enumerate(self.origin) if axis), key=lambda a: order.index(self.origin[a][0])
+        )
+        if [factor for a in filled for factor in self.origin[a]] != order:
+            return None
+        # Axes of length one go where the result has such, as far as there are any.
+        ones = [a for a, axis in enumerate(self.origin) if not axis]
+        perm: list[int] = []
+        for axis in self.axes:
+            if not axis and ones:
+                perm.append(ones.pop(0))
+            elif axis and filled and self.origin[filled[0]][0] == axis[0]:
+                perm.append(filled.pop(0))
+                while len(perm) and filled and self.origin[filled[0]][0] in axis:
+                    perm.append(filled.pop(0))
+        return self.origin, perm + filled + ones
+
+    def _runs(self) -> tuple[list[list[int]], list[int]] | None:
+        """Reshape to the present axes in their original order, if each is one run of factors."""
+        if any(axis != list(range(axis[0], axis[0] + len(axis))) for axis in self.axes if axis):
+            return None
+        places = sorted(range(len(self.axes)), key=lambda i: self.axes[i][0] if self.axes[i] else -1)
+        return [self.axes[i] for i in places], [places.index(i) for i in range(len(self.axes))]
+
+    def _groups(self, order: list[int]) -> tuple[list[list[int]], list[int]]:
+        """Factors that stay neighbours, in order, travel as one axis."""
+        groups: list[list[int]] = []
+        for factor in order:
+            if groups and groups[-1][-1] + 1 == factor:
+                groups[-1].append(factor)
+            else:
+                groups.append([factor])
+        start = sorted(groups)
+        return start, [start.index(group) for group in groups]
