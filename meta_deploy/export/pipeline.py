@@ -22,9 +22,10 @@ from meta_deploy.export.verify import verify
 from meta_deploy.models.checkpoint import LoadedModel, load_model
 from meta_deploy.models.zoo import ModelConfig, config_to_dict
 from meta_deploy.runtime.bundle import Bundle, InputSpec, check_out_dir, write_bundle
-from meta_deploy.runtime.images import expand
+from meta_deploy.runtime.images import expand, read_image
 
 VERIFICATION_IMAGES = 8
+MAX_INPUT_VALUES = 2**31  # 8 GB of input alone; no model of the zoo runs on more
 
 
 @dataclass
@@ -99,7 +100,7 @@ def export(
     chosen, reason = choose_target(target, precision)
     progress.note(f"target {chosen} ({reason}), {precision}")
     chosen_passes = choose_passes(passes, chosen)
-    images = verification_images(calib_images) if check else []
+    images = verification_images(calib_images) if check or calib_images is not None else []
     folder = Path(out) if out is not None else Path(f"{Path(checkpoint).stem}-{chosen}-{precision}")
     check_out_dir(folder)
 
@@ -166,6 +167,8 @@ def input_spec(
             f"the batch range {low} {opt} {high} does not rise from at least 1; give MIN OPT MAX"
         )
     largest = max(height, width)
+    if 3 * high * (largest**2 if dynamic_size else height * width) > MAX_INPUT_VALUES:
+        raise InputError(f"an input of {high} x 3 x {height} x {width} is too large; take a smaller one")
     return InputSpec(
         name="images",
         batch_min=low,
@@ -210,6 +213,7 @@ def verification_images(folder: str | Path | None) -> list[Path]:
 
     Raises:
         InputError: the folder is missing or has no image.
+        ImageError: one of these images cannot be read.
     """
     if folder is None:
         paths = sorted(Path(str(files("meta_deploy") / "assets" / "images")).glob("*.jpg"))
@@ -218,7 +222,10 @@ def verification_images(folder: str | Path | None) -> list[Path]:
             raise InputError(f"'{folder}' is not a folder of images; give --calib-images a folder")
         paths = [source.path for source in expand([str(folder)])]
     step = max(1, len(paths) / VERIFICATION_IMAGES)
-    return [paths[int(i * step)] for i in range(min(len(paths), VERIFICATION_IMAGES))]
+    chosen = [paths[int(i * step)] for i in range(min(len(paths), VERIFICATION_IMAGES))]
+    for path in chosen:
+        read_image(path)  # a broken one is told before the long work, not after it
+    return chosen
 
 
 def describe(spec: InputSpec) -> str:

@@ -3,12 +3,12 @@
 import functools
 
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
 import torch
 from torch import nn
 
+from meta_deploy.export.onnx_export import OPSET
 from meta_deploy.export.operators import TRANSLATIONS
 from meta_deploy.models.box_ops import nms
 from meta_deploy.models.roi_align import pyramid_level, pyramid_roi_align
@@ -44,11 +44,12 @@ def session(module, arguments, names, dynamic=None):
         program,
         dynamo=True,
         optimize=False,
-        opset_version=18,
+        opset_version=OPSET,
         input_names=names,
         custom_translation_table=TRANSLATIONS,
         verbose=False,
     ).model_proto
+    assert {entry.version for entry in proto.opset_import if entry.domain == ""} == {OPSET}
     assert {node.domain for node in proto.graph.node} <= {"", "pkg.onnxscript.torch_lib", "pkg.torch"}
     return onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
 
@@ -222,16 +223,3 @@ def test_roi_align_of_no_rois_is_empty():
 
 def test_roi_align_works_on_two_levels():
     agree_on_pool([[0, 0, s, s] for s in LEVEL_SIDES], levels=2)
-
-
-def test_the_translations_are_opset_18():
-    model = onnx.load_from_string(_bytes_of(Nms(0.5, 0.0, 5)))
-    assert {entry.version for entry in model.opset_import if entry.domain == ""} == {18}
-
-
-def _bytes_of(module):
-    program = torch.export.export(module, (torch.zeros(1, 3, 4), torch.zeros(1, 3)), strict=False)
-    exported = torch.onnx.export(
-        program, dynamo=True, optimize=False, opset_version=18, custom_translation_table=TRANSLATIONS
-    )
-    return exported.model_proto.SerializeToString()

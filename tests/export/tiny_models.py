@@ -25,7 +25,7 @@ def detector(**backbone):
         mask_channels=8,
         rpn_pre_nms=60,
         proposals=40,
-        max_detections=15,
+        max_detections=80,
         input_size=SIZE,
     )
 
