@@ -72,14 +72,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def export_command(args: argparse.Namespace) -> int:
-    try:
-        from meta_deploy.export.pipeline import Progress, export
-    except ModuleNotFoundError as error:
-        from meta_deploy.errors import InputError
-
-        raise InputError(
-            f"exporting needs {error.name}, which is not installed; run: pip install 'meta-deploy[export]'"
-        ) from error
+    from meta_deploy.export import Progress, export
 
     started = time.perf_counter()
     display = StageDisplay()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -110,10 +111,13 @@ def export(
     preprocess = preprocess_rules(loaded.config, spec)
     progress.note(f"{loaded.config.name}, {_parameters(loaded):,} parameters, {describe(spec)}")
     with progress.stage("export"):
-        graph = export_onnx(loaded.model, spec)
-    nodes_before = len(graph.graph.node)
+        literal = export_onnx(loaded.model, spec)
+    nodes_before = len(literal.graph.node)
     with progress.stage("passes"):
-        graph, results = run_passes(graph, chosen_passes)
+        graph, results = run_passes(literal, chosen_passes)
+        # Graphs refer to themselves in circles, and for a large model each holds gigabytes.
+        del literal
+        gc.collect()
     verification = None
     if check:
         with progress.stage("verify"):

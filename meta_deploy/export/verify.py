@@ -5,6 +5,7 @@ Knows the models' and the runtime's interfaces; no pass and no target.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,13 +63,10 @@ def verify(
         The manifest's `verification`: per stage the figures, the tolerance, and whether it holds.
 
     Raises:
-        VerificationError: a stage is off; its `figures` holds the whole result.
+        VerificationError: a stage is off (its `figures` holds the whole result), or the graph does not run.
         ImageError: an image cannot be read.
     """
-    session = onnxruntime.InferenceSession(
-        graph.SerializeToString(), _session_options(), providers=["CPUExecutionProvider"]
-    )
-    names = [output.name for output in session.get_outputs()]
+    exported = _Exported(graph)
     preprocessor = Preprocessor(spec, preprocess)
     comparison = Comparison(getattr(model.config, "score_threshold", 0.0))
     done = 0
@@ -76,7 +74,7 @@ def verify(
         batch, _ = preprocessor([read_image(path) for path in paths])
         with torch.inference_mode():
             expected = {k: v.numpy() for k, v in model(torch.from_numpy(batch), stages=True).items()}
-        comparison.add(expected, dict(zip(names, session.run(None, {"images": batch}), strict=True)))
+        comparison.add(expected, exported(batch))
         done += len(paths)
         progress(min(done, len(images)), len(images))
 
@@ -109,12 +107,36 @@ def _short(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _session_options() -> onnxruntime.SessionOptions:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    # Memory goes back after each run, for PyTorch to use: side by side they need gigabytes for a large model.
-    options.enable_cpu_mem_arena = False
-    return options
+class _Exported:
+    """The graph on ONNX Runtime's CPU: a batch in, outputs by name out."""
+
+    def __init__(self, graph: onnx.ModelProto) -> None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        # Memory goes back after each run, for PyTorch to use: side by side a large model needs gigabytes.
+        options.enable_cpu_mem_arena = False
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # PyTorch's turn comes next
+        with self._told():
+            self.session = onnxruntime.InferenceSession(
+                graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+        self.names = [output.name for output in self.session.get_outputs()]
+
+    def __call__(self, batch: np.ndarray) -> dict[str, np.ndarray]:
+        with self._told():
+            return dict(zip(self.names, self.session.run(None, {"images": batch}), strict=True))
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _told() -> Iterator[None]:
+        """ONNX Runtime's own errors, which have no common class, as ours."""
+        try:
+            yield
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise VerificationError(
+                f"ONNX Runtime cannot run the exported graph: {reason}; no bundle was written"
+            ) from error
 
 
 def _batches(images: Sequence[Path], spec: InputSpec) -> Iterator[list[Path]]:

@@ -176,7 +176,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         from safetensors import safe_open
     except ImportError as error:
-        refuse(path, "needs the safetensors package: pip install 'meta-deploy[export]'", error)
+        refuse(path, "needs the safetensors package: pip install safetensors", error)
     try:
         with safe_open(path, framework="pt", device="cpu") as archive:
             names = list(archive.keys())

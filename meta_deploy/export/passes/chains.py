@@ -12,40 +12,44 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from meta_deploy.export.passes.graph import producer, sole_consumer, static_shape
+from meta_deploy.export.passes.graph import fresh_names, is_op, producer, sole_consumer, static_shape, tidy
 
 MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
+Move = tuple[str, list[int], list[int]]  # Transpose or Reshape, its permutation or shape, the shape it gives
 
 
 def collapse_chains(graph: gs.Graph) -> int:
-    """Replace every chain of two or more moves by the fewest that do the same, where that is fewer.
+    """Replace every chain of moves by the fewest that do the same, where that is fewer.
 
-    Pattern: moves in a row, each read by the next alone, all shapes known.
-    Check: the shapes' factors fit together (always so unless a Reshape mixes axes by a common divisor only).
+    Pattern: moves in a row, each read by the next alone.
+    Check: all shapes are known, and no axis has length zero.
 
     Returns:
         Nodes removed.
     """
+    fresh = fresh_names(graph)
     outputs = {id(output) for output in graph.outputs}
     removed = 0
     for node in list(graph.nodes):
-        if node.op in MOVES and _ends_chain(node, outputs):
-            removed += _collapse(graph, node)
+        if is_op(node, *MOVES) and _ends_chain(node, outputs):
+            removed += _collapse(graph, node, fresh)
     if removed:
-        graph.cleanup(remove_unused_graph_inputs=False).toposort()
+        tidy(graph)
     return removed
 
 
 def _ends_chain(node: gs.Node, outputs: set[int]) -> bool:
     """Whether no move alone goes on from this one."""
     out = node.outputs[0]
-    return id(out) in outputs or len(out.outputs) != 1 or out.outputs[0].op not in MOVES
+    if id(out) in outputs or len(out.outputs) != 1:
+        return True
+    return not is_op(out.outputs[0], *MOVES) or out.outputs[0].inputs[0] is not out
 
 
 def chain_before(graph: gs.Graph, tensor: gs.Tensor) -> tuple[gs.Tensor, list[gs.Node]]:
     """The moves that lead to a tensor, each read by the next alone, and what they start from."""
     chain: list[gs.Node] = []
-    while (node := producer(tensor)) is not None and node.op in MOVES:
+    while (node := producer(tensor)) is not None and is_op(node, *MOVES):
         if chain and not sole_consumer(graph, tensor):
             break
         chain.append(node)
@@ -55,45 +59,61 @@ def chain_before(graph: gs.Graph, tensor: gs.Tensor) -> tuple[gs.Tensor, list[gs
 
 def follow(start: gs.Tensor, chain: Sequence[gs.Node]) -> Factors | None:
     """Where the elements of `start` are after a chain of moves; None where the shapes don't tell."""
+    shape, moves = static_shape(start), _moves(start, chain)
+    if shape is None or moves is None:
+        return None
+    factors = Factors(shape)
+    return factors if all(factors.move(move) for move in moves) else None
+
+
+def _moves(start: gs.Tensor, chain: Sequence[gs.Node]) -> list[Move] | None:
+    """What a chain does; None where a shape is not known or has no elements."""
     shape = static_shape(start)
     if shape is None or 0 in shape:
         return None
-    factors = Factors(shape)
+    moves: list[Move] = []
     for node in chain:
         target = static_shape(node.outputs[0])
         if target is None or math.prod(target) != math.prod(shape):
             return None
         if node.op == "Transpose":
-            factors.transpose(node.attrs.get("perm", list(range(len(target)))[::-1]))
-        elif not factors.reshape(target):
-            return None
-    return factors
+            perm = list(node.attrs.get("perm", range(len(target))[::-1]))
+            moves.append(("Transpose", perm, target))
+        else:
+            moves.append(("Reshape", target, target))
+    return moves
 
 
-def _collapse(graph: gs.Graph, last: gs.Node) -> int:
+def _collapse(graph: gs.Graph, last: gs.Node, fresh: Callable[[str], str]) -> int:
     end = last.outputs[0]
     start, chain = chain_before(graph, end)
-    factors = follow(start, chain)
-    plan = factors.moves() if factors else None
-    if plan is None or len(plan) >= len(chain):
+    moves = _moves(start, chain)
+    if moves is None:
+        return 0
+    plan = fewest(static_shape(start) or [], moves)
+    left = len(plan) or int(any(output is end for output in graph.outputs))  # an Identity keeps the name
+    if left >= len(chain):
         return 0
     last.outputs.clear()
     tensor = start
-    for i, (op, values, shape) in enumerate(plan):
-        out = end if i == len(plan) - 1 else gs.Variable(f"{end.name}/move_{i}", start.dtype, shape)
-        tensor = _add(graph, op, values, tensor, out)
+    for i, (op, values, shape) in enumerate(plan, 1):
+        out = end if i == len(plan) else gs.Variable(fresh(f"{end.name}/move"), start.dtype, shape)
+        add_move(graph, op, values, tensor, out, fresh)
+        tensor = out
     if not plan:
         _replace(graph, end, start)
-    return len(chain) - len(plan)
+    return len(chain) - left
 
 
-def _add(graph: gs.Graph, op: str, values: list[int], x: gs.Tensor, out: gs.Variable) -> gs.Tensor:
+def add_move(
+    graph: gs.Graph, op: str, values: list[int], x: gs.Tensor, out: gs.Tensor, fresh: Callable[[str], str]
+) -> None:
+    """A Transpose by the permutation `values`, or a Reshape to the shape `values`, from x to out."""
     if op == "Transpose":
         graph.nodes.append(gs.Node(op, out.name, {"perm": values}, [x], [out]))
     else:
-        shape = gs.Constant(f"{out.name}/shape", np.array(values, np.int64))
+        shape = gs.Constant(fresh(f"{out.name}/shape"), np.array(values, np.int64))
         graph.nodes.append(gs.Node(op, out.name, {}, [x, shape], [out]))
-    return out
 
 
 def _replace(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> None:
@@ -105,7 +125,39 @@ def _replace(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> None:
         consumer.inputs = [new if x is old else x for x in consumer.inputs]
 
 
-Move = tuple[str, list[int], list[int]]  # operator, its shape or permutation, the shape that it gives
+def fewest(shape: Sequence[int], moves: list[Move]) -> list[Move]:
+    """The fewest moves found that do the same to a tensor of this shape."""
+    while True:
+        shorter = _joined(_shorter(shape, _joined(moves)))
+        if len(shorter) >= len(moves):
+            return moves
+        moves = shorter
+
+
+def _joined(moves: list[Move]) -> list[Move]:
+    """Of Reshapes in a row only the last counts."""
+    after = [op for op, _, _ in moves[1:]] + [""]
+    return [move for move, op in zip(moves, after, strict=True) if not move[0] == op == "Reshape"]
+
+
+def _shorter(shape: Sequence[int], moves: list[Move]) -> list[Move]:
+    """In parts as long as factors fit together (they don't where axes have a common divisor only), each short."""
+    result: list[Move] = []
+    part: list[Move] = []
+    factors = Factors(shape)
+    for move in [*moves, None]:
+        if move is not None and factors.move(move):
+            part.append(move)
+            continue
+        result += min(part, factors.moves(), key=len)
+        if move is None:
+            break
+        factors, part = Factors(part[-1][2] if part else shape), [move]
+        if not factors.move(move):
+            result.append(move)
+            factors, part = Factors(move[2]), []
+        shape = move[2]
+    return result
 
 
 class Factors:
@@ -122,6 +174,14 @@ class Factors:
         numbers = iter(range(len(self.sizes)))
         self.origin = [[next(numbers)] if size != 1 else [] for size in shape]
         self.axes = [list(axis) for axis in self.origin]
+
+    def move(self, move: Move) -> bool:
+        """Do a Transpose or a Reshape; False where the factors don't allow it."""
+        op, values, _ = move
+        if op == "Reshape":
+            return self.reshape(values)
+        self.transpose(values)
+        return True
 
     def transpose(self, perm: Sequence[int]) -> None:
         self.axes = [self.axes[p] for p in perm]

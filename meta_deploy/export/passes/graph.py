@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -12,6 +14,16 @@ from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass, S
 # Its remarks go to standard output, which is the commands' own; what is an error it raises as well.
 G_LOGGER.severity = G_LOGGER.CRITICAL + 1
 
+_MAKE_SEQUENCES = (
+    *(
+        "SplitToSequence",
+        "SequenceConstruct",
+        "SequenceEmpty",
+        "SequenceInsert",
+        "SequenceErase",
+        "SequenceMap",
+    ),
+)
 IR_VERSION = 10  # graph-surgeon's default is newer than ONNX Runtime may accept
 
 
@@ -28,6 +40,10 @@ def to_graph(proto: onnx.ModelProto) -> gs.Graph:
             node.attributes["value"] = ir.AttrTensor("value", ir.tensor(numbers))
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     ShapeInferencePass()(model)
+    # PyTorch and graph-surgeon take a sequence for a tensor; left unsaid, its type is inferred.
+    for node in model.graph.all_nodes():
+        if node.op_type in _MAKE_SEQUENCES:
+            node.outputs[0].type = node.outputs[0].shape = None
     return gs.import_onnx(ir.to_proto(model))
 
 
@@ -40,7 +56,12 @@ def to_proto(graph: gs.Graph) -> onnx.ModelProto:
 def producer(tensor: gs.Tensor, op: str | None = None) -> gs.Node | None:
     """The node that makes a tensor, if there is one and it is an `op`."""
     node = tensor.inputs[0] if tensor.inputs else None
-    return node if node is not None and op in (None, node.op) else None
+    return node if node is not None and (op is None or is_op(node, op)) else None
+
+
+def is_op(node: gs.Node, *ops: str) -> bool:
+    """Whether a node is one of these operators of ONNX itself, not somebody's own of that name."""
+    return node.op in ops and node.domain in (None, "", "ai.onnx")
 
 
 def sole_consumer(graph: gs.Graph, tensor: gs.Tensor) -> bool:
@@ -59,3 +80,51 @@ def static_shape(tensor: gs.Tensor) -> list[int] | None:
     if shape is None or not all(isinstance(size, (int, np.integer)) for size in shape):
         return None
     return [int(size) for size in shape]
+
+
+def fresh_names(graph: gs.Graph) -> Callable[[str], str]:
+    """What turns a wish for a tensor's name into a name that nothing in the graph has yet."""
+    taken = set(graph.tensors())
+    for subgraph in _subgraphs(graph):
+        taken.update(subgraph.tensors())
+
+    def fresh(name: str) -> str:
+        candidate, count = name, 1
+        while candidate in taken:
+            count += 1
+            candidate = f"{name}_{count}"
+        taken.add(candidate)
+        return candidate
+
+    return fresh
+
+
+def _subgraphs(graph: gs.Graph) -> Iterator[gs.Graph]:
+    for node in graph.nodes:
+        yield from node.subgraphs(recursive=True)
+
+
+def tidy(graph: gs.Graph) -> None:
+    """Drop what no output needs and put every node after those that it reads, else in the order as it was.
+
+    graph-surgeon's `toposort` recurses as deep as the new nodes go.
+    """
+    graph.cleanup(remove_unused_graph_inputs=False)
+    inside = {id(node) for node in graph.nodes}
+    placed: set[int] = set()
+    order: list[gs.Node] = []
+    for root in graph.nodes:
+        stack = [root]
+        while stack:
+            node = stack[-1]
+            tensors = [*node.inputs, *(t for g in node.subgraphs() for t in g._foreign_tensors().values())]
+            makers = [maker for tensor in tensors for maker in tensor.inputs]
+            waiting = [maker for maker in makers if id(maker) in inside and id(maker) not in placed]
+            if waiting and id(node) not in placed:
+                stack.extend(waiting[::-1])
+                continue
+            stack.pop()
+            if id(node) not in placed:
+                placed.add(id(node))
+                order.append(node)
+    graph.nodes = order
