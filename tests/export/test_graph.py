@@ -63,6 +63,17 @@ def test_local_functions_are_inlined():
     np.testing.assert_array_equal(run(again, x=np.array([-1, 2], np.float32))["y"], [0, 8])
 
 
+def test_a_sequence_is_not_taken_for_a_tensor():
+    nodes = [
+        helper.make_node("SplitToSequence", ["x"], ["s"], axis=0, keepdims=0),
+        helper.make_node("SequenceAt", ["s", "i"], ["y"]),
+    ]
+    index = helper.make_tensor("i", TensorProto.INT64, [], [1])
+    again = to_proto(to_graph(model(nodes, [value("x", [2, 3])], [value("y", [3])], [index])))
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    np.testing.assert_array_equal(run(again, x=x)["y"], x[1])
+
+
 def test_the_written_model_is_one_that_onnx_runtime_accepts():
     proto = to_proto(to_graph(model([helper.make_node("Relu", ["x"], ["y"])], [value("x", ["n", 3])])))
     assert proto.ir_version == IR_VERSION

@@ -43,7 +43,8 @@ def to_graph(proto: onnx.ModelProto) -> gs.Graph:
     # PyTorch and graph-surgeon take a sequence for a tensor; left unsaid, its type is inferred.
     for node in model.graph.all_nodes():
         if node.op_type in _MAKE_SEQUENCES:
-            node.outputs[0].type = node.outputs[0].shape = None
+            for output in node.outputs:
+                output.type = output.shape = None
     return gs.import_onnx(ir.to_proto(model))
 
 

@@ -1,0 +1,367 @@
+"""The order of an export, from arguments to a bundle that answers as the checkpoint does."""
+
+import dataclasses
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+
+from meta_deploy.errors import BundleError, CheckpointError, ImageError, InputError, VerificationError
+from meta_deploy.export import pipeline
+from meta_deploy.export.passes import PASSES, PIPELINES
+from meta_deploy.export.pipeline import (
+    Progress,
+    choose_passes,
+    describe,
+    export,
+    input_spec,
+    preprocess_rules,
+    verification_images,
+)
+from meta_deploy.models.checkpoint import save_checkpoint
+from meta_deploy.models.zoo import config_from_dict
+from meta_deploy.runtime.bundle import Bundle
+from meta_deploy.runtime.predictor import Predictor
+from tests.export.tiny_models import SIZE, detector, exported, lively
+
+CONFIG = detector()
+
+
+# --- arguments ---
+
+
+def spec(size=None, batch=1, dynamic_batch=None, dynamic_size=False):
+    return input_spec(CONFIG, size, batch, dynamic_batch, dynamic_size)
+
+
+def test_without_options_the_input_is_static_and_the_models_own():
+    s = spec()
+    assert (s.size_min, s.size_opt, s.size_max) == (SIZE, SIZE, SIZE)
+    assert (s.batch_min, s.batch_opt, s.batch_max) == (1, 1, 1)
+    assert s.static_size
+    assert s.static_batch
+    assert describe(s) == "input 96x128, batch 1"
+
+
+def test_a_dynamic_size_goes_from_one_step_to_the_longer_side():
+    s = spec((64, 160), dynamic_size=True)
+    assert (s.size_min, s.size_opt, s.size_max) == ((32, 32), (64, 160), (160, 160))
+    assert describe(s) == "input up to 160x160 in steps of 32, batch 1"
+    rules = preprocess_rules(CONFIG, s)
+    assert rules["resize"] == {"mode": "edges", "long": 160, "short": 64}
+
+
+def test_a_dynamic_batch_is_a_range():
+    s = spec(dynamic_batch=(1, 2, 4))
+    assert (s.batch_min, s.batch_opt, s.batch_max) == (1, 2, 4)
+    assert describe(s) == "input 96x128, batch 1 to 4"
+    assert spec(dynamic_batch=(3, 3, 3)).static_batch
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ((100, 96), "input height 100 is not a multiple of 32; the nearest is 96"),
+        ((96, 120), "input width 120 is not a multiple of 32; the nearest is 128"),
+        ((1, 96), "input height 1 is not a multiple of 32; the nearest is 32"),
+        ((96, 0), "input width 0 is not a multiple of 32; the nearest is 32"),
+        ((-32, 96), "input height -32 is not a multiple of 32; the nearest is 32"),
+        ((10**6 * 32, 96), "too large; take a smaller one"),
+    ],
+)
+def test_a_size_that_does_not_fit_is_refused_with_the_nearest(size, message):
+    with pytest.raises(InputError, match=message):
+        spec(size)
+
+
+@pytest.mark.parametrize("batches", [(0, 1, 2), (2, 1, 4), (1, 5, 4), (4, 2, 1), (-1, -1, -1)])
+def test_a_batch_range_that_does_not_rise_is_refused(batches):
+    with pytest.raises(InputError, match=f"batch range {' '.join(map(str, batches))} does not rise"):
+        spec(dynamic_batch=batches)
+
+
+@pytest.mark.parametrize("batch", [0, -1, 10**9])
+def test_a_batch_that_is_none_or_huge_is_refused(batch):
+    with pytest.raises(InputError):
+        spec(batch=batch)
+
+
+def test_passes_run_in_the_targets_order_whatever_the_users():
+    order = list(PIPELINES["onnxruntime"])
+    assert set(order) <= set(PASSES)
+    assert choose_passes("all", "onnxruntime") == order
+    assert choose_passes("none", "onnxruntime") == []
+    assert choose_passes(", ".join(reversed(order)), "onnxruntime") == order
+    assert choose_passes(order[-1], "onnxruntime") == order[-1:]
+
+
+@pytest.mark.parametrize("passes", ["fuse", "clean-up,fuse", "", "all,none", "clean-up,"])
+def test_an_unknown_pass_is_named_with_the_choices(passes):
+    with pytest.raises(
+        InputError, match="is not a graph pass of onnxruntime; choose all, none, or some of clean"
+    ):
+        choose_passes(passes, "onnxruntime")
+
+
+def picture(path, size=(90, 120)):
+    path.parent.mkdir(exist_ok=True)
+    rng = np.random.default_rng(len(path.name))
+    image = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8))
+    image.resize(size[::-1], Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+def test_verification_images_are_spread_over_the_folder(tmp_path):
+    for i in range(20):
+        picture(tmp_path / f"{i:02}.png", (4, 4))
+    chosen = verification_images(tmp_path)
+    assert [path.stem for path in chosen] == ["00", "02", "05", "07", "10", "12", "15", "17"]
+    assert len(verification_images(None)) == 8
+
+
+def test_few_verification_images_are_all_taken(tmp_path):
+    for i in range(3):
+        picture(tmp_path / f"{i}.png", (4, 4))
+    (tmp_path / "notes.txt").write_text("no image")
+    assert [path.stem for path in verification_images(tmp_path)] == ["0", "1", "2"]
+
+
+def test_a_folder_that_is_missing_empty_a_file_or_holds_a_broken_image_is_refused(tmp_path):
+    with pytest.raises(InputError, match="is not a folder of images; give --calib-images a folder"):
+        verification_images(tmp_path / "missing")
+    with pytest.raises(InputError, match="is not a folder of images"):
+        verification_images(picture(tmp_path / "a.png"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="there is no image in the folder"):
+        verification_images(tmp_path / "empty")
+    whole = picture(tmp_path / "broken" / "a.jpg").read_bytes()
+    (tmp_path / "broken" / "b.jpg").write_bytes(whole[:200])
+    with pytest.raises(ImageError, match=r"b\.jpg"):
+        verification_images(tmp_path / "broken")
+
+
+# --- the whole of it, with one graph translated once ---
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoints") / "tiny.pth"
+    save_checkpoint(path, lively(CONFIG), CONFIG, ["disc", "star", "ring", "bar", "cross"])
+    return path
+
+
+@pytest.fixture
+def quick(checkpoint, tmp_path, monkeypatch):
+    """`export(...)` of the tiny checkpoint to ./bundle on two pictures, its translation made before."""
+    monkeypatch.chdir(tmp_path)
+    pictures = [picture(tmp_path / "pictures" / name) for name in ("a.png", "long_b.png")]
+
+    def call(**options):
+        kind = {"batch": options.get("batch", 1), "dynamic_batch": options.get("dynamic_batch")}
+        proto = onnx.ModelProto()
+        proto.CopyFrom(exported("detector", **kind).literal)
+        monkeypatch.setattr(pipeline, "export_onnx", lambda model, spec: proto)
+        return export(checkpoint, **{"out": "bundle", "calib_images": pictures[0].parent, **options})
+
+    return call
+
+
+@pytest.mark.slow
+def test_a_checkpoint_becomes_a_bundle_that_answers_as_the_model_does(quick, tmp_path):
+    bundle = quick()
+    assert bundle.manifest == Bundle.open("bundle").manifest
+    assert sorted(path.name for path in (tmp_path / "bundle").iterdir()) == ["manifest.json", "model.onnx"]
+    graph = onnx.load("bundle/model.onnx")
+    assert [o.name for o in graph.graph.output] == ["num_detections", "boxes", "scores", "labels", "masks"]
+    image = np.array(Image.open("pictures/a.png"))
+    detections = Predictor(bundle)(image)
+    assert len(detections.scores) > 0
+    prepared = np.zeros((1, 3, *SIZE), np.float32)
+    from meta_deploy.runtime.preprocess import Preprocessor
+
+    prepared, _ = Preprocessor(bundle.input, bundle.preprocess)([image])
+    with torch.no_grad():
+        expected = exported("detector").model(torch.from_numpy(prepared))
+    found = int(expected["num_detections"][0])
+    np.testing.assert_allclose(
+        np.sort(detections.scores), np.sort(expected["scores"][0, :found].numpy()), atol=1e-4
+    )
+
+
+@pytest.mark.slow
+def test_the_manifest_tells_what_was_done(quick):
+    manifest = quick().manifest
+    assert manifest["task"] == "instance-segmentation"
+    assert manifest["model"]["name"] == CONFIG.name
+    assert config_from_dict(manifest["model"]["config"]) == CONFIG
+    assert manifest["classes"] == ["disc", "star", "ring", "bar", "cross"]
+    assert manifest["parameters"] == sum(p.numel() for p in exported("detector").model.parameters())
+    assert manifest["input"]["size"] == {"min": [96, 128], "opt": [96, 128], "max": [96, 128]}
+    shapes = {output["name"]: output["shape"] for output in manifest["outputs"]}
+    assert shapes["masks"] == [1, CONFIG.max_detections, 28, 28]
+    assert (manifest["target"], manifest["precision"], manifest["engine"]) == ("onnxruntime", "fp32", None)
+    assert [row["name"] for row in manifest["passes"]] == list(PIPELINES["onnxruntime"])
+    assert manifest["nodes"]["before"] > manifest["nodes"]["after"] == manifest["passes"][-1]["nodes_after"]
+    assert manifest["verification"]["passed"]
+    assert manifest["verification"]["images"] == 2
+    assert list(manifest["seconds"]) == ["load", "export", "passes", "verify"]
+    assert manifest["peak_rss_mb"] > 50
+    assert {"python", "torch", "onnx", "onnxruntime", "numpy"} <= set(manifest["created_by"])
+    assert manifest["thresholds"] == {"score": 0.05, "mask": 0.5}
+
+
+@pytest.mark.slow
+def test_every_choice_of_passes_verifies(quick):
+    for passes in ("none", *PASSES, "all"):
+        bundle = quick(passes=passes)
+        chosen = choose_passes(passes, "onnxruntime")
+        assert [row["name"] for row in bundle.manifest["passes"]] == chosen
+        assert bundle.manifest["verification"]["passed"]
+
+
+@pytest.mark.slow
+def test_a_dynamic_batch_is_verified_at_its_ends(quick, monkeypatch):
+    sizes = []
+    compare = pipeline.verify
+
+    def spy(model, graph, images, spec, *rest, **options):
+        model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+        return compare(model, graph, images, spec, *rest, **options)
+
+    monkeypatch.setattr(pipeline, "verify", spy)
+    bundle = quick(dynamic_batch=(1, 2, 4))
+    assert {1, 4} <= set(sizes)
+    assert bundle.manifest["input"]["batch"] == {"min": 1, "opt": 2, "max": 4}
+    assert bundle.manifest["verification"]["images"] == 2
+
+
+@pytest.mark.slow
+def test_without_verification_it_is_null(quick):
+    assert quick(check=False).manifest["verification"] is None
+
+
+def test_a_missing_folder_of_images_is_refused_even_without_verification(quick):
+    with pytest.raises(InputError, match="is not a folder of images"):
+        quick(check=False, calib_images="missing")
+
+
+@pytest.mark.slow
+def test_progress_names_every_stage_in_order(quick):
+    told = []
+    progress = Progress(
+        note=lambda line: told.append(("note", line)),
+        start=lambda stage: told.append(("start", stage)),
+        end=lambda stage, seconds: told.append(("end", stage)),
+        count=lambda done, total: told.append(("count", done, total)),
+    )
+    quick(progress=progress)
+    stages = ["load", "export", "passes", "verify", "write"]
+    assert [entry for entry in told if entry[0] in ("start", "end")] == [
+        (kind, stage) for stage in stages for kind in ("start", "end")
+    ]
+    assert ("count", 2, 2) in told
+    notes = " | ".join(entry[1] for entry in told if entry[0] == "note")
+    assert "target onnxruntime" in notes
+    assert "tiny-mask-rcnn" in notes
+    assert "input 96x128, batch 1" in notes
+
+
+@pytest.mark.slow
+def test_an_export_is_the_same_each_time(quick):
+    first, second = quick(out="one"), quick(out="two")
+    assert first.manifest["files"] == second.manifest["files"]
+
+
+def corrupt(graph):
+    """A pass with a mistake: it halves the largest weight."""
+    weights = [t for t in graph.tensors().values() if hasattr(t, "values") and t.values.dtype == np.float32]
+    largest = max(weights, key=lambda t: t.values.size)
+    largest.values = largest.values * np.float32(0.5)
+    return 1
+
+
+@pytest.mark.slow
+def test_a_pass_that_harms_is_caught_and_nothing_is_written(quick, tmp_path, monkeypatch):
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setitem(PASSES, "discarded-rows", corrupt)
+    with pytest.raises(VerificationError, match=r"does not match PyTorch .* are off"):
+        quick()
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.slow
+def test_an_older_bundle_is_replaced_by_a_good_export_only(quick, monkeypatch):
+    old = quick(check=False).manifest
+    with monkeypatch.context() as patch:
+        patch.setitem(PASSES, "discarded-rows", corrupt)
+        with pytest.raises(VerificationError):
+            quick()
+    assert Bundle.open("bundle").manifest == old
+    quick()
+    assert Bundle.open("bundle").manifest["verification"]["passed"]
+
+
+def test_what_cannot_be_written_is_refused_before_any_work(quick, tmp_path):
+    told = []
+    progress = Progress(start=told.append)
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.tex").write_text("precious")
+    for out in ("file", "folder", "file/bundle"):
+        with pytest.raises(InputError):
+            quick(out=out, progress=progress)
+    assert told == []
+    assert (tmp_path / "folder" / "thesis.tex").read_text() == "precious"
+
+
+def test_the_checkpoints_own_troubles_are_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.pth").write_text("not a checkpoint")
+    for path in ("missing.pth", "text.pth", "."):
+        with pytest.raises(CheckpointError):
+            export(path, check=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["text.pth"]
+
+
+def test_a_model_that_does_not_exist_is_refused(quick):
+    with pytest.raises(InputError, match="No model is named 'resnet'"):
+        quick(model="resnet")
+
+
+def test_a_graph_that_cannot_be_serialized_is_too_large():
+    class Large:
+        def SerializeToString(self):
+            raise ValueError("exceeds 2 GB")
+
+    with pytest.raises(InputError, match="too large for one ONNX file: exceeds 2 GB"):
+        pipeline.serialize(Large())
+
+
+@pytest.mark.slow
+def test_a_folder_that_only_writing_finds_closed_is_bad_input(quick):
+    with pytest.raises(InputError, match="cannot write the bundle '/proc/bundle'"):
+        quick(out="/proc/bundle", check=False)
+
+
+@pytest.mark.slow
+def test_what_is_written_cannot_be_an_invalid_bundle(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "output_names", lambda config: ["boxes"])
+    with pytest.raises(BundleError):
+        quick(check=False)
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.slow
+def test_the_manifest_is_json_and_names_no_path(quick, tmp_path):
+    quick()
+    text = (tmp_path / "bundle" / "manifest.json").read_text()
+    json.loads(text)
+    assert str(tmp_path) not in text
+
+
+def test_dataclass_options_do_not_leak_between_exports():
+    assert Progress().seconds is not Progress().seconds
+    assert dataclasses.fields(Progress)[-1].name == "seconds"
