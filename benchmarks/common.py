@@ -1,0 +1,243 @@
+"""What the benchmarks share: photos, checkpoints, exports, timing side by side, tables, JSON files.
+
+Knows the commands and the machine; what is measured is the scripts' affair.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+
+ROOT = Path(__file__).resolve().parents[1]
+ASSETS = ROOT / "meta_deploy" / "assets"
+RESULTS = ROOT / "benchmarks" / "results"
+WORK = ROOT / "build" / "benchmarks"  # checkpoints and bundles; checkpoints are kept for the next run
+PHOTOS = ROOT.parent / "shared" / "data" / "coco-tiny" / "val"
+DEMO = "demo"
+_PACKAGES = (
+    "torch",
+    "onnx",
+    "onnxscript",
+    "onnx-ir",
+    "onnx-graphsurgeon",
+    "onnxslim",
+    "onnxruntime",
+    "numpy",
+)
+
+
+# --- what to measure on -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model as exported: a zoo model with random weights at some input size, or the demo model.
+
+    Written MODEL@SIDE or MODEL@HxW, with `+dynamic` behind it where any size up to that is taken; or `demo`.
+    """
+
+    model: str
+    size: tuple[int, int] | None
+    dynamic: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Case:
+        """The inverse of str()."""
+        if text == DEMO:
+            return cls(DEMO, None)
+        name, _, size = text.removesuffix("+dynamic").partition("@")
+        sides = [int(side) for side in size.split("x")] if size else []
+        if not 1 <= len(sides) <= 2:
+            raise argparse.ArgumentTypeError(f"'{text}' is not MODEL@SIDE, MODEL@HxW or {DEMO}")
+        return cls(name, (sides[0], sides[-1]), text.endswith("+dynamic"))
+
+    def __str__(self) -> str:
+        size = f"@{self.size[0]}x{self.size[1]}" if self.size else ""
+        return self.model + size + ("+dynamic" if self.dynamic else "")
+
+    @property
+    def options(self) -> list[str]:
+        """Of meta-export."""
+        size = ["--input-size", *map(str, self.size)] if self.size else []
+        return size + (["--dynamic-size"] if self.dynamic else [])
+
+
+def checkpoint(case: Case) -> Path:
+    """A case's weights, made where they are not there yet, or older than the tool that makes them."""
+    if case.model == DEMO:
+        return ASSETS / "meta-nano-mask-rcnn.pth"
+    tool = ROOT / "tools" / "random_checkpoint.py"
+    path = WORK / f"{case.model}.pth"
+    if not path.exists() or path.stat().st_mtime < tool.stat().st_mtime:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run([sys.executable, tool, case.model, path], check=True, stdout=sys.stderr)
+    return path
+
+
+def photos(folder: Path | None = None, count: int | None = None) -> list[Path]:
+    """`count` of a folder's pictures, spread over it (None: all); without a folder COCO's, else our own."""
+    folder = folder or photo_folder()
+    paths = sorted(path for path in folder.iterdir() if path.suffix in (".jpg", ".png"))
+    step = max(1.0, len(paths) / (count or len(paths)))
+    return [paths[int(i * step)] for i in range(min(len(paths), count or len(paths)))]
+
+
+def photo_folder() -> Path:
+    """Real photos where there are any, else the scenes that ship with the package."""
+    return PHOTOS if PHOTOS.is_dir() else ASSETS / "images"
+
+
+# --- running ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """A command that ran: its JSON document (None where it failed), seconds, and the most memory it held."""
+
+    code: int
+    document: dict[str, Any] | None
+    seconds: float
+    peak_mb: float
+
+
+def run_command(name: str, *arguments: object) -> Run:
+    """Run `meta-NAME ARGUMENTS --json` in a process of its own; its notes go to our standard error."""
+    command = [sys.executable, "-m", f"meta_deploy.cli.{name}", *map(str, arguments), "--json"]
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
+    assert process.stdout is not None
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - began
+    process.stdout.close()
+    process.returncode = os.waitstatus_to_exitcode(status)
+    peak = usage.ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+    return Run(process.returncode, json.loads(output) if output else None, seconds, peak)
+
+
+def export(case: Case, *options: object) -> tuple[Path, Run]:
+    """Export a case; the bundle's folder, and how it went."""
+    out = WORK / str(case).replace("+", "-")
+    return out, run_command("export", "--ckpt", checkpoint(case), *case.options, *options, "--out", out)
+
+
+def open_session(proto: onnx.ModelProto, threads: int = 0) -> onnxruntime.InferenceSession:
+    """A graph in ONNX Runtime on the CPU, as the runtime's back end opens it; 0 threads: its own choice."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(
+        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def interleave(contenders: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each call, `rounds` for each contender, which is given the number of the round.
+
+    In every round each runs once, another one first each time: what the machine does meanwhile befalls all.
+    """
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            began = time.perf_counter()
+            contenders[name](turn)
+            times[name].append(1000 * (time.perf_counter() - began))
+    return times
+
+
+def ratio(times: Sequence[float], base: Sequence[float]) -> float:
+    """The median over the rounds of one contender's time over another's."""
+    return float(np.median(np.divide(times, base)))
+
+
+# --- telling ------------------------------------------------------------------------------------------------
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "system": f"{platform.system()} {platform.release()}",
+        "versions": {"python": platform.python_version(), **versions},
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "load_before": round(os.getloadavg()[0], 2),
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = fields.get("model name", platform.machine())
+    return f"{name} (family {fields.get('cpu family', '?')}, model {fields.get('model', '?')})"
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of one kind as Markdown."""
+    cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in cells
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return {True: "yes", False: "no"}.get(value, str(value))
+    if isinstance(value, int):
+        return f"{value:,}"
+    if value and abs(value) < 1e-3:
+        return f"{value:.1e}"
+    digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
+    return f"{value:,.{digits}f}"
+
+
+def parser(doc: str, name: str) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    p = argparse.ArgumentParser(description=doc.splitlines()[0])
+    p.add_argument(
+        "--photos", type=Path, metavar="DIR", help="default: coco-tiny/val, else the bundled scenes"
+    )
+    p.add_argument(
+        "--json",
+        type=Path,
+        default=RESULTS / f"{name}.json",
+        help="where the numbers go (default: %(default)s)",
+    )
+    return p
+
+
+def save(path: Path, **parts: Any) -> None:
+    """Write a benchmark's numbers."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(parts, indent=1, default=str) + "\n")
+    print(f"numbers in {path}", file=sys.stderr)

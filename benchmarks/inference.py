@@ -1,0 +1,126 @@
+"""From picture to result: the parts of a call, pictures a second, and the same against PyTorch.
+
+    python benchmarks/inference.py [CASE ...] [--threads N ...] [--photos DIR] [--count N]
+
+CASE is as for export_time.py, and is exported first. Against PyTorch eager, and against the graph as traced,
+without our passes, the model alone is timed, picture by picture in turns; ratios are medians of the turns'.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import cv2
+import numpy as np
+import onnx
+import torch
+
+from benchmarks.common import (
+    Case,
+    checkpoint,
+    export,
+    interleave,
+    machine,
+    open_session,
+    parser,
+    photos,
+    ratio,
+    save,
+    table,
+)
+from meta_deploy.export.onnx_export import drop_outputs, export_onnx
+from meta_deploy.models.checkpoint import load_model
+from meta_deploy.runtime.backends import open_backend
+from meta_deploy.runtime.bundle import Bundle
+from meta_deploy.runtime.images import expand, read_image
+from meta_deploy.runtime.predictor import Predictor
+from meta_deploy.runtime.preprocess import Preprocessor
+from meta_deploy.runtime.stream import predict
+
+CASES = ("demo", "meta-t-mask-rcnn@512", "meta-t-mask-rcnn@512+dynamic")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    p = parser(__doc__, "inference")
+    p.add_argument("cases", nargs="*", type=Case.parse, metavar="CASE", help=f"default: {' '.join(CASES)}")
+    p.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="default: 1 2")
+    p.add_argument("--count", type=int, default=20, help="pictures (default: %(default)s)")
+    p.add_argument("--rounds", type=int, default=3, help="times over all pictures (default: %(default)s)")
+    args = p.parse_args(argv)
+    here = machine()
+    pictures = photos(args.photos, args.count)
+    parts, models = [], []
+    for case in args.cases or map(Case.parse, CASES):
+        folder, run = export(case)
+        if run.code:
+            sys.exit(f"the export of {case} failed with exit code {run.code}")
+        bundle = Bundle.open(folder)
+        model = load_model(checkpoint(case)).model
+        literal = drop_outputs(export_onnx(model, bundle.input), list(bundle.output_names))
+        for threads in args.threads:
+            cv2.setNumThreads(threads)
+            torch.set_num_threads(threads)
+            head = {"bundle": str(case), "threads": threads}
+            parts.append(head | end_to_end(bundle, pictures, threads, args.rounds))
+            models.append(head | against(bundle, literal, model, pictures, threads))
+    print(table(parts), table(models), sep="\n\n")
+    save(args.json, machine=here, pictures=len(pictures), rounds=args.rounds, end_to_end=parts, model=models)
+
+
+def end_to_end(bundle: Bundle, pictures: list[Path], threads: int, rounds: int) -> dict[str, Any]:
+    """From files to results: plainly, one call a picture, and with files read ahead as meta-infer does."""
+    results: list[Any] = []
+    sources = expand(map(str, pictures))
+    with Predictor(bundle, threads=threads) as predictor:
+
+        def plain(turn: int) -> None:
+            results.extend(predictor(path) for path in pictures)
+
+        def ahead(turn: int) -> None:
+            results.extend(frame.result for frame in predict(predictor, sources))
+
+        predictor(pictures[0])  # to warm up
+        times = interleave({"plain": plain, "ahead": ahead}, rounds)
+    columns: dict[str, Any] = {}
+    for part in ("pre", "model", "post"):
+        values = [getattr(result.timings, part) for result in results]
+        columns[f"{part} ms"] = float(np.median(values))
+        columns[f"{part} p90"] = float(np.quantile(values, 0.9))
+    if hasattr(results[0], "scores"):
+        columns["detections"] = float(np.mean([len(result) for result in results]))
+    return columns | {
+        "images/s, plain": 1000 * len(pictures) / float(np.median(times["plain"])),
+        "images/s, read ahead": 1000 * len(pictures) / float(np.median(times["ahead"])),
+        "gain": 1 / ratio(times["ahead"], times["plain"]),
+    }
+
+
+def against(
+    bundle: Bundle, literal: onnx.ModelProto, model: torch.nn.Module, pictures: list[Path], threads: int
+) -> dict[str, Any]:
+    """The model alone: the bundle's, the literal graph's, and PyTorch's milliseconds, picture by picture."""
+    preprocess = Preprocessor(bundle.input, bundle.preprocess)
+    batches = [preprocess([read_image(path)])[0] for path in pictures]
+    plain = open_session(literal, threads)
+    with torch.inference_mode(), open_backend(bundle, "onnxruntime", threads) as ours:
+        contenders = {
+            "bundle": lambda turn: ours.infer(batches[turn]),
+            "literal": lambda turn: plain.run(None, {"images": batches[turn]}),
+            "PyTorch": lambda turn: model(torch.from_numpy(batches[turn])),
+        }
+        interleave(contenders, 1)  # to warm up
+        times = interleave(contenders, len(batches))
+    return {
+        **{f"{name} ms": float(np.median(values)) for name, values in times.items()},
+        "literal / bundle": ratio(times["literal"], times["bundle"]),
+        "PyTorch / bundle": ratio(times["PyTorch"], times["bundle"]),
+    }
+
+
+if __name__ == "__main__":
+    main()

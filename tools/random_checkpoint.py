@@ -1,0 +1,181 @@
+"""A checkpoint of any zoo model with lively random weights, for exports that no trained weights exist for.
+
+    python tools/random_checkpoint.py meta-t-mask-rcnn out.pth [--seed 0]
+
+Freshly initialized, a deep network's activations fade, the injectors are off and nothing is ever detected: a
+wrong export would look right. Here one forward pass over noise with the spectrum of photos sets every layer,
+the moment it has run, so that its channels have mean 0 and a spread of order one (data-dependent
+initialization: Mishkin & Matas, ICLR 2016), and the background's bias so that some proposals are objects.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from meta_deploy.models.checkpoint import save_checkpoint
+from meta_deploy.models.zoo import MODEL_NAMES, ModelConfig, build_model, get_config
+
+PICTURES = 4
+# The spread of a layer's output over positions and pictures, by the end of the layer's name; else 1.
+SPREADS = {
+    "attn.proj": 0.3,  # these three are added to what goes on
+    "mlp.fc2": 0.3,
+    "extractor.expand": 0.3,
+    "rpn_cls": 2.0,
+    "rpn_reg": 0.2,
+    "fc_cls": 4.0,
+    "conv_logits": 3.0,
+    "conv_seg": 3.0,
+}
+OBJECTS = 0.03  # the share of proposals that some class's score is above the threshold for
+
+Settle = Callable[..., Tensor]
+
+
+def lively_model(config: ModelConfig, pictures: Tensor, seed: int = 0) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A model with random weights in which everything does something; the same for the same arguments.
+
+    Args:
+        config: of the model.
+        pictures: (B, 3, H, W), normalized; activations are of order one on these and the like.
+        seed: of the weights.
+
+    Returns:
+        The model in evaluation mode, and what it gives for the pictures.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = build_model(config)
+        for name, module in model.named_modules():
+            spread = next((spread for end, spread in SPREADS.items() if name.endswith(end)), 1.0)
+            if name.endswith("fc_cls"):
+                threshold = getattr(config, "score_threshold", 0.0)
+                _once_run(module, partial(_set_classifier, spread, len(pictures), threshold))
+            elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+                _once_run(module, partial(_standardize, spread))
+            elif isinstance(module, nn.BatchNorm2d):
+                _once_run(module, _set_statistics)
+            if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)):
+                module.weight.normal_(1.0, 0.1)
+                module.bias.normal_(0.0, 0.1)
+        for name, parameter in model.named_parameters():
+            if name.endswith(("gamma", "pos_embed", "level_embed")):
+                parameter.normal_(0.0, 0.3)
+        return model, model(pictures)
+
+
+def _once_run(module: nn.Module, settle: Settle) -> None:
+    """Have `settle(module, input, output)` set a module after its first run and return its new output."""
+
+    def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        handle.remove()  # once only: the RPN's layers run on every level
+        return settle(module, inputs[0], output)
+
+    handle = module.register_forward_hook(hook)
+
+
+def _statistics(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Each channel's mean, and the spread of all around theirs: a channel that is quiet here stays so."""
+    channels = x.movedim(axis, 0).flatten(1)
+    return channels.mean(dim=1), channels.var(dim=1).mean().sqrt()
+
+
+def _standardize(spread: float, layer: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+    """Scale a layer's weights and move its bias."""
+    axis = output.dim() - 1 if isinstance(layer, nn.Linear) else 1
+    mean, actual = _statistics(output, axis)
+    scale = spread / actual
+    layer.weight.mul_(scale)
+    shift = -mean * scale + torch.randn_like(mean) * 0.1 * spread
+    if layer.bias is None:  # a batch norm follows, which does not mind
+        return output * scale
+    layer.bias.mul_(scale).add_(shift)
+    return output * scale + shift.reshape([-1 if i == axis else 1 for i in range(output.dim())])
+
+
+def _set_statistics(norm: nn.BatchNorm2d, x: Tensor, output: Tensor) -> Tensor:
+    """The same for a batch norm, which has statistics of its own."""
+    mean, spread = _statistics(x, 1)
+    norm.running_mean.copy_(mean)
+    norm.running_var.uniform_(0.8, 1.25).mul_(spread**2)
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+
+
+def _set_classifier(
+    spread: float, pictures: int, threshold: float, layer: nn.Linear, x: Tensor, output: Tensor
+) -> Tensor:
+    """The same for class logits (background last), of which a share `OBJECTS` shall be above the threshold.
+
+    The layer is made blind to what tells the pictures apart, or one of them would have all the objects.
+    """
+    means = x.reshape(pictures, -1, x.shape[1]).mean(dim=1)
+    directions = torch.linalg.svd(means - means.mean(dim=0), full_matrices=False).Vh[:-1]
+    layer.weight.sub_(layer.weight @ directions.T @ directions)
+    logits = _standardize(spread, layer, x, layer.forward(x))
+    # Where this is added to the background's logit, an object's score is at the threshold.
+    limit = logits[:, :-1].amax(dim=1) - logits[:, -1] - math.log(threshold / (1 - threshold))
+    bias = limit.quantile(1 - OBJECTS)
+    layer.bias[-1] += bias
+    logits[:, -1] += bias
+    return logits
+
+
+def noise(size: tuple[int, int], count: int = PICTURES, seed: int = 0) -> Tensor:
+    """Pictures (count, 3, H, W), normalized, whose amplitudes fall with frequency as those of photos do.
+
+    Mostly grey, and from dark to bright.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(count, *shape, generator=generator)
+
+    frequency = torch.hypot(torch.fft.fftfreq(size[0])[:, None], torch.fft.rfftfreq(size[1])[None])
+    frequency[0, 0] = 1.0
+    x = torch.fft.irfft2(torch.fft.rfft2(normal(3, *size)) / frequency, s=size)
+    x = x + 2 * x.mean(dim=1, keepdim=True)
+    brightness = torch.linspace(-1.2, 1.2, count).reshape(count, 1, 1, 1)
+    return x / x.std() + brightness + 0.2 * normal(3, 1, 1)
+
+
+def describe(outputs: dict[str, Tensor]) -> str:
+    """What the model gives for the pictures that it was set on, in a line."""
+    if "logits" in outputs:
+        pixels = torch.bincount(outputs["logits"].argmax(dim=1).flatten()).double()
+        return f"{(pixels > 0).sum()} classes, the commonest {pixels.max() / pixels.sum():.0%} of the pixels"
+    scores = outputs["scores"][outputs["scores"] > 0]
+    low, middle, high = scores.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
+    return (
+        f"detections {', '.join(map(str, outputs['num_detections'].tolist()))}, "
+        f"a tenth of them below {low:.2f}, half below {middle:.2f}, a tenth above {high:.2f}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", choices=MODEL_NAMES, metavar="MODEL", help=", ".join(MODEL_NAMES))
+    parser.add_argument("out", type=Path, help=".pth or .safetensors")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    began = time.perf_counter()
+    config = get_config(args.model)
+    model, outputs = lively_model(config, noise(config.input_size), args.seed)
+    save_checkpoint(args.out, model, config)
+    size = args.out.stat().st_size / 1e6
+    print(f"{args.out}: {size:.0f} MB in {time.perf_counter() - began:.0f} s; {describe(outputs)}")
+
+
+if __name__ == "__main__":
+    main()
