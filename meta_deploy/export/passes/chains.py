@@ -136,28 +136,37 @@ def fewest(shape: Sequence[int], moves: list[Move]) -> list[Move]:
 
 def _joined(moves: list[Move]) -> list[Move]:
     """Of Reshapes in a row only the last counts."""
-    after = [op for op, _, _ in moves[1:]] + [""]
-    return [move for move, op in zip(moves, after, strict=True) if not move[0] == op == "Reshape"]
+    joined: list[Move] = []
+    for move in moves:
+        if joined and joined[-1][0] == move[0] == "Reshape":
+            joined.pop()
+        joined.append(move)
+    return joined
 
 
 def _shorter(shape: Sequence[int], moves: list[Move]) -> list[Move]:
-    """In parts as long as factors fit together (they don't where axes have a common divisor only), each short."""
+    """The moves in parts whose factors fit together, each part in fewer moves.
+
+    Factors don't fit where a Reshape cuts through two axes whose lengths have a common divisor only.
+    """
     result: list[Move] = []
-    part: list[Move] = []
-    factors = Factors(shape)
-    for move in [*moves, None]:
-        if move is not None and factors.move(move):
-            part.append(move)
-            continue
-        result += min(part, factors.moves(), key=len)
-        if move is None:
-            break
-        factors, part = Factors(part[-1][2] if part else shape), [move]
+    factors, part = Factors(shape), list[Move]()
+    for move in moves:
         if not factors.move(move):
-            result.append(move)
-            factors, part = Factors(move[2]), []
+            result += _shortest(part, factors.moves())
+            factors, part = Factors(shape), []
+            if not factors.move(move):  # alone, as it is
+                factors = Factors(move[2])
+                result.append(move)
+                shape = move[2]
+                continue
+        part.append(move)
         shape = move[2]
-    return result
+    return result + _shortest(part, factors.moves())
+
+
+def _shortest(*plans: list[Move]) -> list[Move]:
+    return min(plans, key=lambda plan: len(plan))
 
 
 class Factors:
@@ -226,7 +235,7 @@ class Factors:
         plans = [
             self._between(*start) for start in (self._whole(), self._runs(), self._groups(order)) if start
         ]
-        return min(plans, key=len)
+        return _shortest(*plans)
 
     def _between(self, start: list[list[int]], perm: list[int]) -> list[Move]:
         """Reshape to `start`, permute, reshape to the present axes; what does nothing is left out."""

@@ -5,11 +5,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from meta_deploy.export.passes.graph import constant_value, producer, sole_consumer, static_shape
+from meta_deploy.export.passes.chains import add_move
+from meta_deploy.export.passes.graph import (
+    constant_value,
+    fresh_names,
+    is_op,
+    producer,
+    sole_consumer,
+    static_shape,
+    tidy,
+)
 
 DOMAIN = "com.microsoft"
 
@@ -25,14 +37,16 @@ def fuse_attention(graph: gs.Graph) -> int:
     Returns:
         Places changed.
     """
+    fresh = fresh_names(graph)
+    inside = {id(node) for node in graph.nodes}  # and not in a branch or a loop's body
     changes = 0
     for node in list(graph.nodes):
-        if node.op == "Softmax" and (found := _match(graph, node)):
-            _rewrite(graph, *found)
+        if is_op(node, "Softmax") and (found := _match(graph, node)) and id(found[-1]) in inside:
+            _rewrite(graph, *found, fresh)
             changes += 1
     if changes:
         graph.import_domains = _with_domain(graph)
-        graph.cleanup(remove_unused_graph_inputs=False).toposort()
+        tidy(graph)
     return changes
 
 
@@ -41,10 +55,11 @@ Attention = tuple[gs.Tensor, gs.Tensor, gs.Tensor, float, gs.Node]  # q, k, v, s
 
 def _match(graph: gs.Graph, softmax: gs.Node) -> Attention | None:
     weights = softmax.outputs[0]
-    if softmax.attrs.get("axis", -1) not in (-1, 3) or not sole_consumer(graph, weights):
+    axis = softmax.attrs.get("axis", -1 if graph.opset >= 13 else 1)
+    if axis not in (-1, 3) or not sole_consumer(graph, weights):
         return None
     last = weights.outputs[0]
-    if last.op != "MatMul" or last.inputs[0] is not weights:
+    if not is_op(last, "MatMul") or last.inputs[0] is not weights:
         return None
     product, scale = _unscaled(graph, softmax.inputs[0])
     matmul = producer(product, "MatMul")
@@ -61,52 +76,62 @@ def _match(graph: gs.Graph, softmax: gs.Node) -> Attention | None:
         return None
     k, v = transpose.inputs[0], last.inputs[1]
     shapes = [static_shape(tensor) for tensor in (q, k, v)]
-    if any(shape is None or len(shape) != 4 for shape in shapes) or q.dtype != np.float32:
+    if any(shape is None or len(shape) != 4 or 0 in shape for shape in shapes) or q.dtype != np.float32:
         return None
     (b, h, _, d), keys, values = shapes  # type: ignore[misc]
     if keys != values or keys[:2] != [b, h] or keys[3] != d:  # type: ignore[index]
         return None
-    return q, k, v, scale * q_scale * k_scale, last
+    scale = float(np.float32(scale * q_scale * k_scale))
+    return (q, k, v, scale, last) if scale and math.isfinite(scale) else None  # 0 says default
 
 
 def _unscaled(graph: gs.Graph, tensor: gs.Tensor) -> tuple[gs.Tensor, float]:
     """What a tensor is before a constant multiplies it, and the constant; (tensor, 1) where none does."""
     node = producer(tensor)
-    if node is None or node.op not in ("Mul", "Div") or not sole_consumer(graph, tensor):
+    if node is None or not is_op(node, "Mul", "Div") or not sole_consumer(graph, tensor):
         return tensor, 1.0
     for x, factor in (node.inputs, node.inputs[::-1])[: 2 if node.op == "Mul" else 1]:
         value = constant_value(factor)
-        if value is not None and value.size == 1 and value.item() != 0:
+        shape = static_shape(x)
+        # A number with more axes than x would give it those.
+        if value is not None and value.size == 1 and value.item() and shape and shape == static_shape(tensor):
             number = float(value.item())
             return x, number if node.op == "Mul" else 1 / number
     return tensor, 1.0
 
 
-def _rewrite(graph: gs.Graph, q: gs.Tensor, k: gs.Tensor, v: gs.Tensor, scale: float, last: gs.Node) -> None:
+def _rewrite(
+    graph: gs.Graph,
+    q: gs.Tensor,
+    k: gs.Tensor,
+    v: gs.Tensor,
+    scale: float,
+    last: gs.Node,
+    fresh: Callable[[str], str],
+) -> None:
     out = last.outputs[0]
     b, h, n, d = static_shape(q)  # type: ignore[misc]
-    inputs = [_joined(graph, f"{out.name}/{name}", x) for name, x in (("q", q), ("k", k), ("v", v))]
-    joined = gs.Variable(f"{out.name}/joined", np.float32, [b, n, h * d])
+    named = (("q", q), ("k", k), ("v", v))
+    inputs = [_joined(graph, f"{out.name}/{name}", x, fresh) for name, x in named]
+    joined = gs.Variable(fresh(f"{out.name}/joined"), np.float32, [b, n, h * d])
     attributes = {"num_heads": h, "scale": scale}
     graph.nodes.append(
         gs.Node("MultiHeadAttention", joined.name, attributes, inputs, [joined], domain=DOMAIN)
     )
-    split = gs.Variable(f"{out.name}/split", np.float32, [b, n, h, d])
-    shape = gs.Constant(f"{split.name}/shape", np.array([b, n, h, d], np.int64))
+    split = gs.Variable(fresh(f"{out.name}/split"), np.float32, [b, n, h, d])
     last.outputs.clear()
     out.shape = [b, h, n, d]
-    graph.nodes.append(gs.Node("Reshape", split.name, {}, [joined, shape], [split]))
-    graph.nodes.append(gs.Node("Transpose", f"{out.name}/heads", {"perm": [0, 2, 1, 3]}, [split], [out]))
+    add_move(graph, "Reshape", [b, n, h, d], joined, split, fresh)
+    add_move(graph, "Transpose", [0, 2, 1, 3], split, out, fresh)
 
 
-def _joined(graph: gs.Graph, name: str, x: gs.Tensor) -> gs.Tensor:
+def _joined(graph: gs.Graph, name: str, x: gs.Tensor, fresh: Callable[[str], str]) -> gs.Tensor:
     """(B, heads, N, d) -> (B, N, heads * d)."""
     b, h, n, d = static_shape(x)  # type: ignore[misc]
-    moved = gs.Variable(f"{name}/moved", x.dtype, [b, n, h, d])
-    joined = gs.Variable(f"{name}/joined", x.dtype, [b, n, h * d])
-    shape = gs.Constant(f"{name}/shape", np.array([b, n, h * d], np.int64))
-    graph.nodes.append(gs.Node("Transpose", moved.name, {"perm": [0, 2, 1, 3]}, [x], [moved]))
-    graph.nodes.append(gs.Node("Reshape", joined.name, {}, [moved, shape], [joined]))
+    moved = gs.Variable(fresh(f"{name}/moved"), x.dtype, [b, n, h, d])
+    joined = gs.Variable(fresh(f"{name}/joined"), x.dtype, [b, n, h * d])
+    add_move(graph, "Transpose", [0, 2, 1, 3], x, moved, fresh)
+    add_move(graph, "Reshape", [b, n, h * d], moved, joined, fresh)
     return joined
 
 

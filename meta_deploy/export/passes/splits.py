@@ -5,11 +5,12 @@ Static shapes only.
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable
+
 import onnx_graphsurgeon as gs
 
-from meta_deploy.export.passes.chains import MOVES, chain_before, follow
-from meta_deploy.export.passes.graph import constant_value, static_shape
+from meta_deploy.export.passes.chains import MOVES, add_move, chain_before, follow
+from meta_deploy.export.passes.graph import constant_value, fresh_names, is_op, static_shape, tidy
 
 
 def slices_to_split(graph: gs.Graph) -> int:
@@ -23,45 +24,51 @@ def slices_to_split(graph: gs.Graph) -> int:
     Returns:
         Places changed.
     """
+    fresh = fresh_names(graph)
     outputs = {id(output) for output in graph.outputs}
+    inside = {id(node) for node in graph.nodes}  # and not in a branch or a loop's body
     changes = 0
-    for node in list(graph.nodes):
-        for x in node.outputs:
-            if id(x) not in outputs and (found := _match(x, outputs)):
-                _rewrite(graph, x, *found)
-                changes += 1
+    tensors = [*graph.inputs, *(tensor for node in graph.nodes for tensor in node.outputs)]
+    while tensors:
+        x = tensors.pop()
+        if id(x) not in outputs and (found := _match(x, outputs, inside)):
+            tensors += _rewrite(graph, x, *found, outputs, inside, fresh)
+            changes += 1
     if changes:
-        graph.cleanup(remove_unused_graph_inputs=False).toposort()
+        tidy(graph)
     return changes
 
 
-def _match(x: gs.Tensor, outputs: set[int]) -> tuple[int, list[gs.Tensor]] | None:
+def _match(x: gs.Tensor, outputs: set[int], inside: set[int]) -> tuple[int, list[gs.Tensor]] | None:
     """The axis, and for each index of it the tensor that holds that entry."""
     shape = static_shape(x)
-    if shape is None or len(x.outputs) < 2:
+    if shape is None or 0 in shape or len(shape) < 2 or len(x.outputs) < 2:
         return None
     entries: dict[int, gs.Tensor] = {}
     axes = set()
     for piece in x.outputs:
-        if piece.op != "Slice" or piece.inputs[0] is not x or len(piece.outputs[0].outputs) != 1:
+        if not is_op(piece, "Slice") or id(piece) not in inside or (cut := _entry(piece, shape)) is None:
             return None
-        squeeze = piece.outputs[0].outputs[0]
-        cut = _entry(piece, shape)
-        if cut is None or squeeze.op != "Squeeze" or id(piece.outputs[0]) in outputs:
+        entry = _squeezed(piece.outputs[0], cut[0], len(shape), inside)
+        if entry is None or id(piece.outputs[0]) in outputs:
             return None
-        axis, index = cut
-        if len(squeeze.inputs) < 2 or (axes_squeezed := constant_value(squeeze.inputs[1])) is None:
-            return None
-        if [a % len(shape) for a in np.atleast_1d(axes_squeezed).tolist()] != [axis]:
-            return None
-        axes.add(axis)
-        entries[index] = squeeze.outputs[0]
-    if len(axes) != 1 or len(shape) < 2:
-        return None
+        axes.add(cut[0])
+        entries[cut[1]] = entry
     axis = axes.pop()
-    if len(x.outputs) != shape[axis] or sorted(entries) != list(range(shape[axis])):
+    if axes or len(x.outputs) != shape[axis] or sorted(entries) != list(range(shape[axis])):
         return None
     return axis, [entries[i] for i in range(shape[axis])]
+
+
+def _squeezed(tensor: gs.Tensor, axis: int, rank: int, inside: set[int]) -> gs.Tensor | None:
+    """A tensor without its axis, if nothing reads it but the Squeeze that removes that."""
+    squeeze = tensor.outputs[0] if len(tensor.outputs) == 1 else None
+    if squeeze is None or not is_op(squeeze, "Squeeze") or id(squeeze) not in inside:
+        return None
+    axes = constant_value(squeeze.inputs[1]) if len(squeeze.inputs) == 2 else None
+    if axes is None or [a % rank for a in axes.flatten().tolist()] != [axis]:
+        return None
+    return squeeze.outputs[0]
 
 
 def _entry(piece: gs.Node, shape: list[int]) -> tuple[int, int] | None:
@@ -75,75 +82,88 @@ def _entry(piece: gs.Node, shape: list[int]) -> tuple[int, int] | None:
     return (axis, start) if end - start == 1 and step in ([], [1]) else None
 
 
-def _rewrite(graph: gs.Graph, x: gs.Tensor, axis: int, entries: list[gs.Tensor]) -> None:
-    outputs = {id(output) for output in graph.outputs}
+def _rewrite(
+    graph: gs.Graph,
+    x: gs.Tensor,
+    axis: int,
+    entries: list[gs.Tensor],
+    outputs: set[int],
+    inside: set[int],
+    fresh: Callable[[str], str],
+) -> list[gs.Tensor]:
+    """Returns the entries as they come out of the Split."""
     for entry in entries:
         entry.inputs.clear()
-    if _same_move(entries, outputs):
-        x, axis = _axis_first(graph, x, axis), 0
-    while (move := _same_move(entries, outputs)) is not None:
-        x = _before_the_cut(graph, x, move)
+    if _same_move(entries, outputs, inside):
+        x, axis = _axis_first(graph, x, axis, fresh), 0
+    while (move := _same_move(entries, outputs, inside)) is not None:
+        x = _before_the_cut(graph, x, move, fresh)
         entries = [entry.outputs[0].outputs[0] for entry in entries]
         for entry in entries:
             entry.inputs.clear()
-    _split(graph, x, axis, entries)
+    _split(graph, x, axis, entries, fresh)
+    return entries
 
 
-def _same_move(entries: list[gs.Tensor], outputs: set[int]) -> gs.Node | None:
+def _same_move(entries: list[gs.Tensor], outputs: set[int], inside: set[int]) -> gs.Node | None:
     """The Transpose or Reshape that alone reads each entry, if it is the same for all; the first one's."""
     if any(id(entry) in outputs or len(entry.outputs) != 1 for entry in entries):
         return None
     moves = [entry.outputs[0] for entry in entries]
     first, shape = moves[0], static_shape(moves[0].outputs[0])
-    if shape is None or first.op not in ("Transpose", "Reshape"):
+    if not shape or not is_op(first, "Transpose", "Reshape"):  # a scalar could not be stacked and split
         return None
     for entry, move in zip(entries, moves, strict=True):
-        same = move.op == first.op and move.attrs.get("perm") == first.attrs.get("perm")
-        if not same or move.inputs[0] is not entry or static_shape(move.outputs[0]) != shape:
+        same = is_op(move, first.op) and move.attrs.get("perm") == first.attrs.get("perm")
+        if not same or id(move) not in inside:
+            return None
+        if move.inputs[0] is not entry or static_shape(move.outputs[0]) != shape:
             return None
     return first
 
 
-def _axis_first(graph: gs.Graph, x: gs.Tensor, axis: int) -> gs.Tensor:
+def _axis_first(graph: gs.Graph, x: gs.Tensor, axis: int, fresh: Callable[[str], str]) -> gs.Tensor:
+    if axis == 0:
+        return x
     perm = [axis, *(a for a in range(len(x.shape)) if a != axis)]
-    out = gs.Variable(f"{x.name}/first", x.dtype, [x.shape[p] for p in perm])
-    graph.nodes.append(gs.Node("Transpose", out.name, {"perm": perm}, [x], [out]))
+    out = gs.Variable(fresh(f"{x.name}/first"), x.dtype, [x.shape[p] for p in perm])
+    add_move(graph, "Transpose", perm, x, out, fresh)
     return out
 
 
-def _before_the_cut(graph: gs.Graph, x: gs.Tensor, move: gs.Node) -> gs.Tensor:
+def _before_the_cut(graph: gs.Graph, x: gs.Tensor, move: gs.Node, fresh: Callable[[str], str]) -> gs.Tensor:
     """Do to all entries at once, stacked along axis 0, what `move` does to one."""
     target = [x.shape[0], *(static_shape(move.outputs[0]) or [])]
-    out = gs.Variable(f"{move.outputs[0].name}/stacked", x.dtype, target)
+    out = gs.Variable(fresh(f"{move.outputs[0].name}/stacked"), x.dtype, target)
     if move.op == "Transpose":
         perm = move.attrs.get("perm", list(range(len(target) - 1))[::-1])
-        graph.nodes.append(gs.Node("Transpose", out.name, {"perm": [0, *(p + 1 for p in perm)]}, [x], [out]))
+        add_move(graph, "Transpose", [0, *(p + 1 for p in perm)], x, out, fresh)
     else:
-        shape = gs.Constant(f"{out.name}/shape", np.array(target, np.int64))
-        graph.nodes.append(gs.Node("Reshape", out.name, {}, [x, shape], [out]))
+        add_move(graph, "Reshape", target, x, out, fresh)
     return out
 
 
-def _split(graph: gs.Graph, x: gs.Tensor, axis: int, entries: list[gs.Tensor]) -> None:
+def _split(
+    graph: gs.Graph, x: gs.Tensor, axis: int, entries: list[gs.Tensor], fresh: Callable[[str], str]
+) -> None:
     shape = static_shape(x)
     assert shape is not None
     others = [a for a in range(len(shape)) if a != axis]
-    neighbour = min(range(len(others)), key=lambda i: _moves_with(graph, x, axis, others[i]))
+    neighbour = min(range(len(others)), key=lambda i: _moves_with(graph, x, axis, i))
     perm = [*others[:neighbour], axis, *others[neighbour:]]
     merged = [shape[a] for a in others]
     merged[neighbour] *= shape[axis]
 
-    moved = gs.Variable(f"{x.name}/moved", x.dtype, [shape[p] for p in perm])
-    packed = gs.Variable(f"{x.name}/packed", x.dtype, merged)
-    target = gs.Constant(f"{packed.name}/shape", np.array(merged, np.int64))
+    moved = gs.Variable(fresh(f"{x.name}/moved"), x.dtype, [shape[p] for p in perm])
+    packed = gs.Variable(fresh(f"{x.name}/packed"), x.dtype, merged)
+    add_move(graph, "Transpose", perm, x, moved, fresh)
+    add_move(graph, "Reshape", merged, moved, packed, fresh)
     for entry in entries:
         entry.dtype, entry.shape = x.dtype, [shape[a] for a in others]
-    attributes = {"axis": neighbour, "num_outputs": len(entries)}
-    graph.nodes += [
-        gs.Node("Transpose", moved.name, {"perm": perm}, [x], [moved]),
-        gs.Node("Reshape", packed.name, {}, [moved, target], [packed]),
-        gs.Node("Split", f"{x.name}/split", attributes, [packed], entries),
-    ]
+    parts = {"num_outputs": len(entries)} if graph.opset >= 18 else {}  # before, equal parts are the default
+    graph.nodes.append(
+        gs.Node("Split", f"{packed.name}/split", {"axis": neighbour, **parts}, [packed], entries)
+    )
 
 
 def _moves_with(graph: gs.Graph, x: gs.Tensor, axis: int, neighbour: int) -> tuple[int, int]:
@@ -152,9 +172,7 @@ def _moves_with(graph: gs.Graph, x: gs.Tensor, axis: int, neighbour: int) -> tup
     factors = follow(start, chain)
     if factors is None:
         return len(MOVES), -neighbour
-    order = [a for a in range(len(factors.axes)) if a != axis]
-    at = order.index(neighbour)
-    axes = [factors.axes[a] for a in order]
-    axes[at] = factors.axes[axis] + axes[at]
+    axes = [factors.axes[a] for a in range(len(factors.axes)) if a != axis]
+    axes[neighbour] = factors.axes[axis] + axes[neighbour]
     factors.axes = axes
     return len(factors.moves()), -neighbour
