@@ -1,0 +1,470 @@
+"""meta-export keeps its contract: what it prints, its exit codes, one line for bad input, nothing left."""
+
+import contextlib
+import errno
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+from meta_deploy.cli.export import StageDisplay, main, verdict
+from meta_deploy.errors import BundleError
+from meta_deploy.models.checkpoint import save_checkpoint
+from meta_deploy.runtime.bundle import Bundle
+from tests.export.tiny_models import detector, exported, lively
+
+CONFIG = detector()
+KEYS = {
+    *("bundle", "model", "target", "precision", "parameters", "nodes", "passes", "verification", "seconds"),
+    *("peak_rss_mb", "engine"),
+}
+STAGES = [
+    "loading the checkpoint",
+    "exporting to ONNX",
+    "running graph passes",
+    "comparing with PyTorch",
+    "writing the bundle",
+]
+QUICK = ("--no-verify", "--passes", "none")
+
+# meta-export with its translation read from a file, and slow at the stage to be killed in.
+CHILD = """
+import sys, time
+import onnx
+from meta_deploy.export import pipeline
+from meta_deploy.runtime import bundle
+from meta_deploy.cli.export import main
+
+pipeline.export_onnx = lambda model, spec: onnx.load({graph!r})
+if {slow_write!r}:
+    fsync = bundle.os.fsync
+    def slow(descriptor):
+        print("syncing", file=sys.stderr, flush=True)
+        time.sleep(0.4)
+        fsync(descriptor)
+    bundle.os.fsync = slow
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A folder with tiny.pth, its translated graph, and a picture in pictures/."""
+    folder = tmp_path_factory.mktemp("material")
+    save_checkpoint(folder / "tiny.pth", lively(CONFIG), CONFIG)
+    onnx.save(exported("detector").literal, folder / "literal.onnx")
+    (folder / "pictures").mkdir()
+    coarse = np.random.default_rng(0).integers(0, 256, (6, 6, 3), np.uint8)
+    Image.fromarray(coarse).resize((120, 90), Image.Resampling.BICUBIC).save(folder / "pictures" / "a.png")
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def meta_export(material, here, capfd, monkeypatch):
+    """Run meta-export on the tiny checkpoint, its translation made before: exit code, stdout, stderr."""
+    from meta_deploy.export import pipeline
+
+    monkeypatch.setattr(pipeline, "export_onnx", lambda *_: onnx.load(material / "literal.onnx"))
+
+    def call(*options, ckpt=material / "tiny.pth"):
+        capfd.readouterr()
+        try:
+            code = main(["--ckpt", str(ckpt), *map(str, options)])
+        except SystemExit as exit:
+            code = exit.code
+        return code, *capfd.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def pictures(material):
+    return ("--calib-images", material / "pictures")
+
+
+def refused(result, here, *patterns):
+    """Assert exit code 2, one line on standard error that has the patterns, nothing printed nor left."""
+    code, out, err = result
+    assert code == 2, err
+    assert out == ""
+    lines = [line for line in err.splitlines() if line.startswith("meta-export: ")]
+    assert len(lines) == 1
+    assert err.splitlines()[-1] == lines[0]
+    assert "Traceback" not in err
+    for pattern in patterns:
+        assert re.search(pattern, lines[0]), lines[0]
+    assert not list(here.rglob("manifest.json"))
+    assert not [path for path in here.iterdir() if path.name.startswith(".")]
+
+
+# --- what it prints ---
+
+
+@pytest.mark.slow
+def test_json_is_one_document_with_the_keys_of_the_contract(meta_export, pictures, here):
+    code, out, err = meta_export("--json", "--out", "b", *pictures)
+    assert code == 0, err
+    document = json.loads(out)
+    assert set(document) == KEYS
+    assert (document["bundle"], document["model"]) == ("b", "tiny-mask-rcnn")
+    assert (document["target"], document["precision"], document["engine"]) == ("onnxruntime", "fp32", None)
+    assert document["nodes"]["before"] > document["nodes"]["after"]
+    assert {"name", "changes"} <= set(document["passes"][0])
+    assert document["verification"]["passed"] is True
+    assert set(document["seconds"]) >= {"load", "export", "passes", "verify"}
+    assert document["parameters"] == Bundle.open("b").manifest["parameters"]
+    assert document["peak_rss_mb"] > 0
+    assert sorted(path.name for path in here.iterdir()) == ["b"]
+
+
+@pytest.mark.slow
+def test_text_names_passes_verdict_bundle_and_next_step(meta_export, pictures):
+    code, out, err = meta_export("--out", "b", *pictures)
+    assert code == 0, err
+    assert re.search(r"clean-up +\d+ -> \d+", out)
+    assert re.search(r"matches PyTorch on 1 images: maps within \d", out)
+    assert "100.0% of detections agree" in out
+    assert re.search(r"^b: \d+\.\d MB, fp32, in \d+ s", out, re.MULTILINE)
+    assert out.endswith("next: meta-infer IMAGE --model b\n")
+    assert "target onnxruntime" in err
+
+
+@pytest.mark.slow
+def test_the_default_folder_is_named_after_the_checkpoint_in_the_current_one(meta_export, here):
+    code, out, _ = meta_export("--no-verify")
+    assert code == 0
+    assert [path.name for path in here.iterdir()] == ["tiny-onnxruntime-fp32"]
+    assert "not compared with PyTorch (--no-verify)" in out
+
+
+@pytest.mark.slow
+def test_a_stage_is_a_line_where_standard_error_is_no_terminal(meta_export, pictures):
+    _, _, err = meta_export("--out", "b", *pictures)
+    ended = [line for line in err.splitlines() if re.fullmatch(r".* \d+\.\d s", line)]
+    assert [line.rsplit(" ", 2)[0] for line in ended] == STAGES
+    assert "\r" not in err
+    assert "\033" not in err
+
+
+def test_nothing_found_says_so():
+    line = verdict(
+        {
+            "images": 2,
+            "stages": {
+                "maps": {"max_relative_error": 1e-6, "passed": True},
+                "detections": {"compared": 0, "agreement": 1.0, "passed": True},
+            },
+        }
+    )
+    assert line == "matches PyTorch on 2 images: maps within 1.0e-06, no detections on them to compare"
+
+
+def read_all(terminal):
+    """What was written to a terminal whose other end is or gets closed."""
+    shown = b""
+    with contextlib.suppress(OSError):  # how Linux says that it has closed
+        while chunk := os.read(terminal, 4096):
+            shown += chunk
+    os.close(terminal)
+    return shown.decode()
+
+
+def test_a_terminal_sees_the_stage_while_it_runs(monkeypatch):
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        display = StageDisplay()
+        assert display.live
+        display.start("verify")
+        display.count(3, 8)
+        display.note("a note")
+        display.end("verify", 1.25)
+        display.start("write")
+        display.close()
+    shown = read_all(ours)
+    assert "\r\033[Kcomparing with PyTorch…" in shown
+    assert "\r\033[Kcomparing with PyTorch 3/8 images" in shown
+    assert re.search(r"\r\033\[Ka note\r?\n", shown)
+    assert re.search(r"\r\033\[Kcomparing with PyTorch 1\.2 s\r?\n", shown)
+    assert shown.endswith("\r\033[K")  # the cursor is left on a clean line
+
+
+# --- exit codes ---
+
+
+@pytest.mark.parametrize(
+    ("options", "patterns"),
+    [
+        (["--model", "resnet50"], ["'resnet50'", "meta-t-mask-rcnn"]),
+        (["--target", "cuda"], ["'cuda'", "tensorrt"]),
+        (["--target", "tensorrt"], ["not written by this version yet", "--target onnxruntime"]),
+        (["--target", "tensorrt-rtx"], ["not written by this version yet"]),
+        *[([f"--{p}"], [f"precision {p} is not written", "--fp32"]) for p in ("fp16", "bf16", "int8", "fp8")],
+        (["--fp32", "--fp16"], ["not allowed with argument"]),
+        (["--passes", "fuse"], ["'fuse'", "clean-up"]),
+        (["--passes", ""], ["choose all, none"]),
+        (["--input-size", "100", "96"], ["height 100", "nearest is 96"]),
+        (["--input-size", "96", "0"], ["'0' is not a whole number"]),
+        (["--input-size", "96"], ["expected 2 arguments"]),
+        (["--input-size", "96", "abc"], ["'abc'"]),
+        (["--input-size", "3200000", "3200000"], ["too large"]),
+        (["--batch", "0"], ["'0' is not a whole number of at least 1"]),
+        (["--batch", "1.5"], ["'1.5'"]),
+        (["--batch", "1000000000"], ["too large"]),
+        (["--batch", "2", "--dynamic-batch", "1", "2", "4"], ["not allowed with argument"]),
+        (["--dynamic-batch", "4", "2", "1"], ["batch range 4 2 1 does not rise"]),
+        (["--dynamic-batch", "1", "2"], ["expected 3 arguments"]),
+        (["--calib-images", "missing"], ["'missing' is not a folder", "--calib-images"]),
+        (["--calib-images", "missing", "--no-verify"], ["'missing' is not a folder"]),
+        (["--calib-images", "."], ["no image in the folder"]),
+        (["--batches", "2"], ["--batches"]),
+        (["stray.png"], ["stray.png"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("-") else "",
+)
+def test_a_wrong_option_is_one_line(meta_export, here, options, patterns):
+    refused(meta_export(*options), here, *patterns)
+
+
+def test_a_missing_option_is_one_line(here, capfd):
+    with pytest.raises(SystemExit) as exit:
+        main([])
+    refused((exit.value.code, *capfd.readouterr()), here, "--ckpt")
+
+
+def test_a_broken_picture_is_named_before_the_work(meta_export, here):
+    (here / "pictures").mkdir()
+    (here / "pictures" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 and no more")
+    result = meta_export("--calib-images", "pictures")
+    refused(result, here, r"broken\.jpg")
+    assert "exporting to ONNX" not in result[2]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a checkpoint", b"PK\x03\x04 half a zip"])
+def test_what_is_no_checkpoint_is_one_line(meta_export, here, content):
+    if content is not None:
+        (here / "x.pth").write_bytes(content)
+    refused(meta_export("--no-verify", ckpt="x.pth"), here, r"x\.pth")
+
+
+def test_a_truncated_checkpoint_is_one_line(meta_export, material, here):
+    whole = (material / "tiny.pth").read_bytes()
+    (here / "half.pth").write_bytes(whole[: len(whole) // 2])
+    refused(meta_export("--no-verify", ckpt="half.pth"), here, r"half\.pth")
+
+
+def test_a_checkpoint_of_another_model_is_one_line(meta_export, here):
+    refused(meta_export("--no-verify", "--model", "meta-t-upernet"), here, "meta-t-upernet", "--model")
+
+
+def test_a_file_or_a_strangers_folder_in_the_way_is_one_line_and_stays(meta_export, here):
+    (here / "file").write_text("mine")
+    (here / "folder").mkdir()
+    (here / "folder" / "thesis.tex").write_text("mine")
+    for out, pattern in (("file", "is a file"), ("folder", "not a bundle"), ("file/b", "cannot write")):
+        refused(meta_export("--no-verify", "--out", out), here, out, pattern)
+    assert (here / "file").read_text() == (here / "folder" / "thesis.tex").read_text() == "mine"
+
+
+@pytest.mark.slow
+def test_a_folder_that_cannot_be_made_is_one_line(meta_export, here):
+    refused(meta_export("--no-verify", "--out", "/proc/b"), here, "cannot write the bundle '/proc/b'")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+def test_a_full_disk_is_one_line_and_the_old_bundle_stays(meta_export, here, monkeypatch, call):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((os, "fsync") if call == "fsync" else (Path, "rename")), full)
+        refused(meta_export(*QUICK, "--out", "b"), here, "No space left on device", "free space")
+        assert list(here.iterdir()) == []
+    assert meta_export(*QUICK, "--out", "b")[0] == 0
+    old = (here / "b" / "manifest.json").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(*((os, "fsync") if call == "fsync" else (Path, "rename")), full)
+        assert meta_export(*QUICK, "--out", "b")[0] == 2
+    assert (here / "b" / "manifest.json").read_bytes() == old
+    Bundle.open("b")
+    assert [path.name for path in here.iterdir()] == ["b"]
+
+
+@pytest.mark.slow
+def test_an_older_bundle_is_replaced(meta_export, pictures):
+    assert meta_export(*QUICK, "--out", "b")[0] == 0
+    assert Bundle.open("b").manifest["verification"] is None
+    assert meta_export("--out", "b", *pictures)[0] == 0
+    assert Bundle.open("b").manifest["verification"]["passed"]
+
+
+@pytest.mark.slow
+def test_a_failed_verification_is_3_and_leaves_no_bundle(meta_export, pictures, here, monkeypatch):
+    from meta_deploy.export.passes import PASSES
+
+    def corrupt(graph):
+        weights = [t for t in graph.tensors().values() if hasattr(t, "values") and t.values.ndim == 4]
+        largest = max(weights, key=lambda t: t.values.size)
+        largest.values = largest.values * np.float32(1.5)
+        return 1
+
+    monkeypatch.setitem(PASSES, "discarded-rows", corrupt)
+    code, out, err = meta_export("--out", "b", "--json", *pictures)
+    assert code == 3
+    assert out == ""
+    assert re.fullmatch(
+        r"meta-export: the exported model does not match PyTorch on 1 images: .*", err.splitlines()[-1]
+    )
+    assert list(here.iterdir()) == []
+
+
+def test_a_fault_of_ours_is_1_and_says_how_to_report_it(meta_export, here, monkeypatch):
+    from meta_deploy.export import pipeline
+
+    def fails(*_):
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr(pipeline, "export_onnx", fails)
+    code, out, err = meta_export("--no-verify")
+    assert (code, out) == (1, "")
+    assert "ZeroDivisionError: oops" in err.splitlines()[-1]
+    assert "META_DEPLOY_DEBUG=1" in err
+    assert "Traceback" not in err
+    assert list(here.iterdir()) == []
+
+
+def test_ctrl_c_is_130(meta_export, here, monkeypatch):
+    from meta_deploy.export import pipeline
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "export_onnx", interrupted)
+    code, out, err = meta_export("--no-verify")
+    assert (code, out) == (130, "")
+    assert err.splitlines()[-1] == "meta-export: interrupted"
+    assert list(here.iterdir()) == []
+
+
+# --- as a process ---
+
+
+def start(material, *options, slow_write=False, **popen):
+    code = CHILD.format(graph=str(material / "literal.onnx"), slow_write=slow_write)
+    command = [sys.executable, "-c", code, "--ckpt", material / "tiny.pth", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **popen}
+    return subprocess.Popen(list(map(str, command)), text=True, env=environment, **pipes)
+
+
+def wait_for(process, text):
+    """Read standard error up to the line that has the text."""
+    for line in process.stderr:
+        if text in line:
+            return
+    raise AssertionError(f"the process ended before '{text}'")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "moment", ["loading the checkpoint", "exporting to ONNX", "syncing", "syncing again"]
+)
+def test_killed_at_any_point_it_leaves_no_bundle_that_loads(material, here, moment):
+    process = start(material, "--out", "b", *QUICK, slow_write=True)
+    wait_for(process, moment.split()[0] if moment.startswith("syncing") else moment)
+    if moment == "syncing again":
+        wait_for(process, "syncing")
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (here / "b").exists()
+    for path in here.iterdir():  # what may be left is hidden, and no bundle until its last byte is there
+        assert path.name.startswith(".b.tmp-")
+        if moment != "syncing again":
+            with pytest.raises(BundleError):
+                Bundle.open(path)
+    # The next one clears it away.
+    process = start(material, "--out", "b", *QUICK)
+    process.communicate()
+    assert process.returncode == 0
+    Bundle.open("b")
+    assert [path.name for path in here.iterdir()] == ["b"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["loading the checkpoint", "syncing"])
+def test_interrupted_it_leaves_nothing_and_exits_130(material, here, moment):
+    process = start(material, "--out", "b", *QUICK, slow_write=True)
+    wait_for(process, moment)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert (process.returncode, out) == (130, "")
+    assert err.splitlines()[-1] == "meta-export: interrupted"
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_real_export_prints_json_and_nothing_else_on_standard_output(material, here, pictures):
+    """Nothing replaced: PyTorch and all the libraries get their chance to speak."""
+    command = [sys.executable, "-m", "meta_deploy.cli.export", "--ckpt", material / "tiny.pth", "--json"]
+    options = ["--out", "b", "--input-size", "64", "64", *pictures]
+    result = subprocess.run(
+        list(map(str, [*command, *options])),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["verification"]["passed"]
+    assert result.stdout.count("\n") == 1
+    assert all(
+        not line or re.match(r"target|tiny|position|" + "|".join(STAGES), line)
+        for line in result.stderr.splitlines()
+    )
+
+
+@pytest.mark.slow
+def test_on_a_terminal_the_stages_update_in_place(material, here, pictures):
+    ours, theirs = pty.openpty()
+    process = start(material, "--out", "b", *pictures, stderr=theirs)
+    os.close(theirs)
+    text = read_all(ours)
+    process.communicate()
+    assert process.returncode == 0, text
+    for stage in STAGES:
+        assert f"\r\033[K{stage}…" in text
+    assert "comparing with PyTorch 1/1 images" in text
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    code = (
+        "import sys\n"
+        "from meta_deploy.cli.export import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as e: assert e.code == 0\n"
+        "heavy = {'torch', 'onnx', 'numpy', 'onnxruntime', 'cv2', 'onnx_graphsurgeon'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    started = time.perf_counter()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert time.perf_counter() - started < 2  # a tenth of that on a machine that is not busy
+    for option in ("--ckpt", "--target", "--dynamic-batch", "--passes", "--no-verify", "--json"):
+        assert option in result.stdout
