@@ -29,10 +29,9 @@ def slices_to_split(graph: gs.Graph) -> int:
     inside = {id(node) for node in graph.nodes}  # and not in a branch or a loop's body
     changes = 0
     tensors = [*graph.inputs, *(tensor for node in graph.nodes for tensor in node.outputs)]
-    while tensors:
-        x = tensors.pop()
+    for x in tensors:
         if id(x) not in outputs and (found := _match(x, outputs, inside)):
-            tensors += _rewrite(graph, x, *found, outputs, inside, fresh)
+            _rewrite(graph, x, *found, outputs, inside, fresh)
             changes += 1
     if changes:
         tidy(graph)
@@ -90,8 +89,9 @@ def _rewrite(
     outputs: set[int],
     inside: set[int],
     fresh: Callable[[str], str],
-) -> list[gs.Tensor]:
-    """Returns the entries as they come out of the Split."""
+) -> None:
+    for piece in list(x.outputs):
+        piece.inputs.clear()
     for entry in entries:
         entry.inputs.clear()
     if _same_move(entries, outputs, inside):
@@ -102,7 +102,6 @@ def _rewrite(
         for entry in entries:
             entry.inputs.clear()
     _split(graph, x, axis, entries, fresh)
-    return entries
 
 
 def _same_move(entries: list[gs.Tensor], outputs: set[int], inside: set[int]) -> gs.Node | None:
