@@ -1,0 +1,108 @@
+"""The benchmarks run, small, and their numbers are where and what they should be."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from benchmarks import cleanup_routes, common, export_time, inference
+from benchmarks.common import ASSETS, Case, Run, interleave, ratio, run_command, table
+from meta_deploy.export.onnx_export import export_onnx
+from meta_deploy.models.checkpoint import load_model
+from meta_deploy.runtime.bundle import Bundle
+
+SIDE = 320  # the demo model's
+
+
+@pytest.mark.parametrize("text", ["demo", "meta-t-upernet@512x512", "meta-b-mask-rcnn@768x1024+dynamic"])
+def test_a_case_is_written_as_it_is_read(text):
+    assert str(Case.parse(text)) == text
+
+
+def test_a_case_of_one_side_is_square():
+    assert Case.parse("meta-t-upernet@512").size == (512, 512)
+
+
+def test_contenders_take_turns_at_being_first():
+    calls = []
+    times = interleave({name: lambda turn, name=name: calls.append((turn, name)) for name in "ab"}, 2)
+    assert calls == [(0, "a"), (0, "b"), (1, "b"), (1, "a")]
+    assert {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2}
+
+
+def test_a_ratio_is_the_median_of_the_rounds_and_not_of_the_medians():
+    assert ratio([1.0, 4.0, 9.0], [1.0, 2.0, 3.0]) == 2.0
+
+
+def test_a_table_shows_numbers_at_the_precision_they_have():
+    rows = [{"a": 1234, "b": 0.0, "c": 1.24e-6}, {"a": 12.34, "b": None, "c": True}]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table(rows).splitlines()]
+    assert cells[0] == ["a", "b", "c"]
+    assert cells[2:] == [["1,234", "0.000", "1.2e-06"], ["12.3", "", "yes"]]
+
+
+def test_a_command_that_fails_is_told_by_its_code():
+    run = run_command("export", "--ckpt", "nowhere.pth")
+    assert (run.code, run.document) == (2, None)
+    assert run.peak_mb > 1
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A place to work in, and one scene for photos; returns the options that every benchmark takes."""
+    monkeypatch.setattr(common, "WORK", tmp_path / "work")
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    shutil.copy(ASSETS / "images" / "scene-1.jpg", folder)
+    return ["--photos", str(folder), "--json", str(tmp_path / "numbers.json")]
+
+
+def numbers(options):
+    with open(options[-1]) as stream:
+        content = json.load(stream)
+    assert content["machine"]["cores"] >= 1
+    return content
+
+
+@pytest.mark.slow
+def test_export_time(small, capsys):
+    assert export_time.main(["demo", *small]) == 0
+    content = numbers(small)
+    export, infer = content["exports"]["demo"], content["meta_infer"]["demo"]
+    assert export["nodes"]["after"] < export["nodes"]["before"]
+    assert export["verification"]["passed"]
+    assert (infer["images"], infer["errors"]) == (1, 0)
+    assert len(capsys.readouterr().out.strip().split("\n\n")) == 3
+
+
+@pytest.fixture(scope="module")
+def traced():
+    """The demo model's graph as traced, which takes longer than what is done with it here."""
+    return export_onnx(
+        load_model(ASSETS / "meta-nano-mask-rcnn.pth").model, Bundle.open(ASSETS / "demo").input
+    )
+
+
+@pytest.mark.slow
+def test_cleanup_routes(small, traced, monkeypatch):
+    monkeypatch.setattr(cleanup_routes, "export_onnx", lambda model, spec: traced)
+    monkeypatch.setattr(cleanup_routes, "checkpoint", lambda case: ASSETS / "meta-nano-mask-rcnn.pth")
+    case = f"meta-nano-mask-rcnn@{SIDE}"
+    cleanup_routes.main([case, "--routes", "ours: clean-up", "onnx-ir passes", "--rounds", "1", *small])
+    literal, *routes = numbers(small)["routes"]
+    for route in routes:
+        assert route["nodes"] < literal["nodes"]
+        assert route["maps, relative error"] < 1e-4
+        assert route["results agree"] == 1
+        assert np.isfinite(route["over literal"])
+
+
+@pytest.mark.slow
+def test_inference(small, traced, monkeypatch):
+    monkeypatch.setattr(inference, "export_onnx", lambda model, spec: traced)
+    monkeypatch.setattr(inference, "export", lambda case: (ASSETS / "demo", Run(0, {}, 0.0, 0.0)))
+    inference.main(["demo", "--threads", "1", "--rounds", "1", *small])
+    content = numbers(small)
+    assert content["end_to_end"][0]["images/s, plain"] > 0
+    assert content["model"][0]["PyTorch / bundle"] > 0
