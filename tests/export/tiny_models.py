@@ -25,7 +25,7 @@ def detector(**backbone):
         mask_channels=8,
         rpn_pre_nms=60,
         proposals=40,
-        max_detections=80,
+        max_detections=100,
         input_size=SIZE,
     )
 
@@ -118,11 +118,43 @@ def exported(kind="detector", size=None, batch=1, dynamic_batch=None, dynamic_si
     return Exported(config, size, batch, dynamic_batch, dynamic_size)
 
 
-def assert_same(expected, actual, tolerance=1e-4):
-    """Every output alike in name, order, type and shape, and in value up to rounding."""
+def assert_same(expected, actual):
+    """Every output alike in name, order, type and shape; maps in value, boxes as sets.
+
+    Rounding may swap two boxes of nearly one score, and once in a while keep one that overlaps just enough.
+    """
     assert list(actual) == list(expected)
     for name, array in expected.items():
         assert actual[name].dtype == array.dtype, name
         assert actual[name].shape == array.shape, name
-        scale = 1.0 if array.dtype.kind == "i" else max(float(np.abs(array).max(initial=0)), 1e-6)
-        np.testing.assert_allclose(actual[name] / scale, array / scale, rtol=0, atol=tolerance, err_msg=name)
+        if name.startswith(("feature_", "logits")):
+            scale = np.abs(array).max()
+            np.testing.assert_allclose(actual[name] / scale, array / scale, rtol=0, atol=1e-4, err_msg=name)
+    if "boxes" not in expected:
+        return
+    for b in range(len(expected["boxes"])):
+        proposals = ("proposals", "proposal_logits")
+        assert _partners(*({name: side[name][b] for name in proposals} for side in (expected, actual))) > 0.95
+        found = [side["num_detections"][b] for side in (expected, actual)]
+        assert abs(int(found[0]) - int(found[1])) <= 1
+        names = ("boxes", "scores", "labels", "masks")
+        lists = [
+            {name: side[name][b, : side["num_detections"][b]] for name in names}
+            for side in (expected, actual)
+        ]
+        assert _partners(*lists) > 0.95
+        rest = {name: actual[name][b, found[1] :] for name in names}
+        assert not any(rest[name].any() for name in ("boxes", "scores", "masks"))
+        assert (rest["labels"] == -1).all()
+
+
+def _partners(expected, actual):
+    """The share of the expected entries that have one in `actual` that is the same in every respect."""
+    near = np.array(True)
+    for name, array in expected.items():
+        difference = np.abs(array[:, None].astype(np.float32) - actual[name][None])
+        near = near & (difference.reshape(*difference.shape[:2], -1).max(axis=-1) <= NEAR[name])
+    return near.any(axis=1).mean() if len(near) else 1.0
+
+
+NEAR = {"boxes": 0.05, "scores": 1e-3, "labels": 0, "masks": 5e-3, "proposals": 0.05, "proposal_logits": 1e-3}
