@@ -122,7 +122,9 @@ def _replace(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> None:
         graph.nodes.append(gs.Node("Identity", old.name, {}, [new], [old]))
         return
     for consumer in list(old.outputs):
-        consumer.inputs = [new if x is old else x for x in consumer.inputs]
+        for i, tensor in enumerate(consumer.inputs):
+            if tensor is old:
+                consumer.inputs[i] = new
 
 
 def fewest(shape: Sequence[int], moves: list[Move]) -> list[Move]:

@@ -108,24 +108,45 @@ def _subgraphs(graph: gs.Graph) -> Iterator[gs.Graph]:
 def tidy(graph: gs.Graph) -> None:
     """Drop what no output needs and put every node after those that it reads, else in the order as it was.
 
-    graph-surgeon's `toposort` recurses as deep as the new nodes go.
+    graph-surgeon's `cleanup` takes time in the square of the readers of a shared constant, and its `toposort`
+    recurses as deep as the new nodes go.
     """
-    graph.cleanup(remove_unused_graph_inputs=False)
     inside = {id(node) for node in graph.nodes}
+
+    def makers(node: gs.Node) -> list[gs.Node]:
+        outer = (tensor for g in node.subgraphs() for tensor in g._foreign_tensors().values())
+        return [m for tensor in (*node.inputs, *outer) for m in tensor.inputs if id(m) in inside]
+
+    needed: set[int] = set()
+    stack = [node for output in graph.outputs for node in output.inputs]
+    while stack:
+        node = stack.pop()
+        if id(node) not in needed:
+            needed.add(id(node))
+            stack.extend(makers(node))
+    _drop([node for node in graph.nodes if id(node) not in needed])
+
     placed: set[int] = set()
     order: list[gs.Node] = []
-    for root in graph.nodes:
-        stack = [root]
-        while stack:
-            node = stack[-1]
-            tensors = [*node.inputs, *(t for g in node.subgraphs() for t in g._foreign_tensors().values())]
-            makers = [maker for tensor in tensors for maker in tensor.inputs]
-            waiting = [maker for maker in makers if id(maker) in inside and id(maker) not in placed]
-            if waiting and id(node) not in placed:
-                stack.extend(waiting[::-1])
-                continue
-            stack.pop()
-            if id(node) not in placed:
-                placed.add(id(node))
-                order.append(node)
+    stack = [node for node in graph.nodes[::-1] if id(node) in needed]
+    while stack:
+        node = stack[-1]
+        waiting = [] if id(node) in placed else [m for m in makers(node) if id(m) not in placed]
+        if waiting:
+            stack.extend(waiting[::-1])
+            continue
+        stack.pop()
+        if id(node) not in placed:
+            placed.add(id(node))
+            order.append(node)
     graph.nodes = order
+
+
+def _drop(nodes: list[gs.Node]) -> None:
+    """Detach nodes from their tensors, all at once."""
+    dropped = {id(node) for node in nodes}
+    for readers in {id(t): t.outputs for node in nodes for t in node.inputs}.values():
+        list.__setitem__(readers, slice(None), [node for node in readers if id(node) not in dropped])
+    for node in nodes:
+        list.clear(node.inputs)
+        node.outputs.clear()

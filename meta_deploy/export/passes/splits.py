@@ -91,7 +91,7 @@ def _rewrite(
     fresh: Callable[[str], str],
 ) -> None:
     for piece in list(x.outputs):
-        piece.inputs.clear()
+        piece.inputs[0] = gs.Variable.empty()
     for entry in entries:
         entry.inputs.clear()
     if _same_move(entries, outputs, inside):
