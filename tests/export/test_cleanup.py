@@ -393,7 +393,7 @@ def graphs(draw):
     return model(nodes, [value("x", draw(st.sampled_from(([4, 4], ["n", 4]))))], outputs, initializers)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(graphs())
 def test_random_graphs_are_unharmed(proto):
     unharmed(proto, x=floats(4, 4))

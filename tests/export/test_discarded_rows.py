@@ -333,7 +333,7 @@ def heads(draw):
     )
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(heads(), st.integers(0, 9))
 def test_graphs_around_the_pattern_answer_as_before(head, seed):
     proto = head.proto()

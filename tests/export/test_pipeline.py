@@ -34,7 +34,7 @@ CONFIG = detector()
 
 
 def spec(size=None, batch=1, dynamic_batch=None, dynamic_size=False):
-    return input_spec(CONFIG, size, batch, dynamic_batch, dynamic_size)
+    return input_spec(size or CONFIG.input_size, batch, dynamic_batch, dynamic_size)
 
 
 def test_without_options_the_input_is_static_and_the_models_own():
@@ -214,8 +214,8 @@ def test_the_manifest_tells_what_was_done(quick):
 
 
 @pytest.mark.slow
-def test_every_choice_of_passes_verifies(quick):
-    for passes in ("none", *PASSES, "all"):
+def test_passes_left_out_are_no_harm(quick):
+    for passes in ("none", "discarded-rows", "all"):
         bundle = quick(passes=passes)
         chosen = choose_passes(passes, "onnxruntime")
         assert [row["name"] for row in bundle.manifest["passes"]] == chosen
