@@ -419,6 +419,25 @@ def test_a_long_row_of_chains_does_not_exhaust_the_stack():
     same_bits(proto, after, x=numbers((2, 12)))
 
 
+def test_what_only_computed_a_shape_is_no_reader():
+    """As PyTorch's attention has it: the last Reshape takes its shape from a tensor in the chain."""
+    nodes = [
+        node("Transpose", ["x"], ["a"], perm=[0, 2, 1]),
+        node("Shape", ["a"], ["s"]),
+        node("Reshape", ["a", "flat"], ["b"]),
+        node("Transpose", ["b"], ["c"], perm=[1, 0]),
+        node("Transpose", ["c"], ["d"], perm=[1, 0]),
+        node("Reshape", ["d", "s"], ["e"]),
+        node("Transpose", ["e"], ["f"], perm=[0, 2, 1]),
+        node("Identity", ["f"], ["y"]),
+    ]
+    flat = numpy_helper.from_array(np.array([2, 12]), "flat")
+    proto = model(nodes, [value("x", [2, 3, 4])], initializers=[flat])
+    after, _ = collapsed(proto)
+    same_bits(proto, after, x=numbers((2, 3, 4)))
+    assert ops(after) == ["Identity"]
+
+
 def test_dead_moves_do_not_matter():
     nodes = [
         node("Transpose", ["x"], ["a"]),

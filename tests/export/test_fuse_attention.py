@@ -278,6 +278,26 @@ def test_a_near_miss_is_declined(attention):
         agree(attention, 0)
 
 
+@pytest.mark.parametrize("perm", [(0, 2, 1), (1, 2, 0), (0, 1, 2)])
+def test_keys_transposed_with_three_axes(perm):
+    """PyTorch joins batch and heads to do it. Other permutations of these axes are another product."""
+    nodes = [
+        node("Reshape", ["k", "three"], ["k3"]),
+        node("Transpose", ["k3"], ["kt3"], perm=perm),
+        node("Reshape", ["kt3", "four"], ["kt"]),
+        node("MatMul", ["q", "kt"], ["product"]),
+        node("Softmax", ["product"], ["weights"], axis=-1),
+        node("MatMul", ["weights", "v"], ["y"]),
+    ]
+    shapes = {"three": [6, 5, 5], "four": [2, 3, 5, 5]}
+    initializers = [numpy_helper.from_array(np.array(shape), name) for name, shape in shapes.items()]
+    proto = model(nodes, [value(name, [2, 3, 5, 5]) for name in "qkv"], initializers=initializers)
+    after, changes = rewritten(proto)
+    assert changes == (perm == (0, 2, 1))
+    rng = np.random.default_rng(0)
+    same(proto, after, {name: rng.standard_normal((2, 3, 5, 5)).astype(np.float32) for name in "qkv"})
+
+
 @pytest.mark.parametrize("operand", [0, 1])
 def test_a_vector_on_q_or_k_stays_and_the_rest_is_fused(operand):
     scale = ("Mul", 0.5, (8,), bool(operand))

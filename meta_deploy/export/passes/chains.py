@@ -27,15 +27,20 @@ def collapse_chains(graph: gs.Graph) -> int:
     Returns:
         Nodes removed.
     """
-    fresh = fresh_names(graph)
-    outputs = {id(output) for output in graph.outputs}
     removed = 0
-    for node in list(graph.nodes):
-        if is_op(node, *MOVES) and _ends_chain(node, outputs):
-            removed += _collapse(graph, node, fresh)
-    if removed:
+    while count := _collapse_all(
+        graph
+    ):  # again where a computed shape was another reader of a tensor between
+        removed += count
         tidy(graph)
     return removed
+
+
+def _collapse_all(graph: gs.Graph) -> int:
+    fresh = fresh_names(graph)
+    outputs = {id(output) for output in graph.outputs}
+    ends = [node for node in graph.nodes if is_op(node, *MOVES) and _ends_chain(node, outputs)]
+    return sum(_collapse(graph, node, fresh) for node in ends)
 
 
 def _ends_chain(node: gs.Node, outputs: set[int]) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from meta_deploy.export.passes.chains import add_move
+from meta_deploy.export.passes.chains import Factors, add_move, chain_before, follow
 from meta_deploy.export.passes.graph import (
     constant_value,
     fresh_names,
@@ -67,14 +67,9 @@ def _match(graph: gs.Graph, softmax: gs.Node) -> Attention | None:
         return None
     q, q_scale = _unscaled(graph, matmul.inputs[0])
     transposed, k_scale = _unscaled(graph, matmul.inputs[1])
-    transpose = producer(transposed, "Transpose")
-    if (
-        transpose is None
-        or transpose.attrs.get("perm") != [0, 1, 3, 2]
-        or not sole_consumer(graph, transposed)
-    ):
+    k, v = _untransposed(graph, transposed), last.inputs[1]
+    if k is None or not sole_consumer(graph, transposed):
         return None
-    k, v = transpose.inputs[0], last.inputs[1]
     shapes = [static_shape(tensor) for tensor in (q, k, v)]
     if any(shape is None or len(shape) != 4 or 0 in shape for shape in shapes) or q.dtype != np.float32:
         return None
@@ -83,6 +78,21 @@ def _match(graph: gs.Graph, softmax: gs.Node) -> Attention | None:
         return None
     scale = float(np.float32(scale * q_scale * k_scale))
     return (q, k, v, scale, last) if scale and math.isfinite(scale) else None  # 0 says default
+
+
+def _untransposed(graph: gs.Graph, tensor: gs.Tensor) -> gs.Tensor | None:
+    """What a tensor is before its last two axes change places; PyTorch does it with three axes at times."""
+    _, chain = chain_before(graph, tensor)
+    for i in range(len(chain))[::-1][:3]:
+        start = chain[i].inputs[0]
+        shape, factors = static_shape(start), follow(start, chain[i:])
+        if shape is None or factors is None or len(shape) != 4:
+            continue
+        swapped = Factors(shape)
+        swapped.transpose([0, 1, 3, 2])
+        if factors.moves() == swapped.moves():
+            return start
+    return None
 
 
 def _unscaled(graph: gs.Graph, tensor: gs.Tensor) -> tuple[gs.Tensor, float]:
