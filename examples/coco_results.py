@@ -18,6 +18,8 @@ def main(annotations: str, images: str, bundle: str | None = None) -> None:
     results = []
     # AP counts every detection, also those too unsure to be shown.
     with Predictor(bundle, score_threshold=0.0) as predictor:
+        if unknown := set(predictor.bundle.classes) - set(category):
+            sys.exit(f"The annotations have no category '{min(unknown)}', which the bundle knows.")
         ids = [category[name] for name in predictor.bundle.classes]
         for entry in truth["images"]:
             found = predictor(Path(images) / entry["file_name"])
@@ -31,4 +33,6 @@ def main(annotations: str, images: str, bundle: str | None = None) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) not in (3, 4):
+        sys.exit(__doc__)
     main(*sys.argv[1:])

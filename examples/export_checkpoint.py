@@ -1,4 +1,4 @@
-"""Turn a checkpoint into a bundle, and say how near it is to PyTorch. Needs meta-deploy[export].
+"""Turn a checkpoint into a bundle, and say how near it is to PyTorch. Needs the [export] extra.
 
 python examples/export_checkpoint.py model.pth my-bundle
 """
@@ -25,4 +25,6 @@ def main(checkpoint: str, out: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) not in (3,):
+        sys.exit(__doc__)
     main(*sys.argv[1:])

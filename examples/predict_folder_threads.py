@@ -1,6 +1,6 @@
 """Find the objects in a folder of images, several threads on one predictor: the model is in memory once.
 
-python examples/predict_folder_threads.py photos/ [THREADS]
+python examples/predict_folder_threads.py photos/ [THREADS [BUNDLE]]
 """
 
 import sys
@@ -12,11 +12,11 @@ from meta_deploy import Detections, Predictor
 from meta_deploy.errors import ImageError
 
 
-def main(folder: str, threads: str = "4") -> None:
+def main(folder: str, threads: str = "4", bundle: str | None = None) -> None:
     paths = sorted(path for path in Path(folder).iterdir() if path.is_file())
 
     # Each call runs on one core, so that the calls share the cores and not each call all of them.
-    with Predictor(threads=1, score_threshold=0.3) as predictor:
+    with Predictor(bundle, threads=1, score_threshold=0.3) as predictor:
 
         def find(path: Path) -> Detections | ImageError:
             try:
@@ -33,4 +33,6 @@ def main(folder: str, threads: str = "4") -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3, 4):
+        sys.exit(__doc__)
     main(*sys.argv[1:])

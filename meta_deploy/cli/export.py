@@ -57,7 +57,13 @@ def parser() -> argparse.ArgumentParser:
     batch.add_argument(
         "--batch", type=positive_int, default=1, metavar="N", help="images a call (default: 1)"
     )
-    batch.add_argument("--dynamic-batch", nargs=3, type=positive_int, metavar=("MIN", "OPT", "MAX"))
+    batch.add_argument(
+        "--dynamic-batch",
+        nargs=3,
+        type=positive_int,
+        metavar=("MIN", "OPT", "MAX"),
+        help="any number of images a call from MIN to MAX, OPT being the usual",
+    )
     p.add_argument(
         "--dynamic-size",
         action="store_true",
@@ -120,16 +126,31 @@ def summary(bundle: Bundle, seconds: float) -> str:
     lines = []
     if manifest["passes"]:
         lines.append(f"{'pass':<20}{'nodes':>16}{'transpose+reshape':>20}{'seconds':>9}")
-        for row in manifest["passes"]:
-            nodes = f"{row['nodes_before']} -> {row['nodes_after']}"
-            moves = f"{row['moves_before']} -> {row['moves_after']}"
-            lines.append(f"{row['name']:<20}{nodes:>16}{moves:>20}{row['seconds']:>9.1f}")
+        lines += [pass_row(row) for row in with_total(manifest["passes"])]
     lines.append(verdict(manifest["verification"]))
     size = sum(entry["bytes"] for entry in manifest["files"].values()) / 1e6
     memory = f", peak memory {manifest['peak_rss_mb'] / 1e3:.1f} GB" if manifest["peak_rss_mb"] else ""
     lines.append(f"{bundle.path}: {size:.1f} MB, {manifest['precision']}, in {seconds:.0f} s{memory}")
     lines.append(f"next: meta-infer IMAGE --model {bundle.path}")
     return "\n".join(lines)
+
+
+def with_total(rows: list[dict]) -> list[dict]:
+    """The passes' rows, and one for all of them where there are several."""
+    if len(rows) < 2:
+        return rows
+    first, last = rows[0], rows[-1]
+    total = {"name": "all", "seconds": sum(row["seconds"] for row in rows)}
+    for what in ("nodes", "moves"):
+        total |= {f"{what}_before": first[f"{what}_before"], f"{what}_after": last[f"{what}_after"]}
+    return [*rows, total]
+
+
+def pass_row(row: dict) -> str:
+    """A line of the table."""
+    nodes = f"{row['nodes_before']} -> {row['nodes_after']}"
+    moves = f"{row['moves_before']} -> {row['moves_after']}"
+    return f"{row['name']:<20}{nodes:>16}{moves:>20}{row['seconds']:>9.1f}"
 
 
 def verdict(verification: dict | None) -> str:

@@ -114,7 +114,7 @@ def _infer(args: Namespace) -> int:
                 coco.add(frame)
                 shown = frame.result.filter(args.score_threshold)
                 report.add(frame, shown, overlays.add(frame, shown))
-        report.finish(predictor, folder, args.score_threshold)
+        report.finish(predictor, args.score_threshold, folder, args.coco_json)
     return EXIT_INPUT if report.failed else 0
 
 

@@ -275,7 +275,9 @@ class Report:
         tqdm.write(f"meta-infer: {' '.join(str(frame.error).split())}{skipped}", file=sys.stderr)
         self._bar.update()
 
-    def finish(self, predictor: Predictor, folder: Path | None, threshold: float) -> None:
+    def finish(
+        self, predictor: Predictor, threshold: float, folder: Path | None, coco_json: str | None
+    ) -> None:
         """The last line, or the document."""
         done = len(self._times["model"])
         if self._json:
@@ -291,6 +293,7 @@ class Report:
         if done:
             times = ", ".join(f"{name} {median(values):.1f}" for name, values in self._times.items())
             where = f"overlays in {folder}{os.sep}; " if folder else ""
+            where += f"COCO results in {coco_json}; " if coco_json else ""
             print(f"{where}median ms: {times}", file=sys.stderr if self._json else sys.stdout)
         if self.failed and self._several:
             print(f"meta-infer: {self.failed} could not be read, {done} done", file=sys.stderr)

@@ -99,20 +99,24 @@ def export(
     """
     progress = progress or Progress()
     chosen, reason = choose_target(target, precision)
-    progress.note(f"target {chosen} ({reason}), {precision}")
     chosen_passes = choose_passes(passes, chosen)
     images = verification_images(calib_images) if check or calib_images is not None else []
     folder = Path(out) if out is not None else Path(f"{Path(checkpoint).stem}-{chosen}-{precision}")
     check_out_dir(folder)
+    if input_size:
+        input_spec(input_size, batch, dynamic_batch, dynamic_size)  # refused now rather than after loading
 
     with progress.stage("load"):
         loaded = load_model(checkpoint, model, allow_partial=allow_partial, log=progress.note)
-    spec = input_spec(loaded.config, input_size, batch, dynamic_batch, dynamic_size)
+    spec = input_spec(input_size or loaded.config.input_size, batch, dynamic_batch, dynamic_size)
     preprocess = preprocess_rules(loaded.config, spec)
     progress.note(f"{loaded.config.name}, {_parameters(loaded):,} parameters, {describe(spec)}")
+    progress.note(f"target {chosen} ({reason}), {precision}")
+    if chosen_passes and not (spec.static_batch and spec.static_size):
+        progress.note("passes that need shapes known in advance leave a dynamic graph as it is")
     with progress.stage("export"):
         literal = export_onnx(loaded.model, spec)
-    nodes_before = len(literal.graph.node)
+    nodes_before = sum(node.op_type != "Constant" for node in literal.graph.node)
     with progress.stage("passes"):
         graph, results = run_passes(literal, chosen_passes)
         # Graphs refer to themselves in circles, and for a large model each holds gigabytes.
@@ -149,8 +153,7 @@ def export(
 
 
 def input_spec(
-    config: ModelConfig,
-    input_size: Sequence[int] | None,
+    input_size: Sequence[int],
     batch: int,
     dynamic_batch: Sequence[int] | None,
     dynamic_size: bool,
@@ -160,7 +163,7 @@ def input_spec(
     Raises:
         InputError: a size that is not a multiple of 32, a batch range that does not rise.
     """
-    height, width = input_size or config.input_size
+    height, width = input_size
     for name, size in (("height", height), ("width", width)):
         if size < DIVISOR or size % DIVISOR:
             nearest = max(DIVISOR, round(size / DIVISOR) * DIVISOR)

@@ -89,7 +89,7 @@ class Exported:
     def __init__(self, config, size=None, batch=1, dynamic_batch=None, dynamic_size=False):
         self.config = config
         self.model = lively(config)
-        self.spec = input_spec(config, size, batch, dynamic_batch, dynamic_size)
+        self.spec = input_spec(size or config.input_size, batch, dynamic_batch, dynamic_size)
         self.literal = export_onnx(self.model, self.spec)
         self.graph, self.passes = run_passes(self.literal, list(PIPELINES["onnxruntime"]))
 

@@ -55,7 +55,7 @@ def run_passes(proto: onnx.ModelProto, names: list[str]) -> tuple[onnx.ModelProt
     """
     graph = to_graph(proto)
     results = []
-    before, moves = len(proto.graph.node), sum(_moves(node.op_type) for node in proto.graph.node)
+    before, moves = len(graph.nodes), sum(_moves(node.op) for node in graph.nodes)
     for name in names:
         start = time.perf_counter()
         changes = PASSES[name](graph)
