@@ -16,7 +16,7 @@ import onnxruntime
 import torch
 from torch import nn
 
-from meta_deploy.errors import VerificationError
+from meta_deploy.errors import CheckpointError, VerificationError
 from meta_deploy.models.box_ops import INVALID
 from meta_deploy.runtime.bundle import InputSpec
 from meta_deploy.runtime.images import read_image
@@ -65,18 +65,20 @@ def verify(
     Raises:
         VerificationError: a stage is off (its `figures` holds the whole result), or the graph does not run.
         ImageError: an image cannot be read.
+        CheckpointError: the model's own features are not finite.
     """
     exported = _Exported(graph)
     preprocessor = Preprocessor(spec, preprocess)
     comparison = Comparison(getattr(model.config, "score_threshold", 0.0))
     done = 0
-    for paths in _batches(images, spec):
-        batch, _ = preprocessor([read_image(path) for path in paths])
-        with torch.inference_mode():
-            expected = {k: v.numpy() for k, v in model(torch.from_numpy(batch), stages=True).items()}
-        comparison.add(expected, exported(batch))
-        done += len(paths)
-        progress(min(done, len(images)), len(images))
+    with model.get_submodule("backbone").register_forward_hook(_check_finite):
+        for paths in _batches(images, spec):
+            batch, _ = preprocessor([read_image(path) for path in paths])
+            with torch.inference_mode():
+                expected = {k: v.numpy() for k, v in model(torch.from_numpy(batch), stages=True).items()}
+            comparison.add(expected, exported(batch))
+            done += len(paths)
+            progress(min(done, len(images)), len(images))
 
     stages = comparison.stages(TOLERANCES[precision])
     result = {
@@ -89,6 +91,14 @@ def verify(
     if not result["passed"]:
         raise _failure(result)
     return result
+
+
+def _check_finite(backbone: nn.Module, inputs: object, maps: list[torch.Tensor]) -> None:
+    if not all(bool(m.isfinite().all()) for m in maps):
+        raise CheckpointError(
+            "the checkpoint's own features are not finite on these images; "
+            "its weights are damaged or its training diverged: take an earlier one"
+        )
 
 
 def _failure(result: dict[str, Any]) -> VerificationError:

@@ -45,6 +45,9 @@ _HARMLESS_IN_VIT = (
 _temporaries = itertools.count()
 
 
+MAX_NAME = 200  # characters of a class name
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """What a file holds, unwrapped.
@@ -201,6 +204,9 @@ def load_model(
     if names is not None and len(names) != config.num_classes:
         notes.append(f"{len(names)} class names for {config.num_classes} classes: not used")
         names = None
+    if names is not None and not all(map(_is_name, names)):
+        notes.append(f"class names that are empty, over {MAX_NAME} characters or not printable: not used")
+        names = None
     if report.resized:
         notes.append(f"position embedding resized to {config.backbone.pos_grid}x{config.backbone.pos_grid}")
     if report.ignored:
@@ -316,6 +322,10 @@ def _contents(raw: Any) -> str:
     if isinstance(raw, Mapping):
         return f"a dict of {first_few([str(key) for key in raw])}"
     return f"a {type(raw).__name__}"
+
+
+def _is_name(name: str) -> bool:
+    return len(name.strip()) > 0 and len(name) <= MAX_NAME and name.isprintable()
 
 
 def _one_line(error: BaseException) -> str:

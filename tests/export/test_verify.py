@@ -5,10 +5,11 @@ import itertools
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import numpy_helper
 from PIL import Image
 
-from meta_deploy.errors import ImageError, VerificationError
+from meta_deploy.errors import CheckpointError, ImageError, VerificationError
 from meta_deploy.export.pipeline import preprocess_rules
 from meta_deploy.export.verify import (
     INVALID,
@@ -314,6 +315,22 @@ def test_what_failed_is_kept_in_figures(images):
     with pytest.raises(VerificationError) as caught:
         run_verify("detector", images, scaled(2.0, 0.0))
     assert not caught.value.figures["stages"]["maps"]["passed"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["detector", "segmenter"])
+def test_a_model_whose_own_features_are_not_finite_is_told_apart(kind, images):
+    e = exported(kind)
+    weight = e.model.backbone.norms[0].weight
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(float("inf"))
+    try:
+        with pytest.raises(CheckpointError, match="not finite"):
+            run_verify(kind, images)
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
 
 
 @pytest.mark.slow

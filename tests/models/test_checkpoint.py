@@ -327,6 +327,14 @@ def test_class_names_of_the_wrong_count_are_not_used(path, state):
     assert any("2 class names for 3 classes" in note for note in notes)
 
 
+@pytest.mark.parametrize("bad", ["", "  ", "x" * 201, "a\nb", "\x1b[31m"])
+def test_class_names_that_cannot_be_shown_are_not_used(path, state, bad):
+    torch.save({"state_dict": state, "classes": ["x", "y", bad]}, path)
+    notes: list[str] = []
+    assert load_model(path, log=notes.append).class_names == ["class 0", "class 1", "class 2"]
+    assert any("class names that are empty" in note for note in notes)
+
+
 @pytest.mark.parametrize(
     ("head", "count", "names"), [("mask-rcnn", 80, COCO_CLASSES), ("upernet", 150, ADE20K_CLASSES)]
 )
