@@ -6,7 +6,6 @@ python benchmarks/demo_accuracy.py [BUNDLE] [--scenes 200] [--json accuracy.json
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.common import save
 from meta_deploy.report.accuracy import coco_ap
 from meta_deploy.runtime.predictor import DEMO_BUNDLE, Predictor
 from tools.scenes import CLASSES, TEST_SEEDS, coco_dataset, generate
@@ -72,7 +72,7 @@ def main() -> None:
     print(table(report))
     print(f"{report['scenes']} scenes, {report['backend']}, {report['ms_per_image']:.1f} ms an image")
     if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        save(args.json, **report)
 
 
 if __name__ == "__main__":
