@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from meta_deploy.errors import BundleError, InputError
+from meta_deploy.errors import BackendError, BundleError, InputError
 from meta_deploy.runtime import postprocess
 from meta_deploy.runtime.backends import open_backend
 from meta_deploy.runtime.bundle import Bundle, Size
@@ -23,6 +23,7 @@ from meta_deploy.runtime.preprocess import Placement, Preprocessor
 from meta_deploy.runtime.results import Detections, Segmentation, Timings
 
 DEMO_BUNDLE = Path(__file__).parent.parent / "assets" / "demo"
+MAX_THREADS = 1024
 Result = Detections | Segmentation
 
 
@@ -43,7 +44,7 @@ class Predictor:
         """Open a bundle (None: the demo bundle of the package) on a back end.
 
         `score_threshold` is the least score of a detection, 0 to 1 (None: the bundle's own); `threads` the
-        CPU threads of the model (None: the back end's choice).
+        CPU threads of the model, 1 to 1024 (None: the back end's choice).
 
         Raises:
             BundleError: not a bundle, or one altered or too new.
@@ -52,9 +53,10 @@ class Predictor:
         """
         if score_threshold is not None and not 0 <= score_threshold <= 1:
             raise InputError(f"score_threshold must be from 0 to 1, not {score_threshold}")
-        if threads is not None and threads < 1:
-            raise InputError(f"threads must be at least 1, not {threads}")
-        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle or DEMO_BUNDLE)
+        if threads is not None and not 1 <= threads <= MAX_THREADS:
+            raise InputError(f"threads must be from 1 to {MAX_THREADS}, not {threads}")
+        bundle = DEMO_BUNDLE if bundle is None else bundle
+        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self.score_threshold = self.bundle.score_threshold if score_threshold is None else score_threshold
         self._preprocess = Preprocessor(self.bundle.input, self.bundle.preprocess)
         self._classes = self.bundle.classes
@@ -116,6 +118,10 @@ class Predictor:
     def _detections(
         self, outputs: dict[str, np.ndarray], index: int, placement: Placement, padded: Size
     ) -> Detections:
+        count = max(int(outputs["num_detections"][index]), 0)
+        for name in ("boxes", "scores", "masks"):
+            if name in outputs:
+                self._check_finite(outputs[name][index, :count])
         found = postprocess.detections(
             outputs, index, placement, self.score_threshold, self.bundle.mask_threshold
         )
@@ -129,7 +135,15 @@ class Predictor:
     ) -> Segmentation:
         logits = outputs["logits"][index]
         self._check_classes(len(logits))
+        self._check_finite(logits)
         return Segmentation(postprocess.segmentation(logits, placement, padded), self._classes)
+
+    def _check_finite(self, values: np.ndarray) -> None:
+        if values.size and not (np.isfinite(values.max()) and np.isfinite(values.min())):  # NaN gets through
+            raise BackendError(
+                f"the model of bundle '{self.bundle.path}' gave values that are not finite; export it again, "
+                "or use another back end or precision"
+            )
 
     def _check_classes(self, needed: int) -> None:
         if needed > len(self._classes):

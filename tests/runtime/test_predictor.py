@@ -123,8 +123,8 @@ def test_a_model_with_more_classes_than_names_is_refused(tmp_path, photo):
         Predictor(tmp_path / "d")(photo)
     few = manifest("semantic-segmentation", (64, 64), classes=["sky"])
     write_bundle(tmp_path / "s", few, {"model.onnx": segmenter((64, 64))})
-    with pytest.raises(BundleError, match="names 1"):
-        Predictor(tmp_path / "s")(photo)
+    with pytest.raises(BackendError, match="'logits'"):
+        Predictor(tmp_path / "s")
 
 
 @pytest.mark.parametrize(
@@ -179,3 +179,98 @@ def test_real_photos_go_through(bundles, coco_tiny):
             assert result.path == str(path)
             assert (result.boxes[:, [0, 2]] <= result.size[1]).all()
             assert (result.boxes[:, [1, 3]] <= result.size[0]).all()
+
+
+def changed(model, change):
+    import onnx
+
+    proto = onnx.load_from_string(model)
+    change({value.name: value for value in (*proto.graph.input, *proto.graph.output)}, proto.graph)
+    return proto.SerializeToString()
+
+
+def set_dim(name, axis, size):
+    return lambda values, _: setattr(values[name].type.tensor_type.shape.dim[axis], "dim_value", size)
+
+
+@pytest.mark.parametrize(
+    ("task", "model"),
+    [
+        ("instance-segmentation", detector((32, 32))),
+        ("instance-segmentation", detector((64, 64), batch=2)),
+        ("semantic-segmentation", segmenter((32, 64))),
+        ("instance-segmentation", changed(detector((64, 64), True), set_dim("images", 1, 1))),
+    ],
+)
+def test_a_model_of_other_dimensions_than_the_manifests_is_refused_at_open(tmp_path, task, model):
+    bundle = write_bundle(tmp_path / "b", manifest(task, (64, 64)), {"model.onnx": model})
+    with pytest.raises(BackendError, match=r"what its manifest says|cannot load"):
+        open_backend(bundle)
+
+
+def test_a_model_of_fixed_size_under_a_dynamic_manifest_is_refused(tmp_path):
+    content = manifest("instance-segmentation", (64, 64), dynamic=True)
+    bundle = write_bundle(tmp_path / "b", content, {"model.onnx": detector((64, 64))})
+    with pytest.raises(BackendError, match=r"'images' as tensor\(float\) \[1, 3, 64, 64\]"):
+        open_backend(bundle)
+
+
+def test_a_model_with_other_types_is_refused(tmp_path):
+    def double(values, graph):
+        from onnx import TensorProto, helper
+
+        graph.node[0].output[0] = "single"
+        graph.node.append(helper.make_node("Cast", ["single"], ["logits"], to=TensorProto.DOUBLE))
+        values["logits"].type.tensor_type.elem_type = TensorProto.DOUBLE
+
+    model = changed(segmenter((64, 64)), double)
+    bundle = write_bundle(tmp_path / "b", manifest("semantic-segmentation", (64, 64)), {"model.onnx": model})
+    with pytest.raises(BackendError, match=r"tensor\(double\)"):
+        open_backend(bundle)
+
+
+def test_outputs_of_other_shapes_than_promised_are_an_error(bundles):
+    class Session:
+        def run(self, names, _):
+            sizes = {"num_detections": (1,), "boxes": (1, 5, 4), "labels": (1, 6), "masks": (1, 5, 28, 28)}
+            return [np.zeros(sizes.get(name, (1, 5)), np.float32) for name in names]
+
+    with open_backend(Bundle.open(bundles / "detector"), "onnxruntime") as backend:
+        backend._session = Session()
+        with pytest.raises(BackendError, match=r"gave labels of shape \(1, 6\)"):
+            backend.infer(np.ones((1, 3, 64, 64), np.float32))
+
+
+def test_what_the_library_cannot_run_is_one_sentence(bundles):
+    with (
+        open_backend(Bundle.open(bundles / "segmenter"), "onnxruntime") as backend,
+        pytest.raises(BackendError, match="cannot run model") as caught,
+    ):
+        backend.infer(np.ones((1, 3, 32, 32), np.float32))
+    assert "\n" not in str(caught.value)
+
+
+def test_values_that_are_not_finite_are_an_error(bundles, photo, tmp_path):
+    def poison(_, graph):
+        import onnx
+
+        (rest,) = (value for value in graph.initializer if value.name == "rest")
+        rest.CopyFrom(onnx.numpy_helper.from_array(np.array([[np.nan, 0.1, 0, 0]], np.float32), "rest"))
+
+    content = manifest("instance-segmentation", (64, 64))
+    write_bundle(tmp_path / "b", content, {"model.onnx": changed(detector((64, 64)), poison)})
+    with Predictor(tmp_path / "b") as predictor, pytest.raises(BackendError, match="not finite"):
+        predictor(photo)
+    with Predictor(bundles / "segmenter") as predictor:
+        logits = np.zeros((1, 3, 16, 16), np.float32)
+        logits[0, 1, 2, 3] = np.nan
+        predictor._backend.infer = lambda _: {"logits": logits}
+        with pytest.raises(BackendError, match="not finite"):
+            predictor(photo)
+
+
+def test_only_no_bundle_at_all_is_the_demo():
+    with pytest.raises(BundleError, match="path is empty"):
+        Predictor("")
+    with pytest.raises(InputError, match="threads"):
+        Predictor(threads=1025)

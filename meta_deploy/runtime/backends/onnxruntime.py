@@ -5,6 +5,7 @@ Knows sessions and providers; must not know tasks beyond the names that the mani
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,18 @@ _PROVIDERS: dict[str, list[Any]] = {
 }
 
 
+# Type and dimensions of the input and of every output; what has the same name has the same size.
+_VALUES: dict[str, tuple[str, tuple[str | int, ...]]] = {
+    "input": ("tensor(float)", ("batch", 3, "height", "width")),
+    "num_detections": ("tensor(int32)", ("batch",)),
+    "boxes": ("tensor(float)", ("batch", "most", 4)),
+    "scores": ("tensor(float)", ("batch", "most")),
+    "labels": ("tensor(int32)", ("batch", "most")),
+    "masks": ("tensor(float)", ("batch", "most", "cells", "cells")),
+    "logits": ("tensor(float)", ("batch", "classes", "rows", "columns")),
+}
+
+
 def _library() -> Any:
     try:
         import onnxruntime
@@ -33,6 +46,24 @@ def _library() -> Any:
 def cuda_is_offered() -> bool:
     """Whether the installed ONNX Runtime is built for CUDA; the machine may still lack a GPU."""
     return "CUDAExecutionProvider" in _library().get_available_providers()
+
+
+def _reason(error: Exception) -> str | None:
+    """The first line of an error of ONNX Runtime's (they share no base class); None for any other."""
+    if not type(error).__module__.startswith("onnxruntime"):
+        return None
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _agree(shape: Sequence[Any], wanted: Sequence[str | int], sizes: dict[str, int | None]) -> bool:
+    """Whether the dimensions that are fixed are as wanted; `sizes` takes up those not known before."""
+    if len(shape) != len(wanted):
+        return False
+    return all(
+        given == (name if isinstance(name, int) else sizes.setdefault(name, given))
+        for given, name in zip(shape, wanted, strict=True)
+        if isinstance(given, int)
+    )
 
 
 class OnnxRuntimeBackend(Backend):
@@ -58,9 +89,8 @@ class OnnxRuntimeBackend(Backend):
             options.intra_op_num_threads = threads
         try:
             session = ort.InferenceSession(bundle.read(MODEL), options, providers=_PROVIDERS[name])
-        except Exception as error:  # ONNX Runtime's errors share no base class
-            if type(error).__module__.startswith("onnxruntime"):
-                reason = str(error).splitlines()[0]
+        except Exception as error:
+            if reason := _reason(error):
                 raise BackendError(
                     f"ONNX Runtime cannot load {MODEL} of bundle '{bundle.path}': {reason}; export it again"
                 ) from error
@@ -72,7 +102,10 @@ class OnnxRuntimeBackend(Backend):
                 "ONNX Runtime cannot use a CUDA GPU on this machine; check the driver and CUDA's libraries, "
                 "or use --backend onnxruntime"
             )
+        self._what = f"{MODEL} of bundle '{bundle.path}'"
+        self._classes = len(bundle.classes)
         self._check_names(session, bundle)
+        self._check_values(session, bundle)
         self._session: Any = session
 
     def _check_names(self, session: Any, bundle: Bundle) -> None:
@@ -84,11 +117,41 @@ class OnnxRuntimeBackend(Backend):
                 "what its manifest says; export it again"
             )
 
+    def _check_values(self, session: Any, bundle: Bundle) -> None:
+        """Types, and dimensions where the graph fixes them, must be what the manifest promises."""
+        spec = bundle.input
+        sizes: dict[str, int | None] = {  # None: it must not be fixed
+            "batch": spec.batch_max if spec.static_batch else None,
+            "height": spec.size_max[0] if spec.size_min[0] == spec.size_max[0] else None,
+            "width": spec.size_max[1] if spec.size_min[1] == spec.size_max[1] else None,
+            "classes": self._classes,
+        }
+        given = {value.name: value for value in session.get_outputs()}
+        values = {"input": session.get_inputs()[0], **{name: given[name] for name in self._outputs}}
+        for name, value in values.items():
+            kind, shape = _VALUES[name]
+            if value.type != kind or not _agree(value.shape, shape, sizes):
+                raise BackendError(
+                    f"{self._what} has '{value.name}' as {value.type} {value.shape}, not what its manifest "
+                    "says; export it again"
+                )
+
     def infer(self, images: np.ndarray) -> dict[str, np.ndarray]:
         session = self._session
         if session is None:
             raise BackendError("the back end is closed; open the predictor again")
-        return dict(zip(self._outputs, session.run(self._outputs, {self._input: images}), strict=True))
+        try:
+            values = session.run(self._outputs, {self._input: images})
+        except Exception as error:
+            if reason := _reason(error):
+                raise BackendError(f"ONNX Runtime cannot run {self._what}: {reason}") from error
+            raise
+        outputs = dict(zip(self._outputs, values, strict=True))
+        sizes: dict[str, int | None] = {"batch": len(images), "classes": self._classes}
+        for name, array in outputs.items():
+            if not _agree(array.shape, _VALUES[name][1], sizes):
+                raise BackendError(f"{self._what} gave {name} of shape {array.shape}; export it again")
+        return outputs
 
     def close(self) -> None:
         self._session = None
