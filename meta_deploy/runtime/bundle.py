@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -64,6 +65,8 @@ class Bundle:
         Raises:
             BundleError: not a bundle, a newer schema, a field missing or wrong, a file missing or altered.
         """
+        if not os.fspath(path):
+            raise BundleError("the bundle's path is empty; name a folder that meta-export wrote")
         path = Path(path)
         bundle = cls(path, read_manifest(path))
         validate(bundle.manifest, path)
@@ -139,9 +142,11 @@ class Bundle:
 
     def _open_file(self, name: str) -> BinaryIO:
         path = self.path / name
-        if not path.is_file():
-            raise BundleError(f"bundle '{self.path}' lacks {name}, which its manifest lists; export it again")
         try:
+            if not path.is_file():
+                raise BundleError(
+                    f"bundle '{self.path}' lacks {name}, which its manifest lists; export it again"
+                )
             return path.open("rb")
         except OSError as error:
             raise BundleError(f"cannot read '{path}': {error.strerror}; check its permissions") from error
@@ -207,6 +212,16 @@ def check_out_dir(out_dir: str | os.PathLike[str]) -> Path:
         InputError: it exists and is neither empty nor a bundle alone, or cannot be written.
     """
     out = Path(os.path.realpath(out_dir))
+    try:
+        _check_place(out, out_dir)
+    except OSError as error:
+        raise InputError(
+            f"cannot write the bundle '{out_dir}': {error.strerror}; choose another folder"
+        ) from error
+    return out
+
+
+def _check_place(out: Path, out_dir: str | os.PathLike[str]) -> None:
     if out.exists():
         if not out.is_dir():
             raise InputError(f"'{out_dir}' is a file; choose another folder for the bundle")
@@ -216,7 +231,8 @@ def check_out_dir(out_dir: str | os.PathLike[str]) -> Path:
     parent = next(folder for folder in out.parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"cannot write the bundle '{out_dir}': '{parent}' is not a folder you can write to")
-    return out
+    # Permissions do not say all (/proc, a name too long): try. As long as any name used while writing.
+    Path(tempfile.mkdtemp(prefix=f".{out.name}.probe-", dir=parent)).rmdir()
 
 
 def _check_replaceable(out: Path, shown: object) -> None:

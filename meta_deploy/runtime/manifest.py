@@ -6,7 +6,7 @@ Knows JSON and field names; must not know the other files of a bundle.
 from __future__ import annotations
 
 import json
-import math
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,19 @@ OUTPUTS = {
 }
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
+MAX_REAL, MIN_STD = 1e6, 1e-6
+MAX_EDGE, MAX_BATCH = 65536, 4096
+MAX_CLASSES, MAX_NAME = 32767, 200  # class maps are int16
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest in the folder `path`, parsed and not yet validated. Raises BundleError without one."""
     file = path / MANIFEST
-    if not path.exists():
-        raise BundleError(f"there is no bundle at '{path}'; write one with meta-export")
-    if not file.is_file():
-        raise BundleError(f"'{path}' is not a bundle: it has no {MANIFEST}; write one with meta-export")
     try:
+        if not path.exists():
+            raise BundleError(f"there is no bundle at '{path}'; write one with meta-export")
+        if not file.is_file():
+            raise BundleError(f"'{path}' is not a bundle: it has no {MANIFEST}; write one with meta-export")
         if file.stat().st_size > MAX_MANIFEST_BYTES:
             raise ValueError("it is larger than any manifest")
         manifest = json.loads(file.read_bytes())
@@ -52,23 +55,40 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_REAL
 
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def _is_batch(value: Any) -> bool:
+    return _is_count(value) and value <= MAX_BATCH
+
+
+def _is_edge(value: Any) -> bool:
+    return _is_count(value) and value <= MAX_EDGE
+
+
 def _is_size(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_is_count, value))
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_edge, value))
 
 
 def _is_triple(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 3 and all(map(_is_number, value))
 
 
+def _is_class_name(value: Any) -> bool:
+    """Text that a line, a picture and a file can hold: no control characters, no half characters."""
+    return (
+        _is_text(value)
+        and 0 < len(value.strip()) <= MAX_NAME
+        and not any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in value)
+    )
+
+
 def _is_names(value: Any) -> bool:
-    return isinstance(value, list) and len(value) > 0 and all(map(_is_text, value))
+    return isinstance(value, list) and 0 < len(value) <= MAX_CLASSES and all(map(_is_class_name, value))
 
 
 def _is_outputs(value: Any) -> bool:
@@ -82,20 +102,20 @@ def _one_of(*values: str) -> Callable[[Any], bool]:
 _FIELDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("task", _one_of(*OUTPUTS), f"one of {', '.join(OUTPUTS)}"),
     ("model.name", _is_text, "a name"),
-    ("classes", _is_names, "a list of class names"),
+    ("classes", _is_names, f"a list of class names, each a line of at most {MAX_NAME} characters"),
     ("input.name", _is_text, "a name"),
     ("input.dtype", _one_of("float32"), "float32"),
-    ("input.batch.min", _is_count, "a positive whole number"),
-    ("input.batch.opt", _is_count, "a positive whole number"),
-    ("input.batch.max", _is_count, "a positive whole number"),
+    ("input.batch.min", _is_batch, f"a whole number from 1 to {MAX_BATCH}"),
+    ("input.batch.opt", _is_batch, f"a whole number from 1 to {MAX_BATCH}"),
+    ("input.batch.max", _is_batch, f"a whole number from 1 to {MAX_BATCH}"),
     ("input.size.min", _is_size, "[height, width]"),
     ("input.size.opt", _is_size, "[height, width]"),
     ("input.size.max", _is_size, "[height, width]"),
-    ("input.divisor", _is_count, "a positive whole number"),
+    ("input.divisor", _is_edge, "a positive whole number"),
     ("outputs", _is_outputs, "a list of objects with a name"),
     ("preprocess.resize.mode", _one_of("fit", "edges"), "fit or edges"),
     ("preprocess.mean", _is_triple, "three numbers"),
-    ("preprocess.std", lambda v: _is_triple(v) and min(v) > 0, "three positive numbers"),
+    ("preprocess.std", lambda v: _is_triple(v) and min(v) >= MIN_STD, "three positive numbers"),
     ("preprocess.pad_value", _is_number, "a number"),
     ("target", _is_text, "a name"),
     ("precision", _is_text, "a name"),
@@ -103,8 +123,8 @@ _FIELDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 _FIT_FIELDS = (("preprocess.resize.size", _is_size, "[height, width]"),)
 _EDGES_FIELDS = (
-    ("preprocess.resize.long", _is_count, "a positive whole number"),
-    ("preprocess.resize.short", _is_count, "a positive whole number"),
+    ("preprocess.resize.long", _is_edge, "a positive whole number"),
+    ("preprocess.resize.short", _is_edge, "a positive whole number"),
 )
 _SCORE_FIELDS = (("thresholds.score", lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1"),)
 _MASK_FIELDS = (("thresholds.mask", lambda v: _is_number(v) and 0 < v < 1, "a number between 0 and 1"),)

@@ -107,6 +107,18 @@ def test_a_file_altered_after_opening_is_not_used(written):
         ({"input__divisor": 48}, "48 does not divide"),
         ({"preprocess__mean": [0, 0, float("nan")]}, "for 'preprocess.mean'"),
         ({"preprocess__std": [0, 1, 1]}, "for 'preprocess.std'"),
+        ({"preprocess__std": [1e-7, 1, 1]}, "for 'preprocess.std'"),
+        ({"preprocess__mean": [0, 0, 10**400]}, "for 'preprocess.mean'"),
+        ({"preprocess__pad_value": -1e7}, "for 'preprocess.pad_value'"),
+        ({"thresholds__score": 10**400}, "for 'thresholds.score'"),
+        ({"input__size__max": [65568, 64]}, "for 'input.size.max'"),
+        ({"input__divisor": 10**400}, "for 'input.divisor'"),
+        ({"input__batch__max": 4097}, "for 'input.batch.max'"),
+        ({"classes": ["x" * 201]}, "for 'classes'"),
+        ({"classes": ["  "]}, "for 'classes'"),
+        ({"classes": ["red\x1b[31m"]}, "for 'classes'"),
+        ({"classes": ["\ud800"]}, "for 'classes'"),
+        ({"files": {"x" * 300: {"sha256": "0", "bytes": 1}}}, "cannot read"),
         ({"preprocess__resize__mode": "stretch"}, "'stretch'"),
         ({"preprocess__resize__mode": "edges"}, "lacks 'preprocess.resize.long'"),
         ({"preprocess__resize__size": [96, 64]}, "resizes to more"),
@@ -178,6 +190,17 @@ def test_what_is_not_a_bundle_is_not_replaced(written, tmp_path):
 def test_a_place_that_cannot_be_written_is_one_sentence():
     with pytest.raises(InputError, match="cannot write the bundle '/proc/b'"):
         write_bundle("/proc/b", MANIFEST, {"model.onnx": b""})
+    with pytest.raises(InputError, match="cannot write the bundle '/proc/b'"):
+        check_out_dir("/proc/b")
+
+
+@pytest.mark.parametrize("length", [250, 300])
+def test_a_name_that_is_too_long_is_one_sentence(tmp_path, length):
+    with pytest.raises(InputError, match="cannot write the bundle"):
+        check_out_dir(tmp_path / ("x" * length))
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(BundleError):
+        Bundle.open(tmp_path / ("x" * length))
 
 
 def test_a_place_below_a_file_is_refused_early(tmp_path):
