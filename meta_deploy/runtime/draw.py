@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SMALLEST = 384  # an image whose longer side is less is enlarged before drawing, or no name could be read
 TINT = 0.45
+MOST_SHOWN = 1000  # characters of a name; a picture is some 200 wide
 PALETTE = 96
 FIRST = (0.15, 0.55, 1.0)  # the colour of class 0: a blue that shows on skin, grass and asphalt
 Color = tuple[int, int, int]
@@ -200,10 +201,9 @@ def _shortened(text: str, font: ImageFont.FreeTypeFont, room: int) -> str:
     """The text on one line, its name cut with an ellipsis where it is wider than `room` pixels."""
     text = " ".join(text.split())
     name, _, score = text.rpartition(" ")
-    while font.getlength(text) > room and len(name) > 1:
-        name = name[:-1]
-        text = f"{name.rstrip()}… {score}"
-    return text
+    if len(name) <= 1 or font.getlength(text) <= room:
+        return text
+    return _longest(name[:-1], f"… {score}", font, room)
 
 
 def _ink(color: Color) -> Color:
@@ -236,6 +236,16 @@ def _cut(name: str, font: ImageFont.FreeTypeFont, room: int) -> str:
     name = " ".join(name.split())
     if font.getlength(name) <= room:
         return name
-    while font.getlength(name + "…") > room and len(name) > 1:
-        name = name[:-1]
-    return name + "…"
+    return _longest(name, "…", font, room)
+
+
+def _longest(name: str, end: str, font: ImageFont.FreeTypeFont, room: int) -> str:
+    """The most of the name's start, one character at least, that with `end` fits `room` pixels."""
+    least, most = 1, min(len(name), MOST_SHOWN)
+    while least < most:
+        middle = (least + most + 1) // 2
+        if font.getlength(name[:middle].rstrip() + end) <= room:
+            least = middle
+        else:
+            most = middle - 1
+    return name[:least].rstrip() + end

@@ -1,12 +1,14 @@
 """Overlays: nothing outside the picture, labels apart where there is room, colours apart, any size."""
 
 import itertools
+import time
 
 import cv2
 import numpy as np
 import pytest
+from PIL import ImageFont
 
-from meta_deploy.runtime.draw import _common_area, _free_place, _places, class_color
+from meta_deploy.runtime.draw import _common_area, _cut, _free_place, _places, _shortened, class_color
 from meta_deploy.runtime.masks import Mask
 from meta_deploy.runtime.results import Detections, Segmentation
 
@@ -114,3 +116,16 @@ def test_a_class_map_is_tinted_with_a_legend(size):
     assert drawn.shape == (size[0] * factor, size[1] * factor, 3)
     expected = 100 * 0.55 + np.array(class_color(int(labels[-1, -1]))) * 0.45
     np.testing.assert_allclose(drawn[-1, -1], expected, atol=1)
+
+
+def test_a_very_long_name_is_cut_at_once_to_what_fits():
+    start = time.process_time()
+    for name in ("word " * 20_000, "w" * 100_000):
+        one((400, 400), [0, 0, 300, 300], name=name).draw(np.zeros((400, 400, 3), np.uint8))
+    assert time.process_time() - start < 5
+    font = ImageFont.load_default(12)
+    cut = _cut("w" * 100, font, 200)
+    assert font.getlength(cut) <= 200 < font.getlength("w" + cut)
+    short = _shortened("w" * 100 + " 0.87", font, 200)
+    assert short.endswith("w… 0.87")
+    assert font.getlength(short) <= 200 < font.getlength("w" + short)
