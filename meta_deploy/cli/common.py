@@ -17,6 +17,7 @@ from typing import NoReturn
 from meta_deploy.errors import InputError, VerificationError
 
 EXIT_FAULT, EXIT_INPUT, EXIT_VERIFICATION, EXIT_PIPE, EXIT_INTERRUPT = 1, 2, 3, 141, 130
+MAX_THREADS = 1024
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,6 +34,10 @@ def run(main_fn: Callable[[], int | None], prog: str | None = None) -> int:
     META_DEPLOY_DEBUG=1 the traceback is printed too.
     """
     prog = prog or Path(sys.argv[0]).name
+    if sys.stdout is None:  # closed (`>&-`): what is printed goes nowhere, the work is done all the same
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
         code = main_fn() or 0
         sys.stdout.flush()
@@ -75,6 +80,14 @@ def positive_int(text: str) -> int:
         value = 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return value
+
+
+def thread_count(text: str) -> int:
+    """An option's value as a whole number from 1 to 1024."""
+    value = positive_int(text)
+    if value > MAX_THREADS:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1 to {MAX_THREADS}")
     return value
 
 

@@ -12,7 +12,7 @@ from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from meta_deploy.cli.common import EXIT_INPUT, Parser, fraction, positive_int, run
+from meta_deploy.cli.common import EXIT_INPUT, Parser, fraction, positive_int, run, thread_count
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -68,7 +68,9 @@ def parser() -> Parser:
         metavar="N",
         help="images a run of the model (default: what the bundle was made for)",
     )
-    p.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads (default: all cores)")
+    p.add_argument(
+        "--threads", type=thread_count, metavar="N", help="CPU threads, 1 to 1024 (default: all cores)"
+    )
     p.add_argument(
         "--out",
         metavar="DIR",

@@ -27,6 +27,8 @@ from meta_deploy.runtime.predictor import Predictor, Result
 from meta_deploy.runtime.results import Detections, save_image
 from meta_deploy.runtime.stream import Frame
 
+MAX_NAME = 255  # bytes of a file's name, on every file system in use
+
 
 @contextlib.contextmanager
 def folder_for(path: str | None) -> Iterator[Path | None]:
@@ -39,9 +41,10 @@ def folder_for(path: str | None) -> Iterator[Path | None]:
         yield None
         return
     folder = Path(path)
-    missing = [p for p in (folder, *folder.parents) if not p.exists()]
+    missing: list[Path] = []
     try:
         try:
+            missing = [p for p in (folder, *folder.parents) if not p.exists()]
             folder.mkdir(parents=True, exist_ok=True)
             with atomic_write(folder / ".meta-infer-probe"):
                 pass
@@ -133,7 +136,8 @@ def overlay_names(folder: Path, sources: Sequence[Source]) -> dict[Source, Path]
         suffix = ".mp4" if source.video else ".jpg" if lossy else ".png"
         stem, number = source.path.stem, 1
         while True:
-            path = folder / f"{stem}-overlay{'' if number == 1 else f'-{number}'}{suffix}"
+            end = f"-overlay{'' if number == 1 else f'-{number}'}{suffix}"
+            path = folder / f"{_fitting(stem, MAX_NAME - len(end))}{end}"
             key = os.path.abspath(path).casefold()
             if key not in taken:
                 break
@@ -141,6 +145,13 @@ def overlay_names(folder: Path, sources: Sequence[Source]) -> dict[Source, Path]
         taken.add(key)
         names[source] = path
     return names
+
+
+def _fitting(stem: str, room: int) -> str:
+    """The start of a file's stem that takes at most `room` bytes on disk, whole characters only."""
+    while len(os.fsencode(stem)) > room:
+        stem = stem[:-1]
+    return stem
 
 
 class VideoFile:

@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 from meta_deploy.errors import InputError
 
+LONGEST_SUFFIX = 20
 _COUNTER = itertools.count()
 
 
@@ -26,7 +27,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = check_writable(path)
     # The suffix stays, for writers that choose the format by it.
-    temp = target.with_name(f".tmp-{os.getpid()}-{next(_COUNTER)}{target.suffix}")
+    suffix = target.suffix if len(target.suffix) <= LONGEST_SUFFIX else ""
+    temp = target.with_name(f".tmp-{os.getpid()}-{next(_COUNTER)}{suffix}")
     try:
         yield temp
         os.replace(temp, target)
@@ -54,6 +56,14 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
         InputError: it is a folder or a device, or its folder is absent or cannot be written to.
     """
     target = Path(os.path.realpath(path))
+    try:
+        _check_target(target, path)
+    except OSError as error:
+        raise InputError(f"cannot write '{path}': {error.strerror}; choose another place") from error
+    return target
+
+
+def _check_target(target: Path, path: str | os.PathLike[str]) -> None:
     if target.exists() and not target.is_file():
         kind = "a folder" if target.is_dir() else "not a regular file"
         raise InputError(f"cannot write '{path}': it is {kind}; name a file")
@@ -61,4 +71,3 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
         raise InputError(f"cannot write '{path}': there is no folder '{target.parent}'; create it first")
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise InputError(f"cannot write '{path}': no permission in '{target.parent}'; choose another place")
-    return target

@@ -156,12 +156,15 @@ def expand(arguments: Iterable[str]) -> list[Source]:
 
 def _matches(argument: str) -> list[Path]:
     path = Path(argument)
-    if path.is_dir():
-        paths = sorted(p for p in path.iterdir() if _known(p, IMAGE_SUFFIXES))
+    if os.path.isdir(path):  # unlike Path's own, false where it cannot be known: a name too long
+        try:
+            paths = sorted(p for p in path.iterdir() if _known(p, IMAGE_SUFFIXES))
+        except OSError as error:
+            raise InputError(f"cannot read the folder '{argument}': {error.strerror}") from error
         if not paths:
             raise InputError(f"there is no image in the folder '{argument}'; name a folder that has some")
         return paths
-    if not path.exists() and glob.has_magic(argument):
+    if not os.path.exists(path) and glob.has_magic(argument):
         paths = sorted(
             p
             for p in map(Path, glob.glob(argument, recursive=True))
@@ -174,7 +177,7 @@ def _matches(argument: str) -> list[Path]:
 
 
 def _known(path: Path, suffixes: frozenset[str]) -> bool:
-    return path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
+    return path.suffix.lower() in suffixes and not path.name.startswith(".") and os.path.isfile(path)
 
 
 class Video:
@@ -185,7 +188,7 @@ class Video:
         import cv2
 
         self.path = Path(path)
-        if not self.path.is_file():
+        if not os.path.isfile(self.path):
             raise ImageError(f"there is no file '{path}'; check the path")
         self._capture = cv2.VideoCapture(str(path))
         if not self._capture.isOpened():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -135,6 +136,25 @@ def test_overlay_names_differ_where_case_does_not_count(tmp_path):
     assert names == ["A-overlay.jpg", "a-overlay-2.jpg", "a-overlay.png", "a-overlay-2.png"]
 
 
+def test_overlay_names_fit_a_file_system_and_stay_apart(tmp_path):
+    sources = [Source(tmp_path / f"{'é' * 124}{end}.jpg", False) for end in "abc"]
+    names = [path.name for path in overlay_names(tmp_path, sources).values()]
+    assert len(set(names)) == 3
+    assert all(len(os.fsencode(name)) <= 255 and "-overlay" in name for name in names)
+
+
+def test_an_empty_model_is_not_the_demo(here, capsys):
+    one_line(main(["a.jpg", "--model", ""]), *capsys.readouterr(), "path is empty")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell that can close standard output")
+def test_a_closed_standard_output_does_not_undo_the_work(here, bundles):
+    line = shlex.join(command("a.jpg", "--model", bundles / "detector"))
+    process = subprocess.run(["sh", "-c", f"{line} >&-"], stderr=subprocess.PIPE, text=True)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert os.listdir("meta-infer-out") == ["a-overlay.jpg"]
+
+
 def test_a_video_gives_a_video_and_an_entry_a_frame(here, infer):
     clip("clip.mp4")
     code, out, _ = infer("clip.mp4", "a.jpg", "--json", "--out", "out", "--coco-json", "coco.json")
@@ -199,6 +219,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(here, infer):
     one_line(*infer("a.jpg", "--batch", "0"), "'0'")
     one_line(*infer("a.jpg", "--batch", "8"), "--batch 8", "--dynamic-batch")
     one_line(*infer("a.jpg", "--threads", "many"), "'many'")
+    one_line(*infer("a.jpg", "--threads", "1025"), "1 to 1024")
+    one_line(*infer("a.jpg", "--out", "x" * 300), "too long")
+    one_line(*infer("a.jpg", "--coco-json", "x" * 300), "too long")
+    one_line(*infer("a.jpg", model="x" * 300), "too long")
+    one_line(*infer("x" * 300 + ".jpg"), "too long")
+    one_line(*infer("x" * 300 + ".mp4"), "no file")
     one_line(*infer("a.jpg", "--no-such-option"), "--no-such-option")
     one_line(*infer("a.jpg", "--out", "b.png"), "b.png", "name a folder")
     one_line(*infer("a.jpg", "--coco-json", "none"), "none", "a folder")

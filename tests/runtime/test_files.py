@@ -5,7 +5,7 @@ import os
 import pytest
 
 from meta_deploy.errors import InputError
-from meta_deploy.runtime.files import atomic_write
+from meta_deploy.runtime.files import atomic_write, check_writable
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path):
@@ -45,3 +45,11 @@ def test_a_link_keeps_pointing_where_it_did(tmp_path):
         stream.write(b"x")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "target").read_bytes() == b"x"
+
+
+def test_a_name_that_is_too_long_is_one_sentence(tmp_path):
+    with pytest.raises(InputError, match="too long"):
+        check_writable(tmp_path / ("x" * 300))
+    with atomic_write(tmp_path / ("a." + "x" * 253)) as stream:
+        stream.write(b"fits")
+    assert len(os.listdir(tmp_path)) == 1
