@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from meta_deploy.export.passes.graph import constant_value, producer, sole_consumer
+from meta_deploy.export.passes.graph import constant_value, producer, sole_consumer, tidy
 
 # Each output row of these depends on the same row of input 0 alone.
 _ROW_WISE = ("Conv", "ConvTranspose", "Relu", "Sigmoid", "GatherElements")
@@ -30,7 +30,7 @@ def discarded_rows(graph: gs.Graph) -> int:
             _rewrite(graph, node, *found)
             changes += 1
     if changes:
-        graph.cleanup(remove_unused_graph_inputs=False).toposort()
+        tidy(graph)
     return changes
 
 
