@@ -21,6 +21,9 @@ from meta_deploy.runtime.bundle import InputSpec
 
 OPSET = 20
 DIVISOR = 32
+# What there is one of while tracing (an image, a stripe, a window) would be taken for a constant. So a batch
+# is traced with at least two images, and a dynamic size at one that has several of everything, no two alike.
+TRACED_SIZE = (9 * DIVISOR, 11 * DIVISOR)
 
 
 def output_names(config: ModelConfig) -> list[str]:
@@ -41,9 +44,8 @@ def export_onnx(model: nn.Module, spec: InputSpec) -> onnx.ModelProto:
         The literal graph. After the outputs named by `output_names` come the intermediate stages that
         `model(images, stages=True)` adds, for verification; `drop_outputs` removes them.
     """
-    # What is traced with one of a dynamic dimension would be taken for a constant, so trace at least two.
     batch = spec.batch_opt if spec.static_batch else max(spec.batch_opt, 2)
-    height, width = (side if spec.static_size else max(side, 2 * DIVISOR) for side in spec.size_opt)
+    height, width = spec.size_opt if spec.static_size else TRACED_SIZE
     images = torch.zeros(batch, 3, height, width)
     with torch.no_grad(), quiet():
         program = torch.export.export(
@@ -77,7 +79,7 @@ def _dynamic_shapes(spec: InputSpec):
         dims[0] = torch.export.Dim("batch", min=1, max=spec.batch_max)
     if not spec.static_size:
         for axis, name, largest in ((2, "height", spec.size_max[0]), (3, "width", spec.size_max[1])):
-            unit = torch.export.Dim(f"{name}_units", min=1, max=max(largest // DIVISOR, 2))
+            unit = torch.export.Dim(f"{name}_units", min=1, max=max(largest, *TRACED_SIZE) // DIVISOR)
             dims[axis] = DIVISOR * unit
     return {"images": dims, "stages": None} if dims else None
 
