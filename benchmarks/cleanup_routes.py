@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.routes.remove("onnxslim")
 
     loaded = load_model(checkpoint(args.case))
-    spec = input_spec(loaded.config, args.case.size, 1, None, args.case.dynamic)
+    spec = input_spec(args.case.size, 1, None, args.case.dynamic)
     graphs, seconds = make_graphs(partial(export_onnx, loaded.model, spec), args.routes, args.stock)
     preprocess = Preprocessor(spec, preprocess_rules(loaded.config, spec))
     batches = [preprocess([read_image(path)])[0] for path in photos(args.photos, 4)]
