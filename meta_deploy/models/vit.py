@@ -21,6 +21,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> T
     Returns:
         (B, heads, N, head_dim).
     """
+    if not torch.compiler.is_exporting():  # an export holds the plain operators, which the passes know
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=valid)
     weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if valid is not None:
         weights = weights.masked_fill(~valid, float("-inf"))
