@@ -37,6 +37,8 @@ _PACKAGES = (
     "onnx-graphsurgeon",
     "onnxslim",
     "onnxruntime",
+    "openvino",
+    "tensorrt-rtx",
     "numpy",
 )
 
@@ -141,6 +143,8 @@ def open_session(proto: onnx.ModelProto, threads: int = 0) -> onnxruntime.Infere
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
+    # Else the workers of one contender take time from the next one.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(
         proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

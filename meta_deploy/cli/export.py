@@ -125,8 +125,7 @@ def summary(bundle: Bundle, seconds: float) -> str:
     manifest = bundle.manifest
     lines = []
     if manifest["passes"]:
-        lines.append(f"{'pass':<20}{'nodes':>16}{'transpose+reshape':>20}{'seconds':>9}")
-        lines += [pass_row(row) for row in with_total(manifest["passes"])]
+        lines.append(passes_table(manifest["passes"]))
     lines.append(verdict(manifest["verification"]))
     size = sum(entry["bytes"] for entry in manifest["files"].values()) / 1e6
     memory = f", peak memory {manifest['peak_rss_mb'] / 1e3:.1f} GB" if manifest["peak_rss_mb"] else ""
@@ -135,13 +134,19 @@ def summary(bundle: Bundle, seconds: float) -> str:
     return "\n".join(lines)
 
 
+def passes_table(rows: list[dict]) -> str:
+    """What each pass did, a line each, and all of them."""
+    head = f"{'pass':<20}{'changes':>8}{'nodes':>16}{'transpose+reshape':>19}{'MB moved':>20}{'seconds':>9}"
+    return "\n".join([head, *(pass_row(row) for row in with_total(rows))])
+
+
 def with_total(rows: list[dict]) -> list[dict]:
     """The passes' rows, and one for all of them where there are several."""
     if len(rows) < 2:
         return rows
     first, last = rows[0], rows[-1]
-    total = {"name": "all", "seconds": sum(row["seconds"] for row in rows)}
-    for what in ("nodes", "moves"):
+    total = {"name": "all", **{what: sum(row[what] for row in rows) for what in ("changes", "seconds")}}
+    for what in ("nodes", "moves", "bytes"):
         total |= {f"{what}_before": first[f"{what}_before"], f"{what}_after": last[f"{what}_after"]}
     return [*rows, total]
 
@@ -150,7 +155,14 @@ def pass_row(row: dict) -> str:
     """A line of the table."""
     nodes = f"{row['nodes_before']} -> {row['nodes_after']}"
     moves = f"{row['moves_before']} -> {row['moves_after']}"
-    return f"{row['name']:<20}{nodes:>16}{moves:>20}{row['seconds']:>9.1f}"
+    known = row["bytes_before"] is not None or row["bytes_after"] is not None
+    moved = f"{megabytes(row['bytes_before'])} -> {megabytes(row['bytes_after'])}" if known else "-"
+    return f"{row['name']:<20}{row['changes']:>8}{nodes:>16}{moves:>19}{moved:>20}{row['seconds']:>9.1f}"
+
+
+def megabytes(count: int | None) -> str:
+    """A number of bytes; a dash where it is not known."""
+    return "-" if count is None else f"{count / 1e6:.1f}"
 
 
 def verdict(verification: dict | None) -> str:

@@ -17,7 +17,7 @@ import onnx
 
 from meta_deploy.errors import InputError
 from meta_deploy.export.onnx_export import DIVISOR, drop_outputs, export_onnx, output_names
-from meta_deploy.export.passes import PIPELINES, run_passes
+from meta_deploy.export.passes import COSTS, PIPELINES, run_passes
 from meta_deploy.export.targets import choose_target
 from meta_deploy.export.verify import verify
 from meta_deploy.models.checkpoint import LoadedModel, load_model
@@ -118,7 +118,7 @@ def export(
         literal = export_onnx(loaded.model, spec)
     nodes_before = sum(node.op_type != "Constant" for node in literal.graph.node)
     with progress.stage("passes"):
-        graph, results = run_passes(literal, chosen_passes)
+        graph, results = run_passes(literal, chosen_passes, COSTS[chosen])
         # Graphs refer to themselves in circles, and for a large model each holds gigabytes.
         del literal
         gc.collect()

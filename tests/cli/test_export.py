@@ -17,7 +17,7 @@ import onnx
 import pytest
 from PIL import Image
 
-from meta_deploy.cli.export import StageDisplay, main, verdict
+from meta_deploy.cli.export import StageDisplay, main, passes_table, verdict
 from meta_deploy.errors import BundleError
 from meta_deploy.models.checkpoint import save_checkpoint
 from meta_deploy.runtime.bundle import Bundle
@@ -125,7 +125,7 @@ def test_json_is_one_document_with_the_keys_of_the_contract(meta_export, picture
     assert (document["bundle"], document["model"]) == ("b", "tiny-mask-rcnn")
     assert (document["target"], document["precision"], document["engine"]) == ("onnxruntime", "fp32", None)
     assert document["nodes"]["before"] > document["nodes"]["after"]
-    assert {"name", "changes"} <= set(document["passes"][0])
+    assert {"name", "changes", "bytes_before", "bytes_after"} <= set(document["passes"][0])
     assert document["verification"]["passed"] is True
     assert set(document["seconds"]) >= {"load", "export", "passes", "verify"}
     assert document["parameters"] == Bundle.open("b").manifest["parameters"]
@@ -137,7 +137,9 @@ def test_json_is_one_document_with_the_keys_of_the_contract(meta_export, picture
 def test_text_names_passes_verdict_bundle_and_next_step(meta_export, pictures):
     code, out, err = meta_export("--out", "b", *pictures)
     assert code == 0, err
-    assert re.search(r"clean-up +\d+ -> \d+", out)
+    assert re.search(r"^pass +changes +nodes +transpose\+reshape +MB moved +seconds$", out, re.MULTILINE)
+    row = r"^clean-up +\d+ +\d+ -> \d+ +\d+ -> \d+ +[\d.-]+ -> [\d.-]+ +\d+\.\d$"
+    assert re.search(row, out, re.MULTILINE)
     assert re.search(r"matches PyTorch on 1 images: maps within \d", out)
     assert "100.0% of detections agree" in out
     assert re.search(r"^b: \d+\.\d MB, fp32, in \d+ s", out, re.MULTILINE)
@@ -160,6 +162,38 @@ def test_a_stage_is_a_line_where_standard_error_is_no_terminal(meta_export, pict
     assert [line.rsplit(" ", 2)[0] for line in ended] == STAGES
     assert "\r" not in err
     assert "\033" not in err
+
+
+def pass_entry(name, changes, nodes, moves, moved, seconds):
+    """A pass in the manifest, from (before, after) of each measure."""
+    entry = {"name": name, "changes": changes, "seconds": seconds}
+    for what, (before, after) in {"nodes": nodes, "moves": moves, "bytes": moved}.items():
+        entry |= {f"{what}_before": before, f"{what}_after": after}
+    return entry
+
+
+def test_the_table_of_passes_lines_up_and_ends_with_all_of_them():
+    entries = [
+        pass_entry("clean-up", 1478, (14393, 12915), (1174, 906), (None, 12_345_678_901), 2.21),
+        pass_entry("collapse-chains", 853, (12915, 834), (906, 37), (12_345_678_901, 54_321), 0.12),
+    ]
+    head, *rows = passes_table(entries).splitlines()
+    assert {len(head)} == {len(row) for row in rows}
+    assert [" ".join(row.split()) for row in rows] == [
+        "clean-up 1478 14393 -> 12915 1174 -> 906 - -> 12345.7 2.2",
+        "collapse-chains 853 12915 -> 834 906 -> 37 12345.7 -> 0.1 0.1",
+        "all 2331 14393 -> 834 1174 -> 37 - -> 0.1 2.3",
+    ]
+
+
+def test_bytes_that_are_not_known_are_a_dash():
+    table = passes_table([pass_entry("clean-up", 1, (2, 1), (0, 0), (None, None), 0.0)])
+    assert " ".join(table.splitlines()[1].split()) == "clean-up 1 2 -> 1 0 -> 0 - 0.0"
+
+
+def test_one_pass_alone_has_no_total():
+    alone = passes_table([pass_entry("clean-up", 1, (2, 1), (0, 0), (0, 0), 0.0)])
+    assert [line.split()[0] for line in alone.splitlines()] == ["pass", "clean-up"]
 
 
 def test_nothing_found_says_so():

@@ -12,28 +12,76 @@ from dataclasses import asdict, dataclass
 import onnx
 import onnx_graphsurgeon as gs
 
+from meta_deploy.export.passes.batch_norm import fold_batch_norm
 from meta_deploy.export.passes.chains import collapse_chains
 from meta_deploy.export.passes.cleanup import clean_up
+from meta_deploy.export.passes.cost import CPU, GPU, Cost
 from meta_deploy.export.passes.discarded_rows import discarded_rows
+from meta_deploy.export.passes.distribute_sums import distribute_sums
+from meta_deploy.export.passes.flatten_concats import flatten_concats
+from meta_deploy.export.passes.fold_branches import fold_branches
 from meta_deploy.export.passes.fuse_attention import fuse_attention
 from meta_deploy.export.passes.graph import to_graph, to_proto
+from meta_deploy.export.passes.layer_norm import fuse_layer_norm
+from meta_deploy.export.passes.merge_siblings import merge_siblings
+from meta_deploy.export.passes.move_linears import move_linears
+from meta_deploy.export.passes.order_tokens import order_tokens
+from meta_deploy.export.passes.scales import fold_scales
+from meta_deploy.export.passes.shared_norms import share_norms
 from meta_deploy.export.passes.splits import slices_to_split
+from meta_deploy.export.passes.stack_attention import stack_attention
+from meta_deploy.export.passes.traffic import bytes_moved
 
 PASSES: dict[str, Callable[[gs.Graph], int]] = {
     "clean-up": clean_up,
+    "fuse-layer-norm": fuse_layer_norm,
+    "share-norms": share_norms,
+    "fold-batch-norm": fold_batch_norm,
+    "fold-scales": fold_scales,
+    "merge-siblings": merge_siblings,
     "fuse-attention": fuse_attention,
     "slices-to-split": slices_to_split,
     "collapse-chains": collapse_chains,
+    "move-linears": move_linears,
+    "order-tokens": order_tokens,
+    "stack-attention": stack_attention,
+    "fold-branches": fold_branches,
+    "distribute-sums": distribute_sums,
+    "flatten-concats": flatten_concats,
     "discarded-rows": discarded_rows,
 }
-PIPELINES: dict[str, tuple[str, ...]] = {
-    "onnxruntime": ("clean-up", "fuse-attention", "slices-to-split", "collapse-chains", "discarded-rows"),
+# These choose between forms by what they cost on the target.
+PRICED: dict[str, Callable[[gs.Graph, Cost], int]] = {
+    "merge-siblings": merge_siblings,
+    "fold-branches": fold_branches,
+    "distribute-sums": distribute_sums,
 }
+# What each pass is worth: benchmarks/README.md.
+PIPELINES: dict[str, tuple[str, ...]] = {
+    "onnxruntime": (
+        *("clean-up", "fuse-layer-norm", "share-norms", "fold-batch-norm", "merge-siblings"),
+        *("fuse-attention", "move-linears", "slices-to-split", "collapse-chains"),
+        *("fold-branches", "distribute-sums", "fold-scales", "discarded-rows"),
+    ),
+    "tensorrt": (
+        *("clean-up", "fuse-layer-norm", "share-norms", "fold-batch-norm", "merge-siblings"),
+        *("slices-to-split", "collapse-chains", "move-linears", "collapse-chains"),
+        *("fold-scales", "order-tokens", "stack-attention"),
+        *("fold-branches", "distribute-sums", "flatten-concats", "collapse-chains"),
+    ),
+}
+COSTS = {"onnxruntime": CPU, "tensorrt": GPU}
 
 
 @dataclass(frozen=True)
 class PassResult:
-    """What one pass did: changes made; nodes, and those of them that only move data, before and after."""
+    """What one pass did: changes made, and what there was before and after.
+
+    Attributes:
+        nodes_before: nodes, and so on for after.
+        moves_before: Transpose and Reshape nodes.
+        bytes_before: what data movement and norms read and write; None where shapes are not all known.
+    """
 
     name: str
     changes: int
@@ -41,30 +89,36 @@ class PassResult:
     nodes_after: int
     moves_before: int
     moves_after: int
+    bytes_before: int | None
+    bytes_after: int | None
     seconds: float
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
 
 
-def run_passes(proto: onnx.ModelProto, names: list[str]) -> tuple[onnx.ModelProto, list[PassResult]]:
-    """Run passes one after another.
+def run_passes(
+    proto: onnx.ModelProto, names: list[str], cost: Cost = CPU
+) -> tuple[onnx.ModelProto, list[PassResult]]:
+    """Run passes one after another; `cost` has the target's prices.
 
     Returns:
         The new graph and a line per pass.
     """
     graph = to_graph(proto)
     results = []
-    before, moves = len(graph.nodes), sum(_moves(node.op) for node in graph.nodes)
+    nodes, moves, moved = _measured(graph)
     for name in names:
         start = time.perf_counter()
-        changes = PASSES[name](graph)
+        changes = PRICED[name](graph, cost) if name in PRICED else PASSES[name](graph)
         seconds = round(time.perf_counter() - start, 2)
-        after, moves_after = len(graph.nodes), sum(_moves(node.op) for node in graph.nodes)
-        results.append(PassResult(name, changes, before, after, moves, moves_after, seconds))
-        before, moves = after, moves_after
+        was = nodes, moves, moved
+        nodes, moves, moved = _measured(graph)
+        results.append(PassResult(name, changes, was[0], nodes, was[1], moves, was[2], moved, seconds))
     return to_proto(graph), results
 
 
-def _moves(op: str) -> bool:
-    return op in ("Transpose", "Reshape")
+def _measured(graph: gs.Graph) -> tuple[int, int, int | None]:
+    """Nodes, those of them that are a Transpose or a Reshape, and bytes moved."""
+    moves = sum(node.op in ("Transpose", "Reshape") for node in graph.nodes)
+    return len(graph.nodes), moves, bytes_moved(graph)

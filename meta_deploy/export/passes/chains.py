@@ -6,6 +6,7 @@ of length one have no part in that. Static shapes only.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 
@@ -62,6 +63,17 @@ def chain_before(graph: gs.Graph, tensor: gs.Tensor) -> tuple[gs.Tensor, list[gs
     return tensor, chain[::-1]
 
 
+def chain_after(graph: gs.Graph, tensor: gs.Tensor) -> tuple[gs.Tensor, list[gs.Node]]:
+    """The moves that follow a tensor, each read by the next alone, and what they end in."""
+    chain: list[gs.Node] = []
+    while sole_consumer(graph, tensor) and is_op(tensor.outputs[0], *MOVES):
+        if tensor.outputs[0].inputs[0] is not tensor:
+            break
+        chain.append(tensor.outputs[0])
+        tensor = chain[-1].outputs[0]
+    return tensor, chain
+
+
 def follow(start: gs.Tensor, chain: Sequence[gs.Node]) -> Factors | None:
     """Where the elements of `start` are after a chain of moves; None where the shapes don't tell."""
     shape, moves = static_shape(start), _moves(start, chain)
@@ -106,7 +118,7 @@ def _collapse(graph: gs.Graph, last: gs.Node, fresh: Callable[[str], str]) -> in
         add_move(graph, op, values, tensor, out, fresh)
         tensor = out
     if not plan:
-        _replace(graph, end, start)
+        replace(graph, end, start)
     return len(chain) - left
 
 
@@ -121,7 +133,7 @@ def add_move(
         graph.nodes.append(gs.Node(op, out.name, {}, [x, shape], [out]))
 
 
-def _replace(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> None:
+def replace(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> None:
     """Let `new` stand for `old`; an output of the graph keeps its name by an Identity."""
     if any(output is old for output in graph.outputs):
         graph.nodes.append(gs.Node("Identity", old.name, {}, [new], [old]))
@@ -190,6 +202,10 @@ class Factors:
         numbers = iter(range(len(self.sizes)))
         self.origin = [[next(numbers)] if size != 1 else [] for size in shape]
         self.axes = [list(axis) for axis in self.origin]
+
+    def copy(self) -> Factors:
+        """Another of the same, to change."""
+        return copy.deepcopy(self)
 
     def move(self, move: Move) -> bool:
         """Do a Transpose or a Reshape; False where the factors don't allow it."""
@@ -268,17 +284,22 @@ class Factors:
         )
         if [factor for a in filled for factor in self.origin[a]] != order:
             return None
-        # Axes of length one go where the result has such, as far as there are any.
-        ones = [a for a, axis in enumerate(self.origin) if not axis]
+        # Axes of length one go where the result has such, if that spares the Reshape; else they stay.
+        ones, rest = [a for a, axis in enumerate(self.origin) if not axis], list(filled)
         perm: list[int] = []
         for axis in self.axes:
             if not axis and ones:
                 perm.append(ones.pop(0))
-            elif axis and filled and self.origin[filled[0]][0] == axis[0]:
-                perm.append(filled.pop(0))
-                while len(perm) and filled and self.origin[filled[0]][0] in axis:
-                    perm.append(filled.pop(0))
-        return self.origin, perm + filled + ones
+            elif axis and rest and self.origin[rest[0]][0] == axis[0]:
+                perm.append(rest.pop(0))
+                while rest and self.origin[rest[0]][0] in axis:
+                    perm.append(rest.pop(0))
+        perm += rest + ones
+        shape = self._shape(self.origin)
+        if [shape[p] for p in perm] != self._shape(self.axes):
+            places = iter(filled)
+            perm = [next(places) if axis else a for a, axis in enumerate(self.origin)]
+        return self.origin, perm
 
     def _runs(self) -> tuple[list[list[int]], list[int]] | None:
         """Reshape to the present axes in their original order, if each is one run of factors."""

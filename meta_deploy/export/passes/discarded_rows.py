@@ -5,10 +5,12 @@ Needs shapes that are known only at run time, so it is for ONNX Runtime and not 
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from meta_deploy.export.passes.graph import constant_value, producer, sole_consumer, tidy
+from meta_deploy.export.passes.graph import constant_value, producer, sole_consumer, static_shape, tidy
 
 # Each output row of these depends on the same row of input 0 alone.
 _ROW_WISE = ("Conv", "ConvTranspose", "Relu", "Sigmoid", "GatherElements")
@@ -93,7 +95,7 @@ def _rewrite(
     index = add("Squeeze", rows, constant("last", [1]), dtype=np.int64)
 
     flat = reshape.inputs[0]
-    inner = constant("inner", list(flat.shape[1:]))
+    row = list(flat.shape[1:])
     gathered = gather.outputs[0]
     nodes[-1].inputs[0] = add("Gather", gathered, index, dtype=gathered.dtype, axis=0)
     for node in nodes:
@@ -101,7 +103,11 @@ def _rewrite(
         if node.op == "GatherElements":
             chosen = node.inputs[1]
             node.inputs[1] = add("Gather", chosen, index, dtype=chosen.dtype, axis=0)
-    shape = add("Concat", add("Shape", keep, dtype=np.int64), inner, dtype=np.int64, axis=0)
-    zero = gs.Constant("zero", np.zeros(1, flat.dtype))
-    zeros = add("ConstantOfShape", shape, dtype=flat.dtype, value=zero)
+    if (known := static_shape(where.inputs[0])) is not None:
+        zeros = gs.Constant(f"{prefix}/zeros", np.zeros([math.prod(known), *row], flat.dtype))
+    else:
+        inner = constant("inner", row)
+        shape = add("Concat", add("Shape", keep, dtype=np.int64), inner, dtype=np.int64, axis=0)
+        zero = gs.Constant("zero", np.zeros(1, flat.dtype))
+        zeros = add("ConstantOfShape", shape, dtype=flat.dtype, value=zero)
     reshape.inputs[0] = add("ScatterND", zeros, rows, flat, dtype=flat.dtype)

@@ -141,7 +141,7 @@ def set_weights(
 ) -> None:
     """Give a linear map other weights of the same shape, as new constants: the old may be shared.
 
-    With a bias where there was none a MatMul gets an Add behind it.
+    With a bias where there was none a MatMul gets an Add behind it; without one the old bias stays.
     """
     node, dtype = linear.node, linear.weight.dtype
     if node.op == "MatMul" or (node.op == "Gemm" and not node.attrs.get("transB", 0)):

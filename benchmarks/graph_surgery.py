@@ -1,0 +1,327 @@
+"""What graph passes are worth: PyTorch's own export, the same after onnxslim, and ours for each target.
+
+    python benchmarks/graph_surgery.py [--case CASE ...] [--no-engines] [--no-time] [--rounds N]
+
+CASE is MODEL@SIDE, also a large one such as meta-b-mask-rcnn@1024; backbone and feature pyramid are exported.
+Counted are nodes, bytes moved, and layers and memory of TensorRT-RTX's engines, which need no GPU to build;
+timed are ONNX Runtime and OpenVINO on the CPU, in turns, as ratios to PyTorch's export on ONNX Runtime. A
+graph with operators of ONNX Runtime's own runs nowhere else. What is not installed is left out. Exit code 1:
+a goal is missed, or a graph of ours computes something else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.util
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+
+from benchmarks import engines
+from benchmarks.common import (
+    Case,
+    checkpoint,
+    interleave,
+    machine,
+    open_session,
+    parser,
+    photos,
+    ratio,
+    save,
+    table,
+)
+from meta_deploy.export.onnx_export import OPSET, quiet
+from meta_deploy.export.operators import TRANSLATIONS
+from meta_deploy.export.passes import COSTS, PIPELINES, run_passes
+from meta_deploy.export.passes.graph import to_graph
+from meta_deploy.export.passes.traffic import bytes_moved
+from meta_deploy.export.pipeline import input_spec, preprocess_rules
+from meta_deploy.export.verify import TOLERANCES
+from meta_deploy.models.checkpoint import load_model
+from meta_deploy.runtime.images import read_image
+from meta_deploy.runtime.preprocess import Preprocessor
+
+CASES = ("meta-t-mask-rcnn@512",)
+STOCK, SLIM = "stock", "onnxslim"
+STOCK_OPSET = 18  # the exporter's own choice
+THREADS = 2
+ERROR = "error over stock"
+# Times over those of the stock graph on ONNX Runtime.
+ORT, OPENVINO = "ONNX Runtime / stock", "OpenVINO / stock"
+# At most so much, of the one of our graphs that does best at it: each is for another target.
+GOALS: dict[str, dict[str, float]] = {
+    "meta-t-mask-rcnn@512x512": {
+        "nodes": 1400,
+        "Transpose+Reshape": 450,
+        "fp16 layers": 450,
+        "fp16 activation MB": 40,
+        "fp16 build s": 10,
+        "fp32 layers": 600,
+        "fp32 build s": 10,
+        ORT: 0.88,
+        OPENVINO: 0.72,
+    },
+}
+
+Measures = dict[str, Any]  # of one graph, by name; None where it cannot be measured
+
+
+class Features(nn.Module):
+    """A detector's or segmenter's backbone and feature pyramid."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.model.extract_features(images))  # type: ignore[operator]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    p = parser(__doc__, "graph_surgery")
+    p.add_argument("--case", nargs="+", type=Case.parse, metavar="CASE", help=f"default: {' '.join(CASES)}")
+    p.add_argument("--no-engines", action="store_true", help="build no engines")
+    p.add_argument("--no-time", action="store_true", help="time nothing")
+    p.add_argument("--rounds", type=int, default=10, help="timed runs of each graph (default: %(default)s)")
+    args = p.parse_args(argv)
+    here = machine()
+    if here["load_before"] > 0.5 and not args.no_time:
+        print(f"the machine is busy (load {here['load_before']}): OpenVINO suffers most", file=sys.stderr)
+    results: dict[str, Any] = {}
+    for case in args.case or map(Case.parse, CASES):
+        with tempfile.TemporaryDirectory() as folder:
+            graphs = measured(case, Path(folder), args)
+        goals = {ERROR: TOLERANCES["fp32"]["maps"], **GOALS.get(str(case), {})}
+        results[str(case)] = {"graphs": graphs, "goals": goals, "missed": missed(graphs, goals)}
+        print(f"{case}\n\n{side_by_side(graphs, goals)}\n")
+        for line in results[str(case)]["missed"]:
+            print(f"missed: {line}")
+    save(args.json, machine=here, rounds=args.rounds, threads=THREADS, cases=results)
+    return int(any(result["missed"] for result in results.values()))
+
+
+def measured(case: Case, folder: Path, args: Any) -> dict[str, Measures]:
+    """Every graph's measures. The graphs are files: of a large model one at a time is in memory."""
+    model, images = subject(case, args.photos)
+    files: dict[str, Path] = {}
+    graphs: dict[str, Measures] = {}
+    for name, proto, seconds in make_graphs(model, images):
+        files[name] = folder / f"{len(files)}.onnx"
+        onnx.save(proto, files[name])
+        graphs[name] = {"made in s": seconds, **counted(proto)}
+        print(f"{name}: {seconds:.1f} s, {graphs[name]['nodes']:,} nodes", file=sys.stderr)
+        del proto
+        gc.collect()  # graphs refer to themselves in circles
+    del model
+    for name, error in errors(files, images.numpy()).items():
+        graphs[name][ERROR] = error
+    for name, path in files.items():
+        graphs[name] |= built(name, path) if not args.no_engines else {}
+    if not args.no_time:
+        for name, times in timed(files, images.numpy(), args.rounds).items():
+            graphs[name] |= times
+    return graphs
+
+
+# --- the graphs ---------------------------------------------------------------------------------------------
+
+
+def subject(case: Case, folder: Path | None) -> tuple[nn.Module, Tensor]:
+    """What is exported, and a picture for it."""
+    loaded = load_model(checkpoint(case))
+    spec = input_spec(case.size or loaded.config.input_size, 1, None, False)
+    preprocess = Preprocessor(spec, preprocess_rules(loaded.config, spec))
+    batch, _ = preprocess([read_image(photos(folder, 1)[0])])
+    return Features(loaded.model).eval(), torch.from_numpy(batch)
+
+
+def make_graphs(model: nn.Module, images: Tensor) -> Iterator[tuple[str, onnx.ModelProto, float]]:
+    """Each graph's name, the graph, and the seconds that it took; ours without those of tracing."""
+    program = traced(model, images)
+    stock, seconds = clocked(partial(translate, program, optimize=True, opset=STOCK_OPSET))
+    yield STOCK, stock, seconds
+    if importlib.util.find_spec("onnxslim") is None:
+        print("onnxslim is not installed: left out", file=sys.stderr)
+    else:
+        import onnxslim
+
+        yield SLIM, *clocked(partial(onnxslim.slim, stock))
+    del stock
+    literal = translate(program)
+    for target, passes in PIPELINES.items():
+        copy = onnx.ModelProto()
+        copy.CopyFrom(literal)
+        (proto, _), seconds = clocked(partial(run_passes, copy, list(passes), COSTS[target]))
+        yield f"ours: {target}", proto, seconds
+
+
+def traced(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
+    """The model as PyTorch's exporter takes it in."""
+    with torch.no_grad(), quiet():
+        return torch.export.export(model, (images,), strict=False)
+
+
+def translate(
+    program: torch.export.ExportedProgram, optimize: bool = False, opset: int = OPSET
+) -> onnx.ModelProto:
+    """The program in ONNX: as our export has it translated, or with PyTorch's own optimizer."""
+    with quiet():
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            optimize=optimize,
+            opset_version=opset,
+            custom_translation_table=None if optimize else TRANSLATIONS,
+            input_names=["images"],
+            verbose=False,
+        )
+    assert exported is not None
+    return exported.model_proto
+
+
+def clocked(call: Callable[[], Any]) -> tuple[Any, float]:
+    """What a call gives, and its seconds; what it prints goes to standard error."""
+    began = time.perf_counter()
+    with contextlib.redirect_stdout(sys.stderr):
+        result = call()
+    return result, time.perf_counter() - began
+
+
+# --- the measures -------------------------------------------------------------------------------------------
+
+
+def counted(proto: onnx.ModelProto) -> Measures:
+    """Nodes, local functions inlined and without constants, and the bytes that they move."""
+    graph = to_graph(proto)
+    moved = bytes_moved(graph)
+    return {
+        "nodes": len(graph.nodes),
+        "Transpose+Reshape": sum(node.op in ("Transpose", "Reshape") for node in graph.nodes),
+        "MB moved": None if moved is None else moved / 1e6,
+    }
+
+
+def errors(files: dict[str, Path], images: np.ndarray) -> dict[str, float | None]:
+    """Each graph's largest difference to the stock graph's outputs, over the largest value of that output."""
+
+    def outputs(path: Path) -> list[np.ndarray]:
+        return open_session(onnx.load(path), THREADS).run(None, {"images": images})
+
+    expected = outputs(files[STOCK])
+    found: dict[str, float | None] = {STOCK: None}
+    for name, path in files.items():
+        if name != STOCK:
+            pairs = zip(outputs(path), expected, strict=True)
+            found[name] = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
+    return found
+
+
+def built(name: str, path: Path) -> Measures:
+    """What engines of the graph in float16 and float32 consist of."""
+    proto = onnx.load(path)
+    if not engines.available():
+        print("tensorrt-rtx is not installed: no engines", file=sys.stderr)
+        return {}
+    if not standard(proto):
+        return {}
+    result: Measures = {}
+    for precision, convert in (("fp16", engines.to_fp16), ("fp32", None)):
+        try:
+            engine = engines.build(convert(proto) if convert else proto)
+        except engines.BuildError as error:
+            print(f"{name} in {precision} does not build: {error}", file=sys.stderr)
+            continue
+        print(f"{name} in {precision}: engine built in {engine.seconds:.1f} s", file=sys.stderr)
+        result |= {f"{precision} {what}": count for what, count in engine.count().items()}
+        result[f"{precision} activation MB"] = engine.activation_mb
+        result[f"{precision} build s"] = engine.seconds
+    return result
+
+
+def standard(proto: onnx.ModelProto) -> bool:
+    """Whether all operators are ONNX's own."""
+    return all(node.domain in ("", "ai.onnx") for node in proto.graph.node)
+
+
+def timed(files: dict[str, Path], images: np.ndarray, rounds: int) -> dict[str, Measures]:
+    """Times on ONNX Runtime and OpenVINO, all in turns, over those of the stock graph on ONNX Runtime."""
+    runs: dict[str, Callable[[int], Any]] = {}
+    openvino = importlib.util.find_spec("openvino") is not None
+    if not openvino:
+        print("openvino is not installed: left out", file=sys.stderr)
+    for name, path in files.items():
+        proto = onnx.load(path)
+        session = open_session(proto, THREADS)
+        runs[f"{name}: {ORT}"] = lambda turn, session=session: session.run(None, {"images": images})
+        if openvino and standard(proto):
+            request = openvino_request(path)
+            runs[f"{name}: {OPENVINO}"] = lambda turn, request=request: request.infer([images])
+    interleave(runs, 2)  # to warm up
+    times = interleave(runs, rounds)
+    base = times[f"{STOCK}: {ORT}"]
+    result: dict[str, Measures] = {name: {} for name in files}
+    for name in files:
+        for where in (ORT, OPENVINO):
+            if (own := times.get(f"{name}: {where}")) is not None:
+                result[name][f"{where.removesuffix(' / stock')} ms"] = float(np.median(own))
+                result[name][where] = ratio(own, base)
+        if (own := times.get(f"{name}: {OPENVINO}")) is not None:
+            result[name]["OpenVINO / its stock"] = ratio(own, times[f"{STOCK}: {OPENVINO}"])
+    return result
+
+
+def openvino_request(path: Path) -> Any:
+    """A graph compiled by OpenVINO for the CPU, in float32, for one picture at a time."""
+    import openvino
+
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": THREADS,
+    }
+    return openvino.Core().compile_model(str(path), "CPU", settings).create_infer_request()
+
+
+# --- the table ----------------------------------------------------------------------------------------------
+
+
+def side_by_side(graphs: dict[str, Measures], goals: dict[str, float]) -> str:
+    """A row a measure, a column a graph, and the goal."""
+    names = list(dict.fromkeys(name for measures in graphs.values() for name in measures))
+    rows = []
+    for name in names:
+        values = {graph: _or_dash(measures.get(name)) for graph, measures in graphs.items()}
+        rows.append({"": name, **values, "goal": f"<= {goals[name]:g}" if name in goals else None})
+    return table(rows)
+
+
+def _or_dash(value: Any) -> Any:
+    return "-" if value is None else value
+
+
+def missed(graphs: dict[str, Measures], goals: dict[str, float]) -> list[str]:
+    """The goals that none of our graphs reaches, of what was measured; the error's is for every one."""
+    ours = [measures for graph, measures in graphs.items() if graph.startswith("ours")]
+    lines = []
+    for name, limit in goals.items():
+        values = [measures[name] for measures in ours if measures.get(name) is not None]
+        best = max if name == ERROR else min
+        if values and not best(values) <= limit:  # nor is nan
+            lines.append(f"{name} {best(values):.4g}, goal {limit:g}")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

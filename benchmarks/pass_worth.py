@@ -1,0 +1,86 @@
+"""What each graph pass is worth: the target's pipeline without it, against the whole pipeline.
+
+    python benchmarks/pass_worth.py [CASE] [--rounds N] [--no-engines] [--no-time]
+
+Backbone and feature pyramid, as in graph_surgery.py. For tensorrt what counts is the layers of the float16
+engine that TensorRT-RTX builds, for onnxruntime the time on the CPU, in turns, over the whole pipeline's.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import onnx
+
+from benchmarks import engines
+from benchmarks.common import Case, interleave, machine, open_session, parser, ratio, save, table
+from benchmarks.graph_surgery import CASES, THREADS, counted, subject, traced, translate
+from meta_deploy.export.passes import COSTS, PIPELINES, run_passes
+
+WHOLE = "whole pipeline"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    p = parser(__doc__, "pass_worth")
+    p.add_argument("case", nargs="?", type=Case.parse, default=Case.parse(CASES[0]))
+    p.add_argument("--rounds", type=int, default=10, help="timed runs of each graph (default: %(default)s)")
+    p.add_argument("--no-engines", action="store_true", help="build no engines")
+    p.add_argument("--no-time", action="store_true", help="time nothing")
+    args = p.parse_args(argv)
+    here = machine()
+    model, images = subject(args.case, args.photos)
+    literal = translate(traced(model, images))
+    results: dict[str, dict[str, dict[str, Any]]] = {}
+    for target, pipeline in PIPELINES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            results[target] = rows = {}
+            files: dict[str, Path] = {}
+            for left_out in (WHOLE, *dict.fromkeys(pipeline)):
+                copy = onnx.ModelProto()
+                copy.CopyFrom(literal)
+                names = [name for name in pipeline if name != left_out]
+                proto, _ = run_passes(copy, names, COSTS[target])
+                rows[left_out] = counted(proto)
+                files[left_out] = Path(folder) / f"{len(files)}.onnx"
+                onnx.save(proto, files[left_out])
+                if target != "onnxruntime" and not args.no_engines and engines.available():
+                    rows[left_out] |= engine(proto)
+                print(f"{target} without {left_out}", file=sys.stderr)
+            if target == "onnxruntime" and not args.no_time:
+                for name, slower in slowdown(files, images.numpy(), args.rounds).items():
+                    rows[name]["time / whole"] = slower
+        print(f"{target}\n\n{table([{'without': name, **row} for name, row in rows.items()])}\n")
+    save(args.json, machine=here, case=str(args.case), rounds=args.rounds, targets=results)
+    return 0
+
+
+def engine(proto: onnx.ModelProto) -> dict[str, Any]:
+    """Layers and memory of the float16 engine; none where it does not build."""
+    try:
+        built = engines.build(engines.to_fp16(proto))
+    except engines.BuildError as error:
+        print(f"does not build: {error}", file=sys.stderr)
+        return {}
+    return {**{f"fp16 {what}": n for what, n in built.count().items()}, "activation MB": built.activation_mb}
+
+
+def slowdown(files: dict[str, Path], images: Any, rounds: int) -> dict[str, float]:
+    """Each graph's time on ONNX Runtime over that of the whole pipeline's."""
+    sessions = {name: open_session(onnx.load(path), THREADS) for name, path in files.items()}
+    runs = {
+        name: lambda turn, session=session: session.run(None, {"images": images})
+        for name, session in sessions.items()
+    }
+    interleave(runs, 2)  # to warm up
+    times = interleave(runs, rounds)
+    return {name: ratio(own, times[WHOLE]) for name, own in times.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
