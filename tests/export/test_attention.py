@@ -47,6 +47,11 @@ class Stripes:
     softmax: int | None = -1
     mixed: bool = False  # q and k change places
 
+    def channels(self):
+        """That it gives: v's of q's heads."""
+        heads = self.parts[0] if self.parts and self.axis == 1 else self.heads
+        return heads * (self.parts[2] if self.parts and self.axis != 1 else self.d)
+
 
 @dataclasses.dataclass(frozen=True)
 class Map:
@@ -137,13 +142,13 @@ class Builder:
         high, wide = -(-H // h), -(-W // w)
         x = self.add("Transpose", [x], f"back{i}", perm=(0, 2, 1, 3))
         batch, tokens = [(B, high, wide)[a] for a in order[0]], [(h, w)[a] for a in order[1]]
-        x = self.add("Reshape", [x, self.constant((*batch, *tokens, s.heads * s.d))], f"uncut{i}")
+        x = self.add("Reshape", [x, self.constant((*batch, *tokens, s.channels()))], f"uncut{i}")
         where = [order[0].index(a) for a in range(3)], [3 + order[1].index(a) for a in range(2)]
         perm = (where[0][0], where[0][1], where[1][0], where[0][2], where[1][1], 5)
         x = self.add("Transpose", [x], f"unturned{i}", perm=perm)
         padded = (high * h, wide * w) != (H, W)
         out = f"merged{i}" if padded else f"end{i}"
-        x = self.add("Reshape", [x, self.constant((B, high * h, wide * w, s.heads * s.d))], out)
+        x = self.add("Reshape", [x, self.constant((B, high * h, wide * w, s.channels()))], out)
         if padded:
             x = self.add("Slice", [x, *map(self.constant, ((0, 0), (H, W), (1, 2)))], f"end{i}")
         return x
@@ -308,6 +313,8 @@ def test_what_others_read_scaled_is_q_or_k_as_it_is(place, use):
         Map((Stripes(q_scale=("Mul", math.nan, False)),)),
         Map((Stripes(softmax=None),), opset=11),
         Map((Stripes(),), batch=0),
+        Map((Stripes(axis=3, parts=(3, 3, 6)),)),
+        Map((Stripes(heads=2, parts=(4, 1, 1)),)),  # one head of keys for all
     ],
     ids=str,
 )

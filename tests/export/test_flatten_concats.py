@@ -437,14 +437,14 @@ TREES = SHAPES.flatmap(lambda shape: st.tuples(st.just(shape), specs(shape)))
 RANDOM = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
-@settings(RANDOM, max_examples=200)
+@settings(RANDOM, max_examples=150)
 @given(TREES)
 def test_random_trees_give_the_same(tree):
     shape, spec = tree
     assert not nested(agree(Tree(spec, shape).proto))
 
 
-@settings(RANDOM, max_examples=100)
+@settings(RANDOM, max_examples=60)
 @given(TREES, st.integers(1, 1000), st.sampled_from(("", "0/", "x0/part", "y")))
 def test_names_and_order_do_not_matter(tree, shuffle, prefix):
     shape, spec = tree

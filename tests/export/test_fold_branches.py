@@ -283,7 +283,6 @@ def convs(proto):
 
 @pytest.mark.parametrize("fuse_bias", BIASES)
 @pytest.mark.parametrize("bias", BIASES)
-@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(
     ("layers", "size"),
     [
@@ -296,7 +295,7 @@ def convs(proto):
         (("last", Product(3), Product(5), "first"), 1),
     ],
 )
-def test_linear_maps_become_one_convolution(layers, size, bias, fuse_bias, batch):
+def test_linear_maps_become_one_convolution(layers, size, bias, fuse_bias):
     layers = [
         dataclasses.replace(layer, bias="add" if bias == "own" and isinstance(layer, Product) else bias)
         if not isinstance(layer, str)
@@ -304,7 +303,7 @@ def test_linear_maps_become_one_convolution(layers, size, bias, fuse_bias, batch
         for layer in layers
     ]
     fuse = Fuse((Branch(("Relu", *layers)),), Conv(6, 1, 1, fuse_bias))
-    after = agree(Case((fuse,), batch).proto())
+    after = agree(Case((fuse,)).proto())
     assert convs(after) == [(6, 4, size)]
     assert ops(after)["MatMul"] == ops(after)["Add"] == 0
 
@@ -493,7 +492,6 @@ def test_a_weight_that_is_computed_is_left(name):
         Conv(attrs={"auto_pad": "VALID"}),
         Conv(attrs={"auto_pad": "SAME_UPPER"}),
         Conv(attrs={"auto_pad": "SAME_LOWER"}),
-        Conv(attrs={"auto_pad": "VALID", "pads": [1] * 4}),
         Conv(k=1, attrs={"pads": [1] * 4}),
         Conv(k=2, attrs={"pads": [0, 0, 1, 1]}),
         Conv(k=2, attrs={"pads": [1] * 4}),
@@ -836,13 +834,13 @@ def cases(draw):
 RANDOM = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
-@settings(RANDOM, max_examples=150)
+@settings(RANDOM, max_examples=100)
 @given(cases(), COSTS)
 def test_random_branches_give_the_same_for_less(case, cost):
     agree(case.proto(), cost)
 
 
-@settings(RANDOM, max_examples=60)
+@settings(RANDOM, max_examples=40)
 @given(cases(), COSTS, st.integers(1, 1000), st.sampled_from(("", "0/", "0/y/", "z")))
 def test_names_and_order_do_not_matter(case, cost, shuffle, prefix):
     expected, changes = rewritten(case.proto(), cost)
@@ -882,7 +880,7 @@ def fewest(fuse):
     return maps + 1, max(sizes)
 
 
-@settings(RANDOM, max_examples=60)
+@settings(RANDOM, max_examples=40)
 @given(st.builds(Case, st.tuples(fuses(depth=0))))
 def test_where_nodes_are_dear_all_that_can_be_is_folded(case):
     after = agree(case.proto(), FEW_NODES)

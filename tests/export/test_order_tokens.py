@@ -110,6 +110,8 @@ def test_several_attentions(source):
         Map((VERTICAL,), sizes=False, batch=2),
         Map((dataclasses.replace(VERTICAL, mask=True),)),
         Map((dataclasses.replace(VERTICAL, mixed=True),)),
+        Map((dataclasses.replace(VERTICAL, axis=3, parts=(3, 3, 6)),)),
+        Map((dataclasses.replace(VERTICAL, heads=2, parts=(4, 1, 1)),)),
         Map((dataclasses.replace(VERTICAL, softmax=2),)),
     ],
     ids=str,
@@ -246,44 +248,55 @@ ORDERS = tuple(product(permutations(range(3)), permutations(range(2))))
 SCALES = (None, None, ("Mul", 0.5, False), ("Mul", -2.0, True), ("Div", 4.0, False))
 
 
+def divisors(number):
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
 @st.composite
-def stripes(draw):
-    places = dict.fromkeys(("q_scale", "k_before", "k_scale", "scale"))
-    s = Stripes(
-        draw(st.sampled_from((1, 2, 3, 4, 5))),
-        draw(st.sampled_from((1, 2, 3, 4, 6))),
-        draw(st.integers(1, 3)),
-        draw(st.integers(1, 4)),
-        draw(st.sampled_from((1, 3, -1))),
-        order=draw(st.sampled_from(ORDERS)),
+def stripes(draw, height, width):
+    """Of a map of this size, which they divide mostly."""
+    sizes = [draw(st.sampled_from((*divisors(side), *divisors(side), 5))) for side in (height, width)]
+    heads, d, axis = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.sampled_from((1, 3, -1)))
+    places = ("q_scale", "k_before", "k_scale", "scale")
+    back, order = None, draw(st.sampled_from(ORDERS))
+    if draw(
+        st.sampled_from((False,) * 5 + (True,))
+    ):  # to another order, or other stripes if those are as many
+        back = (*sizes, draw(st.sampled_from(ORDERS)))
+        if height == width and draw(st.booleans()):
+            back = (*sizes[::-1], order)
+    equal = (heads if axis == 1 else d,) * 3
+    return Stripes(
+        *sizes,
+        heads,
+        d,
+        axis,
+        parts=draw(st.sampled_from((None, equal))),
+        order=order,
+        back=back,
         **{place: draw(st.sampled_from(SCALES)) for place in places},
         three=draw(st.booleans()),
-        mask=draw(st.sampled_from((False,) * 9 + (True,))),
-        mixed=draw(st.sampled_from((False,) * 9 + (True,))),
+        mask=draw(st.sampled_from((False,) * 12 + (True,))),
+        mixed=draw(st.sampled_from((False,) * 12 + (True,))),
     )
-    if draw(st.sampled_from((False, False, False, True))):
-        back = (s.rows, s.columns) if draw(st.booleans()) else (s.columns, s.rows)
-        s = dataclasses.replace(s, back=(*back, draw(st.sampled_from(ORDERS))))
-    size = 3 * s.d if s.axis != 1 else 3 * s.heads
-    return dataclasses.replace(s, parts=draw(st.sampled_from((None, (size // 3,) * 3))))
+
+
+def turned(s):
+    """Stripes in the other direction."""
+    back = s.back and (s.back[1], s.back[0], s.back[2])
+    return dataclasses.replace(s, rows=s.columns, columns=s.rows, back=back)
 
 
 @st.composite
 def maps(draw, most=2):
-    """Maps of a height and width that the stripes divide mostly; of one kind each so often."""
+    """Some attentions, often alike, mostly on a square map."""
     count = draw(st.integers(1, most))
-    kinds = [draw(stripes())]
+    height, width = draw(st.sampled_from(((4, 4), (6, 6), (4, 4), (6, 6), (4, 6), (5, 3), (1, 6), (6, 1))))
+    kinds = [draw(stripes(height, width))]
     for _ in range(count - 1):
         alike = draw(st.sampled_from(("same", "turned", "other")))
-        s = draw(stripes()) if alike == "other" else kinds[0]
-        kinds.append(dataclasses.replace(s, rows=s.columns, columns=s.rows) if alike == "turned" else s)
-    height, width = draw(st.sampled_from(((4, 6), (6, 6), (12, 12), (4, 4), (5, 3), (1, 6), (6, 1))))
-    for s in kinds:  # the same tokens go back, in whatever form, or none can be written
-        if s.back and (-(-height // s.back[0]), -(-width // s.back[1])) != (
-            -(-height // s.rows),
-            -(-width // s.columns),
-        ):
-            kinds = [dataclasses.replace(s, back=None) for s in kinds]
+        s = draw(stripes(height, width)) if alike == "other" else kinds[0]
+        kinds.append(turned(s) if alike == "turned" and height == width else s)
     source = draw(st.sampled_from(("split",) * 5 + ("same", "own", "input", "chain", "next")))
     if source != "split":
         kinds = [dataclasses.replace(s, heads=kinds[0].heads, d=kinds[0].d, parts=None) for s in kinds]

@@ -125,6 +125,13 @@ def test_a_near_miss_is_declined(other):
     check(Map((HORIZONTAL, dataclasses.replace(VERTICAL, **other)), 1, 4, 4), 0)
 
 
+@pytest.mark.parametrize(
+    "parts", [{"axis": 3, "parts": (3, 3, 6)}, {"heads": 2, "parts": (4, 1, 1)}], ids=str
+)
+def test_unequal_parts_are_declined(parts):
+    check(Map((dataclasses.replace(VERTICAL, **parts),) * 2, 1, 4, 4), 0)
+
+
 @pytest.mark.parametrize("changes", [{"dtype": "float16"}, {"sizes": False, "batch": 2}], ids=str)
 def test_another_type_or_a_batch_without_a_number_is_declined(changes):
     check(dataclasses.replace(SQUARE, **changes), 0)
