@@ -146,6 +146,7 @@ def with_total(rows: list[dict]) -> list[dict]:
         return rows
     first, last = rows[0], rows[-1]
     total = {"name": "all", **{what: sum(row[what] for row in rows) for what in ("changes", "seconds")}}
+    total["bytes_exact"] = all(row["bytes_exact"] for row in rows)
     for what in ("nodes", "moves", "bytes"):
         total |= {f"{what}_before": first[f"{what}_before"], f"{what}_after": last[f"{what}_after"]}
     return [*rows, total]
@@ -155,14 +156,9 @@ def pass_row(row: dict) -> str:
     """A line of the table."""
     nodes = f"{row['nodes_before']} -> {row['nodes_after']}"
     moves = f"{row['moves_before']} -> {row['moves_after']}"
-    known = row["bytes_before"] is not None or row["bytes_after"] is not None
-    moved = f"{megabytes(row['bytes_before'])} -> {megabytes(row['bytes_after'])}" if known else "-"
+    least = "" if row["bytes_exact"] else ">"
+    moved = f"{least}{row['bytes_before'] / 1e6:.1f} -> {least}{row['bytes_after'] / 1e6:.1f}"
     return f"{row['name']:<20}{row['changes']:>8}{nodes:>16}{moves:>19}{moved:>20}{row['seconds']:>9.1f}"
-
-
-def megabytes(count: int | None) -> str:
-    """A number of bytes; a dash where it is not known."""
-    return "-" if count is None else f"{count / 1e6:.1f}"
 
 
 def verdict(verification: dict | None) -> str:

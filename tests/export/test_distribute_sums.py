@@ -659,9 +659,8 @@ def test_a_bias_on_one_place_is_a_bias():
     assert ops(after) == {"Conv": 2, "Add": 1, "Identity": 1}
 
 
-@pytest.mark.parametrize("shape", [(0, 4, 4, 6), (1, 4, 4, 0)], ids=str)
-def test_empty_maps_are_left(shape):
-    assert rewritten(Case(Sum(("input", "relu")), bias="add", shape=shape).proto(), FEW_NODES)[1] == 0
+def test_empty_maps_are_left():
+    assert rewritten(Case(shape=(0, 4, 4, 6)).proto(), FEW_NODES)[1] == 0
 
 
 def test_what_no_output_needs_is_no_reader():

@@ -30,7 +30,7 @@ from meta_deploy.export.passes.scales import fold_scales
 from meta_deploy.export.passes.shared_norms import share_norms
 from meta_deploy.export.passes.splits import slices_to_split
 from meta_deploy.export.passes.stack_attention import stack_attention
-from meta_deploy.export.passes.traffic import bytes_moved
+from meta_deploy.export.passes.traffic import bytes_known
 
 PASSES: dict[str, Callable[[gs.Graph], int]] = {
     "clean-up": clean_up,
@@ -80,7 +80,8 @@ class PassResult:
     Attributes:
         nodes_before: nodes, and so on for after.
         moves_before: Transpose and Reshape nodes.
-        bytes_before: what data movement and norms read and write; None where shapes are not all known.
+        bytes_before: what data movement and norms read and write, as far as sizes are known in advance.
+        bytes_exact: whether all of these sizes are known, before and after.
     """
 
     name: str
@@ -89,8 +90,9 @@ class PassResult:
     nodes_after: int
     moves_before: int
     moves_after: int
-    bytes_before: int | None
-    bytes_after: int | None
+    bytes_before: int
+    bytes_after: int
+    bytes_exact: bool
     seconds: float
 
     def to_dict(self) -> dict[str, object]:
@@ -107,18 +109,24 @@ def run_passes(
     """
     graph = to_graph(proto)
     results = []
-    nodes, moves, moved = _measured(graph)
+    nodes, moves, moved, exact = _measured(graph)
     for name in names:
         start = time.perf_counter()
         changes = PRICED[name](graph, cost) if name in PRICED else PASSES[name](graph)
         seconds = round(time.perf_counter() - start, 2)
-        was = nodes, moves, moved
-        nodes, moves, moved = _measured(graph)
-        results.append(PassResult(name, changes, was[0], nodes, was[1], moves, was[2], moved, seconds))
+        was = nodes, moves, moved, exact
+        nodes, moves, moved, exact = _measured(graph)
+        results.append(
+            PassResult(
+                *(name, changes, was[0], nodes, was[1], moves, was[2], moved),
+                bytes_exact=was[3] and exact,
+                seconds=seconds,
+            )
+        )
     return to_proto(graph), results
 
 
-def _measured(graph: gs.Graph) -> tuple[int, int, int | None]:
-    """Nodes, those of them that are a Transpose or a Reshape, and bytes moved."""
+def _measured(graph: gs.Graph) -> tuple[int, int, int, bool]:
+    """Nodes, those of them that are a Transpose or a Reshape, bytes moved, and whether these are all."""
     moves = sum(node.op in ("Transpose", "Reshape") for node in graph.nodes)
-    return len(graph.nodes), moves, bytes_moved(graph)
+    return len(graph.nodes), moves, *bytes_known(graph)

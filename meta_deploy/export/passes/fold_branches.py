@@ -15,7 +15,15 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from meta_deploy.export.passes.cost import CPU, Cost
-from meta_deploy.export.passes.graph import fresh_names, is_op, producer, sole_consumer, static_shape, tidy
+from meta_deploy.export.passes.graph import (
+    detach,
+    fresh_names,
+    is_op,
+    producer,
+    sole_consumer,
+    static_shape,
+    tidy,
+)
 from meta_deploy.export.passes.linear import Linear, linear_from, linear_of
 
 TO_CHANNELS_FIRST = [0, 3, 1, 2]
@@ -71,10 +79,12 @@ def _fold_all(graph: gs.Graph, cost: Cost) -> int:
     inside = {id(node) for node in graph.nodes}  # and not in a branch or a loop's body
     changes = 0
     for node in graph.nodes[:]:
-        if is_op(node, "Conv") and node.outputs and (found := _match(graph, node, inside, cost)):
+        if is_op(node, "Conv") and node.inputs and (found := _match(graph, node, inside, cost)):
             _rewrite(graph, *found, fresh)
-            tidy(graph)  # what is no longer needed is no reader either
+            detach(graph, node)  # what is no longer needed is no reader either
             changes += 1
+    if changes:
+        tidy(graph)
     return changes
 
 

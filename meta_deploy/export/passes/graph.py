@@ -105,6 +105,18 @@ def _subgraphs(graph: gs.Graph) -> Iterator[gs.Graph]:
         yield from node.subgraphs(recursive=True)
 
 
+def detach(graph: gs.Graph, node: gs.Node) -> None:
+    """Let a node read nothing any more if nothing reads it, nor an Add behind it, and so on backwards."""
+    outputs = {id(output) for output in graph.outputs}
+    stack = [node, *(reader for tensor in node.outputs for reader in tensor.outputs)]
+    while stack:
+        node = stack.pop()
+        if all(not tensor.outputs and id(tensor) not in outputs for tensor in node.outputs):
+            makers = [maker for tensor in node.inputs for maker in tensor.inputs]
+            node.inputs.clear()
+            stack.extend(makers)
+
+
 def tidy(graph: gs.Graph) -> None:
     """Drop what no output needs and put every node after those that it reads, else in the order as it was.
 

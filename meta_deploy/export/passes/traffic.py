@@ -37,25 +37,34 @@ Known = tuple[list[int] | None, int | None]  # a tensor's shape where all of it 
 
 
 def bytes_moved(graph: gs.Graph) -> int | None:
-    """Bytes read and written by the operators that only move data, and by norms.
+    """Bytes read and written by the operators that only move data, and by norms; see `bytes_known`.
+
+    Returns:
+        None where the size of one of these tensors is not known before running.
+    """
+    known, exact = bytes_known(graph)
+    return known if exact else None
+
+
+def bytes_known(graph: gs.Graph) -> tuple[int, bool]:
+    """Bytes read and written by the operators that only move data, and by norms, as far as sizes are known.
 
     Transpose, Pad, Expand, Tile, Concat and norms read their inputs whole; Slice, Split and Gather read as
     much as they write. A type counts by its size, so shape arithmetic on int64 by eight bytes a number. Nodes
     of subgraphs are not counted, nor are operators that are not ONNX's own.
 
     Returns:
-        None where the size of one of these tensors is not known before running.
+        The bytes, and whether that is all of them.
     """
     touched = [tensor for node in graph.nodes for tensor in _touched(node)]
     sizes = [_size(static_shape(tensor), tensor.dtype) for tensor in touched]
     unsure = {t.name: t for t, size in zip(touched, sizes, strict=True) if size is None}
-    if not all(tensor.inputs for tensor in unsure.values()):  # an input of the graph, which says all it knows
-        return None
-    known = _inferred(graph, unsure) if unsure else {}
+    # An input of the graph says all that it knows; then the rest is not worth inferring.
+    known = _inferred(graph, unsure) if unsure and all(t.inputs for t in unsure.values()) else {}
     for i, tensor in enumerate(touched):
         if sizes[i] is None:
             sizes[i] = _size(*known.get(tensor.name, (None, None)))
-    return None if None in sizes else sum(size for size in sizes if size is not None)
+    return sum(size for size in sizes if size is not None), None not in sizes
 
 
 def _touched(node: gs.Node) -> Iterable[gs.Tensor]:
