@@ -164,9 +164,9 @@ def test_a_stage_is_a_line_where_standard_error_is_no_terminal(meta_export, pict
     assert "\033" not in err
 
 
-def pass_entry(name, changes, nodes, moves, moved, seconds):
+def pass_entry(name, changes, nodes, moves, moved, seconds, exact=True):
     """A pass in the manifest, from (before, after) of each measure."""
-    entry = {"name": name, "changes": changes, "seconds": seconds}
+    entry = {"name": name, "changes": changes, "seconds": seconds, "bytes_exact": exact}
     for what, (before, after) in {"nodes": nodes, "moves": moves, "bytes": moved}.items():
         entry |= {f"{what}_before": before, f"{what}_after": after}
     return entry
@@ -174,21 +174,27 @@ def pass_entry(name, changes, nodes, moves, moved, seconds):
 
 def test_the_table_of_passes_lines_up_and_ends_with_all_of_them():
     entries = [
-        pass_entry("clean-up", 1478, (14393, 12915), (1174, 906), (None, 12_345_678_901), 2.21),
-        pass_entry("collapse-chains", 853, (12915, 834), (906, 37), (12_345_678_901, 54_321), 0.12),
+        pass_entry("clean-up", 1478, (14393, 12915), (1174, 906), (12_345_678_901, 12_000_000_000), 2.21),
+        pass_entry("collapse-chains", 853, (12915, 834), (906, 37), (12_000_000_000, 54_321), 0.12),
     ]
     head, *rows = passes_table(entries).splitlines()
     assert {len(head)} == {len(row) for row in rows}
     assert [" ".join(row.split()) for row in rows] == [
-        "clean-up 1478 14393 -> 12915 1174 -> 906 - -> 12345.7 2.2",
-        "collapse-chains 853 12915 -> 834 906 -> 37 12345.7 -> 0.1 0.1",
-        "all 2331 14393 -> 834 1174 -> 37 - -> 0.1 2.3",
+        "clean-up 1478 14393 -> 12915 1174 -> 906 12345.7 -> 12000.0 2.2",
+        "collapse-chains 853 12915 -> 834 906 -> 37 12000.0 -> 0.1 0.1",
+        "all 2331 14393 -> 834 1174 -> 37 12345.7 -> 0.1 2.3",
     ]
 
 
-def test_bytes_that_are_not_known_are_a_dash():
-    table = passes_table([pass_entry("clean-up", 1, (2, 1), (0, 0), (None, None), 0.0)])
-    assert " ".join(table.splitlines()[1].split()) == "clean-up 1 2 -> 1 0 -> 0 - 0.0"
+def test_bytes_are_marked_as_more_where_some_are_not_known():
+    exact = pass_entry("clean-up", 1, (2, 1), (0, 0), (3e6, 2e6), 0.0)
+    more = pass_entry("fuse-attention", 1, (1, 1), (0, 0), (2e6, 1e6), 0.0, exact=False)
+    rows = [" ".join(row.split()) for row in passes_table([exact, more]).splitlines()[1:]]
+    assert [row.split("0 -> 0 ")[1] for row in rows] == [
+        "3.0 -> 2.0 0.0",
+        ">2.0 -> >1.0 0.0",
+        ">3.0 -> >1.0 0.0",
+    ]
 
 
 def test_one_pass_alone_has_no_total():

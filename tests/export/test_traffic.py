@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from meta_deploy.export.passes import COSTS, PIPELINES, run_passes
 from meta_deploy.export.passes.graph import to_graph, to_proto
-from meta_deploy.export.passes.traffic import bytes_moved
+from meta_deploy.export.passes.traffic import bytes_known, bytes_moved
 from tests.export.small_graphs import model, run, value
 from tests.export.test_passes import other
 
@@ -274,6 +274,16 @@ def test_a_size_known_only_when_running_makes_the_sum_unknown():
     assert moved(nodes, [value("x", [2, 4])]) == 64
     nodes = [node("NonZero", ["x"], ["i"]), node("Transpose", ["i"], ["y"])]
     assert moved(nodes, [value("x", [2, 4])]) is None
+
+
+def test_what_is_known_is_counted_beside_what_is_not():
+    nodes = [node("Transpose", ["x"], ["y"]), node("Transpose", ["u"], ["v"])]
+    inputs = [value("x", [2, 4]), value("u", ["batch", 4])]
+    assert bytes_known(to_graph(model(nodes, inputs, ["y", "v"]))) == (64, False)
+    assert bytes_known(to_graph(model(nodes[:1], inputs[:1]))) == (64, True)
+    nodes.append(node("NonZero", ["x"], ["i"]))
+    nodes.append(node("Transpose", ["i"], ["j"]))
+    assert bytes_known(to_graph(model(nodes, inputs, ["y", "v", "j"]))) == (64, False)
 
 
 def test_a_size_that_nothing_moved_has_does_not_matter():
