@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,9 @@ from meta_deploy.runtime.bundle import Bundle, write_bundle
 from tests.runtime.by_hand import detector, manifest, segmenter
 
 COCO = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco-tiny"
+
+# In a background job Ctrl-C is ignored, and so it would be by the commands that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

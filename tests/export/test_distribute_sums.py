@@ -339,7 +339,7 @@ def makers(proto):
 
 @pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("inner", BIASES)
-@pytest.mark.parametrize("cost", [CPU, GPU, FREE, FEW_NODES, FEW_VALUES], ids=str)
+@pytest.mark.parametrize("cost", [GPU, FREE, FEW_VALUES], ids=str)
 def test_two_convolutions_take_the_third_in(bias, inner, cost):
     terms = (Conv(bias=inner), Conv((1, 1), inner, (0, 0, 0, 0)))
     after = agree(Case(Sum(terms), bias=bias).proto(), cost, 1)
@@ -893,13 +893,13 @@ def cases(draw):
 RANDOM = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
-@settings(RANDOM, max_examples=120)
+@settings(RANDOM, max_examples=80)
 @given(cases(), COSTS)
 def test_random_sums_give_the_same_for_less(case, cost):
     agree(case.proto(), cost)
 
 
-@settings(RANDOM, max_examples=50)
+@settings(RANDOM, max_examples=40)
 @given(cases(), COSTS, st.integers(1, 1000), st.sampled_from(("", "t/", "y/term", "y")))
 def test_names_and_order_do_not_matter(case, cost, shuffle, prefix):
     expected, changes = rewritten(case.proto(), cost)

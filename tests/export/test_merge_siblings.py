@@ -561,19 +561,19 @@ COSTS = st.one_of(
 RANDOM = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
-@settings(RANDOM, max_examples=120)
+@settings(RANDOM, max_examples=80)
 @given(cases(), COSTS)
 def test_random_maps_give_the_same_for_less(case, cost):
     agree(case.proto(), cost)
 
 
-@settings(RANDOM, max_examples=60)
+@settings(RANDOM, max_examples=40)
 @given(cases(moves=True), COSTS)
 def test_random_maps_with_moves_behind_give_the_same(case, cost):
     agree(case.proto(), cost, joined=sum(len(linear.after) for linear in case.maps))
 
 
-@settings(RANDOM, max_examples=60)
+@settings(RANDOM, max_examples=40)
 @given(cases(), COSTS, st.randoms(use_true_random=False), st.sampled_from(("", "y0/", "y", "x/joined")))
 def test_names_and_order_do_not_matter(case, cost, random, prefix):
     expected, changes = merged(case.proto(), cost)
@@ -602,7 +602,7 @@ def fewer_nodes(case):
     )
 
 
-@settings(RANDOM, max_examples=60)
+@settings(RANDOM, max_examples=40)
 @given(cases())
 def test_where_only_nodes_count_they_become_fewest(case):
     agree(case.proto(), NODES, fewer_nodes(case))
