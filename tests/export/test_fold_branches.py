@@ -344,6 +344,14 @@ def test_what_would_take_more_stays():
     declined(Case((Fuse((narrow,)),)).proto(), FEW_MACS)
 
 
+@pytest.mark.parametrize(("out", "folds"), [(4, False), (5, True)])
+def test_a_product_folds_where_that_takes_less(out, folds):
+    """20 channels to 6 take 120 multiplications a place, by way of others 26 of each."""
+    tokens = Branch(("Relu", Product(out), "first"), 20, tokens=True)
+    after = agree(Case((Fuse((tokens,)),)).proto(), FEW_MACS, int(folds))
+    assert ops(after)["MatMul"] == 1 - folds
+
+
 def test_a_wider_map_to_transpose_is_paid_for():
     """A product that makes 40 channels 2 leaves little to be transposed."""
     branch = Branch(("Relu", Product(2), "first"), 40, tokens=True)
@@ -662,7 +670,7 @@ def test_nothing_to_convolve_is_left():
 
 
 def test_a_branch_without_channels_is_left():
-    branches = (Branch(("Relu",), 0), Branch(("Relu", Conv()), 40))
+    branches = (Branch(("Relu",), 0), Branch(("Relu", Conv(12)), 40))
     declined(Case((Fuse(branches),)).proto(), Cost(node=0, value=10))
 
 

@@ -97,7 +97,7 @@ def _match(graph: gs.Graph, node: gs.Node, inside: set[int], cost: Cost) -> tupl
     if fuse is None or not fuse.pointwise or fuse.group != 1 or fuse.weight.ndim != 4:
         return None
     shape = static_shape(fuse.y)
-    if shape is None or 0 in shape or (fuse.add is not None and id(fuse.add) not in inside):
+    if shape is None or (fuse.add is not None and id(fuse.add) not in inside):
         return None
     concat = producer(fuse.x, "Concat")
     parts = [fuse.x]
