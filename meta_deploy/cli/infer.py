@@ -17,6 +17,7 @@ from meta_deploy.cli.common import EXIT_INPUT, Parser, fraction, positive_int, r
 if TYPE_CHECKING:
     from argparse import Namespace
 
+    from meta_deploy.runtime.bundle import Bundle
     from meta_deploy.runtime.predictor import Predictor
 
 SHOWN = 0.3
@@ -52,7 +53,14 @@ def parser() -> Parser:
         "--backend",
         choices=("auto", "onnxruntime", "cuda", "tensorrt"),
         default="auto",
-        help="what runs the model (default: auto, a GPU where ONNX Runtime can use one, else the CPU)",
+        help="what runs the model (default: auto, the best that works of the bundle's TensorRT engine, a GPU "
+        "by ONNX Runtime, and the CPU; standard error says which)",
+    )
+    p.add_argument(
+        "--rebuild",
+        action="store_true",
+        help="build a TensorRT bundle's engine again, from its model.onnx, if it does not fit this machine; "
+        "it is kept for next time",
     )
     p.add_argument(
         "--score-threshold",
@@ -106,7 +114,8 @@ def _infer(args: Namespace) -> int:
     sources = expand(args.inputs)
     out = args.out or (None if args.json or args.coco_json else OUT)
     with folder_for(out) as folder, CocoFile(args.coco_json, sources) as coco, _open(args) as predictor:
-        report = Report(sources, as_json=args.json)
+        intro = f"meta-infer: runs on {predictor.runs_on}" if args.backend == "auto" else None
+        report = Report(sources, as_json=args.json, intro=intro)
         batch = args.batch or predictor.bundle.input.batch_opt
         with Overlays(folder, sources) as overlays, report:
             for frame in predict(predictor, sources, batch):
@@ -124,13 +133,17 @@ def _open(args: Namespace) -> Predictor:
     import cv2
 
     from meta_deploy.errors import InputError
-    from meta_deploy.runtime.predictor import Predictor
+    from meta_deploy.runtime.predictor import DEMO_BUNDLE, Predictor
 
     if args.threads:
         cv2.setNumThreads(args.threads)
     # COCO results hold everything; else what is not shown need not be computed.
     threshold = None if args.coco_json else args.score_threshold
-    predictor = Predictor(args.model, args.backend, threshold, args.threads)
+    bundle, backend = args.model, args.backend
+    if args.rebuild:
+        bundle = _rebuilt(DEMO_BUNDLE if args.model is None else args.model, args.backend)
+        backend = "tensorrt"
+    predictor = Predictor(bundle, backend, threshold, args.threads)
     most = predictor.bundle.input.batch_max
     if args.batch and args.batch > most:
         raise InputError(
@@ -138,6 +151,33 @@ def _open(args: Namespace) -> Predictor:
             f"export it with --batch {args.batch} or --dynamic-batch"
         )
     return predictor
+
+
+def _rebuilt(path: str | os.PathLike[str], backend: str) -> Bundle:
+    """The bundle, for which an engine that fits this machine is now kept."""
+    from meta_deploy.errors import InputError
+    from meta_deploy.runtime.backends.tensorrt import misfit
+    from meta_deploy.runtime.bundle import Bundle
+    from meta_deploy.runtime.manifest import ENGINE_TARGETS
+
+    if backend not in ("auto", "tensorrt"):
+        raise InputError(f"--rebuild makes an engine, which --backend {backend} does not use; leave one out")
+    bundle = Bundle.open(path)
+    if bundle.target not in ENGINE_TARGETS:
+        raise InputError(
+            f"there is nothing to rebuild: bundle '{path}' is made for {bundle.target}; leave out --rebuild"
+        )
+    reason = misfit(bundle)
+    if reason is None:
+        print("meta-infer: there is nothing to rebuild: the engine fits this machine", file=sys.stderr)
+        return bundle
+    try:
+        from meta_deploy.export.engine import rebuild
+    except ImportError as error:
+        raise InputError(f"cannot build an engine ({error}); pip install 'meta-deploy[export]'") from error
+    print(f"meta-infer: building an engine for this machine, since {reason}", file=sys.stderr)
+    rebuild(bundle, lambda line: print(f"meta-infer: {line}", file=sys.stderr))
+    return bundle
 
 
 if __name__ == "__main__":

@@ -247,8 +247,10 @@ class CocoFile:
 class Report:
     """The lines for people, or the document for programs; a progress bar beside either."""
 
-    def __init__(self, sources: Sequence[Source], as_json: bool):
+    def __init__(self, sources: Sequence[Source], as_json: bool, intro: str | None = None):
+        """`intro` is a line for standard error, before the first result."""
         self.failed = 0
+        self._intro = intro
         self._json = as_json
         self._entries: list[str] = []
         self._errors: list[dict[str, str]] = []
@@ -261,6 +263,9 @@ class Report:
 
     def add(self, frame: Frame, shown: Result, overlay: Path | None) -> None:
         """Take one result in."""
+        if self._intro is not None:
+            tqdm.write(self._intro, file=sys.stderr)
+            self._intro = None
         for name, values in self._times.items():
             values.append(getattr(shown.timings, name))
         self._end_video(frame.source)

@@ -109,6 +109,11 @@ class Bundle:
         return self.manifest["precision"]
 
     @property
+    def engine(self) -> dict[str, Any] | None:
+        """What the bundle's model.engine was built with and for; None without one."""
+        return self.manifest.get("engine")
+
+    @property
     def preprocess(self) -> dict[str, Any]:
         return self.manifest["preprocess"]
 

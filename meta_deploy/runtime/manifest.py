@@ -6,6 +6,7 @@ Knows JSON and field names; must not know the other files of a bundle.
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ OUTPUTS = {
     "detection": _DETECTIONS,
     "semantic-segmentation": ("logits",),
 }
+ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")  # bundles with a model.engine, and an `engine` about it
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_REAL, MIN_STD = 1e6, 1e-6
@@ -95,6 +97,16 @@ def _is_outputs(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(v, dict) and _is_text(v.get("name")) for v in value)
 
 
+def _is_line(value: Any) -> bool:
+    return _is_class_name(value)
+
+
+def _is_capabilities(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(v, str) and re.fullmatch(r"[0-9]{1,3}\.[0-9]{1,3}", v) for v in value
+    )
+
+
 def _one_of(*values: str) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, str) and value in values
 
@@ -128,6 +140,11 @@ _EDGES_FIELDS = (
 )
 _SCORE_FIELDS = (("thresholds.score", lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1"),)
 _MASK_FIELDS = (("thresholds.mask", lambda v: _is_number(v) and 0 < v < 1, "a number between 0 and 1"),)
+_ENGINE_FIELDS = (
+    ("engine.version", _is_line, "a version"),
+    ("engine.gpu", lambda v: v is None or _is_line(v), "a GPU's name or null"),
+    ("engine.compute_capabilities", _is_capabilities, 'a list such as ["8.6"]'),
+)
 _ABSENT = object()
 
 
@@ -145,8 +162,16 @@ def validate(manifest: dict[str, Any], path: Path) -> None:
     if manifest["task"] == "instance-segmentation":
         _check_fields(manifest, path, _MASK_FIELDS)
     _check_ranges(manifest["input"], resize, path)
+    if manifest["target"] in ENGINE_TARGETS:
+        validate_engine(manifest.get("engine"), manifest["target"], path)
     for name, entry in manifest["files"].items():
         _check_file_entry(name, entry, path)
+
+
+def validate_engine(engine: Any, library: str, path: Path) -> None:
+    """Raise BundleError unless `engine`, a manifest's section, says what an engine of `library` is for."""
+    fields = (("engine.library", _one_of(library), library), *_ENGINE_FIELDS)
+    _check_fields({"engine": engine}, path, fields)
 
 
 def _check_schema(manifest: dict[str, Any], path: Path) -> None:

@@ -64,8 +64,14 @@ class Predictor:
 
     @property
     def backend(self) -> str:
-        """The back end in use: onnxruntime or cuda."""
+        """The back end in use: onnxruntime, cuda or tensorrt."""
         return self._backend.name
+
+    @property
+    def runs_on(self) -> str:
+        """Library and device in words, and in brackets why nothing better was there for `auto`."""
+        note = f" ({self._backend.note})" if self._backend.note else ""
+        return self._backend.runs_on + note
 
     def __call__(self, image: ImageLike) -> Result:
         """One image: a path, an encoded file's bytes, a Pillow image, or an RGB uint8 array (H, W, 3).

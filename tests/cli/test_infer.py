@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import ModuleType
 
 import cv2
 import numpy as np
@@ -53,7 +54,7 @@ def clip(path, frames=5):
 
 
 def test_an_image_gives_a_line_an_overlay_and_the_times(here, infer):
-    code, out, err = infer("a.jpg")
+    code, out, err = infer("a.jpg", "--backend", "onnxruntime")
     assert (code, err) == (0, "")
     first, last = out.splitlines()
     assert first.startswith("a.jpg 96x128: 2 objects (1 disc, 1 star), ")
@@ -149,7 +150,7 @@ def test_an_empty_model_is_not_the_demo(here, capsys):
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a shell that can close standard output")
 def test_a_closed_standard_output_does_not_undo_the_work(here, bundles):
-    line = shlex.join(command("a.jpg", "--model", bundles / "detector"))
+    line = shlex.join(command("a.jpg", "--model", bundles / "detector", "--backend", "onnxruntime"))
     process = subprocess.run(["sh", "-c", f"{line} >&-"], stderr=subprocess.PIPE, text=True)
     assert (process.returncode, process.stderr) == (0, "")
     assert os.listdir("meta-infer-out") == ["a-overlay.jpg"]
@@ -268,7 +269,7 @@ def test_a_disk_that_fills_up_under_a_video_is_one_line(here, infer, monkeypatch
 
     clip("clip.mp4")
     monkeypatch.setattr(cv2, "VideoWriter", Full)
-    code, _, err = infer("clip.mp4")
+    code, _, err = infer("clip.mp4", "--backend", "onnxruntime")
     assert (code, len(err.splitlines())) == (2, 1)
     assert "cannot write all of the video" in err
     assert not os.path.exists("meta-infer-out")
@@ -336,7 +337,7 @@ def command(*arguments):
 
 def test_a_closed_pipe_is_no_traceback(here, bundles):
     process = subprocess.Popen(
-        command("a.jpg", "--model", bundles / "detector"),
+        command("a.jpg", "--model", bundles / "detector", "--backend", "onnxruntime"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -350,7 +351,7 @@ def test_a_closed_pipe_is_no_traceback(here, bundles):
 def test_ctrl_c_ends_a_long_run_cleanly(here, bundles):
     clip("clip.mp4", 2000)
     process = subprocess.Popen(
-        command("clip.mp4", "--model", bundles / "detector"),
+        command("clip.mp4", "--model", bundles / "detector", "--backend", "onnxruntime"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -369,3 +370,83 @@ def test_a_folder_of_real_photos_is_done(infer, coco_tiny, tmp_path, monkeypatch
     assert (code, len(json.loads(out)["images"])) == (0, 80)
     with open("c.json") as stream:
         assert len({record["image_id"] for record in json.load(stream)}) == 80
+
+
+# --- what runs the model ------------------------------------------------------------------------------------
+
+
+def test_auto_says_what_it_took_and_a_back_end_that_was_asked_for_does_not(here, infer):
+    code, _, err = infer("a.jpg", "b.png", "--json")
+    line, *_ = err.splitlines()
+    assert code == 0
+    assert line.startswith("meta-infer: runs on ONNX Runtime ")
+    assert err.count("runs on") == 1
+    assert "runs on" not in infer("a.jpg", "--backend", "onnxruntime")[2]
+    one_line(*infer("none.jpg"), "none.jpg")
+
+
+@pytest.fixture
+def engine(tmp_path, monkeypatch, photo):
+    """A TensorRT-RTX bundle, its engine for an older version, on a machine with a GPU; `rebuild` counts."""
+    from meta_deploy.runtime import engine_cache
+    from meta_deploy.runtime.backends.tensorrt_library import Here
+    from meta_deploy.runtime.bundle import write_bundle
+    from tests.runtime.by_hand import detector, manifest
+    from tests.runtime.gpu_stand_in import engine_bytes, install
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    install(monkeypatch, version="1.8.0")
+    section = {"library": "tensorrt-rtx", "version": "1.7.1", "gpu": None, "compute_capabilities": []}
+    content = manifest("instance-segmentation", (64, 64), target="tensorrt-rtx", engine=section)
+    files = {"model.onnx": detector((64, 64)), "model.engine": b"old"}
+    write_bundle(tmp_path / "bundle", content, files)
+    built = []
+
+    def rebuild(bundle, progress):
+        progress("built in 1 s")
+        built.append(bundle.path)
+        plan = engine_bytes(bundle.read("model.onnx"), bundle.input)
+        engine_cache.store(bundle, Here.find(bundle.target).machine, plan, {**section, "version": "1.8.0"})
+
+    builder = ModuleType("meta_deploy.export.engine")
+    builder.rebuild = rebuild
+    monkeypatch.setitem(sys.modules, builder.__name__, builder)
+    return tmp_path / "bundle", built
+
+
+def test_an_engine_that_does_not_fit_is_rebuilt_once(here, infer, engine):
+    bundle, built = engine
+    why = "it was built with TensorRT-RTX 1.7.1, and here is TensorRT-RTX 1.8.0"
+    one_line(*infer("a.jpg", "--backend", "tensorrt", model=bundle), why, "--rebuild")
+    assert why in infer("a.jpg", model=bundle)[2]  # auto runs model.onnx
+    code, out, err = infer("a.jpg", "--json", "--rebuild", model=bundle)
+    assert code == 0
+    assert json.loads(out)["backend"] == "tensorrt"
+    assert err.splitlines()[:3] == [
+        f"meta-infer: building an engine for this machine, since {why}",
+        "meta-infer: built in 1 s",
+        "meta-infer: runs on TensorRT-RTX 1.8.0 on NVIDIA GeForce RTX 4090",
+    ]
+    code, _, err = infer("a.jpg", "--rebuild", model=bundle)
+    assert (code, built) == (0, [bundle])
+    assert err.startswith("meta-infer: there is nothing to rebuild: the engine fits this machine\n")
+    assert "runs on TensorRT-RTX" in infer("a.jpg", model=bundle)[2]
+
+
+def test_rebuild_without_an_engine_to_rebuild_is_one_line(here, infer, engine):
+    one_line(*infer("a.jpg", "--rebuild"), "nothing to rebuild", "made for onnxruntime")
+    for backend in ("onnxruntime", "cuda"):
+        one_line(*infer("a.jpg", "--rebuild", "--backend", backend, model=engine[0]), f"--backend {backend}")
+    one_line(*infer("a.jpg", "--rebuild", model="none"), "no bundle")
+
+
+def test_rebuild_without_a_gpu_builds_nothing(here, infer, engine, monkeypatch):
+    bundle, built = engine
+    sys.modules["cuda.bindings.runtime"].fail("cudaSetDevice", "cudaErrorNoDevice")
+    one_line(*infer("a.jpg", "--rebuild", model=bundle), "no NVIDIA GPU")
+    assert not built
+
+
+def test_rebuild_without_what_builds_says_what_to_install(here, infer, engine, monkeypatch):
+    monkeypatch.setitem(sys.modules, "meta_deploy.export.engine", None)
+    one_line(*infer("a.jpg", "--rebuild", model=engine[0]), "pip install 'meta-deploy[")

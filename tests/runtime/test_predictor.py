@@ -129,14 +129,14 @@ def test_a_model_with_more_classes_than_names_is_refused(tmp_path, photo):
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("tensorrt", "tensorrt back end cannot"), ("tpu", "no back end 'tpu'"), ("cuda", "CUDA")],
+    [("tensorrt", "TensorRT"), ("tpu", "no back end 'tpu'"), ("cuda", "CUDA")],
 )
 def test_a_back_end_that_is_not_there_is_an_error_and_never_another_one(detector_bundle, name, said):
-    if name == "cuda":
+    if name != "tpu":
         import onnxruntime
 
         if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-            pytest.skip("this ONNX Runtime has CUDA")
+            pytest.skip("this ONNX Runtime is for GPUs")
     with pytest.raises(BackendError, match=said):
         open_backend(detector_bundle, name)
 
@@ -211,7 +211,7 @@ def test_a_model_of_other_dimensions_than_the_manifests_is_refused_at_open(tmp_p
 def test_a_model_of_fixed_size_under_a_dynamic_manifest_is_refused(tmp_path):
     content = manifest("instance-segmentation", (64, 64), dynamic=True)
     bundle = write_bundle(tmp_path / "b", content, {"model.onnx": detector((64, 64))})
-    with pytest.raises(BackendError, match=r"'images' as tensor\(float\) \[1, 3, 64, 64\]"):
+    with pytest.raises(BackendError, match=r"'images' as float32 \[1, 3, 64, 64\]"):
         open_backend(bundle)
 
 

@@ -11,14 +11,23 @@ import numpy as np
 
 from meta_deploy.errors import BackendError
 from meta_deploy.runtime.bundle import Bundle
+from meta_deploy.runtime.manifest import ENGINE_TARGETS
 
 BACKENDS = ("auto", "onnxruntime", "cuda", "tensorrt")
 
 
 class Backend(ABC):
-    """An opened model. A context manager; `infer` may be called from several threads at once."""
+    """An opened model. A context manager; `infer` may be called from several threads at once.
+
+    Attributes:
+        name: of BACKENDS, what it was opened as.
+        runs_on: library, version and device, for people.
+        note: why `auto` did not take a better one; empty if it is the best or was asked for.
+    """
 
     name: str
+    runs_on: str
+    note: str = ""
 
     @abstractmethod
     def infer(self, images: np.ndarray) -> dict[str, np.ndarray]:
@@ -38,7 +47,9 @@ class Backend(ABC):
 def open_backend(bundle: Bundle, name: str = "auto", threads: int | None = None) -> Backend:
     """Load a bundle's model. `threads` is for the CPU; None leaves it to the back end.
 
-    `auto` takes the GPU where ONNX Runtime can use one, else the CPU; a named back end is that or an error.
+    `auto` takes the first that works of the bundle's engine, ONNX Runtime on a GPU, and the CPU; a named back
+    end is that or an error. `tensorrt` is the bundle's engine, or for a bundle that is made for ONNX Runtime
+    its TensorRT provider.
 
     Raises:
         BackendError: not installed, not able to run here, or not what the bundle was made for.
@@ -46,18 +57,28 @@ def open_backend(bundle: Bundle, name: str = "auto", threads: int | None = None)
     """
     if name not in BACKENDS:
         raise BackendError(f"there is no back end '{name}'; choose one of {', '.join(BACKENDS)}")
-    if name == "tensorrt":
-        raise BackendError(
-            f"the tensorrt back end cannot run bundle '{bundle.path}', made for {bundle.target}; "
-            "use --backend onnxruntime"
-        )
-    from meta_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend, cuda_is_offered
-
-    if name == "cuda":
-        return OnnxRuntimeBackend(bundle, "cuda", threads)
-    if name == "auto" and cuda_is_offered():
+    if name != "auto":
+        return _open(bundle, name, threads)
+    best = ("tensorrt",) if bundle.target in ENGINE_TARGETS else ()
+    note = ""
+    for choice in (*best, "cuda"):
         try:
-            return OnnxRuntimeBackend(bundle, "cuda", threads)
-        except BackendError:
-            pass  # the library is built for CUDA, the machine is not
-    return OnnxRuntimeBackend(bundle, "onnxruntime", threads)
+            backend = _open(bundle, choice, threads)
+        except BackendError as error:
+            note = note or str(error).split(";")[0]  # what is wrong, without what to do about it
+        else:
+            backend.note = note
+            return backend
+    backend = _open(bundle, "onnxruntime", threads)
+    backend.note = note
+    return backend
+
+
+def _open(bundle: Bundle, name: str, threads: int | None) -> Backend:
+    if name == "tensorrt" and bundle.target in ENGINE_TARGETS:
+        from meta_deploy.runtime.backends.tensorrt import TensorRTBackend
+
+        return TensorRTBackend(bundle)
+    from meta_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
+
+    return OnnxRuntimeBackend(bundle, name, threads)
