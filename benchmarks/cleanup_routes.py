@@ -202,10 +202,10 @@ def agreement(graphs: Graphs, batches: list[np.ndarray]) -> dict[str, dict[str, 
         except Exception as error:  # ONNX Runtime's errors share no base class
             print(f"{name}: {error}", file=sys.stderr)
             continue
-        comparison = Comparison()
+        comparison = Comparison(TOLERANCES["fp32"])
         for batch, wanted in zip(batches, expected, strict=True):
             comparison.add(wanted, dict(zip(names, session.run(names, {"images": batch}), strict=True)))
-        stages = comparison.stages(TOLERANCES["fp32"])
+        stages = comparison.stages()
         same[name]["maps"] = stages["maps"]["max_relative_error"]
         same[name]["results"] = stages.get("detections", stages.get("pixels"))["agreement"]
     return same

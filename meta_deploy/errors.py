@@ -28,5 +28,9 @@ class BackendError(InputError):
     """A back end is not installed, or cannot run this bundle on this machine."""
 
 
+class EngineError(InputError):
+    """TensorRT refuses a graph."""
+
+
 class VerificationError(MetaDeployError):
     """An exported model does not agree with its PyTorch reference."""

@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--calib-images",
         metavar="DIR",
-        help="images to verify (and later calibrate) on (default: eight that ship with the package)",
+        help="images to measure and verify on (default: eight that ship with the package)",
     )
     p.add_argument(
         "--input-size",
@@ -70,11 +70,39 @@ def parser() -> argparse.ArgumentParser:
         help="take any size in steps of 32 up to the longer side of --input-size",
     )
     p.add_argument("--passes", default="all", metavar="all|none|NAME,…", help="graph passes to run")
+    p.add_argument(
+        "--operators",
+        choices=("native", "lowered"),
+        help="NMS and RoIAlign as ONNX has them, or in plain arithmetic (default: what the target runs)",
+    )
+    p.add_argument(
+        "--gpu",
+        type=capabilities,
+        default=(),
+        metavar="X.Y,…",
+        help="compute capabilities of the GPUs for a tensorrt-rtx engine, as 8.6,8.9 (default: all known)",
+    )
+    p.add_argument(
+        "--workspace",
+        type=positive_int,
+        metavar="MB",
+        help="scratch memory that a TensorRT layer may use (default: TensorRT's own limit)",
+    )
     p.add_argument("--out", metavar="DIR", help="the bundle (default: CKPT-TARGET-PRECISION here)")
     p.add_argument("--no-verify", action="store_true", help="skip the comparison with PyTorch on images")
     p.add_argument("--allow-partial", action="store_true", help="accept a checkpoint that lacks tensors")
     p.add_argument("--json", action="store_true", help="print one JSON document instead of text")
     return p
+
+
+def capabilities(text: str) -> tuple[str, ...]:
+    """An option's value as compute capabilities, such as 8.6,8.9."""
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        major, _, minor = name.partition(".")
+        if not (major.isdecimal() and minor.isdecimal() and major.isascii() and minor.isascii()):
+            raise argparse.ArgumentTypeError(f"'{name}' is not a compute capability such as 8.9")
+    return tuple(dict.fromkeys(names))
 
 
 def export_command(args: argparse.Namespace) -> int:
@@ -88,6 +116,9 @@ def export_command(args: argparse.Namespace) -> int:
             model=args.model,
             target=args.target,
             precision=args.precision,
+            operators=args.operators,
+            gpus=args.gpu,
+            workspace_mb=args.workspace,
             calib_images=args.calib_images,
             input_size=tuple(args.input_size) if args.input_size else None,
             batch=args.batch,
@@ -111,7 +142,18 @@ def export_command(args: argparse.Namespace) -> int:
 def document(bundle: Bundle) -> dict[str, object]:
     """What --json prints."""
     manifest = bundle.manifest
-    keys = ("target", "precision", "parameters", "nodes", "passes", "verification", "seconds", "peak_rss_mb")
+    keys = (
+        "target",
+        "precision",
+        "operators",
+        "conversion",
+        "parameters",
+        "nodes",
+        "passes",
+        "verification",
+        "seconds",
+        "peak_rss_mb",
+    )
     return {
         "bundle": str(bundle.path),
         "model": manifest["model"]["name"],
@@ -126,7 +168,11 @@ def summary(bundle: Bundle, seconds: float) -> str:
     lines = []
     if manifest["passes"]:
         lines.append(passes_table(manifest["passes"]))
+    if manifest["conversion"]:
+        lines.append(conversion_line(manifest["precision"], manifest["conversion"]))
     lines.append(verdict(manifest["verification"]))
+    if manifest["engine"]:
+        lines.append(engine_line(manifest["engine"]))
     size = sum(entry["bytes"] for entry in manifest["files"].values()) / 1e6
     memory = f", peak memory {manifest['peak_rss_mb'] / 1e3:.1f} GB" if manifest["peak_rss_mb"] else ""
     lines.append(f"{bundle.path}: {size:.1f} MB, {manifest['precision']}, in {seconds:.0f} s{memory}")
@@ -161,6 +207,31 @@ def pass_row(row: dict) -> str:
     return f"{row['name']:<20}{row['changes']:>8}{nodes:>16}{moves:>19}{moved:>20}{row['seconds']:>9.1f}"
 
 
+def conversion_line(precision: str, conversion: dict) -> str:
+    """What a lower precision left in float32, in one line."""
+    line = (
+        f"{conversion['nodes'] - conversion['float32_nodes']} of {conversion['nodes']} nodes in {precision}"
+    )
+    if not conversion["overflow"]:
+        return line
+    names = list(conversion["overflow"])
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{line}; near its range, and so in float32: {', '.join(names[:3])}{more}"
+
+
+def engine_line(engine: dict) -> str:
+    """What was built, in one line."""
+    gpus = engine["gpu"] or ", ".join(engine["compute_capabilities"]) or "all GPUs that it knows"
+    line = f"engine of {engine['library']} {engine['version']} for {gpus}: "
+    if engine["layers"] is None:
+        return f"{line}{engine['plan_mb']:.1f} MB (its log does not tell what is inside)"
+    return (
+        f"{line}{engine['layers']} layers, {engine['fused_attention']} of {engine['attention']} attentions "
+        f"fused, {engine['activation_mb']:.0f} MB activations, {engine['weights_mb']:.0f} MB weights; "
+        "not run here, as what is compared with PyTorch is its graph"
+    )
+
+
 def verdict(verification: dict | None) -> str:
     """The verification in one line."""
     if verification is None:
@@ -183,7 +254,9 @@ class StageDisplay:
         "load": "loading the checkpoint",
         "export": "exporting to ONNX",
         "passes": "running graph passes",
+        "precision": "lowering the precision",
         "verify": "comparing with PyTorch",
+        "engine": "building the engine",
         "write": "writing the bundle",
     }
 
@@ -200,7 +273,7 @@ class StageDisplay:
         self._show("…")
 
     def count(self, done: int, total: int) -> None:
-        self._show(f" {done}/{total} images")
+        self._show(f" {done}/{total}{'' if self.title == self.TITLES['engine'] else ' images'}")
 
     def end(self, stage: str, seconds: float) -> None:
         self._clear()

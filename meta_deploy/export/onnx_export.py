@@ -33,12 +33,13 @@ def output_names(config: ModelConfig) -> list[str]:
     return ["logits"]
 
 
-def export_onnx(model: nn.Module, spec: InputSpec) -> onnx.ModelProto:
+def export_onnx(model: nn.Module, spec: InputSpec, operators: str = "native") -> onnx.ModelProto:
     """Trace the model and translate it, operator by operator.
 
     Args:
         model: a zoo model in evaluation mode.
         spec: the input's dimensions.
+        operators: how NMS and RoIAlign are written, a key of `operators.TRANSLATIONS`.
 
     Returns:
         The literal graph. After the outputs named by `output_names` come the intermediate stages that
@@ -60,7 +61,7 @@ def export_onnx(model: nn.Module, spec: InputSpec) -> onnx.ModelProto:
             opset_version=OPSET,
             input_names=["images"],
             output_names=list(outputs.unflatten([None] * outputs.num_leaves)),
-            custom_translation_table=TRANSLATIONS,
+            custom_translation_table=TRANSLATIONS[operators],
             verbose=False,
         )
     assert exported is not None

@@ -13,17 +13,23 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 
 from meta_deploy.errors import InputError
+from meta_deploy.export.engine import build_engine, check_gpus
 from meta_deploy.export.onnx_export import DIVISOR, drop_outputs, export_onnx, output_names
 from meta_deploy.export.passes import COSTS, PIPELINES, run_passes
-from meta_deploy.export.targets import choose_target
+from meta_deploy.export.passes.attention import attention_count
+from meta_deploy.export.precision import Precision, convert, emulated, lowered_tensors, overflowing
+from meta_deploy.export.targets import TARGETS, choose_operators, choose_target
 from meta_deploy.export.verify import verify
 from meta_deploy.models.checkpoint import LoadedModel, load_model
 from meta_deploy.models.zoo import ModelConfig, config_to_dict
+from meta_deploy.runtime.backends.tensorrt_library import MODULES
 from meta_deploy.runtime.bundle import Bundle, InputSpec, check_out_dir, write_bundle
 from meta_deploy.runtime.images import expand, read_image
+from meta_deploy.runtime.preprocess import Preprocessor
 
 VERIFICATION_IMAGES = 8
 MAX_INPUT_VALUES = 2**31  # 8 GB of input alone; no model of the zoo runs on more
@@ -61,6 +67,9 @@ def export(
     model: str | None = None,
     target: str = "auto",
     precision: str = "fp32",
+    operators: str | None = None,
+    gpus: Sequence[str] = (),
+    workspace_mb: int | None = None,
     calib_images: str | Path | None = None,
     input_size: tuple[int, int] | None = None,
     batch: int = 1,
@@ -79,7 +88,10 @@ def export(
         model: a zoo name; inferred from the checkpoint when absent.
         target: "auto" or one of `targets.TARGETS`.
         precision: one of `targets.PRECISIONS`.
-        calib_images: a folder of images to verify on; absent: the ones that ship with the package.
+        operators: "native" or "lowered", how NMS and RoIAlign are written; absent: the target's choice.
+        gpus: compute capabilities that a TensorRT-RTX engine is for, such as ("8.6",); none: all it knows.
+        workspace_mb: scratch memory that a TensorRT layer may use, in MB; absent: TensorRT's own limit.
+        calib_images: a folder of images to measure and verify on; absent: those of the package.
         input_size: (height, width) in pixels, multiples of 32; absent: the model's own.
         batch: images a call, when `dynamic_batch` is absent.
         dynamic_batch: (min, opt, max) images a call.
@@ -99,8 +111,14 @@ def export(
     """
     progress = progress or Progress()
     chosen, reason = choose_target(target, precision)
-    chosen_passes = choose_passes(passes, chosen)
-    images = verification_images(calib_images) if check or calib_images is not None else []
+    form = choose_operators(chosen, operators)
+    if chosen in MODULES:
+        check_gpus(chosen, gpus)
+    elif gpus or workspace_mb is not None:
+        raise InputError(f"--gpu and --workspace are for TensorRT's engines, and the target is {chosen}")
+    chosen_passes = choose_passes(passes, TARGETS[chosen].pipeline)
+    measured = precision == "fp16"  # its range is small, and images tell what comes near it
+    images = verification_images(calib_images) if check or measured or calib_images is not None else []
     folder = Path(out) if out is not None else Path(f"{Path(checkpoint).stem}-{chosen}-{precision}")
     check_out_dir(folder)
     if input_size:
@@ -115,20 +133,40 @@ def export(
     if chosen_passes and not (spec.static_batch and spec.static_size):
         progress.note("passes that need shapes known in advance leave a dynamic graph as it is")
     with progress.stage("export"):
-        literal = export_onnx(loaded.model, spec)
+        literal = export_onnx(loaded.model, spec, form)
     nodes_before = sum(node.op_type != "Constant" for node in literal.graph.node)
     with progress.stage("passes"):
-        graph, results = run_passes(literal, chosen_passes, COSTS[chosen])
+        graph, results = run_passes(literal, chosen_passes, COSTS[TARGETS[chosen].pipeline])
         # Graphs refer to themselves in circles, and for a large model each holds gigabytes.
         del literal
         gc.collect()
+    converted = None
+    if precision != "fp32":
+        with progress.stage("precision"):
+            graph, converted = lower_precision(graph, chosen, precision, images, spec, preprocess, progress)
     verification = None
     if check:
         with progress.stage("verify"):
+            # What a GPU rounds after each operator, a CPU may carry on in float32.
+            checked = emulated(graph) if converted and chosen in MODULES else graph
             verification = verify(
-                loaded.model, graph, images, spec, preprocess, precision, progress=progress.count
+                loaded.model, checked, images, spec, preprocess, precision, progress=progress.count
             )
     shipped = drop_outputs(graph, output_names(loaded.config))
+    del graph
+    files, section = {"model.onnx": serialize(shipped)}, None
+    if chosen in MODULES:
+        with progress.stage("engine"):
+            engine = build_engine(
+                files["model.onnx"],
+                chosen,
+                spec,
+                compute_capabilities=gpus,
+                workspace_mb=workspace_mb,
+                progress=progress.count,
+            )
+        files["model.engine"] = engine.plan
+        section = {**engine.section(), "attention": attention_count(shipped)}
     with progress.stage("write"):
         manifest = {
             "created_by": _versions(),
@@ -142,14 +180,44 @@ def export(
             "thresholds": {"score": getattr(loaded.config, "score_threshold", 0.0), "mask": 0.5},
             "target": chosen,
             "precision": precision,
+            "operators": form,
+            "conversion": converted.to_dict() if converted else None,
             "nodes": {"before": nodes_before, "after": len(shipped.graph.node)},
             "passes": [result.to_dict() for result in results],
             "verification": verification,
             "seconds": {stage: round(seconds, 2) for stage, seconds in progress.seconds.items()},
             "peak_rss_mb": peak_rss_mb(),
-            "engine": None,
+            "engine": section,
         }
-        return write_bundle(folder, manifest, {"model.onnx": serialize(shipped)})
+        return write_bundle(folder, manifest, files)
+
+
+def lower_precision(
+    graph: onnx.ModelProto,
+    target: str,
+    precision: str,
+    images: Sequence[Path],
+    spec: InputSpec,
+    preprocess: dict[str, Any],
+    progress: Progress,
+) -> tuple[onnx.ModelProto, Precision]:
+    """The graph in a lower precision, but for what the target or the numbers on these images forbid."""
+    preprocessor = Preprocessor(spec, preprocess)
+
+    def batches() -> Iterator[np.ndarray]:
+        for done, path in enumerate(images, 1):
+            batch, _ = preprocessor([read_image(path)] * spec.batch_min)
+            yield batch
+            progress.count(done, len(images))
+
+    float32_operators = TARGETS[target].float32_operators.get(precision, ())
+    overflow = {}
+    if precision == "fp16":
+        overflow = overflowing(graph, batches(), lowered_tensors(graph, precision, float32_operators))
+    if overflow:
+        most = max(overflow.values())
+        progress.note(f"{len(overflow)} tensors come near {precision}'s range (up to {most:.3g}): in float32")
+    return convert(graph, precision, overflow, float32_operators)
 
 
 def input_spec(
@@ -197,19 +265,19 @@ def preprocess_rules(config: ModelConfig, spec: InputSpec) -> dict[str, Any]:
     return {"resize": resize, "mean": list(config.mean), "std": list(config.std), "pad_value": 0}
 
 
-def choose_passes(passes: str, target: str) -> list[str]:
-    """The passes to run, in the target's order.
+def choose_passes(passes: str, pipeline_name: str) -> list[str]:
+    """The passes to run, in the order of the target's pipeline.
 
     Raises:
         InputError: an unknown name.
     """
-    pipeline = PIPELINES[target]
+    pipeline = PIPELINES[pipeline_name]
     if passes == "all":
         return list(pipeline)
     names = [] if passes == "none" else [name.strip() for name in passes.split(",")]
     if unknown := [name for name in names if name not in pipeline]:
         raise InputError(
-            f"'{unknown[0]}' is not a graph pass of {target}; "
+            f"'{unknown[0]}' is not a graph pass of {pipeline_name}; "
             f"choose all, none, or some of {', '.join(pipeline)}"
         )
     return [name for name in pipeline if name in names]
@@ -268,6 +336,8 @@ def _versions() -> dict[str, str]:
         "onnxscript",
         "onnx-graphsurgeon",
         "onnxruntime",
+        "tensorrt",
+        "tensorrt-rtx",
         "numpy",
     ):
         with contextlib.suppress(PackageNotFoundError):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from meta_deploy.models.box_ops import INVALID, decode_boxes, has_area, nms, select_top, separate, take
+from meta_deploy.models.box_ops import INVALID, decode_boxes, has_area, nms, select_top, take
 from meta_deploy.models.init import zero_bias
 
 _SCALE = 8
@@ -81,20 +81,19 @@ class RPNHead(nn.Module):
         """
         pre_nms = pre_nms or self.pre_nms
         max_proposals = max_proposals or self.max_proposals
-        boxes, scores, levels = [], [], []
+        boxes, scores = [], []
         for level, anchors in enumerate(self.anchors(logits)):
             B = logits[level].shape[0]
             score = logits[level].permute(0, 2, 3, 1).reshape(B, -1)
             delta = deltas[level].permute(0, 2, 3, 1).reshape(B, -1, 4)
-            N = anchors.shape[0]
-            score, index = select_top(score, min(pre_nms, N) if isinstance(N, int) else pre_nms)
+            score, index = select_top(score, pre_nms)
             box = decode_boxes(anchors[index], take(delta, index), _STDS, image_size)
             boxes.append(box)
             scores.append(torch.where(has_area(box), score, INVALID))
-            levels.append(torch.full((index.shape[1],), float(level), device=score.device))
-        box, score = torch.cat(boxes, dim=1), torch.cat(scores, dim=1)
-        kept = nms(
-            separate(box, torch.cat(levels), image_size), score, self.nms_threshold, INVALID, max_proposals
-        )
-        score, index = select_top(torch.where(kept, score, INVALID), max_proposals)
+        # A level of an image is a set of its own: (B, levels, pre_nms).
+        box, score = torch.stack(boxes, dim=1), torch.stack(scores, dim=1)
+        kept = nms(box.flatten(0, 1), score.flatten(0, 1), self.nms_threshold, INVALID, max_proposals)
+        score = torch.where(kept.reshape(score.shape), score, INVALID).flatten(1)
+        score, index = select_top(score, max_proposals)
+        box = box.flatten(1, 2)
         return take(box, index), score

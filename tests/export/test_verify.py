@@ -47,9 +47,9 @@ def outputs(seed=0, found=8, K=K, batch=2, side=60):
 
 
 def compare(expected, actual, threshold=SCORE_THRESHOLD):
-    comparison = Comparison(threshold)
+    comparison = Comparison(TOLERANCES["fp32"], threshold)
     comparison.add(expected, actual)
-    return comparison.stages(TOLERANCES["fp32"])
+    return comparison.stages()
 
 
 def changed(name, function, **kwargs):

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from meta_deploy.export.passes.chains import Factors, chain_before, follow
@@ -60,6 +61,12 @@ def find_attention(graph: gs.Graph, softmax: gs.Node) -> Attention | None:
         return None
     scale = float(np.float32(scale * q_scale * k_scale * k_before))
     return Attention(q, k, v, scale, last) if scale and math.isfinite(scale) else None
+
+
+def attention_count(proto: onnx.ModelProto) -> int:
+    """How often softmax(..) v occurs in a model, in any type."""
+    softmaxes = {node.output[0] for node in proto.graph.node if node.op_type == "Softmax"}
+    return sum(node.op_type == "MatMul" and node.input[0] in softmaxes for node in proto.graph.node)
 
 
 def _untransposed(graph: gs.Graph, tensor: gs.Tensor) -> gs.Tensor | None:

@@ -28,7 +28,12 @@ IR_VERSION = 10  # graph-surgeon's default is newer than ONNX Runtime may accept
 
 
 def to_graph(proto: onnx.ModelProto) -> gs.Graph:
-    """A model as a graph to edit, local functions inlined and constants as initializers.
+    """A model as a graph to edit, local functions inlined and constants as initializers."""
+    return gs.import_onnx(ir.to_proto(normalized(proto)))
+
+
+def normalized(proto: onnx.ModelProto) -> ir.Model:
+    """A copy of a model with local functions inlined, constants as initializers, and shapes inferred.
 
     graph-surgeon reads a Constant node's `value_floats` as float64, and not every Constant can be lifted.
     """
@@ -45,7 +50,7 @@ def to_graph(proto: onnx.ModelProto) -> gs.Graph:
         if node.op_type in _MAKE_SEQUENCES:
             for output in node.outputs:
                 output.type = output.shape = None
-    return gs.import_onnx(ir.to_proto(model))
+    return model
 
 
 def to_proto(graph: gs.Graph) -> onnx.ModelProto:
