@@ -29,7 +29,6 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from benchmarks import engines
 from benchmarks.common import (
     Case,
     checkpoint,
@@ -42,14 +41,18 @@ from benchmarks.common import (
     save,
     table,
 )
+from meta_deploy.errors import EngineError
+from meta_deploy.export.engine import available, build_engine
 from meta_deploy.export.onnx_export import OPSET, quiet
 from meta_deploy.export.operators import TRANSLATIONS
 from meta_deploy.export.passes import COSTS, PIPELINES, run_passes
 from meta_deploy.export.passes.graph import to_graph
 from meta_deploy.export.passes.traffic import bytes_moved
 from meta_deploy.export.pipeline import input_spec, preprocess_rules
+from meta_deploy.export.precision import convert
 from meta_deploy.export.verify import TOLERANCES
 from meta_deploy.models.checkpoint import load_model
+from meta_deploy.runtime.bundle import InputSpec
 from meta_deploy.runtime.images import read_image
 from meta_deploy.runtime.preprocess import Preprocessor
 
@@ -58,6 +61,7 @@ STOCK, SLIM = "stock", "onnxslim"
 STOCK_OPSET = 18  # the exporter's own choice
 THREADS = 2
 ERROR = "error over stock"
+ENGINES = "tensorrt-rtx"
 # Times over those of the stock graph on ONNX Runtime.
 ORT, OPENVINO = "ONNX Runtime / stock", "OpenVINO / stock"
 # At most so much, of the one of our graphs that does best at it: each is for another target.
@@ -183,7 +187,7 @@ def translate(
             dynamo=True,
             optimize=optimize,
             opset_version=opset,
-            custom_translation_table=None if optimize else TRANSLATIONS,
+            custom_translation_table=None if optimize else TRANSLATIONS["native"],
             input_names=["images"],
             verbose=False,
         )
@@ -231,23 +235,36 @@ def errors(files: dict[str, Path], images: np.ndarray) -> dict[str, float | None
 def built(name: str, path: Path) -> Measures:
     """What engines of the graph in float16 and float32 consist of."""
     proto = onnx.load(path)
-    if not engines.available():
+    if not available(ENGINES):
         print("tensorrt-rtx is not installed: no engines", file=sys.stderr)
         return {}
     if not standard(proto):
         return {}
     result: Measures = {}
-    for precision, convert in (("fp16", engines.to_fp16), ("fp32", None)):
+    for precision in ("fp16", "fp32"):
         try:
-            engine = engines.build(convert(proto) if convert else proto)
-        except engines.BuildError as error:
+            engine = engine_measures(convert(proto, "fp16")[0] if precision == "fp16" else proto)
+        except EngineError as error:
             print(f"{name} in {precision} does not build: {error}", file=sys.stderr)
             continue
-        print(f"{name} in {precision}: engine built in {engine.seconds:.1f} s", file=sys.stderr)
-        result |= {f"{precision} {what}": count for what, count in engine.count().items()}
-        result[f"{precision} activation MB"] = engine.activation_mb
-        result[f"{precision} build s"] = engine.seconds
+        print(f"{name} in {precision}: engine built in {engine['build s']:.1f} s", file=sys.stderr)
+        result |= {f"{precision} {what}": value for what, value in engine.items()}
     return result
+
+
+def engine_measures(proto: onnx.ModelProto) -> Measures:
+    """What TensorRT-RTX's engine of a graph with one static input consists of. Raises EngineError."""
+    images = proto.graph.input[0]
+    batch, _, height, width = (dim.dim_value for dim in images.type.tensor_type.shape.dim)
+    spec = InputSpec(images.name, batch, batch, batch, *((height, width),) * 3, divisor=1)
+    section = build_engine(proto.SerializeToString(), ENGINES, spec).section()
+    return {
+        "layers": section["layers"],
+        "generated": section["generated_kernels"],
+        "attention": section["fused_attention"],
+        "activation MB": section["activation_mb"],
+        "build s": section["seconds"],
+    }
 
 
 def standard(proto: onnx.ModelProto) -> bool:
@@ -265,7 +282,7 @@ def timed(files: dict[str, Path], images: np.ndarray, rounds: int) -> dict[str, 
         proto = onnx.load(path)
         session = open_session(proto, THREADS)
         runs[f"{name}: {ORT}"] = lambda turn, session=session: session.run(None, {"images": images})
-        if openvino and standard(proto):
+        if openvino:  # which knows ONNX Runtime's fused attention too
             request = openvino_request(path)
             runs[f"{name}: {OPENVINO}"] = lambda turn, request=request: request.infer([images])
     interleave(runs, 2)  # to warm up

@@ -18,10 +18,21 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import onnx
 
-from benchmarks import engines
 from benchmarks.common import Case, interleave, machine, open_session, parser, ratio, save, table
-from benchmarks.graph_surgery import CASES, THREADS, counted, subject, traced, translate
+from benchmarks.graph_surgery import (
+    CASES,
+    ENGINES,
+    THREADS,
+    counted,
+    engine_measures,
+    subject,
+    traced,
+    translate,
+)
+from meta_deploy.errors import EngineError
+from meta_deploy.export.engine import available
 from meta_deploy.export.passes import COSTS, PIPELINES, run_passes
+from meta_deploy.export.precision import convert
 
 WHOLE = "whole pipeline"
 
@@ -50,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows[left_out] = counted(proto)
                 files[left_out] = Path(folder) / f"{len(files)}.onnx"
                 onnx.save(proto, files[left_out])
-                if target != "onnxruntime" and not args.no_engines and engines.available():
+                if target != "onnxruntime" and not args.no_engines and available(ENGINES):
                     rows[left_out] |= engine(proto)
                 print(f"{target} without {left_out}", file=sys.stderr)
             if target == "onnxruntime" and not args.no_time:
@@ -64,11 +75,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def engine(proto: onnx.ModelProto) -> dict[str, Any]:
     """Layers and memory of the float16 engine; none where it does not build."""
     try:
-        built = engines.build(engines.to_fp16(proto))
-    except engines.BuildError as error:
+        built = engine_measures(convert(proto, "fp16")[0])
+    except EngineError as error:
         print(f"does not build: {error}", file=sys.stderr)
         return {}
-    return {**{f"fp16 {what}": n for what, n in built.count().items()}, "activation MB": built.activation_mb}
+    counts = {f"fp16 {what}": built[what] for what in ("layers", "generated", "attention")}
+    return {**counts, "activation MB": built["activation MB"]}
 
 
 def slowdown(files: dict[str, Path], images: Any, rounds: int) -> dict[str, float]:

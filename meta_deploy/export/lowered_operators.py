@@ -14,9 +14,9 @@ from onnxscript import opset18 as op
 # Boxes that one NMS looks at: the best of those given. TensorRT's TopK goes up to 3840.
 MOST_BOXES = 2048
 # Suppression goes along chains (A suppresses B, so C, which B overlaps, stays); each round settles the next
-# link. An odd number, after which boxes behind longer chains are left out; after an even one they are kept. In
-# a random order chains are O(log n) long (Fischer and Noever, "Tight analysis of parallel randomized greedy
-# MIS", 2018).
+# link. An odd number, after which boxes behind longer chains are left out; after an even one they are kept.
+# In a random order chains are O(log n) long (Fischer and Noever, "Tight analysis of parallel randomized
+# greedy MIS", 2018).
 ROUNDS = 21
 # A RoI's area is at most this squared, in pixels of its own level (FPN, eq. 1), unless it is larger than what
 # the last level is for.

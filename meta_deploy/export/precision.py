@@ -65,7 +65,7 @@ _EXACT = frozenset(
         *("Min", "Max", "Clip", "MaxPool", "TopK"),
     )
 )
-_SMALL = frozenset(("Softmax", "Sigmoid", "Tanh", "Gelu", "Cast"))  # make nothing larger than 1 or their input
+_SMALL = frozenset(("Softmax", "Sigmoid", "Tanh", "Gelu", "Cast"))  # make nothing above 1 or their input
 # Operators of ONNX Runtime's that a pass brings in; all their float tensors are of one type.
 _CONTRIBUTED = frozenset((("com.microsoft", "MultiHeadAttention"),))
 
@@ -132,6 +132,7 @@ def convert(
         nodes += computed is not None
         float32_nodes += computed is False
     _restore_outputs(model.graph, caster)
+    _drop_unread_constants(model.graph)
     converted = ir.to_proto(model)
     converted.ir_version = IR_VERSION
     return converted, Precision(nodes, float32_nodes, caster.count, dict(overflow or {}))
@@ -179,6 +180,8 @@ def activation_maxima(
     wanted = set(tensors)
     nodes = [node for node in graph if node.op_type not in (*_EXACT, *_SMALL)]
     watched = [v for node in nodes for v in node.outputs if v.dtype == FLOAT and v.name in wanted]
+    if not watched:
+        return {}
     graph.outputs[:] = [_magnitude(graph, value, f"maximum_{i}") for i, value in enumerate(watched)]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
@@ -201,6 +204,7 @@ def emulated(proto: onnx.ModelProto) -> onnx.ModelProto:
     """
     model = ir.from_proto(proto)
     graph = model.graph
+    names = _Names(graph)
     for value in list(graph.initializers.values()):
         if value.dtype in _NUMPY:
             assert value.const_value is not None
@@ -217,9 +221,9 @@ def emulated(proto: onnx.ModelProto) -> onnx.ModelProto:
             if node.op_type == "Cast":
                 node.attributes["to"] = ir.AttrInt64("to", kind)
                 output.dtype = kind
-                _insert_cast(graph, node, output, FLOAT)
+                _insert_casts(graph, names, node, output, FLOAT)
             elif node.op_type not in _EXACT:
-                _insert_cast(graph, node, output, kind, FLOAT)
+                _insert_casts(graph, names, node, output, kind, FLOAT)
     result = ir.to_proto(model)
     result.ir_version = IR_VERSION
     return result
@@ -336,6 +340,8 @@ def _convert_node(
         if value is not None and value.dtype in (FLOAT, low):
             floats = True
             wanted = low if name in places[i] else FLOAT
+            if value.dtype == FLOAT and i in (_DECIDE.get(node.op_type) or ()):
+                wanted = FLOAT
             lowered |= wanted == low
             node.replace_input_with(i, caster.cast(value, wanted))
     for output, allowed in zip(node.outputs, results, strict=True):
@@ -359,15 +365,31 @@ def _convert_attributes(node: ir.Node, low: ir.DataType) -> None:
         node.attributes["value"] = ir.AttrTensor("value", ir.tensor(fill.astype(_NUMPY[low])))
 
 
+class _Names:
+    """Names of a graph's values and nodes, and new ones."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._taken = {value.name for value in graph.inputs} | set(graph.initializers)
+        for node in graph.all_nodes():
+            self._taken.update((node.name, *(output.name for output in node.outputs)))
+
+    def fresh(self, wish: str) -> str:
+        name, count = wish, 1
+        while name in self._taken:
+            count += 1
+            name = f"{wish}_{count}"
+        self._taken.add(name)
+        return name
+
+
 class _Caster:
     """Values in the other type: a copy of a constant, a Cast behind what is computed; each but once."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
         self.count = 0
+        self.names = _Names(graph)
         self._made: dict[tuple[int, ir.DataType], ir.Value] = {}
-        self._names = {value.name for value in graph.inputs} | set(graph.initializers)
-        self._names.update(output.name for node in graph.all_nodes() for output in node.outputs)
 
     def cast(self, value: ir.Value, kind: ir.DataType) -> ir.Value:
         if value.dtype == kind:
@@ -379,7 +401,7 @@ class _Caster:
         return self._made[key]
 
     def _make(self, value: ir.Value, kind: ir.DataType) -> ir.Value:
-        name = self._fresh(f"{value.name}/{kind.name.lower()}")
+        name = self.names.fresh(f"{value.name}/{kind.name.lower()}")
         if value.is_initializer() and value.const_value is not None:
             copy = ir.Value(name=name)
             _set_constant(copy, ir.tensor(_rounded(value.const_value.numpy(), kind), name=name))
@@ -394,14 +416,6 @@ class _Caster:
             self.graph.insert_after(maker, node)
         return node.outputs[0]
 
-    def _fresh(self, wish: str) -> str:
-        name, count = wish, 1
-        while name in self._names:
-            count += 1
-            name = f"{wish}_{count}"
-        self._names.add(name)
-        return name
-
 
 def _restore_outputs(graph: ir.Graph, caster: _Caster) -> None:
     """Outputs in float32 under their own names."""
@@ -413,10 +427,17 @@ def _restore_outputs(graph: ir.Graph, caster: _Caster) -> None:
         new = caster.cast(output, FLOAT)
         if new.is_graph_output():  # the same value twice
             continue
-        output.name = caster._fresh(f"{name}/{output.dtype.name.lower()}")
+        output.name = caster.names.fresh(f"{name}/{output.dtype.name.lower()}")
         new.name = name
         new.shape = output.shape
         graph.outputs[i] = new
+
+
+def _drop_unread_constants(graph: ir.Graph) -> None:
+    """Those whose every reader has a copy in the other type now."""
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del graph.initializers[name]
 
 
 # --- small things -------------------------------------------------------------------------------------------
@@ -451,12 +472,14 @@ def _cast_node(value: ir.Value, kind: ir.DataType, name: str) -> ir.Node:
     return node
 
 
-def _insert_cast(graph: ir.Graph, node: ir.Node, value: ir.Value, *kinds: ir.DataType) -> None:
+def _insert_casts(
+    graph: ir.Graph, names: _Names, node: ir.Node, value: ir.Value, *kinds: ir.DataType
+) -> None:
     """Casts behind a node's output, for all that read it."""
     readers = list(value.uses())
     last, last_node = value, node
     for kind in kinds:
-        cast = _cast_node(last, kind, f"{last.name}/{kind.name.lower()}")
+        cast = _cast_node(last, kind, names.fresh(f"{value.name}/{kind.name.lower()}"))
         graph.insert_after(last_node, cast)
         last, last_node = cast.outputs[0], cast
     for reader, place in readers:

@@ -29,7 +29,11 @@ class Target:
     float32_operators: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-_TENSORRT = {"precisions": ("fp32", "fp16", "bf16"), "float32_operators": {"bf16": ("ConvTranspose",)}}
+# TensorRT samples a map and takes the coordinates in one type, and float16 is too coarse for coordinates.
+_TENSORRT = {
+    "precisions": ("fp32", "fp16", "bf16"),
+    "float32_operators": {"fp16": ("GridSample",), "bf16": ("GridSample", "ConvTranspose")},
+}
 TARGETS = {
     # ONNX Runtime has no bfloat16 kernels on a CPU.
     "onnxruntime": Target("onnxruntime", ("native", "lowered"), ("fp32", "fp16")),

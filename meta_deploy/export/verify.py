@@ -22,8 +22,8 @@ from meta_deploy.runtime.bundle import InputSpec
 from meta_deploy.runtime.images import read_image
 from meta_deploy.runtime.preprocess import Preprocessor
 
-# What each precision must keep. `maps`: largest difference over the map's largest value; `maps_rms`: the
-# difference's norm over the map's, where single values may be far off. `agreement`: share of boxes (pixels, for
+# What each precision must keep. `maps`: largest difference over the map's largest value; `maps_rms`: norm of
+# the difference over the map's, where single values may be far off. `agreement`: share of boxes (pixels, for
 # segmentation) that both sides have. The others are means over the matched boxes.
 TOLERANCES = {
     "fp32": {

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import engines, graph_surgery
+from benchmarks import graph_surgery
 from benchmarks.common import Case
 from benchmarks.graph_surgery import CASES, ERROR, GOALS, ORT, missed, side_by_side
+from meta_deploy.export.engine import available
 from meta_deploy.export.passes import PIPELINES
 
 
@@ -61,7 +62,7 @@ def test_every_graph_is_measured(small, tmp_path, capsys):
         assert measures[ORT] > 0
     assert 0 <= ours[ERROR] < 1e-5
     assert ours["nodes"] < stock["nodes"]
-    if engines.available():
+    if available("tensorrt-rtx"):
         assert stock["fp16 attention"] == 1
         assert stock["fp32 layers"] > stock["fp16 layers"] > stock["fp16 generated"] > 0
         assert "fp16 layers" not in ours  # its attention is ONNX Runtime's own operator

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import platform
 
 import numpy as np
 import onnx
@@ -9,7 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from meta_deploy.errors import BundleError, CheckpointError, ImageError, InputError, VerificationError
+from meta_deploy.errors import (
+    BundleError,
+    CheckpointError,
+    EngineError,
+    ImageError,
+    InputError,
+    VerificationError,
+)
 from meta_deploy.export import pipeline
 from meta_deploy.export.passes import PASSES, PIPELINES
 from meta_deploy.export.pipeline import (
@@ -21,6 +29,7 @@ from meta_deploy.export.pipeline import (
     preprocess_rules,
     verification_images,
 )
+from meta_deploy.export.verify import TOLERANCES
 from meta_deploy.models.checkpoint import save_checkpoint
 from meta_deploy.models.zoo import config_from_dict
 from meta_deploy.runtime.bundle import Bundle
@@ -28,6 +37,10 @@ from meta_deploy.runtime.predictor import Predictor
 from tests.export.tiny_models import SIZE, detector, exported, lively
 
 CONFIG = detector()
+builds = pytest.mark.skipif(
+    (platform.system(), platform.machine()) != ("Linux", "x86_64"),
+    reason="elsewhere the dev extra does not bring tensorrt-rtx",
+)
 
 
 # --- arguments ---
@@ -161,9 +174,10 @@ def quick(checkpoint, tmp_path, monkeypatch):
 
     def call(**options):
         kind = {"batch": options.get("batch", 1), "dynamic_batch": options.get("dynamic_batch")}
+        kind["operators"] = "lowered" if options.get("target") == "tensorrt-rtx" else "native"
         proto = onnx.ModelProto()
         proto.CopyFrom(exported("detector", **kind).literal)
-        monkeypatch.setattr(pipeline, "export_onnx", lambda model, spec: proto)
+        monkeypatch.setattr(pipeline, "export_onnx", lambda model, spec, operators: proto)
         return export(checkpoint, **{"out": "bundle", "calib_images": pictures[0].parent, **options})
 
     return call
@@ -365,3 +379,60 @@ def test_the_manifest_is_json_and_names_no_path(quick, tmp_path):
 def test_dataclass_options_do_not_leak_between_exports():
     assert Progress().seconds is not Progress().seconds
     assert dataclasses.fields(Progress)[-1].name == "seconds"
+
+
+# --- lower precisions and engines ---
+
+
+def test_float16_for_onnx_runtime_is_half_the_size_and_answers_alike(quick):
+    full = quick(out="full")
+    half = quick(out="half", precision="fp16")
+    assert half.manifest["files"]["model.onnx"]["bytes"] < 0.7 * full.manifest["files"]["model.onnx"]["bytes"]
+    conversion = half.manifest["conversion"]
+    assert conversion["nodes"] > 2 * conversion["float32_nodes"] > 0
+    assert full.manifest["conversion"] is None
+    limits = half.manifest["verification"]["stages"]["maps"]["tolerance"]
+    assert limits == {"rms_relative_error": TOLERANCES["fp16"]["maps_rms"]}
+    found = [len(Predictor(bundle)("pictures/a.png").scores) for bundle in (full, half)]
+    assert found[0] > 0
+    assert abs(found[0] - found[1]) <= max(2, 0.2 * found[0])
+
+
+@builds
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_bundle_for_tensorrt_holds_an_engine_and_the_graph_that_was_checked(quick, precision):
+    bundle = quick(target="tensorrt-rtx", precision=precision, gpus=("8.6", "8.9"), workspace_mb=512)
+    assert set(bundle.manifest["files"]) == {"model.onnx", "model.engine"}
+    engine = bundle.manifest["engine"]
+    assert (engine["library"], engine["compute_capabilities"], engine["tf32"]) == (
+        *("tensorrt-rtx", ["8.6", "8.9"]),
+        False,
+    )
+    assert engine["layers"] > 100
+    assert bundle.manifest["operators"] == "lowered"
+    assert bundle.manifest["verification"]["passed"]
+    assert Bundle.open(bundle.path).manifest == bundle.manifest
+    graph = onnx.load(bundle.path / "model.onnx")
+    assert not {node.op_type for node in graph.graph.node} & {"NonMaxSuppression", "RoiAlign", "NonZero"}
+    if precision != "bf16":  # for which a CPU has no kernels
+        with Predictor(bundle, backend="onnxruntime") as predictor:
+            assert len(predictor("pictures/a.png").scores) > 0
+
+
+@builds
+def test_an_engine_that_cannot_be_built_leaves_nothing(quick, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise EngineError("TensorRT cannot build the graph: no")
+
+    monkeypatch.setattr(pipeline, "build_engine", refuse)
+    with pytest.raises(EngineError):
+        quick(target="tensorrt-rtx", check=False)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_what_comes_near_float16s_range_is_told_and_kept(quick, monkeypatch):
+    monkeypatch.setattr(pipeline, "overflowing", lambda graph, batches, tensors: {sorted(tensors)[0]: 6e4})
+    lines = []
+    bundle = quick(precision="fp16", progress=Progress(note=lines.append), check=False)
+    assert any("1 tensors come near fp16's range (up to 6e+04): in float32" in line for line in lines)
+    assert list(bundle.manifest["conversion"]["overflow"].values()) == [6e4]

@@ -1,39 +1,77 @@
-"""Which target and precision can be written, and what is said of those that cannot."""
+"""Which target, precision and operators can be written here, and what is said of those that cannot."""
+
+from types import SimpleNamespace
 
 import pytest
 
-from meta_deploy.errors import InputError
+from meta_deploy.errors import BackendError, InputError
 from meta_deploy.export import targets
-from meta_deploy.export.targets import PRECISIONS, TARGETS, choose_target
+from meta_deploy.export.operators import TRANSLATIONS
+from meta_deploy.export.passes import COSTS, PIPELINES
+from meta_deploy.export.targets import PRECISIONS, TARGETS, choose_operators, choose_target
 
 
-def test_onnxruntime_in_float32_is_written():
-    assert choose_target("onnxruntime", "fp32")[0] == "onnxruntime"
+@pytest.fixture
+def machine(monkeypatch):
+    """Says which TensorRTs are installed, and which GPU is there."""
+
+    def call(installed=(), gpu=None):
+        def load(name):
+            if name not in installed:
+                raise BackendError(f"{name} cannot be imported")
+
+        def find(name):
+            if gpu is None:
+                raise BackendError("no GPU")
+            return SimpleNamespace(machine=SimpleNamespace(gpu=gpu))
+
+        monkeypatch.setattr(targets, "load", load)
+        monkeypatch.setattr(targets, "Here", SimpleNamespace(find=find))
+
+    return call
 
 
 @pytest.mark.parametrize(
-    ("installed", "reason"), [(True, "does not write engines yet"), (False, "not installed")]
+    ("installed", "gpu", "chosen", "reason"),
+    [
+        ((), None, "onnxruntime", "TensorRT is not installed"),
+        ((), "L4", "onnxruntime", "TensorRT is not installed"),
+        (("tensorrt-rtx",), None, "onnxruntime", "TensorRT-RTX is installed, and no GPU can be used"),
+        (("tensorrt-rtx",), "L4", "tensorrt-rtx", "installed, for L4"),
+        (("tensorrt", "tensorrt-rtx"), "L4", "tensorrt", "installed, for L4"),
+    ],
 )
-def test_auto_says_what_it_chose_and_why(installed, reason, monkeypatch):
-    monkeypatch.setattr(targets, "find_spec", lambda name: object() if installed else None)
-    target, why = choose_target("auto", "fp32")
-    assert target == "onnxruntime"
-    assert reason in why
+def test_auto_takes_tensorrt_where_it_can_run_and_says_why(machine, installed, gpu, chosen, reason):
+    machine(installed, gpu)
+    assert choose_target("auto", "fp32") == (chosen, reason)
 
 
-@pytest.mark.parametrize("target", [t for t in TARGETS if t != "onnxruntime"])
-def test_a_target_that_is_not_written_yet_is_refused(target):
-    with pytest.raises(InputError, match=f"target {target} is not written by this version yet; use --target"):
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_is_asked_for_is_taken(machine, target):
+    machine(("tensorrt", "tensorrt-rtx"))
+    assert choose_target(target, "fp16") == (target, "asked for")
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
+def test_a_library_that_is_not_here_is_told_at_once(machine, target):
+    machine()
+    with pytest.raises(InputError, match=f"{target} cannot be imported"):
         choose_target(target, "fp32")
 
 
-@pytest.mark.parametrize("precision", [p for p in PRECISIONS if p != "fp32"])
-def test_a_precision_that_is_not_written_yet_is_refused(precision):
-    """It is not ignored: a bundle that says fp16 would hold fp16."""
-    with pytest.raises(
-        InputError, match=f"precision {precision} is not written by this version yet; use --fp32"
-    ):
-        choose_target("auto", precision)
+@pytest.mark.parametrize(
+    ("target", "precision", "remedy"),
+    [
+        ("onnxruntime", "bf16", "use --target tensorrt"),
+        ("onnxruntime", "int8", "use --fp16"),
+        ("tensorrt-rtx", "fp8", "use --bf16"),
+    ],
+)
+def test_a_precision_that_is_not_written_is_refused_with_what_is(machine, target, precision, remedy):
+    """It is not ignored: a bundle that says int8 would hold int8."""
+    machine(("tensorrt", "tensorrt-rtx"))
+    with pytest.raises(InputError, match=f"precision {precision} is not written for {target}; {remedy}"):
+        choose_target(target, precision)
 
 
 @pytest.mark.parametrize(
@@ -42,3 +80,21 @@ def test_a_precision_that_is_not_written_yet_is_refused(precision):
 def test_an_unknown_one_is_named_with_the_choices(target, precision, named):
     with pytest.raises(InputError, match=f"'{named}' is not a .*; choose .*"):
         choose_target(target, precision)
+
+
+def test_operators_are_the_targets_own_choice_or_one_that_it_runs():
+    assert [choose_operators(target, None) for target in TARGETS] == ["native", "lowered", "lowered"]
+    assert choose_operators("tensorrt", "native") == "native"
+    assert choose_operators("onnxruntime", "lowered") == "lowered"
+    with pytest.raises(
+        InputError, match="tensorrt-rtx does not run native operators; use --operators lowered"
+    ):
+        choose_operators("tensorrt-rtx", "native")
+
+
+def test_a_target_names_only_what_there_is():
+    for target in TARGETS.values():
+        assert target.pipeline in PIPELINES
+        assert target.pipeline in COSTS
+        assert set(target.operators) <= set(TRANSLATIONS)
+        assert set(target.float32_operators) <= set(target.precisions) <= set(PRECISIONS)

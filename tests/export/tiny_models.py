@@ -7,7 +7,7 @@ import onnxruntime
 import torch
 
 from meta_deploy.export.onnx_export import export_onnx
-from meta_deploy.export.passes import PIPELINES, run_passes
+from meta_deploy.export.passes import COSTS, PIPELINES, run_passes
 from meta_deploy.export.pipeline import input_spec
 from meta_deploy.models.zoo import BackboneConfig, MaskRCNNConfig, UPerNetConfig, build_model
 
@@ -86,12 +86,15 @@ def pictures(batch, size=SIZE, seed=1):
 class Exported:
     """A model, its graph with all stages as outputs, and a session of it after the passes."""
 
-    def __init__(self, config, size=None, batch=1, dynamic_batch=None, dynamic_size=False):
+    def __init__(
+        self, config, size=None, batch=1, dynamic_batch=None, dynamic_size=False, operators="native"
+    ):
         self.config = config
         self.model = lively(config)
         self.spec = input_spec(size or config.input_size, batch, dynamic_batch, dynamic_size)
-        self.literal = export_onnx(self.model, self.spec)
-        self.graph, self.passes = run_passes(self.literal, list(PIPELINES["onnxruntime"]))
+        self.literal = export_onnx(self.model, self.spec, operators)
+        pipeline = "onnxruntime" if operators == "native" else "tensorrt"
+        self.graph, self.passes = run_passes(self.literal, list(PIPELINES[pipeline]), COSTS[pipeline])
 
     @functools.cached_property
     def session(self):
@@ -112,10 +115,18 @@ class Exported:
 
 
 @functools.cache
-def exported(kind="detector", size=None, batch=1, dynamic_batch=None, dynamic_size=False, **backbone):
+def exported(
+    kind="detector",
+    size=None,
+    batch=1,
+    dynamic_batch=None,
+    dynamic_size=False,
+    operators="native",
+    **backbone,
+):
     """Made once for each set of arguments."""
     config = {"detector": detector, "segmenter": segmenter}[kind](**backbone)
-    return Exported(config, size, batch, dynamic_batch, dynamic_size)
+    return Exported(config, size, batch, dynamic_batch, dynamic_size, operators)
 
 
 def assert_same(expected, actual):

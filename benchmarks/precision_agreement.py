@@ -1,0 +1,110 @@
+"""How well a lower precision finds what float32 finds: its detections' AP with float32's as the truth.
+
+The graphs that go into TensorRT engines, on the CPU: products in float32, what each node makes rounded to its
+type, as a GPU's tensor cores do it. Both precisions of one graph, so that nothing else differs.
+
+python benchmarks/precision_agreement.py [--case CASE ...] [--precision fp16 bf16] [--count 40]
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.common import WORK, Case, export, machine, parser, photos, save, table
+from meta_deploy.export.precision import emulated
+from meta_deploy.report.accuracy import coco_ap
+from meta_deploy.runtime.bundle import Bundle, write_bundle
+from meta_deploy.runtime.predictor import Predictor
+
+CASES = ("demo", "meta-t-mask-rcnn@512")
+GOAL = 0.99
+SURE = 0.3  # objects that float32 gives at least this score are counted by themselves, too
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    p = parser(__doc__ or "", Path(__file__).stem)
+    p.add_argument("--case", nargs="+", type=Case.parse, metavar="CASE", help=f"default: {' '.join(CASES)}")
+    p.add_argument("--precision", nargs="+", choices=("fp16", "bf16"), default=("fp16",))
+    p.add_argument("--count", type=int, default=40, help="photos (default: %(default)s)")
+    args = p.parse_args(argv)
+    paths = photos(args.photos, args.count)
+    rows = []
+    for case in args.case or map(Case.parse, CASES):
+        truth = detections(exported(case, "fp32"), paths)
+        for precision in args.precision:
+            rows.append(row(case, precision, truth, detections(exported(case, precision), paths)))
+            print(rows[-1], file=sys.stderr)
+    print(table(rows))
+    save(args.json, machine=machine(), photos=len(paths), goal=GOAL, rows=rows)
+    return 0
+
+
+def exported(case: Case, precision: str) -> Bundle:
+    """A bundle whose model.onnx answers as an engine of that precision would."""
+    folder, _ = export(case, "--target", "tensorrt-rtx", f"--{precision}", "--no-verify")
+    bundle = Bundle.open(folder)
+    if precision == "fp32":
+        return bundle
+    graph = emulated(onnx.load_from_string(bundle.read("model.onnx")))
+    files = {"model.onnx": graph.SerializeToString(), "model.engine": bundle.read("model.engine")}
+    return write_bundle(WORK / f"{folder.name}-emulated", bundle.manifest, files)
+
+
+def detections(bundle: Bundle, paths: Sequence[Path]) -> list[list[dict[str, Any]]]:
+    """COCO results of each photo, all that the model itself counts as found."""
+    with Predictor(bundle, backend="onnxruntime") as predictor:
+        return [predictor(path).to_coco(i) for i, path in enumerate(paths, 1)]
+
+
+def row(case: Case, precision: str, truth: list[list[dict]], found: list[list[dict]]) -> dict[str, Any]:
+    """AP of box and mask: every detection of float32 as an object to find, and the sure ones alone.
+
+    Where a model finds as many as it may, and at its least score, rounding decides which are last.
+    """
+    results = [entry for entries in found for entry in entries]
+    report = coco_ap(as_truth(truth), results)
+    sure = coco_ap(as_truth([[e for e in entries if e["score"] >= SURE] for entries in truth]), results)
+    return {
+        "model": str(case),
+        "precision": precision,
+        "photos": len(truth),
+        "float32 found": sum(map(len, truth)),
+        "found": sum(map(len, found)),
+        "box AP": report["box"]["AP"],
+        "mask AP": report["mask"]["AP"] if "mask" in report else None,
+        f"box AP, score {SURE}": sure["box"]["AP"],
+        f"mask AP, score {SURE}": sure["mask"]["AP"] if "mask" in sure else None,
+        "goal": GOAL,
+    }
+
+
+def as_truth(results: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """COCO results as COCO annotations."""
+    entries = [entry for part in results for entry in part]
+    annotations = [
+        {**entry, "id": i, "iscrowd": 0, "area": entry["bbox"][2] * entry["bbox"][3]}
+        for i, entry in enumerate(entries, 1)
+    ]
+    classes = sorted({entry["category_id"] for entry in entries})
+    return {
+        "images": [image(i, part) for i, part in enumerate(results, 1)],
+        "categories": [{"id": c, "name": str(c)} for c in classes],
+        "annotations": annotations,
+    }
+
+
+def image(number: int, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """COCO's record of a photo; where nothing was found in it, its size does not matter."""
+    height, width = results[0]["segmentation"]["size"] if results else (1, 1)
+    return {"id": number, "height": height, "width": width}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""The zoo's models as TensorRT-RTX engines, whole and for real: they build, and attention is fused.
+
+The graphs have random weights: what is built, and out of what, hangs on shapes alone.
+"""
+
+import functools
+import platform
+
+import onnx
+import pytest
+
+from meta_deploy.export.engine import build_engine
+from meta_deploy.export.onnx_export import drop_outputs, export_onnx, output_names
+from meta_deploy.export.passes import COSTS, PIPELINES, run_passes
+from meta_deploy.export.passes.attention import attention_count
+from meta_deploy.export.pipeline import input_spec
+from meta_deploy.export.precision import convert
+from meta_deploy.export.targets import TARGETS
+from meta_deploy.models.zoo import build_model, get_config
+
+RTX = "tensorrt-rtx"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        (platform.system(), platform.machine()) != ("Linux", "x86_64"),
+        reason="elsewhere the dev extra does not bring tensorrt-rtx",
+    ),
+]
+# benchmarks/README.md: backbone and pyramid in float16, and what the heads add.
+LAYERS = {"meta-t-mask-rcnn": 424 + 145, "meta-t-upernet": 440}
+ACTIVATION_MB = {"meta-t-mask-rcnn": 70, "meta-t-upernet": 126}
+
+
+@functools.cache
+def graph(name, dynamic=False):
+    """The float32 graph as meta-export would ship it, and the input's dimensions."""
+    config = get_config(name)
+    size = config.input_size
+    spec = input_spec(size, 1, (1, 2, 4) if dynamic else None, dynamic)
+    literal = export_onnx(build_model(config).eval(), spec, "lowered")
+    proto, _ = run_passes(literal, list(PIPELINES["tensorrt"]), COSTS["tensorrt"])
+    return drop_outputs(proto, output_names(config)), spec
+
+
+def engine(name, precision, dynamic=False):
+    proto, spec = graph(name, dynamic)
+    if precision != "fp32":
+        proto, _ = convert(proto, precision, {}, TARGETS[RTX].float32_operators[precision])
+    assert not {node.op_type for node in proto.graph.node} & {"NonMaxSuppression", "RoiAlign", "NonZero"}
+    onnx.checker.check_model(proto)
+    return build_engine(proto.SerializeToString(), RTX, spec).section(), attention_count(proto)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_model_builds_whole_and_its_attention_is_fused(name, precision):
+    section, attention = engine(name, precision)
+    assert attention == 44  # 12 in the ViT, 32 over stripes, both directions of which are one
+    assert section["fused_attention"] == (0 if precision == "fp32" else attention)
+    if precision == "fp16":
+        assert section["layers"] <= 1.1 * LAYERS[name]
+        assert section["activation_mb"] <= 1.1 * ACTIVATION_MB[name]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_model_builds_for_any_batch_and_size(name):
+    section, _ = engine(name, "fp16", dynamic=True)
+    assert section["layers"] > 100
