@@ -37,8 +37,11 @@ _PACKAGES = (
     "onnx-graphsurgeon",
     "onnxslim",
     "onnxruntime",
+    "onnxruntime-gpu",
     "openvino",
+    "tensorrt",
     "tensorrt-rtx",
+    "cuda-bindings",
     "numpy",
 )
 
@@ -181,15 +184,34 @@ def machine() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
+    card = gpu()
     return {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
+        **({"gpu": card} if card else {}),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "system": f"{platform.system()} {platform.release()}",
         "versions": {"python": platform.python_version(), **versions},
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "load_before": round(os.getloadavg()[0], 2),
     }
+
+
+def gpu() -> dict[str, Any] | None:
+    """The first NVIDIA GPU that CUDA shows, by nvidia-smi: name, driver, memory; None where there is none."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible in ("", "-1"):
+        return None
+    fields = ("name", "driver_version", "memory.total")
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    if visible:
+        command.append(f"--id={visible.split(',')[0]}")
+    try:
+        output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        name, driver, memory = (cell.strip() for cell in output.splitlines()[0].split(","))
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+        return None
+    return {"name": name, "driver": driver, "memory_mb": int(memory) if memory.isdecimal() else None}
 
 
 def _cpu() -> str:
