@@ -228,7 +228,7 @@ def engine_line(engine: dict) -> str:
     return (
         f"{line}{engine['layers']} layers, {engine['fused_attention']} of {engine['attention']} attentions "
         f"fused, {engine['activation_mb']:.0f} MB activations, {engine['weights_mb']:.0f} MB weights; "
-        "not run here, as what is compared with PyTorch is its graph"
+        "its graph is what was compared, it has not run itself"
     )
 
 
@@ -238,7 +238,9 @@ def verdict(verification: dict | None) -> str:
         return "not compared with PyTorch (--no-verify)"
     parts = []
     for name, stage in verification["stages"].items():
-        if "max_relative_error" in stage:
+        if "rms_relative_error" in stage.get("tolerance", ()):
+            parts.append(f"{name} within {stage['rms_relative_error']:.1e} (rms)")
+        elif "max_relative_error" in stage:
             parts.append(f"{name} within {stage['max_relative_error']:.1e}")
         elif stage.get("compared", 1) == 0:
             parts.append(f"no {name} on them to compare")

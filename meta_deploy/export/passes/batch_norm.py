@@ -11,7 +11,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from meta_deploy.export.passes.graph import constant_value, fresh_names, is_op, sole_consumer, tidy
-from meta_deploy.export.passes.linear import FLOATS, Linear, linear_from, linear_of, set_weights
+from meta_deploy.export.passes.linear import FLOATS, Linear, by_input, linear_from, linear_of, set_weights
 from meta_deploy.export.passes.scales import by_output, channel_axis, representable, stand_in
 
 Weights = tuple[np.ndarray, np.ndarray | None]  # weight, bias
@@ -104,17 +104,8 @@ def _after(linear: Linear, scale: np.ndarray, shift: np.ndarray) -> Weights | No
     """Weight and bias for an input that is not scaled and shifted before; None where there are none."""
     if channel_axis(linear) != 1 or (shift.any() and not linear.pointwise):
         return None
-    weight = linear.weight * _by_input(linear, scale)
+    weight = linear.weight * by_input(linear, scale)
     if not shift.any():
         return weight, linear.bias
-    shifted = linear.weight * _by_input(linear, shift)
+    shifted = linear.weight * by_input(linear, shift)
     return weight, shifted.reshape(len(weight), -1).sum(1) + (0 if linear.bias is None else linear.bias)
-
-
-def _by_input(linear: Linear, values: np.ndarray) -> np.ndarray:
-    """One value for each input channel, in a shape that multiplies the weight."""
-    weight, group = linear.weight, linear.group
-    if linear.node.op == "ConvTranspose":
-        return values.reshape(-1, *(1,) * (weight.ndim - 1))
-    full = np.repeat(values.reshape(group, -1), len(weight) // group, axis=0)
-    return full.reshape(*weight.shape[:2], *(1,) * (weight.ndim - 2))

@@ -136,6 +136,15 @@ def per_channel(value: np.ndarray, rank: int, axis: int, channels: int) -> np.nd
     return np.broadcast_to(full.reshape(-1), (channels,))
 
 
+def by_input(linear: Linear, values: np.ndarray) -> np.ndarray:
+    """One value for each input channel, in a shape that multiplies the weight."""
+    weight, group = linear.weight, linear.group
+    if linear.node.op == "ConvTranspose":
+        return values.reshape(-1, *(1,) * (weight.ndim - 1))
+    full = np.repeat(values.reshape(group, -1), len(weight) // group, axis=0)
+    return full.reshape(*weight.shape[:2], *(1,) * (weight.ndim - 2))
+
+
 def set_weights(
     graph: gs.Graph, linear: Linear, weight: np.ndarray, bias: np.ndarray | None, fresh: Callable[[str], str]
 ) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from meta_deploy.export.passes.graph import constant_value, fresh_names, is_op, tidy
-from meta_deploy.export.passes.linear import FLOATS, Linear, has_input, linear_of, per_channel, set_weights
+from meta_deploy.export.passes.linear import FLOATS, Linear, by_input, has_input, linear_of, per_channel, set_weights
 
 MIN_SCALE = 1e-3  # of a norm that others are computed from, relative to its largest
 MAX_RATIO = 1e3  # of another norm's scale to that
@@ -237,7 +237,7 @@ def _computed_from(norm: Norm, scale: np.ndarray, bias: np.ndarray) -> list[Weig
         worse = _applied(linear, size, after) > MAX_LOSS * _applied(linear, size, before)
         if worse.any() or (shift.any() and _is_padded(linear)):
             return None
-        new = weight * _by_input(linear, ratio)
+        new = weight * by_input(linear, ratio)
         moved = None
         if shift.any():
             moved = _applied(linear, weight, shift) + (0 if linear.bias is None else linear.bias)
@@ -258,21 +258,12 @@ def _is_padded(linear: Linear) -> bool:
     return linear.node.op == "ConvTranspose" or any(linear.node.attrs.get("pads", [])) or (same and wide)
 
 
-def _by_input(linear: Linear, values: np.ndarray) -> np.ndarray:
-    """One value for each input channel, in a shape that multiplies the weight."""
-    weight, group = linear.weight, linear.group
-    if linear.node.op == "ConvTranspose":
-        return values.reshape(-1, *(1,) * (weight.ndim - 1))
-    full = np.repeat(values.reshape(group, -1), len(weight) // group, axis=0)
-    return full.reshape(*weight.shape[:2], *(1,) * (weight.ndim - 2))
-
-
 def _applied(linear: Linear, weight: np.ndarray, values: np.ndarray) -> np.ndarray:
     """What a linear map with these weights makes of one value for each input channel; no padding, no bias."""
     if linear.node.op == "ConvTranspose":
         split = weight.reshape(linear.group, len(weight) // linear.group, weight.shape[1], -1)
         return np.einsum("giok,gi->go", split, values.reshape(linear.group, -1)).reshape(-1)
-    return (weight * _by_input(linear, values)).reshape(len(weight), -1).sum(1)
+    return (weight * by_input(linear, values)).reshape(len(weight), -1).sum(1)
 
 
 def _plain(graph: gs.Graph, node: gs.Node, fresh: Callable[[str], str]) -> gs.Tensor:
