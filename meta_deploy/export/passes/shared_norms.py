@@ -12,7 +12,15 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from meta_deploy.export.passes.graph import constant_value, fresh_names, is_op, tidy
-from meta_deploy.export.passes.linear import FLOATS, Linear, by_input, has_input, linear_of, per_channel, set_weights
+from meta_deploy.export.passes.linear import (
+    FLOATS,
+    Linear,
+    by_input,
+    has_input,
+    linear_of,
+    per_channel,
+    set_weights,
+)
 
 MIN_SCALE = 1e-3  # of a norm that others are computed from, relative to its largest
 MAX_RATIO = 1e3  # of another norm's scale to that
