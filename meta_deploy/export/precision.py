@@ -24,8 +24,9 @@ _NUMPY: dict[ir.DataType, Any] = {
     ir.DataType.FLOAT16: np.float16,
     ir.DataType.BFLOAT16: ml_dtypes.bfloat16,
 }
-# Conv and others take bfloat16 from here on; since opset 20 only types were added, but for one operator.
-_BFLOAT16_OPSET, _CHANGED_SINCE = 22, "GroupNormalization"
+# Conv and others take bfloat16 from opset 22 on. Since 18 only types and choices were added, but for these.
+_UNCHANGED_SINCE, _BFLOAT16_OPSET = 18, 22
+_CHANGED = {"GridSample": 20, "GroupNormalization": 21}
 
 # An activation may be this much larger on other images than on those it was measured on.
 HEADROOM = 4.0
@@ -54,6 +55,9 @@ _FLOAT32 = frozenset(
     (
         *("ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceLogSumExp"),
         *("Pow", "CumSum", "Range", "RoiAlign", "NonMaxSuppression"),
+        # These have their type in an attribute, each in its own way.
+        *("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "EyeLike"),
+        *("HannWindow", "HammingWindow", "BlackmanWindow", "MelWeightMatrix"),
     )
 )
 # These pass numbers on as they are, so they go in the type that their numbers come in.
@@ -100,9 +104,10 @@ def convert(
     """A graph with its float32 nodes in a lower precision, where their schemas and the numbers allow it.
 
     In float32 stay: inputs and outputs of the graph; operators and inputs that ONNX defines for float32
-    alone (the scales of a Resize); what decides by small differences (comparisons, TopK, non-maximum
-    suppression, sampling coordinates) back to the last product or norm; sums of many and powers; what
-    computes with a constant that the type cannot hold; If and Loop with all they read.
+    alone (the scales of a Resize; more of them where a graph's opset is old); what decides by small
+    differences (comparisons, TopK, non-maximum suppression, sampling coordinates) back to the last product
+    or norm; sums of many and powers; what computes with a constant that the type cannot hold; sequences; If
+    and Loop with all they read.
 
     Args:
         proto: a float32 graph; not changed.
@@ -118,8 +123,12 @@ def convert(
     """
     low = LOW[precision]
     model = normalized(proto)
-    if precision == "bf16" and all(node.op_type != _CHANGED_SINCE for node in model.graph):
-        model.opset_imports[""] = max(model.opset_imports[""], _BFLOAT16_OPSET)
+    if precision == "bf16":
+        opset = model.opset_imports[""]
+        since = max(
+            (_CHANGED.get(node.op_type, _UNCHANGED_SINCE) for node in model.graph.all_nodes()), default=0
+        )
+        model.opset_imports[""] = _BFLOAT16_OPSET if since <= opset < _BFLOAT16_OPSET else opset
     signature = partial(_Signature.of, opset=model.opset_imports[""])
     _name_types(model.graph)
     stays = _stays_float32(model.graph, low, set(overflow or ()))
@@ -128,6 +137,8 @@ def convert(
     nodes = float32_nodes = 0
     for node in list(model.graph):
         kind = FLOAT if node in stays or _follows_float32(node) else low
+        if any(output.dtype == low for output in node.outputs) and not _has_graphs(node):
+            kind = low  # as the graph itself has it
         computed = _convert_node(node, signature(node), kind, low, caster)
         nodes += computed is not None
         float32_nodes += computed is False
@@ -141,10 +152,12 @@ def convert(
 def lowered_tensors(
     proto: onnx.ModelProto, precision: str, float32_operators: Collection[str] = ()
 ) -> set[str]:
-    """The tensors of a float32 graph that `convert` would make in the lower precision, by their names."""
+    """The tensors of a float32 graph that `convert` would make in the lower precision, or cast to it."""
     lowered, _ = convert(proto, precision, None, float32_operators)
     kind = LOW[precision]
-    return {info.name for info in lowered.graph.value_info if info.type.tensor_type.elem_type == kind}
+    names = {info.name for info in lowered.graph.value_info if info.type.tensor_type.elem_type == kind}
+    casts = (node for node in lowered.graph.node if node.op_type == "Cast" and node.output[0] in names)
+    return names | {node.input[0] for node in casts}
 
 
 def overflowing(
@@ -173,12 +186,12 @@ def activation_maxima(
 ) -> dict[str, float]:
     """The largest magnitude of float32 tensors that nodes make, over all batches.
 
-    Those that cannot be larger than what they are made from are left out.
+    Those that cannot be larger than others of them are left out.
     """
     model = normalized(proto)
     graph = model.graph
     wanted = set(tensors)
-    nodes = [node for node in graph if node.op_type not in (*_EXACT, *_SMALL)]
+    nodes = [node for node in graph if _may_enlarge(node, wanted)]
     watched = [v for node in nodes for v in node.outputs if v.dtype == FLOAT and v.name in wanted]
     if not watched:
         return {}
@@ -194,6 +207,20 @@ def activation_maxima(
         values = np.array([float(value) for value in session.run(None, {name: batch})])
         maxima = np.maximum(maxima, np.where(np.isnan(values), np.inf, values))
     return {value.name: float(most) for value, most in zip(watched, maxima, strict=True) if value.name}
+
+
+def _may_enlarge(node: ir.Node, measured: Collection[str]) -> bool:
+    """Whether what a node makes may be larger than those of `measured` that it reads, or what it reads is not
+    of these."""
+    if node.op_type not in (*_EXACT, *_SMALL):
+        return True
+    if node.op_type == "Cast" and node.inputs[0] is not None and node.inputs[0].dtype != FLOAT:
+        return True
+    return any(
+        _unholdable(value, ir.DataType.FLOAT16) if _is_constant(value) else value.name not in measured
+        for value in node.inputs
+        if value is not None and value.dtype == FLOAT
+    )
 
 
 def emulated(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -241,8 +268,10 @@ def _stays_float32(graph: ir.Graph, low: ir.DataType, overflow: set[str]) -> set
         if (
             node.op_type in _FLOAT32
             or _has_graphs(node)
+            or any(value.name and not isinstance(value.type, ir.TensorType) for value in values)  # sequences
             or any(value.name in overflow for value in values)
             or any(_unholdable(value, low) for value in node.inputs if value is not None)
+            or (node.op_type == "ConstantOfShape" and _beyond(_fill(node), low))
         ):
             stays.add(node)
         if node.op_type in _DECIDE:
@@ -280,9 +309,14 @@ def _has_graphs(node: ir.Node) -> bool:
 
 def _unholdable(value: ir.Value, low: ir.DataType) -> bool:
     """A float32 constant too large for the type; or a number alone that would lose its digits or vanish."""
-    if value.dtype != FLOAT or not value.is_initializer() or value.const_value is None:
+    if value.dtype != FLOAT or not _is_constant(value):
         return False
-    numbers = np.abs(value.const_value.numpy())
+    assert value.const_value is not None
+    return _beyond(value.const_value.numpy(), low)
+
+
+def _beyond(numbers: np.ndarray, low: ir.DataType) -> bool:
+    numbers = np.abs(numbers)
     finite = numbers[np.isfinite(numbers)]
     limits = ml_dtypes.finfo(_NUMPY[low])
     if finite.size and finite.max() > float(limits.max):
@@ -325,7 +359,10 @@ class _Signature:
             places = [formals[min(i, len(formals) - 1)] for i in range(count)]
             return tuple(allowed.get(f.type_str, frozenset((f.type_str,))) for f in places)
 
-        return cls(types(schema.inputs, len(node.inputs)), types(schema.outputs, len(node.outputs)))
+        results = types(schema.outputs, len(node.outputs))
+        if node.op_type == "LayerNormalization":  # mean and deviation are of its stash_type
+            results = results[:1] + (frozenset(("tensor(float)",)),) * len(results[1:])
+        return cls(types(schema.inputs, len(node.inputs)), results)
 
 
 def _convert_node(
@@ -360,9 +397,8 @@ def _convert_attributes(node: ir.Node, low: ir.DataType) -> None:
     for name in ("to", "dtype"):
         if name in node.attributes and node.attributes[name].value == FLOAT:
             node.attributes[name] = ir.AttrInt64(name, low)
-    if node.op_type == "ConstantOfShape":  # without a value: zeros in float32
-        fill = node.attributes["value"].as_tensor().numpy() if "value" in node.attributes else np.zeros(1)
-        node.attributes["value"] = ir.AttrTensor("value", ir.tensor(fill.astype(_NUMPY[low])))
+    if node.op_type == "ConstantOfShape":
+        node.attributes["value"] = ir.AttrTensor("value", ir.tensor(_fill(node).astype(_NUMPY[low])))
 
 
 class _Names:
@@ -402,7 +438,8 @@ class _Caster:
 
     def _make(self, value: ir.Value, kind: ir.DataType) -> ir.Value:
         name = self.names.fresh(f"{value.name}/{kind.name.lower()}")
-        if value.is_initializer() and value.const_value is not None:
+        if _is_constant(value):
+            assert value.const_value is not None
             copy = ir.Value(name=name)
             _set_constant(copy, ir.tensor(_rounded(value.const_value.numpy(), kind), name=name))
             self.graph.register_initializer(copy)
@@ -426,6 +463,7 @@ def _restore_outputs(graph: ir.Graph, caster: _Caster) -> None:
         name = output.name
         new = caster.cast(output, FLOAT)
         if new.is_graph_output():  # the same value twice
+            graph.outputs[i] = new
             continue
         output.name = caster.names.fresh(f"{name}/{output.dtype.name.lower()}")
         new.name = name
@@ -436,7 +474,7 @@ def _restore_outputs(graph: ir.Graph, caster: _Caster) -> None:
 def _drop_unread_constants(graph: ir.Graph) -> None:
     """Those whose every reader has a copy in the other type now."""
     for name, value in list(graph.initializers.items()):
-        if not value.uses() and not value.is_graph_output():
+        if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
             del graph.initializers[name]
 
 
@@ -446,6 +484,8 @@ def _drop_unread_constants(graph: ir.Graph) -> None:
 def _name_types(graph: ir.Graph) -> None:
     """Types that inference left open: an unknown operator makes what it is given."""
     for node in graph:
+        if node.domain in ("", "ai.onnx"):  # a sequence, which has none
+            continue
         for output in node.outputs:
             if output.dtype is None and node.inputs and node.inputs[0] is not None and node.inputs[0].dtype:
                 output.dtype = node.inputs[0].dtype
@@ -459,6 +499,16 @@ def _set_constant(value: ir.Value, tensor: Any) -> None:
     value.const_value = tensor
     value.dtype = tensor.dtype
     value.shape = tensor.shape
+
+
+def _is_constant(value: ir.Value) -> bool:
+    """Not so an initializer that is an input too: a user may give another."""
+    return value.is_initializer() and value.const_value is not None and not value.is_graph_input()
+
+
+def _fill(node: ir.Node) -> np.ndarray:
+    """What a ConstantOfShape fills with: without a value, zeros in float32."""
+    return node.attributes["value"].as_tensor().numpy() if "value" in node.attributes else np.zeros(1)
 
 
 def _value_type(node: ir.Node) -> ir.DataType | None:

@@ -467,3 +467,119 @@ def test_any_graph_stays_valid_and_near(proto, precision, seed):
         assert a.shape == e.shape
         assert a.dtype == np.float32
         assert np.isfinite(a).all() == np.isfinite(e).all()
+
+
+def test_what_a_cast_would_overflow_is_measured_too():
+    """The variance of a norm in pieces is made in float32 and read in float16."""
+    nodes = [
+        node("MatMul", ["x", "w"], ["m"]),
+        node("Pow", ["m", "two"], ["squares"]),
+        node("Reshape", ["squares", "shape"], ["moved"]),
+        node("Sqrt", ["moved"], ["root"]),
+        node("Div", ["m", "root"], ["y"]),
+    ]
+    constants = [const("w", 600 * np.eye(8)), const("two", 2), ints("shape", 2, 8)]
+    proto = model(nodes, [value("x", [2, 8])], [value("y", [2, 8])], constants)
+    x = random(2, 8)
+    overflow = overflowing(proto, [x], lowered_tensors(proto, "fp16"))
+    assert set(overflow) == {"moved"}
+    converted, _ = checked(proto, overflow=overflow)
+    np.testing.assert_allclose(run(emulated(converted), x)[0], run(proto, x)[0], rtol=2e-3)
+
+
+def test_whole_numbers_that_become_floats_are_measured():
+    large = numpy_helper.from_array(np.full((2, 8), 100_000, np.int32), "large")
+    nodes = [node("Cast", ["large"], ["floats"], to=TensorProto.FLOAT), node("Div", ["floats", "x"], ["y"])]
+    proto = model(nodes, [value("x", [2, 8])], [value("y", [2, 8])], [large])
+    found = overflowing(proto, [np.full((2, 8), 1e3, np.float32)], lowered_tensors(proto, "fp16"))
+    assert found == {"floats": 100_000}
+
+
+def test_older_operators_keep_their_meaning_in_bfloat16():
+    nodes = [
+        node("MatMul", ["x", "w"], ["m"]),
+        node("Softmax", ["m"], ["s"], axis=-1),
+        node("ReduceMean", ["s"], ["mean"], axes=[1]),  # an input since opset 18
+        node("Add", ["m", "mean"], ["y"]),
+    ]
+    opset = [helper.make_opsetid("", 13)]
+    outputs = [value("y", [2, 8])]
+    proto = model(nodes, [value("x", [2, 8])], outputs, [const("w", random(8, 8))], opset_imports=opset)
+    converted, _ = checked(proto, "bf16")
+    assert converted.opset_import[0].version == 13
+    x = random(2, 8, seed=1)
+    np.testing.assert_allclose(run(emulated(converted), x)[0], run(proto, x)[0], atol=0.02)
+
+
+def test_an_initializer_that_is_an_input_may_still_be_given():
+    proto = model(
+        [node("MatMul", ["x", "w"], ["y"])],
+        [value("x", [2, 8]), value("w", [8, 8])],
+        [value("y", [2, 8])],
+        [const("w", random(8, 8))],
+    )
+    converted, _ = checked(proto)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(converted.SerializeToString(), options)
+    x, other = random(2, 8), random(8, 8, seed=3)
+    np.testing.assert_allclose(session.run(None, {"x": x, "w": other})[0], x @ other, atol=0.01)
+    np.testing.assert_allclose(session.run(None, {"x": x})[0], run(proto, x)[0], atol=0.01)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [
+            node("SplitToSequence", ["m", "one"], ["parts"], axis=1),
+            node("ConcatFromSequence", ["parts"], ["y"], axis=1),
+        ],
+        [
+            node("SequenceConstruct", ["x", "m"], ["parts"]),
+            node("SequenceAt", ["parts", "one"], ["part"]),
+            node("Relu", ["part"], ["y"]),
+        ],
+        [node("HannWindow", ["eight"], ["window"]), node("Mul", ["m", "window"], ["y"])],
+        [
+            node("EyeLike", ["whole"], ["eye"], dtype=TensorProto.FLOAT),
+            node("Add", ["m", "eye"], ["y"]),
+        ],
+        [
+            node("Shape", ["m"], ["shape"]),
+            node("ConstantOfShape", ["shape"], ["fill"], value=const("", [-1e6])),
+            node("Max", ["m", "fill"], ["y"]),
+        ],
+        [
+            node("LayerNormalization", ["m", "gain"], ["n", "mean", "deviation"]),
+            node("Add", ["n", "mean"], ["y"]),
+        ],
+        [
+            node("Cast", ["m"], ["half"], to=TensorProto.FLOAT16),
+            node("ReduceMean", ["half"], ["mean"]),
+            node("Add", ["half", "mean"], ["sum"]),
+            node("Cast", ["sum"], ["y"], to=TensorProto.FLOAT),
+        ],
+    ],
+    ids=["split", "sequence", "window", "eye", "fill", "statistics", "half"],
+)
+def test_operators_with_a_type_of_their_own(nodes, precision):
+    constants = [
+        *(const("w", random(8, 8)), const("gain", np.ones(8))),
+        numpy_helper.from_array(np.array(1, np.int64), "one"),
+        numpy_helper.from_array(np.array(8, np.int64), "eight"),
+        numpy_helper.from_array(np.zeros((2, 8), np.int32), "whole"),
+    ]
+    nodes = [node("MatMul", ["x", "w"], ["m"]), *nodes]
+    proto = model(nodes, [value("x", [2, 8])], [value("y", [2, 8])], constants)
+    converted, _ = checked(proto, precision)
+    x = random(2, 8, seed=1)
+    np.testing.assert_allclose(run(emulated(converted), x)[0], run(proto, x)[0], atol=0.03)
+
+
+def test_an_output_listed_twice_is_float32_in_both_places():
+    nodes = [node("MatMul", ["x", "w"], ["y"])]
+    outputs = [value("y", [2, 8]), value("y", [2, 8])]
+    proto = model(nodes, [value("x", [2, 8])], outputs, [const("w", random(8, 8))])
+    converted, _ = convert(proto, "fp16")
+    assert [(v.name, v.type.tensor_type.elem_type) for v in converted.graph.output] == [("y", 1)] * 2
