@@ -1,5 +1,6 @@
 """Which target, precision and operators can be written here, and what is said of those that cannot."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from meta_deploy.export import targets
 from meta_deploy.export.operators import TRANSLATIONS
 from meta_deploy.export.passes import COSTS, PIPELINES
 from meta_deploy.export.targets import PRECISIONS, TARGETS, choose_operators, choose_target
+from meta_deploy.runtime.backends.tensorrt_library import MODULES
 
 
 @pytest.fixture
@@ -98,3 +100,13 @@ def test_a_target_names_only_what_there_is():
         assert target.pipeline in COSTS
         assert set(target.operators) <= set(TRANSLATIONS)
         assert set(target.float32_operators) <= set(target.precisions) <= set(PRECISIONS)
+
+
+def test_a_broken_tensorrt_is_one_that_is_not_there(tmp_path, monkeypatch):
+    for module in MODULES.values():
+        (tmp_path / f"{module}.py").write_text("raise RuntimeError('driver too old')")
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(BackendError, match="driver too old"):
+        choose_target("tensorrt-rtx", "fp32")
+    assert choose_target("auto", "fp32")[0] == "onnxruntime"

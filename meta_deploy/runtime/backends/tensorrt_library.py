@@ -74,7 +74,7 @@ def load(target: str) -> Any:
     """Import the library of a target, tensorrt or tensorrt-rtx. Raises BackendError where it is not."""
     try:
         return importlib.import_module(MODULES[target])
-    except (ImportError, OSError) as error:  # OSError: a native library of its is missing
+    except Exception as error:  # a broken installation raises anything; OSError: a native library is missing
         reason = " ".join(str(error).split())
         raise BackendError(
             f"{TITLES[target]} cannot be imported ({reason}); pip install {target}, or use --backend "
