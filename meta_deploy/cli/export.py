@@ -164,6 +164,8 @@ def document(bundle: Bundle) -> dict[str, object]:
 
 def summary(bundle: Bundle, seconds: float) -> str:
     """What the command prints at its end: passes, verification, bundle."""
+    from meta_deploy.runtime.backends import ENGINE_PRECISIONS
+
     manifest = bundle.manifest
     lines = []
     if manifest["passes"]:
@@ -176,7 +178,8 @@ def summary(bundle: Bundle, seconds: float) -> str:
     size = sum(entry["bytes"] for entry in manifest["files"].values()) / 1e6
     memory = f", peak memory {manifest['peak_rss_mb'] / 1e3:.1f} GB" if manifest["peak_rss_mb"] else ""
     lines.append(f"{bundle.path}: {size:.1f} MB, {manifest['precision']}, in {seconds:.0f} s{memory}")
-    lines.append(f"next: meta-infer IMAGE --model {bundle.path}")
+    where = ", where a GPU is" if bundle.precision in ENGINE_PRECISIONS else ""
+    lines.append(f"next{where}: meta-infer IMAGE --model {bundle.path}")
     return "\n".join(lines)
 
 
@@ -209,9 +212,8 @@ def pass_row(row: dict) -> str:
 
 def conversion_line(precision: str, conversion: dict) -> str:
     """What a lower precision left in float32, in one line."""
-    line = (
-        f"{conversion['nodes'] - conversion['float32_nodes']} of {conversion['nodes']} nodes in {precision}"
-    )
+    low, nodes = conversion["nodes"] - conversion["float32_nodes"], conversion["nodes"]
+    line = f"{low} of the {nodes} nodes that compute with floats in {precision}"
     if not conversion["overflow"]:
         return line
     names = list(conversion["overflow"])
@@ -228,7 +230,7 @@ def engine_line(engine: dict) -> str:
     return (
         f"{line}{engine['layers']} layers, {engine['fused_attention']} of {engine['attention']} attentions "
         f"fused, {engine['activation_mb']:.0f} MB activations, {engine['weights_mb']:.0f} MB weights; "
-        "its graph is what was compared, it has not run itself"
+        "it has not run here"
     )
 
 
@@ -239,7 +241,8 @@ def verdict(verification: dict | None) -> str:
     parts = []
     for name, stage in verification["stages"].items():
         if "rms_relative_error" in stage.get("tolerance", ()):
-            parts.append(f"{name} within {stage['rms_relative_error']:.1e} (rms)")
+            rms, most = stage["rms_relative_error"], stage["max_relative_error"]
+            parts.append(f"{name} within {rms:.1e} (rms; {most:.1e} at most)")
         elif "max_relative_error" in stage:
             parts.append(f"{name} within {stage['max_relative_error']:.1e}")
         elif stage.get("compared", 1) == 0:

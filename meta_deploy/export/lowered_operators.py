@@ -52,13 +52,9 @@ def nms(boxes, scores, iou_threshold, score_threshold, max_output):
     both = op.Mul(overlap(0, 2), overlap(1, 3))
     either = op.Sub(op.Add(area(columns), area(rows)), both)
     iou = op.Div(both, op.Max(either, op.Constant(value_float=1e-6)))
-    place = np.arange(most, dtype=np.int32)
-    better = op.Less(_constant(place[None, :]), _constant(place[:, None]))  # column j over row i
-    suppresses = op.And(op.Greater(iou, op.Constant(value_float=float(iou_threshold))), better)
-    suppresses = op.Cast(suppresses, to=onnx.TensorProto.FLOAT)
-    wanted = op.Cast(
-        op.Greater(best, op.Constant(value_float=float(score_threshold))), to=onnx.TensorProto.FLOAT
-    )
+    overlaps = _float(op.Greater(iou, op.Constant(value_float=float(iou_threshold))))
+    suppresses = op.Trilu(overlaps, op.Constant(value_int=-1), upper=0)  # row i by the better column j < i
+    wanted = _float(op.Greater(best, op.Constant(value_float=float(score_threshold))))
     wanted = op.Unsqueeze(wanted, _ints(2))
     kept = wanted
     for _ in range(min(most - 1, ROUNDS)):
@@ -69,7 +65,7 @@ def nms(boxes, scores, iou_threshold, score_threshold, max_output):
     if most > max_output:
         rank = op.CumSum(kept, op.Constant(value_int=1))
         within = op.LessOrEqual(rank, op.Constant(value_float=float(max_output)))
-        kept = op.Mul(kept, op.Cast(within, to=onnx.TensorProto.FLOAT))
+        kept = op.Mul(kept, _float(within))
     # Back to the places that the boxes came from.
     none = op.Expand(zero, op.Shape(scores))
     return op.Cast(op.ScatterElements(none, order, kept, axis=1), to=onnx.TensorProto.BOOL)

@@ -121,8 +121,8 @@ def export(
     images = verification_images(calib_images) if check or measured or calib_images is not None else []
     folder = Path(out) if out is not None else Path(f"{Path(checkpoint).stem}-{chosen}-{precision}")
     check_out_dir(folder)
-    if input_size:
-        input_spec(input_size, batch, dynamic_batch, dynamic_size)  # refused now rather than after loading
+    # Refused now rather than after loading.
+    input_spec(input_size or (DIVISOR, DIVISOR), batch, dynamic_batch, dynamic_size)
 
     with progress.stage("load"):
         loaded = load_model(checkpoint, model, allow_partial=allow_partial, log=progress.note)
@@ -131,7 +131,10 @@ def export(
     progress.note(f"{loaded.config.name}, {_parameters(loaded):,} parameters, {describe(spec)}")
     progress.note(f"target {chosen} ({reason}), {precision}")
     if chosen_passes and not (spec.static_batch and spec.static_size):
-        progress.note("passes that need shapes known in advance leave a dynamic graph as it is")
+        progress.note(
+            "most passes need shapes known in advance and leave a dynamic graph as it is; "
+            "where one --batch and --input-size will do, they give a leaner and faster one"
+        )
     with progress.stage("export"):
         literal = export_onnx(loaded.model, spec, form)
     nodes_before = sum(node.op_type != "Constant" for node in literal.graph.node)
@@ -152,6 +155,7 @@ def export(
             verification = verify(
                 loaded.model, checked, images, spec, preprocess, precision, progress=progress.count
             )
+            verification["emulated"] = checked is not graph  # in float32, rounded after each operator
     shipped = drop_outputs(graph, output_names(loaded.config))
     del graph
     files, section = {"model.onnx": serialize(shipped)}, None
@@ -275,10 +279,12 @@ def choose_passes(passes: str, pipeline_name: str) -> list[str]:
     if passes == "all":
         return list(pipeline)
     names = [] if passes == "none" else [name.strip() for name in passes.split(",")]
+    if pipeline_name == "tensorrt":
+        names.append("clean-up")  # without which TensorRT's parser does not take what PyTorch exports
     if unknown := [name for name in names if name not in pipeline]:
         raise InputError(
             f"'{unknown[0]}' is not a graph pass of {pipeline_name}; "
-            f"choose all, none, or some of {', '.join(pipeline)}"
+            f"choose all, none, or some of {', '.join(dict.fromkeys(pipeline))}"
         )
     return [name for name in pipeline if name in names]
 

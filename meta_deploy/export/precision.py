@@ -174,7 +174,7 @@ def overflowing(
         tensors: those to look at, as `lowered_tensors` names them.
 
     Returns:
-        Tensor -> its largest magnitude over all batches, infinite where it was not a number.
+        Tensor -> its largest magnitude over all batches, infinite where it was none.
     """
     largest = float(np.finfo(np.float16).max) / headroom
     maxima = activation_maxima(proto, batches, tensors)

@@ -58,10 +58,14 @@ def choose_target(target: str, precision: str) -> tuple[str, str]:
     written = TARGETS[chosen].precisions
     if precision not in written:
         others = [name for name in TARGETS if precision in TARGETS[name].precisions]
-        instead = f"--target {others[0]}" if others else f"--{written[-1]}"
+        instead = f"--target {others[-1]}" if others else f"--{written[-1]}"
         raise InputError(f"precision {precision} is not written for {chosen}; use {instead}")
     if chosen in MODULES:
-        load(chosen)
+        try:
+            load(chosen)
+        except BackendError as error:
+            elsewhere = "" if chosen == "tensorrt-rtx" else "; --target tensorrt-rtx needs no GPU"
+            raise InputError(f"{error}{elsewhere}") from error
     return chosen, reason
 
 

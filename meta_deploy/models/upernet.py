@@ -55,8 +55,12 @@ class UPerHead(nn.Module):
         h, w = x.shape[-2:]
         pooled = [x]
         for bins, branch in zip(self.pool_scales, self.psp_modules, strict=True):
-            rows, columns = pooling_weights(h, bins, x), pooling_weights(w, bins, x)
-            small = branch(rows @ x @ columns.transpose(0, 1))  # (B, channels, bins, bins)
+            if bins == 1:  # a product with a row of ones, which TensorRT-RTX 1.7 cannot fold
+                small = x.mean(dim=(2, 3), keepdim=True)
+            else:
+                rows, columns = pooling_weights(h, bins, x), pooling_weights(w, bins, x)
+                small = rows @ x @ columns.transpose(0, 1)
+            small = branch(small)  # (B, channels, bins, bins)
             pooled.append(F.interpolate(small, size=(h, w), mode="bilinear", align_corners=False))
         return self.bottleneck(torch.cat(pooled, dim=1))
 

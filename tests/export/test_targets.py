@@ -64,7 +64,7 @@ def test_a_library_that_is_not_here_is_told_at_once(machine, target):
 @pytest.mark.parametrize(
     ("target", "precision", "remedy"),
     [
-        ("onnxruntime", "bf16", "use --target tensorrt"),
+        ("onnxruntime", "bf16", "use --target tensorrt-rtx"),
         ("onnxruntime", "int8", "use --fp16"),
         ("tensorrt-rtx", "fp8", "use --bf16"),
     ],

@@ -5,6 +5,7 @@ The graphs have random weights: what is built, and out of what, hangs on shapes 
 
 import functools
 import platform
+from dataclasses import replace
 
 import onnx
 import pytest
@@ -35,6 +36,8 @@ ACTIVATION_MB = {"meta-t-mask-rcnn": 70, "meta-t-upernet": 126}
 def graph(name, dynamic=False):
     """The float32 graph as meta-export would ship it, and the input's dimensions."""
     config = get_config(name)
+    if dynamic:  # tracing symbolic shapes takes minutes for all twelve blocks, which are alike
+        config = replace(config, backbone=replace(config.backbone, depth=4))
     size = config.input_size
     spec = input_spec(size, 1, (1, 2, 4) if dynamic else None, dynamic)
     literal = export_onnx(build_model(config).eval(), spec, "lowered")
@@ -64,5 +67,6 @@ def test_a_model_builds_whole_and_its_attention_is_fused(name, precision):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_model_builds_for_any_batch_and_size(name):
-    section, _ = engine(name, "fp16", dynamic=True)
+    section, attention = engine(name, "fp16", dynamic=True)
     assert section["layers"] > 100
+    assert section["fused_attention"] == attention

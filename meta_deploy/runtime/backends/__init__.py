@@ -14,6 +14,7 @@ from meta_deploy.runtime.bundle import Bundle
 from meta_deploy.runtime.manifest import ENGINE_TARGETS
 
 BACKENDS = ("auto", "onnxruntime", "cuda", "tensorrt")
+ENGINE_PRECISIONS = ("bf16",)  # that ONNX Runtime's CPU cannot run
 
 
 class Backend(ABC):
@@ -69,9 +70,19 @@ def open_backend(bundle: Bundle, name: str = "auto", threads: int | None = None)
         else:
             backend.note = note
             return backend
+    if bundle.precision in ENGINE_PRECISIONS:
+        raise BackendError(_engine_alone(bundle, f"which cannot be opened here: {note}"))
     backend = _open(bundle, "onnxruntime", threads)
-    backend.note = note
+    slow = ", where a bundle made for onnxruntime is several times faster" if best else ""
+    backend.note = note + slow
     return backend
+
+
+def _engine_alone(bundle: Bundle, why: str) -> str:
+    return (
+        f"bundle '{bundle.path}' is {bundle.precision}, for which ONNX Runtime has no kernels on a CPU: it "
+        f"runs on its engine alone, {why}; export with --fp16 or --fp32 for a CPU"
+    )
 
 
 def _open(bundle: Bundle, name: str, threads: int | None) -> Backend:
@@ -79,6 +90,8 @@ def _open(bundle: Bundle, name: str, threads: int | None) -> Backend:
         from meta_deploy.runtime.backends.tensorrt import TensorRTBackend
 
         return TensorRTBackend(bundle)
+    if name == "onnxruntime" and bundle.precision in ENGINE_PRECISIONS:
+        raise BackendError(_engine_alone(bundle, "on a GPU with --backend tensorrt"))
     from meta_deploy.runtime.backends.onnxruntime import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(bundle, name, threads)

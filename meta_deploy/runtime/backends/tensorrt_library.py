@@ -77,8 +77,7 @@ def load(target: str) -> Any:
     except Exception as error:  # a broken installation raises anything; OSError: a native library is missing
         reason = " ".join(str(error).split())
         raise BackendError(
-            f"{TITLES[target]} cannot be imported ({reason}); pip install {target}, or use --backend "
-            "onnxruntime"
+            f"{TITLES[target]} cannot be imported ({reason}); pip install {target}, or use onnxruntime"
         ) from error
 
 
