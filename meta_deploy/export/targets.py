@@ -65,7 +65,7 @@ def choose_target(target: str, precision: str) -> tuple[str, str]:
             load(chosen)
         except BackendError as error:
             elsewhere = "" if chosen == "tensorrt-rtx" else "; --target tensorrt-rtx needs no GPU"
-            raise InputError(f"{error}{elsewhere}") from error
+            raise BackendError(f"{error}{elsewhere}") from error
     return chosen, reason
 
 
