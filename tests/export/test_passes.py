@@ -60,7 +60,13 @@ KINDS = {
     "detector, windows": {"kind": "detector", "window": 5},
     "detector, every norm its own": {"kind": "detector", "shared_norm": False},
     "detector, any batch": {"kind": "detector", "dynamic_batch": (1, 2, 4)},
-    "detector, any size": {"kind": "detector", "dynamic_size": True, "window": 5, "stripe_width": 4},
+    "detector, any size": {
+        "kind": "detector",
+        "size": (128, 64),  # as in test_onnx_export.py: traced once
+        "dynamic_size": True,
+        "window": 5,
+        "stripe_width": 4,
+    },
     "segmenter": {"kind": "segmenter"},
     "segmenter, windows": {"kind": "segmenter", "window": 4},
     "segmenter, every norm its own": {"kind": "segmenter", "shared_norm": False},
