@@ -198,6 +198,8 @@ def activation_maxima(
     graph.outputs[:] = [_magnitude(graph, value, f"maximum_{i}") for i, value in enumerate(watched)]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    options.enable_cpu_mem_arena = False  # a large model's tensors are gigabytes
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED  # in the graph's order: each at once
     session = onnxruntime.InferenceSession(
         ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
@@ -540,7 +542,9 @@ def _magnitude(graph: ir.Graph, value: ir.Value, name: str) -> ir.Value:
     """The largest magnitude of a tensor, 0 of an empty one, as a new node's output of no dimensions."""
     absolute = ir.node("Abs", [value])
     most = ir.node("ReduceMax", [absolute.outputs[0]], {"keepdims": ir.AttrInt64("keepdims", 0)})
-    graph.extend([absolute, most])
+    maker = value.producer()
+    assert maker is not None
+    graph.insert_after(maker, [absolute, most])  # where the tensor is in memory anyway
     output = most.outputs[0]
     output.name, output.dtype, output.shape = name, FLOAT, ir.Shape([])
     return output
