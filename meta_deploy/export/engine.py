@@ -132,8 +132,7 @@ def build_engine(
         InputError: the library is not installed, cannot be used here, or knows no such GPU.
         EngineError: TensorRT refuses the graph; says which node and why.
     """
-    check_gpus(library, compute_capabilities)
-    gpu = _gpu_name(library)
+    gpu = check_gpus(library, compute_capabilities)
     trt = load(library)
     lines: list[str] = []
     errors: list[str] = []
@@ -185,15 +184,18 @@ def gpu_targets(trt: Any) -> dict[str, Any]:
     }
 
 
-def check_gpus(library: str, wanted: Sequence[str]) -> None:
+def check_gpus(library: str, wanted: Sequence[str]) -> str | None:
     """Refuse what cannot be built for, or here, before long work.
+
+    Returns:
+        The GPU that an engine will be bound to, None where there is no such bond.
 
     Raises:
         InputError: an unknown compute capability; any for `tensorrt`, or no GPU, which that needs.
     """
-    _gpu_name(library)
+    gpu = _gpu_name(library)
     if not wanted:
-        return
+        return gpu
     trt = load(library)
     if not hasattr(trt.IBuilderConfig, "set_compute_capability"):
         raise InputError("tensorrt builds for the GPU of this machine alone; --gpu is for tensorrt-rtx")
@@ -204,6 +206,7 @@ def check_gpus(library: str, wanted: Sequence[str]) -> None:
             f"'{unknown[0]}' is no compute capability that TensorRT-RTX builds for; "
             f"choose from {', '.join(names)}"
         )
+    return gpu
 
 
 def _set_gpus(trt: Any, config: Any, wanted: Sequence[str]) -> None:

@@ -214,7 +214,7 @@ def activation_maxima(
 def _may_enlarge(node: ir.Node, measured: Collection[str]) -> bool:
     """Whether what a node makes may be larger than those of `measured` that it reads, or what it reads is not
     of these."""
-    if node.op_type not in (*_EXACT, *_SMALL):
+    if node.op_type not in _EXACT | _SMALL:
         return True
     if node.op_type == "Cast" and node.inputs[0] is not None and node.inputs[0].dtype != FLOAT:
         return True
@@ -239,9 +239,8 @@ def emulated(proto: onnx.ModelProto) -> onnx.ModelProto:
             assert value.const_value is not None
             _set_constant(value, ir.tensor(value.const_value.numpy().astype(np.float32)))
     for node in list(graph):
-        if node.op_type == "ConstantOfShape" and _value_type(node) in _NUMPY:
-            fill = node.attributes["value"].as_tensor().numpy().astype(np.float32)
-            node.attributes["value"] = ir.AttrTensor("value", ir.tensor(fill))
+        if node.op_type == "ConstantOfShape" and node.outputs[0].dtype in _NUMPY:
+            node.attributes["value"] = ir.AttrTensor("value", ir.tensor(_fill(node).astype(np.float32)))
         for output in node.outputs:
             kind = output.dtype
             if kind is None or kind not in _NUMPY:
@@ -328,7 +327,7 @@ def _beyond(numbers: np.ndarray, low: ir.DataType) -> bool:
 
 def _follows_float32(node: ir.Node) -> bool:
     """Whether a node passes numbers on that come in float32."""
-    return node.op_type in (*_EXACT, "Cast") and any(
+    return (node.op_type in _EXACT or node.op_type == "Cast") and any(
         v is not None and v.dtype == FLOAT and not v.is_initializer() for v in node.inputs
     )
 
@@ -511,10 +510,6 @@ def _is_constant(value: ir.Value) -> bool:
 def _fill(node: ir.Node) -> np.ndarray:
     """What a ConstantOfShape fills with: without a value, zeros in float32."""
     return node.attributes["value"].as_tensor().numpy() if "value" in node.attributes else np.zeros(1)
-
-
-def _value_type(node: ir.Node) -> ir.DataType | None:
-    return node.attributes["value"].as_tensor().dtype if "value" in node.attributes else None
 
 
 def _cast_node(value: ir.Value, kind: ir.DataType, name: str) -> ir.Node:

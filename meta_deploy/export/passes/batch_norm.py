@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from meta_deploy.export.passes.graph import constant_value, fresh_names, is_op, sole_consumer, tidy
+from meta_deploy.export.passes.graph import constant_value, is_op, sole_consumer, until_done
 from meta_deploy.export.passes.linear import FLOATS, Linear, by_input, linear_from, linear_of, set_weights
 from meta_deploy.export.passes.scales import by_output, channel_axis, representable, stand_in
 
@@ -27,12 +27,7 @@ def fold_batch_norm(graph: gs.Graph) -> int:
     Returns:
         Nodes of that kind removed.
     """
-    fresh = fresh_names(graph)
-    removed = 0
-    while count := _fold_all(graph, fresh):  # again where a dead node was another reader
-        removed += count
-        tidy(graph)
-    return removed
+    return until_done(graph, _fold_all)
 
 
 @np.errstate(divide="ignore", over="ignore", invalid="ignore")  # what is not finite is declined

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from meta_deploy.export.passes.graph import fresh_names, is_op, producer, sole_consumer, static_shape, tidy
+from meta_deploy.export.passes.graph import is_op, producer, sole_consumer, static_shape, until_done
 
 MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
 Move = tuple[str, list[int], list[int]]  # Transpose or Reshape, its permutation or shape, the shape it gives
@@ -28,17 +28,10 @@ def collapse_chains(graph: gs.Graph) -> int:
     Returns:
         Nodes removed.
     """
-    removed = 0
-    while count := _collapse_all(
-        graph
-    ):  # again where a computed shape was another reader of a tensor between
-        removed += count
-        tidy(graph)
-    return removed
+    return until_done(graph, _collapse_all)  # a computed shape may have been another reader between
 
 
-def _collapse_all(graph: gs.Graph) -> int:
-    fresh = fresh_names(graph)
+def _collapse_all(graph: gs.Graph, fresh: Callable[[str], str]) -> int:
     outputs = {id(output) for output in graph.outputs}
     ends = [node for node in graph.nodes if is_op(node, *MOVES) and _ends_chain(node, outputs)]
     return sum(_collapse(graph, node, fresh) for node in ends)

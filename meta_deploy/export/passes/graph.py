@@ -122,6 +122,19 @@ def detach(graph: gs.Graph, node: gs.Node) -> None:
             stack.extend(makers)
 
 
+def until_done(graph: gs.Graph, once: Callable[[gs.Graph, Callable[[str], str]], int]) -> int:
+    """Run a rewrite, which is given a maker of new names, until it finds nothing; its changes in all.
+
+    Again and again, because what a change leaves dead may have been another reader in the way.
+    """
+    fresh = fresh_names(graph)
+    changes = 0
+    while count := once(graph, fresh):
+        changes += count
+        tidy(graph)
+    return changes
+
+
 def tidy(graph: gs.Graph) -> None:
     """Drop what no output needs and put every node after those that it reads, else in the order as it was.
 

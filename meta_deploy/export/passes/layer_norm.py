@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from meta_deploy.export.passes.graph import constant_value, fresh_names, is_op, producer, tidy
+from meta_deploy.export.passes.graph import constant_value, is_op, producer, until_done
 from meta_deploy.export.passes.linear import has_input
 
 
@@ -72,12 +72,7 @@ def fuse_layer_norm(graph: gs.Graph) -> int:
     """
     if graph.opset < 17:
         return 0
-    fresh = fresh_names(graph)
-    changes = 0
-    while count := _fuse_all(graph, fresh):  # again where a dead node was another reader
-        changes += count
-        tidy(graph)
-    return changes
+    return until_done(graph, _fuse_all)
 
 
 def _fuse_all(graph: gs.Graph, fresh: Callable[[str], str]) -> int:

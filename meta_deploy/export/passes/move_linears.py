@@ -16,12 +16,11 @@ import onnx_graphsurgeon as gs
 from meta_deploy.export.passes.chains import MOVES, Move, add_move, chain_after, chain_before, fewest
 from meta_deploy.export.passes.graph import (
     constant_value,
-    fresh_names,
     is_op,
     producer,
     sole_consumer,
     static_shape,
-    tidy,
+    until_done,
 )
 from meta_deploy.export.passes.linear import Linear, has_input, linear_of
 
@@ -39,15 +38,10 @@ def move_linears(graph: gs.Graph) -> int:
     Returns:
         Products moved.
     """
-    moved = 0
-    while count := _move_all(graph):  # again: one that has moved may have been in the way of the next
-        moved += count
-        tidy(graph)
-    return moved
+    return until_done(graph, _move_all)  # one that has moved may have been in the way of the next
 
 
-def _move_all(graph: gs.Graph) -> int:
-    fresh = fresh_names(graph)
+def _move_all(graph: gs.Graph, fresh: Callable[[str], str]) -> int:
     inside = {id(node) for node in graph.nodes}  # and not in a branch or a loop's body
     changes = 0
     for node in list(graph.nodes):

@@ -22,7 +22,7 @@ from meta_deploy.export.passes.chains import (
     follow,
     replace,
 )
-from meta_deploy.export.passes.graph import fresh_names, is_op, producer, sole_consumer, static_shape, tidy
+from meta_deploy.export.passes.graph import is_op, producer, sole_consumer, static_shape, until_done
 
 BATCH, TOKENS = 0, 2
 MOST_ORDERS = 720  # a tenth of a second
@@ -39,15 +39,10 @@ def order_tokens(graph: gs.Graph) -> int:
     Returns:
         Changes to an attention.
     """
-    changes = 0
-    while count := _reorder_all(graph):  # again: moves behind one attention may be those before the next
-        changes += count
-        tidy(graph)
-    return changes
+    return until_done(graph, _reorder_all)  # moves behind one attention may be those before the next
 
 
-def _reorder_all(graph: gs.Graph) -> int:
-    fresh = fresh_names(graph)
+def _reorder_all(graph: gs.Graph, fresh: Callable[[str], str]) -> int:
     inside = {id(node) for node in graph.nodes}  # and not in a branch or a loop's body
     softmaxes = [node for node in graph.nodes if is_op(node, "Softmax")]
     found = (find_attention(graph, node) for node in softmaxes)

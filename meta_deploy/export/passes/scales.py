@@ -14,12 +14,11 @@ import onnx_graphsurgeon as gs
 from meta_deploy.export.passes.chains import MOVES
 from meta_deploy.export.passes.graph import (
     constant_value,
-    fresh_names,
     is_op,
     producer,
     sole_consumer,
     static_shape,
-    tidy,
+    until_done,
 )
 from meta_deploy.export.passes.linear import (
     FLOATS,
@@ -47,12 +46,7 @@ def fold_scales(graph: gs.Graph) -> int:
     Returns:
         Nodes removed.
     """
-    fresh = fresh_names(graph)
-    removed = 0
-    while count := _fold_all(graph, fresh):  # again where a dead node was another reader
-        removed += count
-        tidy(graph)
-    return removed
+    return until_done(graph, _fold_all)
 
 
 @np.errstate(over="ignore", invalid="ignore")  # what is not finite is declined

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from meta_deploy.export.passes.graph import constant_value, fresh_names, is_op, tidy
+from meta_deploy.export.passes.graph import constant_value, is_op, until_done
 from meta_deploy.export.passes.linear import (
     FLOATS,
     Linear,
@@ -67,12 +67,7 @@ def share_norms(graph: gs.Graph) -> int:
     Returns:
         Norms removed.
     """
-    fresh = fresh_names(graph)
-    removed = 0
-    while count := _share_all(graph, fresh):  # again where a dead node was another reader
-        removed += count
-        tidy(graph)
-    return removed
+    return until_done(graph, _share_all)
 
 
 def _share_all(graph: gs.Graph, fresh: Callable[[str], str]) -> int:
