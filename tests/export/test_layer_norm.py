@@ -152,7 +152,8 @@ class Written:
         return model(nodes, inputs, infos, constants, opset_imports=imports)
 
     def __str__(self):
-        return ", ".join(f"{f.name}={v}" for f in FIELDS if (v := getattr(self, f.name)) != f.default)
+        changed = ((f.name, v) for f in FIELDS if (v := getattr(self, f.name)) != f.default)
+        return ", ".join(f"{name}={sorted(v) if isinstance(v, frozenset) else v}" for name, v in changed)
 
     def n(self, name):
         return self.prefix + name
@@ -349,24 +350,24 @@ def test_the_mean_minus_x_is_the_negative_and_declined():
 @pytest.mark.parametrize(
     ("written", "left"),
     [
-        (Written(scale="input"), {"Mul", "Add"}),
-        (Written(bias="input"), {"Add"}),
-        (Written(scale=(3, 1)), {"Mul", "Add"}),  # not of the normalized axis
-        (Written(scale=(2, 1, 1)), {"Mul", "Add"}),
-        (Written(scale=(4, 1, 1, 8)), {"Mul", "Add"}),  # broadcasts the norm
-        (Written(bias=(3, 8)), {"Add"}),
-        (Written(scale=(1, 1, 1, 8)), {"Mul", "Add"}),
-        (Written(scale=(1, 1, 1, 1)), {"Mul", "Add"}),
-        (Written(reader="normed"), {"Mul", "Add"}),
-        (Written(output="normed"), {"Mul", "Add"}),
-        (Written(reader="scaled"), {"Add"}),
-        (Written(output="scaled"), {"Add"}),
+        (Written(scale="input"), ["Add", "Mul"]),
+        (Written(bias="input"), ["Add"]),
+        (Written(scale=(3, 1)), ["Add", "Mul"]),  # not of the normalized axis
+        (Written(scale=(2, 1, 1)), ["Add", "Mul"]),
+        (Written(scale=(4, 1, 1, 8)), ["Add", "Mul"]),  # broadcasts the norm
+        (Written(bias=(3, 8)), ["Add"]),
+        (Written(scale=(1, 1, 1, 8)), ["Add", "Mul"]),
+        (Written(scale=(1, 1, 1, 1)), ["Add", "Mul"]),
+        (Written(reader="normed"), ["Add", "Mul"]),
+        (Written(output="normed"), ["Add", "Mul"]),
+        (Written(reader="scaled"), ["Add"]),
+        (Written(output="scaled"), ["Add"]),
     ],
     ids=str,
 )
 def test_what_is_no_scale_or_bias_of_the_norm_is_left(written, left):
     after = agree(written, 1)
-    assert {"Mul", "Add"} & set(ops(after)) == left
+    assert sorted({"Mul", "Add"} & set(ops(after))) == left
     assert "ReduceMean" not in ops(after)
 
 
