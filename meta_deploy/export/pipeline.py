@@ -130,10 +130,10 @@ def export(
     preprocess = preprocess_rules(loaded.config, spec)
     progress.note(f"{loaded.config.name}, {_parameters(loaded):,} parameters, {describe(spec)}")
     progress.note(f"target {chosen} ({reason}), {precision}")
-    if chosen_passes and not (spec.static_batch and spec.static_size):
+    if chosen_passes and not spec.static_size:
         progress.note(
-            "most passes need shapes known in advance and leave a dynamic graph as it is; "
-            "where one --batch and --input-size will do, they give a leaner and faster one"
+            "most passes need to know the map's size and leave a graph for any size as it is; "
+            "where one --input-size will do, they give a leaner and faster one"
         )
     with progress.stage("export"):
         literal = export_onnx(loaded.model, spec, form)

@@ -49,7 +49,8 @@ class CrossShapedAttention(nn.Module):
         B, H, W, _ = qkv.shape
         tokens = partition(qkv, stripe)  # (B * stripes, N, 3c)
         stripes, N, heads = tokens.shape[0], tokens.shape[1], self.heads_per_direction
-        q, k, v = tokens.reshape(stripes, N, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        d = qkv.shape[-1] // (3 * heads)
+        q, k, v = tokens.reshape(stripes, N, 3, heads, d).permute(2, 0, 3, 1, 4).unbind(0)
         if divides(H, stripe[0]) and divides(W, stripe[1]):
             out = attention(q, k, v)
         else:

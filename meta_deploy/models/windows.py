@@ -1,17 +1,28 @@
 """Windows of a feature map and back: square ones for the ViT, stripes for the MEA block. Knows no layers."""
 
-from torch import Tensor
+from torch import SymBool, Tensor
 from torch.nn import functional as F
 
 
 def divides(size: int, window: int) -> bool:
-    """Whether `window` divides `size`; False for a size that is only known at run time."""
-    return isinstance(size, int) and size % window == 0
+    """Whether `window` divides `size`; of sizes known at run time only, whether it does so always."""
+    return _always(size % window == 0)
 
 
 def count(size: int, window: int) -> int:
     """Windows that it takes to cover `size`."""
-    return 1 if size is window else (size + window - 1) // window
+    if _always(size == window):
+        return 1
+    return size // window if divides(size, window) else (size + window - 1) // window
+
+
+def _always(condition: bool | SymBool) -> bool:
+    """Whether a condition holds whatever is known at run time only; asking makes no assumption."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # which imports a good deal
+
+    return statically_known_true(condition)
 
 
 def partition(x: Tensor, window: tuple[int, int]) -> Tensor:

@@ -6,6 +6,8 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper
 
+from meta_deploy.export.passes.graph import name_batch
+
 FLOAT = TensorProto.FLOAT
 
 
@@ -14,14 +16,23 @@ def value(name, shape=None, kind=FLOAT):
     return helper.make_tensor_value_info(name, kind, shape)
 
 
-def model(nodes, inputs, outputs=None, initializers=(), infer=True, opset_imports=None, functions=()):
+def model(
+    nodes, inputs, outputs=None, initializers=(), infer=True, opset_imports=None, functions=(), data_prop=True
+):
     """A checked model; `outputs` are names (default: "y") or value infos; shapes are inferred."""
     wanted = [helper.make_empty_tensor_value_info(o) if isinstance(o, str) else o for o in outputs or ["y"]]
     graph = helper.make_graph(list(nodes), "small", list(inputs), wanted, list(initializers))
     opset_imports = opset_imports or [helper.make_opsetid("", 18)]
     proto = helper.make_model(graph, opset_imports=opset_imports, functions=list(functions), ir_version=10)
     if infer:
-        proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+        proto = onnx.shape_inference.infer_shapes(proto, data_prop=data_prop)
+    return proto
+
+
+def any_batch(proto):
+    """A model that was written for a batch of BATCH, now for one of any size, as PyTorch would write it."""
+    proto = onnx.ModelProto.FromString(proto.SerializeToString())
+    name_batch(proto)
     return proto
 
 

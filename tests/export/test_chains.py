@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from meta_deploy.export.passes.chains import MOVES, collapse_chains
-from meta_deploy.export.passes.graph import to_graph, to_proto
-from tests.export.small_graphs import model, run, value
+from meta_deploy.export.passes.graph import BATCH, to_graph, to_proto
+from tests.export.small_graphs import any_batch, model, run, value
 
 node = helper.make_node
 TYPES = {
@@ -122,7 +122,8 @@ class Chain:
         outputs = [helper.make_empty_tensor_value_info(name) for name in outputs]
         for out in outputs:
             out.type.tensor_type.elem_type = TYPES[self.dtype]
-        return model(nodes, inputs, outputs, self.initializers, opset_imports=imports)
+        # With propagation of data ONNX goes through a BATCH of numbers one by one.
+        return model(nodes, inputs, outputs, self.initializers, opset_imports=imports, data_prop=False)
 
     def unharmed(self, sizes=None):
         return unharmed(self.proto(), x=numbers(sizes or self.shape, self.dtype))
@@ -281,10 +282,29 @@ def test_no_elements_stay_where_they_are(allowzero):
     assert moves(chain.unharmed()) == 4
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_an_axis_known_at_run_time_only_is_declined(batch):
-    chain = Chain(("n", 3, 4)).transpose(0, 2, 1).transpose(0, 2, 1).unsqueeze(0).squeeze(0)
-    assert moves(chain.unharmed((batch, 3, 4))) == 4
+@pytest.mark.parametrize("size", [1, 3])
+def test_an_axis_known_at_run_time_only_is_declined(size):
+    chain = Chain((3, "n", 4)).transpose(0, 2, 1).transpose(0, 2, 1).unsqueeze(0).squeeze(0)
+    assert moves(chain.unharmed((3, size, 4))) == 4
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_a_batch_of_any_size_is_an_axis_like_others(batch):
+    chain = Chain((BATCH, 3, 4)).transpose(2, 0, 1).reshape(2, 2 * BATCH, 3).transpose(1, 0, 2)
+    chain.reshape(BATCH * 12).reshape(1, 4 * BATCH, 3).transpose(0, 2, 1)
+    proto = any_batch(chain.proto())
+    after = unharmed(proto, x=numbers((batch, 3, 4)))
+    targets = [numpy_helper.to_array(i).tolist() for i in after.graph.initializer]
+    assert targets
+    assert all(min(target) == -1 for target in targets)
+    assert moves(after) == moves(collapsed(of_batch(chain.proto(), 5))[0])
+
+
+def test_a_batch_cut_across_is_left():
+    """What a Reshape cuts from three axes to a batch hangs on the batch."""
+    chain = Chain((BATCH, 6)).transpose(1, 0).reshape(BATCH, 6).transpose(1, 0).reshape(3, 2 * BATCH)
+    for batch in (1, 2, 3, 4):
+        assert moves(unharmed(any_batch(chain.proto()), x=numbers((batch, 6)))) >= 3
 
 
 def test_shapes_that_are_not_known_are_declined():
@@ -468,9 +488,23 @@ def splits(draw, total):
     return [*shape, total] if total > 1 or draw(st.booleans()) else shape
 
 
+def of_batch(proto, size):
+    """A model that was written for a batch of BATCH, now for one of this size."""
+    for i in proto.graph.initializer:
+        target = numpy_helper.to_array(i)
+        i.CopyFrom(numpy_helper.from_array(np.where(target % BATCH, target, target // BATCH * size), i.name))
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = size
+    del proto.graph.value_info[:]
+    for out in proto.graph.output:
+        out.type.tensor_type.ClearField("shape")
+    return onnx.shape_inference.infer_shapes(proto)
+
+
 @st.composite
-def chains(draw):
+def chains(draw, batch=None):
+    """Random moves; with a batch, that comes first, and no Reshape is told to find a size itself."""
     shape = draw(st.lists(st.sampled_from((1, 1, 2, 2, 3, 4, 6)), max_size=5))
+    shape = [batch, *shape] if batch else shape
     dtype = draw(st.sampled_from(("float32", "float32", *TYPES)))
     opset = draw(st.sampled_from((13, 18, 20)))
     ends = st.sampled_from(("Identity", "Identity", None))
@@ -478,14 +512,21 @@ def chains(draw):
     for _ in range(draw(st.integers(1, 9))):
         op = draw(st.sampled_from(("reshape", "reshape", "transpose", "transpose", *MOVES)))
         ones = [i for i, size in enumerate(shape) if size == 1]
+        if batch and op == "Squeeze" and not ones:
+            op = "Transpose"  # nothing to name
         if op.lower() == "reshape":
-            new = splits(draw, math.prod(shape))
+            new = splits(draw, math.prod(shape) // (batch or 1))
+            if batch:
+                place = draw(st.integers(0, len(new)))
+                new[place:place] = [batch]
+                if place and draw(st.booleans()):
+                    new[place - 1 : place + 1] = [new[place - 1] * batch]
             target = list(new)
             kept = [i for i, (a, b) in enumerate(zip(shape, new, strict=False)) if a == b]
             if kept and draw(st.booleans()):
                 target[draw(st.sampled_from(kept))] = 0
             free = [i for i, size in enumerate(target) if size]
-            if free and draw(st.booleans()):
+            if free and not batch and draw(st.booleans()):
                 target[draw(st.sampled_from(free))] = -1
             chain.reshape(*target, **({"allowzero": 0} if opset > 13 and draw(st.booleans()) else {}))
         elif op.lower() == "transpose":
@@ -496,6 +537,7 @@ def chains(draw):
             new = [shape[p] for p in perm]
         elif op == "Squeeze":
             axes = draw(st.lists(st.sampled_from(ones), unique=True, max_size=3)) if ones else []
+            axes = axes or (ones if batch else [])  # named: the batch is one at times
             chosen = axes or ones
             chain.squeeze(*(a - len(shape) if draw(st.booleans()) else a for a in axes))
             new = [size for i, size in enumerate(shape) if i not in chosen]
@@ -530,6 +572,16 @@ def test_random_chains_move_elements_to_the_same_places(chain):
     if not chain.outputs:
         fits = all(len(part) <= 3 for part in runs(after))
         assert fits or mixes(after)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(chains(BATCH))
+def test_random_chains_are_the_same_for_any_batch(chain):
+    """And in as few moves as if its size were known, a prime that is in no other size."""
+    proto, shape = any_batch(chain.proto()), chain.shape[1:]
+    for batch in (1, 2, 3):
+        after = unharmed(proto, x=numbers((batch, *shape), chain.dtype))
+    assert moves(after) == moves(collapsed(of_batch(chain.proto(), 7))[0])
 
 
 def runs(proto):

@@ -346,6 +346,28 @@ def test_a_transformer_of_any_length_is_unharmed():
     )
 
 
+@pytest.mark.parametrize(("shape", "left"), [(["n", 4, 6], False), (["n", 4, "m"], True), ([2, 4, "m"], True)])
+def test_a_shape_that_is_computed_but_known_is_written(shape, left):
+    """PyTorch's sizes of what is not known in advance; of these, only the batch."""
+    nodes = [
+        node("Shape", ["x"], ["sizes"]),
+        node("Slice", ["sizes", "zero", "one"], ["batch"]),
+        node("Slice", ["sizes", "two", "three"], ["last"]),
+        node("Mul", ["batch", "two"], ["twice"]),
+        node("Concat", ["twice", "two", "last"], ["target"], axis=0),
+        node("Reshape", ["x", "target"], ["y"]),
+    ]
+    numbers = {"zero": [0], "one": [1], "two": [2], "three": [3]}
+    initializers = [constant(name, np.array(value)) for name, value in numbers.items()]
+    twice = "2*n" if shape[0] == "n" else 4
+    proto = model(nodes, [value("x", shape)], [value("y", [twice, 2, shape[2]])], initializers)
+    after = unharmed(proto, x=floats(2, 4, 6))
+    assert ("Shape" in ops(after)) == left
+    for batch in (1, 3) if shape[0] == "n" else ():
+        x = floats(batch, 4, 6)
+        np.testing.assert_array_equal(run(after, x=x)["y"], run(proto, x=x)["y"])
+
+
 # --- random graphs ---
 
 UNARY = ("Relu", "Neg", "Sigmoid", "Tanh", "Identity", "Softmax")

@@ -669,21 +669,58 @@ def test_what_no_output_needs_is_no_reader():
     assert rewritten(proto, FREE)[1] == 1
 
 
-@pytest.mark.parametrize("where", ["batch", "height", "all"])
-def test_without_shapes_it_declines(where):
-    proto = Case().proto()
+def without_size(case, axis):
+    """Its model, with a name for the size of one axis, or without shapes."""
+    proto = case.proto()
     for i in proto.graph.input:
-        dims = i.type.tensor_type.shape.dim
-        if where == "all":
+        if axis is None:
             i.type.tensor_type.ClearField("shape")
         else:
-            dims[0 if where == "batch" else 2].Clear()
-            dims[0 if where == "batch" else 2].dim_param = "n"
+            dim = i.type.tensor_type.shape.dim[axis]
+            dim.Clear()
+            dim.dim_param = "n"
     del proto.graph.value_info[:]
     proto.graph.output[0].type.tensor_type.ClearField("shape")
-    after, changes = rewritten(onnx.shape_inference.infer_shapes(proto), FREE)
+    return onnx.shape_inference.infer_shapes(proto)
+
+
+@pytest.mark.parametrize("axis", [2, 3, None])
+def test_without_shapes_it_declines(axis):
+    proto = without_size(Case(), axis)
+    after, changes = rewritten(proto, FREE)
     assert changes == 0
     same(proto, after, feeds(Case().proto()))
+
+
+@pytest.mark.parametrize("cost", [GPU, FREE, FEW_VALUES, FEW_NODES], ids=str)
+@pytest.mark.parametrize("bias", ["none", "add"])
+@pytest.mark.parametrize("term", [Conv(), Transposed(), Resized(by="scales")])
+def test_a_batch_of_any_size_is_priced_as_one_image(term, bias, cost):
+    case = Case(Sum((Conv(channels=8), term)), 1, bias, shape=(1, 4, 4, 6))
+    proto = case.proto()
+    expected, made = rewritten(proto, cost)
+    for info in (*proto.graph.input, *proto.graph.value_info, *proto.graph.output):
+        info.type.tensor_type.shape.dim[0].dim_param = "n"
+    after, changes = rewritten(proto, cost)
+    assert (changes, ops(after)) == (made, ops(expected))
+    for batch in (1, 3):
+        same(proto, after, feeds(dataclasses.replace(case, shape=(batch, *case.shape[1:])).proto()))
+
+
+def test_sizes_that_hang_on_the_batch_are_left():
+    """As constants they could not be written."""
+    case = Case(Sum((Conv(channels=8), Resized())), 1)
+    assert ops(agree(case.proto(), FREE, 1))["Conv"] == 2
+    proto = case.proto()
+    target = next(n for n in proto.graph.node if n.op_type == "Resize")
+    proto.graph.node.insert(0, node("Shape", ["full"], ["whole"]))
+    proto.graph.input.append(value("full", list(case.shape)))
+    target.input[3] = "whole"
+    for info in (*proto.graph.input, *proto.graph.value_info, *proto.graph.output):
+        info.type.tensor_type.shape.dim[0].dim_param = "n"
+    after, _ = rewritten(proto, FREE)
+    onnx.checker.check_model(after, full_check=True)
+    same(proto, after, feeds(case.proto()) | {"full": np.zeros(case.shape, np.float32)})
 
 
 @pytest.mark.parametrize("op", ["Add", "Conv"])

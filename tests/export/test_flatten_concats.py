@@ -295,7 +295,11 @@ def test_something_between_is_left(between):
     left(("cat", 1, (X, (between, ("cat", axis, (X, X))))), (1, 8))
 
 
-@pytest.mark.parametrize("size", [2, 3, 5])
+def test_a_batch_of_any_size_moves_as_one_of_a_known_size():
+    agree(Tree(("cat", 1, (X, ("move", FIRST, ("cat", 3, (TOKENS, TOKENS))))), (7, 8, 3, 5), 7).proto, 1)
+
+
+@pytest.mark.parametrize("size", [3, 5])
 def test_sizes_that_are_not_known_are_left_where_parts_move(size):
     for moved in ((TOKENS, TOKENS), (X,)):
         left(("cat", 1, (X, ("move", FIRST, ("cat", 3, moved)))), (2, 8, 3, 5), dynamic=size)

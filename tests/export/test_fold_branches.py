@@ -648,13 +648,25 @@ def test_beside_a_branch_that_is_there_twice_others_fold():
 
 
 @pytest.mark.parametrize("branches", [(Branch(),), MIXED])
-@pytest.mark.parametrize("axis", [0, 2])
-def test_a_size_that_is_not_known_is_left(branches, axis):
+def test_a_size_that_is_not_known_is_left(branches):
     proto = Case((Fuse(branches),)).proto()
     for i in proto.graph.input:
-        tokens = i.name == "x0/1"
-        i.type.tensor_type.shape.dim[axis - (tokens and axis == 2)].dim_param = "n"
+        i.type.tensor_type.shape.dim[1 if i.name == "x0/1" else 2].dim_param = "n"
     declined(inferred(proto))
+
+
+@pytest.mark.parametrize("cost", [GPU, FEW_NODES, FEW_MACS], ids=str)
+@pytest.mark.parametrize("branches", [(Branch(),), MIXED])
+def test_a_batch_of_any_size_is_priced_as_one_image(branches, cost):
+    case = Case((Fuse(branches),), batch=1)
+    proto = case.proto()
+    for i in proto.graph.input:
+        i.type.tensor_type.shape.dim[0].dim_param = "n"
+    after, changes = rewritten(inferred(proto), cost)
+    expected, made = rewritten(case.proto(), cost)
+    assert (changes, ops(after)) == (made, ops(expected))
+    for batch in (1, 3):
+        same(proto, after, feeds(dataclasses.replace(case, batch=batch).proto()))
 
 
 @pytest.mark.parametrize("branches", [(Branch(),), MIXED])

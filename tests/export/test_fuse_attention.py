@@ -266,7 +266,6 @@ def test_variants_become_one_operator(attention):
         Attention(n=0),
         Attention(b=0),
         Attention(dtype="float64"),
-        Attention(batch="b"),
         Attention(q_scale=None, scale=("Mul", 0.4, (), False), computed=True),
     ],
     ids=str,
@@ -276,6 +275,11 @@ def test_a_near_miss_is_declined(attention):
         agree(attention, 0, tolerance=1e-12)
     else:
         agree(attention, 0)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_batch_of_any_size_is_fused(batch):
+    agree(Attention(b=batch, batch="b"), 1)
 
 
 @pytest.mark.parametrize("perm", [(0, 2, 1), (1, 2, 0), (0, 1, 2)])

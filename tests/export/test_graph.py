@@ -4,13 +4,16 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import onnxruntime
-from onnx import TensorProto, helper
+import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from meta_deploy.export.passes.graph import (
+    BATCH,
     IR_VERSION,
     constant_value,
     producer,
     sole_consumer,
+    static_shape,
     to_graph,
     to_proto,
 )
@@ -79,7 +82,66 @@ def test_the_written_model_is_one_that_onnx_runtime_accepts():
     assert proto.ir_version == IR_VERSION
     onnx.checker.check_model(proto, full_check=True)
     onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "n"
+
+
+def dims(info):
+    return [dim.dim_param or dim.dim_value for dim in info.type.tensor_type.shape.dim]
+
+
+def test_a_batch_has_a_number_in_a_graph_and_a_name_in_a_model():
+    nodes = [helper.make_node("Neg", ["x"], ["h"]), helper.make_node("Neg", ["h"], ["y"])]
+    named = value("h", ["6*n", "n", "m", "n*m", "2*m", "an", 3])
+    proto = model(nodes, [value("x", ["n", 3])], [value("y", ["2*n"])], infer=False)
+    proto.graph.value_info.append(named)
+    graph = to_graph(proto)
+    assert graph.inputs[0].shape == [BATCH, 3]
+    assert graph.tensors()["h"].shape == [6 * BATCH, BATCH, "m", "n*m", "2*m", "an", 3]
+    again = to_proto(graph)
+    assert dims(again.graph.input[0]) == ["batch", 3]
+    assert dims(again.graph.output[0]) == ["2*batch"]
+    (h,) = (info for info in again.graph.value_info if info.name == "h")
+    assert dims(h) == ["6*batch", "batch", "m", "n*m", "2*m", "an", 3]
+    assert to_graph(again).tensors()["h"].shape == [6 * BATCH, BATCH, "m", "n*m", "2*m", "an", 3]
+
+
+@pytest.mark.parametrize("shape", [["n", "batch"], [2, "n"], ["", "n"], []])
+def test_where_no_batch_is_to_be_named_shapes_stay_as_they_are(shape):
+    proto = model([helper.make_node("Relu", ["x"], ["y"])], [value("x", [s or None for s in shape])])
+    assert dims(to_proto(to_graph(proto)).graph.input[0]) == [s or 0 for s in shape]
+
+
+def test_a_batch_in_a_subgraph_is_the_same():
+    body = helper.make_graph([helper.make_node("Neg", ["x"], ["z"])], "body", [], [value("z", ["2*n"])])
+    nodes = [helper.make_node("If", ["c"], ["y"], then_branch=body, else_branch=body)]
+    inputs = [value("x", ["n"]), value("c", [], TensorProto.BOOL)]
+    graph = to_graph(model(nodes, inputs, infer=False))
+    assert graph.nodes[0].attrs["then_branch"].outputs[0].shape == [2 * BATCH]
+    inner = to_proto(graph).graph.node[0].attribute[0].g
+    assert dims(inner.output[0]) == ["2*batch"]
+
+
+@pytest.mark.parametrize(("target", "written"), [([6 * BATCH, 2], [-1, 2]), ([0, 2, BATCH], [0, 2, -1])])
+def test_a_reshape_to_a_batch_is_one_to_what_is_left(target, written):
+    proto = model([helper.make_node("Neg", ["x"], ["y"])], [value("x", ["n", 4, 3])])
+    graph = to_graph(proto)
+    shape = gs.Constant("shape", np.array(target))
+    graph.nodes.append(gs.Node("Reshape", "r", {}, [graph.inputs[0], shape], [gs.Variable("z", np.float32)]))
+    (constant,) = to_proto(graph).graph.initializer
+    assert numpy_helper.to_array(constant).tolist() == written
+    assert graph.nodes[-1].inputs[1].values.tolist() == target
+
+
+def test_what_is_known_of_a_shape():
+    def shape(*sizes, **options):
+        return static_shape(gs.Variable("x", np.float32, sizes), **options)
+
+    assert shape(2, 3) == [2, 3]
+    assert shape(6 * BATCH, 3) == [6 * BATCH, 3]
+    assert shape(6 * BATCH, 3, batch=2) == [12, 3]
+    assert shape(BATCH, 0, batch=1) == [1, 0]
+    assert shape(BATCH, "n") is None
+    assert shape(BATCH, BATCH, batch=1) is None  # there is one batch axis
+    assert static_shape(gs.Variable("x", np.float32)) is None
 
 
 def test_the_model_read_is_not_changed():

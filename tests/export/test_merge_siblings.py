@@ -477,21 +477,37 @@ def test_a_near_miss_is_left(case, cost):
     agree(case.proto(), cost, 0)
 
 
-@pytest.mark.parametrize("where", ["batch", "tokens", "all"])
-def test_without_shapes_it_declines(where):
-    proto = Case().proto()
+def without_size(proto, axis):
+    """A model with a name for the size of one axis of its input, or without shapes."""
     shape = proto.graph.input[0].type.tensor_type
-    if where == "all":
+    if axis is None:
         shape.ClearField("shape")
     else:
-        shape.shape.dim[where == "tokens"].Clear()
-        shape.shape.dim[where == "tokens"].dim_param = "n"
+        shape.shape.dim[axis].Clear()
+        shape.shape.dim[axis].dim_param = "n"
     del proto.graph.value_info[:]
     for out in proto.graph.output:
         out.type.tensor_type.ClearField("shape")
-    after, changes = merged(onnx.shape_inference.infer_shapes(proto))
+    return onnx.shape_inference.infer_shapes(proto)
+
+
+@pytest.mark.parametrize("axis", [1, None])
+def test_without_shapes_it_declines(axis):
+    proto = without_size(Case().proto(), axis)
+    after, changes = merged(proto)
     assert changes == 0
     same(proto, after, feeds(Case().proto()))
+
+
+@pytest.mark.parametrize("cost", [CPU, GPU, NODES, VALUES], ids=str)
+def test_a_batch_of_any_size_is_priced_as_one_image(cost):
+    proto = Case().proto()
+    values = feeds(proto)
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    expected, made = merged(onnx.shape_inference.infer_shapes(proto), cost)
+    after, changes = merged(without_size(proto, 0), cost)
+    assert (changes, ops(after)) == (made, ops(expected))
+    same(Case().proto(), after, values)
 
 
 def test_somebody_elses_operator_of_that_name_is_left():

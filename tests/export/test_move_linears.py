@@ -502,13 +502,19 @@ def test_it_does_not_go_back_and_forth(start, end, passed, follow):
         Line((Product((TURN,), bias=(4, 1), after=(TURN,)),)),
         Line((Product((TURN,), bias=(1, 1, 1, 1, 6), after=(("Transpose", (0, 1, 3, 2, 4)),)),)),
         Line((Product((("Transpose", (1, 0)),), gemm=True, after=(("Transpose", (1, 0)),)),), (4, 6)),
-        Line((Product((TURN,), 6, (6,), after=(TURN,)),), ("b", 4, 6, 5), (3, 4, 6, 5)),
         Line((Product((TURN,), 6, (6,), after=(TURN,)),), ("a", "b", "c", 5), (3, 4, 6, 5)),
     ],
     ids=str,
 )
 def test_a_near_miss_is_declined(line):
     check(line, 0)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_batch_of_any_size_is_passed(batch):
+    line = Line((Product((TURN,), 6, (6,), after=(TURN,)),), (batch, 4, 6, 5))
+    named = dataclasses.replace(line, shape=("b", *line.shape[1:]), sizes=line.shape)
+    assert ops(check(named, 1)) == ops(check(line, 1))
 
 
 THROUGH = ("Transpose", (1, 0, 2, 3))

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from meta_deploy.export.passes.chains import collapse_chains
+from meta_deploy.export.passes.graph import BATCH
 from meta_deploy.export.passes.order_tokens import order_tokens
-from tests.export.small_graphs import model, value
+from tests.export.small_graphs import any_batch, model, value
 from tests.export.test_attention import Map, Stripes
 from tests.export.test_layer_norm import ops
 from tests.export.test_move_linears import MOVES, PROFILE, agree, moves_of, put_inside, rewritten
@@ -20,9 +21,9 @@ node = helper.make_node
 VERTICAL, HORIZONTAL = Stripes(4, 2), Stripes(2, 6)  # of a map of 4 x 6
 
 
-def check(case, changes=None):
+def check(case, changes=None, proto=None):
     """As `agree`; where something changes there are fewer moves than before."""
-    proto = case.proto()
+    proto = proto or case.proto()
     after = agree(order_tokens, proto, case.feeds(), changes, case.dtype)
     if ops(after) != ops(proto):
         assert sum(op in MOVES for op in ops(after)) < sum(op in MOVES for op in ops(proto))
@@ -139,6 +140,20 @@ def test_tokens_that_go_back_elsewhere_get_where_they_did(back):
 
 def test_tokens_cut_otherwise_behind_are_declined():
     check(Map((Stripes(4, 2, axis=3, back=(2, 4, ((0, 1, 2), (0, 1)))),), 1, 8, 8), 0)
+
+
+def of_any_batch(case):
+    """The model of a case, for any batch."""
+    return any_batch(dataclasses.replace(case, batch=BATCH).proto())
+
+
+@pytest.mark.parametrize("axis", [1, 3])
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_a_batch_of_any_size_is_ordered_as_one_of_a_known_size(axis, heads, batch):
+    case = Map((dataclasses.replace(VERTICAL, heads=heads, axis=axis), VERTICAL), batch)
+    after = check(case, None, of_any_batch(case))
+    assert ops(after) == ops(rewritten(dataclasses.replace(case, batch=5).proto(), order_tokens)[0])
 
 
 TENSORS = [
@@ -322,6 +337,12 @@ def maps(draw, most=2):
 @given(maps())
 def test_random_attentions_give_the_same_outputs(case):
     check(case)
+
+
+@settings(max_examples=30, **PROFILE)
+@given(maps())
+def test_random_attentions_of_any_batch_give_the_same_outputs(case):
+    check(case, None, of_any_batch(case))
 
 
 @settings(max_examples=20, **PROFILE)

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from meta_deploy.export.passes import scales
-from meta_deploy.export.passes.graph import to_graph, to_proto
+from meta_deploy.export.passes.graph import BATCH, to_graph, to_proto
 from meta_deploy.export.passes.scales import MAX_MOVES, MAX_READERS, fold_scales
 from tests.export import test_batch_norm as norms
-from tests.export.small_graphs import model, run, value
+from tests.export.small_graphs import any_batch, model, run, value
 from tests.export.test_batch_norm import PADDED, TYPES, Map, contents_of, ops, same
 
 node = helper.make_node
@@ -474,7 +474,6 @@ def test_it_is_taken_in_every_opset(cut, opset):
         Attention("three", reader="pq"),
         Attention(scales=(("Mul", "kt", 0.5),), reader="k"),
         Attention(scales=(("Mul", "product", 0.5),), reader="product"),
-        Attention("last", batch="n"),
         Attention(scales=(("Mul", "q", 0.5),), shape=(4,)),
         Attention(scales=(("Mul", "q", 0.5),), shape=(2, 1, 1)),
         Attention(scales=(("Mul", "product", 0.5),), shape=(3,)),
@@ -486,6 +485,52 @@ def test_it_is_taken_in_every_opset(cut, opset):
 )
 def test_attention_that_differs_a_little_stays(case):
     agree(case.proto(), 0)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_batch_of_any_size_has_its_scale_taken(cut):
+    proto = any_batch(Attention(cut, batch=BATCH, scales=(("Mul", "q", 0.5), ("Div", "kt", 3.0))).proto())
+    graph = to_graph(proto)
+    assert fold_scales(graph) == 2
+    after = to_proto(graph)
+    assert not {"Mul", "Div"} & set(ops(after))
+    for batch in (1, 2, 3):
+        same(proto, after, {"x": np.random.default_rng(0).standard_normal((batch, 3, 5)).astype(np.float32)})
+
+
+# What is done between a linear map of two channels and its scale, and whether it is so for every batch.
+BETWEEN = [
+    (("Reshape", (2 * BATCH, 2)), ("Slice", (0,), (1,), (1,)), True),  # of channels
+    (("Reshape", (2 * BATCH, 2)), ("Slice", (0,), (1,), (0,)), False),  # of the first image
+    (("Reshape", (2 * BATCH, 2)), ("Slice", (1,), (99,), (0,)), False),
+    (("Reshape", (BATCH, 4)), ("Slice", (0,), (1,), (1,)), True),
+    (("Transpose", (2, 1, 0)), ("Reshape", (4, BATCH)), True),
+    (("Transpose", (2, 0, 1)), ("Reshape", (2, 2 * BATCH)), True),
+    (("Transpose", (2, 0, 1)), ("Reshape", (4, BATCH)), False),  # which cuts the batch
+    (("Transpose", (2, 0, 1)), ("Reshape", (BATCH, 4)), False),
+    (("Transpose", (2, 1, 0)), ("Reshape", (BATCH, 4)), False),
+    (("Pad", (0, 0, 0, 0, 0, 1)), None, True),
+    (("Pad", (0, 0, 0, 1, 0, 0)), None, False),
+]
+
+
+@pytest.mark.parametrize(("first", "second", "alike"), BETWEEN, ids=str)
+def test_images_of_any_batch_are_followed_where_all_are_moved_alike(first, second, alike):
+    parts = Parts()
+    h = parts.linear(Map("MatMul", 5, 2, rank=3, bias="add"), "x", "h")
+    for i, move in enumerate(filter(None, (first, second))):
+        op, *values = move
+        if op == "Transpose":
+            h = parts.add(op, [h], f"m{i}", perm=values[0])
+        else:
+            h = parts.add(op, [h, *(parts.numbers(*each) for each in values)], f"m{i}")
+    parts.add("Mul", [h, parts.constant("c", np.array(0.5))], "y")
+    proto = any_batch(parts.model([value("x", [BATCH, 2, 5])], ["y"], 18))
+    graph = to_graph(proto)
+    assert fold_scales(graph) == alike
+    for batch in (1, 2, 3):
+        x = np.random.default_rng(0).standard_normal((batch, 2, 5)).astype(np.float32)
+        same(proto, to_proto(graph), {"x": x})
 
 
 @pytest.mark.parametrize("reader", ["k", "v", "kt", "hk"])

@@ -20,7 +20,7 @@ from tests.export.small_graphs import model, run, value
 from tests.export.test_attention import Map, Stripes, factor
 from tests.export.test_layer_norm import ops
 from tests.export.test_move_linears import PROFILE, agree, put_inside, rewritten
-from tests.export.test_order_tokens import TENSORS, maps
+from tests.export.test_order_tokens import TENSORS, maps, of_any_batch
 
 node = helper.make_node
 HORIZONTAL, VERTICAL = Stripes(2, 4), Stripes(4, 2)  # of a map of 4 x 4
@@ -137,6 +137,16 @@ def test_another_type_or_a_batch_without_a_number_is_declined(changes):
     check(dataclasses.replace(SQUARE, **changes), 0)
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("collapse", [False, True])
+def test_a_batch_of_any_size_is_stacked(heads, batch, collapse):
+    stripes = tuple(dataclasses.replace(s, heads=heads, axis=3) for s in SQUARE.stripes)
+    case = Map((*stripes, stripes[1]), batch, 4, 4)
+    proto = of_any_batch(case)
+    check(case, 2, rewritten(proto, collapse_chains)[0] if collapse else proto)
+
+
 @pytest.mark.parametrize("tensor", [*TENSORS, "end0"])
 @pytest.mark.parametrize("use", ["reader", "output", "branch"])
 def test_what_others_read_is_still_there(tensor, use):
@@ -213,6 +223,12 @@ def saved(case):
 @given(maps(3))
 def test_random_attentions_are_joined_where_the_rule_says_so(case):
     check(case, saved(case))
+
+
+@settings(max_examples=40, **PROFILE)
+@given(maps(3))
+def test_random_attentions_of_any_batch_are_joined_by_the_same_rule(case):
+    check(case, saved(case), of_any_batch(case))
 
 
 @settings(max_examples=20, **PROFILE)

@@ -269,15 +269,22 @@ def test_operators_of_others_and_nodes_of_branches_are_not_counted():
 
 def test_a_size_known_only_when_running_makes_the_sum_unknown():
     nodes = [node("Transpose", ["x"], ["t"]), node("Relu", ["t"], ["y"])]
-    assert moved(nodes, [value("x", ["batch", 4])]) is None
+    assert moved(nodes, [value("x", [4, "n"])]) is None
     assert moved(nodes, [value("x", [2, 4])]) == 64
     nodes = [node("NonZero", ["x"], ["i"]), node("Transpose", ["i"], ["y"])]
     assert moved(nodes, [value("x", [2, 4])]) is None
 
 
+def test_of_a_batch_one_image_is_counted():
+    nodes = [node("Transpose", ["x"], ["t"]), node("Concat", ["t", "t"], ["c"], axis=0)]
+    assert moved(nodes, [value("x", ["n", 4])], ["c"]) == 4 * (4 + 4 + 4 + 4 + 8)
+    nodes.append(node("Concat", ["x", "d"], ["y"], axis=0))
+    assert moved(nodes, [value("x", ["n", 4]), value("d", [3, 4])]) is None  # n + 3
+
+
 def test_what_is_known_is_counted_beside_what_is_not():
     nodes = [node("Transpose", ["x"], ["y"]), node("Transpose", ["u"], ["v"])]
-    inputs = [value("x", [2, 4]), value("u", ["batch", 4])]
+    inputs = [value("x", [2, 4]), value("u", ["n", 4])]
     assert bytes_known(to_graph(model(nodes, inputs, ["y", "v"]))) == (64, False)
     assert bytes_known(to_graph(model(nodes[:1], inputs[:1]))) == (64, True)
     nodes.append(node("NonZero", ["x"], ["i"]))

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meta_deploy.models.windows import divides, merge, partition
+from meta_deploy.models.windows import count, divides, merge, partition
 
 shapes = st.tuples(*[st.integers(1, 3)] + [st.integers(1, 11)] * 2 + [st.integers(1, 3)])
 windows = st.tuples(st.integers(1, 7), st.integers(1, 7))
@@ -73,19 +73,23 @@ def test_divides(size, window, answer):
     assert divides(size, window) is answer
 
 
-def test_divides_is_false_for_a_size_known_only_at_run_time():
-    sizes = []
+def test_of_a_size_known_only_at_run_time_it_is_told_what_always_divides_it():
+    answers = []
 
     class Probe(torch.nn.Module):
         def forward(self, x):
-            sizes.append((x.shape[1], divides(x.shape[1], 1)))
+            n = 4 * x.shape[1]
+            if not isinstance(n, int):
+                rows = [count(n, window) for window in (1, 4, 8, n)]
+                assert [isinstance(row, int) for row in rows] == [False, False, False, rows[3] == 1]
+                answers.append([divides(n, window) for window in (1, 4, 8, 3, n)])
             return x + 1
 
     dynamic = {"x": {1: torch.export.Dim("n", min=2, max=64)}}
-    torch.export.export(Probe(), (torch.zeros(1, 8),), dynamic_shapes=dynamic, strict=False)
-    symbolic = [answer for size, answer in sizes if not isinstance(size, int)]
-    assert symbolic
-    assert not any(symbolic)
+    program = torch.export.export(Probe(), (torch.zeros(1, 6),), dynamic_shapes=dynamic, strict=False)
+    assert answers
+    assert all(answer == [True, True, False, False, True] for answer in answers)
+    program.module()(torch.zeros(1, 7))  # asking has not narrowed what it takes
 
 
 def test_gradients_of_padding_are_dropped():

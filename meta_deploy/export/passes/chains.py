@@ -1,7 +1,7 @@
 """Chains of Reshape, Transpose, Squeeze, Unsqueeze and Flatten become one Reshape-Transpose-Reshape, or less.
 
 A chain only renames where elements are: it is a factorization of the axes and an order of the factors. Axes
-of length one have no part in that. Static shapes only.
+of length one have no part in that. Sizes must be known, but for the batch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def collapse_chains(graph: gs.Graph) -> int:
     """Replace every chain of moves by the fewest that do the same, where that is fewer.
 
     Pattern: moves in a row, each read by the next alone.
-    Check: all shapes are known, and no axis has length zero.
+    Check: all sizes are known, but for the batch, and none is zero.
 
     Returns:
         Nodes removed.

@@ -5,6 +5,7 @@ clean-ups, then graph-surgeon's folding (which evaluates with ONNX Runtime what 
 takes two seconds; onnxslim 11 s and onnxscript's full optimizer 21 s remove little more.
 """
 
+import numpy as np
 import onnx_graphsurgeon as gs
 import onnx_ir as ir
 import onnxruntime
@@ -16,7 +17,7 @@ from onnx_ir.passes.common import (
 )
 from onnxscript import optimizer
 
-from meta_deploy.export.passes.graph import to_proto
+from meta_deploy.export.passes.graph import fresh_names, import_numbered, is_op, static_shape, to_proto
 
 _DOMAIN = "meta_deploy.pins"
 _RANDOM = (
@@ -41,7 +42,7 @@ def clean_up(graph: gs.Graph) -> int:
         RemoveUnusedNodesPass(),
     ):
         step(model)
-    cleaned = gs.import_onnx(ir.to_proto(model))
+    cleaned = import_numbered(ir.to_proto(model))
     onnxruntime.set_default_logger_severity(3)  # folding runs it on fragments, which it comments on
     # Without what graph-surgeon gets wrong: its casts of sizes lose fractions, its Shape ignores `start` and
     # `end`, and its flat If loses an output that passes an outer tensor on.
@@ -51,11 +52,22 @@ def clean_up(graph: gs.Graph) -> int:
         recurse_subgraphs=False,
         should_exclude_node=lambda node: node.domain == _DOMAIN or node.op in _RANDOM,
     )
+    _write_known_targets(cleaned)
     cleaned.cleanup(remove_unused_graph_inputs=False)
     _unpin(cleaned, outputs)
     cleaned.toposort()
     graph.__dict__.update(cleaned.__dict__)
     return before - len(graph.nodes)
+
+
+def _write_known_targets(graph: gs.Graph) -> None:
+    """Let no Reshape compute a shape that is known, but for the batch: folding needs all of it."""
+    fresh = fresh_names(graph)
+    for node in graph.nodes:
+        if not is_op(node, "Reshape") or not node.outputs or isinstance(node.inputs[1], gs.Constant):
+            continue  # what was folded has no outputs
+        if (shape := static_shape(node.outputs[0])) and 0 not in shape:
+            node.inputs[1] = gs.Constant(fresh(f"{node.outputs[0].name}/shape"), np.array(shape, np.int64))
 
 
 def _pin(graph: gs.Graph) -> None:

@@ -10,7 +10,14 @@ import math
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from meta_deploy.export.passes.graph import constant_value, producer, sole_consumer, static_shape, tidy
+from meta_deploy.export.passes.graph import (
+    constant_value,
+    is_batch,
+    producer,
+    sole_consumer,
+    static_shape,
+    tidy,
+)
 
 # Each output row of these depends on the same row of input 0 alone.
 _ROW_WISE = ("Conv", "ConvTranspose", "Relu", "Sigmoid", "GatherElements")
@@ -68,7 +75,7 @@ def _chooses_rows(gather_elements: gs.Node) -> bool:
 def _same_rows(keep: list | None, flat: list | None, value: list | None) -> bool:
     """Whether row r of `flat` is entry (r // K, r % K) of `value`, which `keep` has an element for.
 
-    B may be a name, as long as it is the same one: a `keep` of one image would serve all by broadcasting.
+    B has to be the same: a `keep` of one image would serve all by broadcasting.
     """
     if keep is None or flat is None or value is None or not len(keep) == len(flat) == len(value) >= 3:
         return False
@@ -103,7 +110,8 @@ def _rewrite(
         if node.op == "GatherElements":
             chosen = node.inputs[1]
             node.inputs[1] = add("Gather", chosen, index, dtype=chosen.dtype, axis=0)
-    if (known := static_shape(where.inputs[0])) is not None:
+    known = static_shape(where.inputs[0])
+    if known is not None and not any(map(is_batch, known)):
         zeros = gs.Constant(f"{prefix}/zeros", np.zeros([math.prod(known), *row], flat.dtype))
     else:
         inner = constant("inner", row)

@@ -1,7 +1,7 @@
 """A 1x1 convolution of a sum becomes the sum of 1x1 convolutions, which fold into what makes each term.
 
 What a pyramid's lateral convolution reads is such a sum: of a convolution, a transposed one and resized maps.
-The convolution then runs before the resizing, on the smaller map. Static shapes only.
+The convolution then runs before the resizing, on the smaller map. Sizes must be known, but for the batch.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from meta_deploy.export.passes.cost import CPU, Cost
 from meta_deploy.export.passes.graph import (
     constant_value,
     fresh_names,
+    is_batch,
     is_op,
     producer,
     sole_consumer,
@@ -98,6 +99,7 @@ def _terms(graph: gs.Graph, fuse: Linear, cost: Cost) -> list[Term] | None:
     if not 1 < len(tensors) <= MOST_TERMS or len(set(map(id, tensors))) < len(tensors):
         return None
     terms = [_cheapest(graph, x, fuse, cost) for x in tensors]
+    shape, out = _one_image(fuse.x), _one_image(fuse.y)
     adds = (len(terms) - 1) * (cost.of(0, out, out, out) - cost.of(0, shape, shape, shape))
     saved = _conv_price(fuse, shape, out, cost) + _add_price(fuse, cost)
     if sum(term.price for term in terms) + adds >= saved:
@@ -107,21 +109,19 @@ def _terms(graph: gs.Graph, fuse: Linear, cost: Cost) -> list[Term] | None:
 
 def _cheapest(graph: gs.Graph, x: gs.Tensor, fuse: Linear, cost: Cost) -> Term:
     """How the convolution gets past one term."""
-    shape, out = static_shape(x), static_shape(fuse.y)
-    assert shape is not None
-    assert out is not None
+    shape, out = _one_image(x), _one_image(fuse.y)
     ways = [Term(x, _conv_price(fuse, shape, out, cost))]
     if not sole_consumer(graph, x):
         return ways[0]
     resize = producer(x, "Resize")
-    small = static_shape(resize.inputs[0]) if resize is not None and _keeps_constants(resize) else None
-    if small is not None and small[:2] == shape[:2]:
+    if resize is not None and _keeps_constants(resize) and _same_maps(resize):
+        small = _one_image(resize.inputs[0])
         moved = [small[0], out[1], *small[2:]]
         price = _conv_price(fuse, small, moved, cost) + cost.of(0, moved, out) - cost.of(0, small, shape)
         ways.append(Term(x, price, resize=resize))
     linear = linear_from(graph, x)
     if linear is not None and linear.is_conv and linear.group == 1:
-        source = static_shape(linear.x)
+        source = static_shape(linear.x, batch=1)
         if source is not None:
             # Each output, or input for the transposed one, meets the whole kernel.
             places = math.prod((shape if linear.node.op == "Conv" else source)[2:]) * shape[0]
@@ -133,12 +133,27 @@ def _cheapest(graph: gs.Graph, x: gs.Tensor, fuse: Linear, cost: Cost) -> Term:
 
 def _add_price(linear: Linear, cost: Cost) -> float:
     """What the Add of a bias costs, if that is a node of its own."""
-    y = static_shape(linear.y)
+    y = static_shape(linear.y, batch=1)
     return 0.0 if linear.add is None or y is None else cost.of(0, y, y)
 
 
 def _conv_price(fuse: Linear, shape: list[int], out: list[int], cost: Cost) -> float:
     return cost.of(math.prod(out) * fuse.weight.shape[1], shape, out)
+
+
+def _one_image(x: gs.Tensor) -> list[int]:
+    """A known shape, of one image where the batch is not known: for prices."""
+    shape = static_shape(x, batch=1)
+    assert shape is not None
+    return shape
+
+
+def _same_maps(resize: gs.Node) -> bool:
+    """Whether a Resize is known to keep batch and channels, and its sizes, if it has any, can be written."""
+    before, after = static_shape(resize.inputs[0]), static_shape(resize.outputs[0])
+    if before is None or after is None or before[:2] != after[:2]:
+        return False
+    return not (has_input(resize, 3) and is_batch(after[0]))
 
 
 def _keeps_constants(node: gs.Node) -> bool:

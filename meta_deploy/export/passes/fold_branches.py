@@ -1,7 +1,7 @@
 """Linear maps with nothing between them become one: branches fold into the 1x1 convolution that fuses them.
 
 A convolution after a convolution is a convolution. Where all branches end in linear maps the concatenation is
-a sum of such, or one convolution over what the branches start from. Static shapes only.
+a sum of such, or one convolution over what the branches start from. Sizes must be known, but for the batch.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _match(graph: gs.Graph, node: gs.Node, inside: set[int], cost: Cost) -> tupl
     fuse = linear_of(graph, node)
     if fuse is None or not fuse.pointwise or fuse.group != 1 or fuse.weight.ndim != 4:
         return None
-    shape = static_shape(fuse.y)
+    shape = static_shape(fuse.y, batch=1)
     if shape is None or (fuse.add is not None and id(fuse.add) not in inside):
         return None
     concat = producer(fuse.x, "Concat")
@@ -142,7 +142,7 @@ def _step(graph: gs.Graph, term: Term, cost: Cost) -> tuple[Term, float] | None:
     transpose = None if term.last else producer(y, "Transpose")
     if transpose is not None:
         y = transpose.inputs[0]
-        shape = static_shape(y)
+        shape = static_shape(y, batch=1)
         if transpose.attrs.get("perm") != TO_CHANNELS_FIRST or shape is None or not sole_consumer(graph, y):
             return None
         moved = cost.of(0, shape, shape)
@@ -154,7 +154,7 @@ def _step(graph: gs.Graph, term: Term, cost: Cost) -> tuple[Term, float] | None:
 
 
 def _through_product(term: Term, linear: Linear, cost: Cost) -> tuple[Term, float] | None:
-    x_shape, y_shape = static_shape(linear.x), static_shape(linear.y)
+    x_shape, y_shape = static_shape(linear.x, batch=1), static_shape(linear.y, batch=1)
     if x_shape is None or y_shape is None or len(x_shape) != 4:
         return None
     kernel = term.kernel[:, :, 0, 0] @ linear.weight.astype(np.float64)
@@ -164,7 +164,7 @@ def _through_product(term: Term, linear: Linear, cost: Cost) -> tuple[Term, floa
 
 def _through_conv(term: Term, linear: Linear, cost: Cost) -> tuple[Term, float] | None:
     attrs, weight = linear.node.attrs, linear.weight
-    x_shape, y_shape = static_shape(linear.x), static_shape(linear.y)
+    x_shape, y_shape = static_shape(linear.x, batch=1), static_shape(linear.y, batch=1)
     if linear.node.op != "Conv" or weight.ndim != 4 or x_shape is None or y_shape is None:
         return None
     k = weight.shape[-1]

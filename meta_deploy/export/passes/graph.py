@@ -1,7 +1,12 @@
-"""ONNX model to graph-surgeon graph and back, and what passes ask of a graph. Knows no pattern."""
+"""ONNX model to graph-surgeon graph and back, and what passes ask of a graph. Knows no pattern.
+
+A batch that is known at run time only has a name in a model, and a number in a graph: sizes are then numbers
+like any other, and a pass need not know of it.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -26,10 +31,62 @@ _MAKE_SEQUENCES = (
 )
 IR_VERSION = 10  # graph-surgeon's default is newer than ONNX Runtime may accept
 
+# Stands for an unknown batch in shapes: a prime, larger than any size, so no pass takes it apart.
+BATCH = 2**31 - 1
+BATCH_NAME = "batch"
+
 
 def to_graph(proto: onnx.ModelProto) -> gs.Graph:
-    """A model as a graph to edit, local functions inlined and constants as initializers."""
-    return gs.import_onnx(ir.to_proto(normalized(proto)))
+    """A model as a graph to edit, local functions inlined and constants as initializers.
+
+    Where the first input's first axis has a name, that and its multiples are multiples of `BATCH` in all
+    shapes of variables.
+    """
+    return import_numbered(ir.to_proto(normalized(proto)))
+
+
+def import_numbered(proto: onnx.ModelProto) -> gs.Graph:
+    """A model as a graph, with a number for its batch; changes the model's shapes."""
+    first = proto.graph.input[0].type.tensor_type.shape.dim[:1] if proto.graph.input else []
+    name = next((dim.dim_param for dim in first), "")
+    dims = list(_dims(proto.graph))
+    if name and (name == BATCH_NAME or all(dim.dim_param != BATCH_NAME for dim in dims)):
+        multiple = re.compile(rf"(?:(\d+)\*)?{re.escape(name)}")
+        for dim in dims:
+            if found := multiple.fullmatch(dim.dim_param):
+                dim.dim_value = BATCH * int(found[1] or 1)
+    return gs.import_onnx(proto)
+
+
+def name_batch(proto: onnx.ModelProto) -> None:
+    """The inverse: `BATCH_NAME` in shapes; a Reshape to a batch is one to whatever is left."""
+    for dim in _dims(proto.graph):
+        if is_batch(dim.dim_value):
+            times = dim.dim_value // BATCH
+            dim.dim_param = BATCH_NAME if times == 1 else f"{times}*{BATCH_NAME}"
+    constants = {tensor.name: tensor for tensor in proto.graph.initializer}
+    for node in proto.graph.node:
+        if node.op_type != "Reshape" or node.domain or (target := constants.get(node.input[1])) is None:
+            continue
+        sizes = onnx.numpy_helper.to_array(target)
+        if any(map(is_batch, sizes.tolist())):
+            left = np.where(sizes % BATCH, sizes, -(sizes != 0).astype(np.int64))
+            target.CopyFrom(onnx.numpy_helper.from_array(left, target.name))
+
+
+def is_batch(size: int) -> bool:
+    """Whether a size stands for an unknown batch, or a multiple of it."""
+    return size > 0 and size % BATCH == 0
+
+
+def _dims(graph: onnx.GraphProto) -> Iterator[onnx.TensorShapeProto.Dimension]:
+    """All dimensions that a graph and the graphs in it tell of."""
+    for info in (*graph.input, *graph.value_info, *graph.output):
+        yield from info.type.tensor_type.shape.dim
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _dims(inner)
 
 
 def normalized(proto: onnx.ModelProto) -> ir.Model:
@@ -56,7 +113,9 @@ def normalized(proto: onnx.ModelProto) -> ir.Model:
 def to_proto(graph: gs.Graph) -> onnx.ModelProto:
     """The inverse of `to_graph`."""
     graph.ir_version = IR_VERSION
-    return gs.export_onnx(graph)
+    proto = gs.export_onnx(graph)
+    name_batch(proto)
+    return proto
 
 
 def producer(tensor: gs.Tensor, op: str | None = None) -> gs.Node | None:
@@ -80,12 +139,22 @@ def constant_value(tensor: gs.Tensor) -> np.ndarray | None:
     return np.asarray(tensor.values) if isinstance(tensor, gs.Constant) else None
 
 
-def static_shape(tensor: gs.Tensor) -> list[int] | None:
-    """A tensor's shape where all of it is known before running."""
+def static_shape(tensor: gs.Tensor, batch: int = BATCH) -> list[int] | None:
+    """A tensor's shape where all of it is known before running, but for the batch.
+
+    Args:
+        tensor: of any kind.
+        batch: what to take for an unknown batch. As it is it may go into shapes of variables and targets of
+            Reshapes, and into no other constant; 1 gives the price for one image.
+    """
     shape = tensor.shape
     if shape is None or not all(isinstance(size, (int, np.integer)) for size in shape):
         return None
-    return [int(size) for size in shape]
+    sizes = [int(size) for size in shape]
+    batches = [is_batch(size) for size in sizes]
+    if sum(batches) > 1:
+        return None
+    return [size // BATCH * batch if b else size for size, b in zip(sizes, batches, strict=True)]
 
 
 def fresh_names(graph: gs.Graph) -> Callable[[str], str]:

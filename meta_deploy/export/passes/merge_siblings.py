@@ -60,7 +60,8 @@ def _geometry(linear: Linear) -> tuple:
 
 def _pays(graph: gs.Graph, group: Sequence[Linear], inside: set[int], cost: Cost) -> bool:
     """Whether one map and a Split take less than the maps; all do the same multiply-adds."""
-    x, ys = static_shape(group[0].x), [static_shape(linear.y) for linear in group]
+    x = static_shape(group[0].x, batch=1)
+    ys = [static_shape(linear.y, batch=1) for linear in group]
     if x is None or any(y is None for y in ys):
         return False
     moves = [[move for move in chain_after(graph, linear.y)[1] if id(move) in inside] for linear in group]

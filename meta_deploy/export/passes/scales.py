@@ -11,9 +11,10 @@ from collections.abc import Callable
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from meta_deploy.export.passes.chains import MOVES
+from meta_deploy.export.passes.chains import MOVES, Factors
 from meta_deploy.export.passes.graph import (
     constant_value,
+    is_batch,
     is_op,
     producer,
     sole_consumer,
@@ -160,8 +161,11 @@ def _along(path: list[gs.Tensor], array: np.ndarray) -> np.ndarray | None:
 
 
 def _channels_of_elements(linear: Linear) -> np.ndarray | None:
-    """For each element of a linear map's output the channel that it is of; None where sizes are not known."""
-    shape, axis = static_shape(linear.y), channel_axis(linear)
+    """For each element of a linear map's output the channel that it is of; None where sizes are not known.
+
+    Of an unknown batch one image is followed, as all are moved alike.
+    """
+    shape, axis = static_shape(linear.y, batch=1), channel_axis(linear)
     if shape is None or axis is None or not 0 < math.prod(shape) <= MAX_ELEMENTS:
         return None
     numbers = np.arange(linear.out_channels, dtype=np.int32)
@@ -202,8 +206,8 @@ def _is_move(node: gs.Node) -> bool:
 
 def _parts(move: gs.Node, array: np.ndarray) -> list[np.ndarray] | None:
     """What a data movement makes of an array of channels; None where the graph does not tell."""
-    shapes = [static_shape(tensor) for tensor in move.outputs]
-    if any(shape is None for shape in shapes):
+    shapes = [static_shape(tensor, batch=1) for tensor in move.outputs]
+    if any(shape is None for shape in shapes) or not _moves_images_alike(move):
         return None
     if move.op == "Transpose":
         parts = [array.transpose(move.attrs.get("perm"))]
@@ -218,6 +222,17 @@ def _parts(move: gs.Node, array: np.ndarray) -> list[np.ndarray] | None:
     else:
         parts = [array.reshape(shapes[0])] if math.prod(shapes[0]) == array.size else []  # type: ignore
     return parts if [list(part.shape) for part in parts] == shapes else None
+
+
+def _moves_images_alike(move: gs.Node) -> bool:
+    """Whether a data movement of known shapes leaves an unknown batch whole, if there is one."""
+    before, *after = (static_shape(tensor) or [] for tensor in (move.inputs[0], *move.outputs))
+    axis = next((axis for axis, size in enumerate(before) if is_batch(size)), None)
+    if axis is None or move.op == "Transpose":
+        return True
+    if is_op(move, "Split", "Slice", "Pad"):
+        return all(shape[axis] == before[axis] for shape in after)
+    return Factors(before).reshape(after[0])
 
 
 def _sliced(move: gs.Node, array: np.ndarray) -> list[np.ndarray]:

@@ -1,6 +1,6 @@
 """Slices that take an axis apart, entry by entry, become one Split: q, k and v out of a packed projection.
 
-Static shapes only.
+Sizes must be known, but for the batch.
 """
 
 from __future__ import annotations

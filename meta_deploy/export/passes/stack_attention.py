@@ -1,6 +1,6 @@
 """Attentions of one shape that stand side by side run as one of a larger batch: fewer, fuller kernels.
 
-The two directions of a cross-shaped attention are such on a square map. Static shapes only.
+The two directions of a cross-shaped attention are such on a square map. Sizes must be known, but for the batch.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
-from meta_deploy.export.passes.graph import is_op, static_shape
+from meta_deploy.export.passes.graph import is_op, name_batch, static_shape
 
 # Parameters of norms, and pads, axes, sizes and repeats, are a few numbers and not counted; indices are.
 # What else normalizes, such as ReduceMean, Sub, Div of a norm written out, is arithmetic and not counted.
@@ -51,13 +51,13 @@ def bytes_known(graph: gs.Graph) -> tuple[int, bool]:
 
     Transpose, Pad, Expand, Tile, Concat and norms read their inputs whole; Slice, Split and Gather read as
     much as they write. A type counts by its size, so shape arithmetic on int64 by eight bytes a number. Nodes
-    of subgraphs are not counted, nor are operators that are not ONNX's own.
+    of subgraphs are not counted, nor are operators that are not ONNX's own. Of an unknown batch one is taken.
 
     Returns:
         The bytes, and whether that is all of them.
     """
     touched = [tensor for node in graph.nodes for tensor in _touched(node)]
-    sizes = [_size(static_shape(tensor), tensor.dtype) for tensor in touched]
+    sizes = [_size(static_shape(tensor, batch=1), tensor.dtype) for tensor in touched]
     unsure = {t.name: t for t, size in zip(touched, sizes, strict=True) if size is None}
     # An input of the graph says all that it knows; then the rest is not worth inferring.
     known = _inferred(graph, unsure) if unsure and all(t.inputs for t in unsure.values()) else {}
@@ -151,7 +151,9 @@ def _what_tells(graph: gs.Graph, wanted: Iterable[gs.Tensor]) -> onnx.ModelProto
         ],
     )
     opsets = graph.import_domains or [onnx.helper.make_opsetid("", graph.opset)]
-    return onnx.helper.make_model(body, opset_imports=opsets)
+    light = onnx.helper.make_model(body, opset_imports=opsets)
+    name_batch(light)  # ONNX's inference may go through so many numbers one by one
+    return light
 
 
 def _is_small(tensor: gs.Tensor) -> bool:
