@@ -346,7 +346,9 @@ def test_a_transformer_of_any_length_is_unharmed():
     )
 
 
-@pytest.mark.parametrize(("shape", "left"), [(["n", 4, 6], False), (["n", 4, "m"], True), ([2, 4, "m"], True)])
+@pytest.mark.parametrize(
+    ("shape", "left"), [(["n", 4, 6], False), (["n", 4, "m"], True), ([2, 4, "m"], True)]
+)
 def test_a_shape_that_is_computed_but_known_is_written(shape, left):
     """PyTorch's sizes of what is not known in advance; of these, only the batch."""
     nodes = [

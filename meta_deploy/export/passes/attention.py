@@ -34,7 +34,8 @@ def find_attention(graph: gs.Graph, softmax: gs.Node) -> Attention | None:
     """The attention around a Softmax.
 
     Pattern: q, k and v (B, heads, N, d), the scale a constant on q, k or their product, or none.
-    Check: nothing else reads what lies between, the softmax goes over the keys, sizes are known, but for the batch.
+    Check: nothing else reads what lies between, the softmax goes over the keys, sizes
+    but the batch are known.
     """
     weights = softmax.outputs[0]
     axis = softmax.attrs.get("axis", -1 if graph.opset >= 13 else 1)

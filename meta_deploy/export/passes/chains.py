@@ -1,7 +1,7 @@
 """Chains of Reshape, Transpose, Squeeze, Unsqueeze and Flatten become one Reshape-Transpose-Reshape, or less.
 
 A chain only renames where elements are: it is a factorization of the axes and an order of the factors. Axes
-of length one have no part in that. Sizes must be known, but for the batch.
+of length one have no part in that. All sizes but the batch must be known.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A 1x1 convolution of a sum becomes the sum of 1x1 convolutions, which fold into what makes each term.
 
 What a pyramid's lateral convolution reads is such a sum: of a convolution, a transposed one and resized maps.
-The convolution then runs before the resizing, on the smaller map. Sizes must be known, but for the batch.
+The convolution then runs before the resizing, on the smaller map. All sizes but the batch must be known.
 """
 
 from __future__ import annotations

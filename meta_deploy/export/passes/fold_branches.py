@@ -1,7 +1,7 @@
 """Linear maps with nothing between them become one: branches fold into the 1x1 convolution that fuses them.
 
 A convolution after a convolution is a convolution. Where all branches end in linear maps the concatenation is
-a sum of such, or one convolution over what the branches start from. Sizes must be known, but for the batch.
+a sum of such, or one convolution over what the branches start from. All sizes but the batch must be known.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Linear maps of tokens change places with the window moves beside them, so that moves meet moves.
 
 A product over the last axis is the same whatever becomes of the other axes: before a window partition or
-after it. Before the padding and after the cropping it is the smaller one, too. Sizes must be known, but for the batch.
+after it. Before the padding and after the cropping it is the smaller one, too.
+
+All sizes but the batch must be known.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Tokens of an attention come in the order that takes the fewest moves: attention does not care for theirs.
 
 Permute the tokens of q, k and v alike, and the output's are permuted alike (Vaswani et al. 2017, eq. 1); the
-batch axis is as free. A vertical stripe is then a transposed map cut across. Sizes must be known, but for the batch.
+batch axis is as free. A vertical stripe is then a transposed map cut across.
+
+All sizes but the batch must be known.
 """
 
 from __future__ import annotations

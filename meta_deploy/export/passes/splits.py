@@ -1,6 +1,6 @@
 """Slices that take an axis apart, entry by entry, become one Split: q, k and v out of a packed projection.
 
-Sizes must be known, but for the batch.
+All sizes but the batch must be known.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Attentions of one shape that stand side by side run as one of a larger batch: fewer, fuller kernels.
 
-The two directions of a cross-shaped attention are such on a square map. Sizes must be known, but for the batch.
+The two directions of a cross-shaped attention are such on a square map. All sizes but the batch must be known.
 """
 
 from __future__ import annotations
