@@ -1,6 +1,7 @@
 """Attentions of one shape that stand side by side run as one of a larger batch: fewer, fuller kernels.
 
-The two directions of a cross-shaped attention are such on a square map. All sizes but the batch must be known.
+The two directions of a cross-shaped attention are such on a square map. All sizes but the batch must be
+known.
 """
 
 from __future__ import annotations
