@@ -23,7 +23,7 @@ demo: $(VENV)/.export ## export the demo checkpoint and find the objects in a pi
 	@echo "The overlay: $(CURDIR)/build/overlays/$(basename $(notdir $(PICTURE)))-overlay.jpg"
 
 test: lint ## ruff, mypy and all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .

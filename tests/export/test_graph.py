@@ -7,6 +7,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from meta_deploy.export.passes import run_passes
 from meta_deploy.export.passes.graph import (
     BATCH,
     IR_VERSION,
@@ -104,10 +105,25 @@ def test_a_batch_has_a_number_in_a_graph_and_a_name_in_a_model():
     assert to_graph(again).tensors()["h"].shape == [6 * BATCH, BATCH, "m", "n*m", "2*m", "an", 3]
 
 
-@pytest.mark.parametrize("shape", [["n", "batch"], [2, "n"], ["", "n"], []])
+@pytest.mark.parametrize("shape", [["n", "batch"], ["n", "2*batch"], [2, "n"], ["", "n"], []])
 def test_where_no_batch_is_to_be_named_shapes_stay_as_they_are(shape):
     proto = model([helper.make_node("Relu", ["x"], ["y"])], [value("x", [s or None for s in shape])])
     assert dims(to_proto(to_graph(proto)).graph.input[0]) == [s or 0 for s in shape]
+
+
+def test_a_multiple_that_is_too_large_to_be_a_number_keeps_its_name():
+    nodes = [helper.make_node("Reshape", ["x", "s"], ["h"]), helper.make_node("Neg", ["h"], ["y"])]
+    proto = model(nodes, [value("x", ["n"]), value("s", [1], TensorProto.INT64)], infer=False)
+    proto.graph.value_info.append(value("h", ["5000000000*n"]))
+    assert to_graph(proto).tensors()["h"].shape == ["5000000000*n"]
+
+
+def test_a_reshape_of_an_old_opset_has_no_target_to_write():
+    nodes = [helper.make_node("Reshape", ["x"], ["h"], shape=[2, 6]), helper.make_node("Neg", ["h"], ["y"])]
+    imports = [helper.make_opsetid("", 4)]
+    proto = model(nodes, [value("x", [3, 4])], opset_imports=imports, infer=False)
+    after, _ = run_passes(proto, ["clean-up"])
+    assert [n.op_type for n in after.graph.node] == ["Reshape", "Neg"]
 
 
 def test_a_batch_in_a_subgraph_is_the_same():

@@ -64,8 +64,11 @@ def _write_known_targets(graph: gs.Graph) -> None:
     """Let no Reshape compute a shape that is known, but for the batch: folding needs all of it."""
     fresh = fresh_names(graph)
     for node in graph.nodes:
-        if not is_op(node, "Reshape") or not node.outputs or isinstance(node.inputs[1], gs.Constant):
-            continue  # what was folded has no outputs
+        # What was folded has no outputs; before opset 5 the shape is an attribute.
+        if not is_op(node, "Reshape") or not node.outputs or len(node.inputs) < 2:
+            continue
+        if isinstance(node.inputs[1], gs.Constant):
+            continue
         if (shape := static_shape(node.outputs[0])) and 0 not in shape:
             node.inputs[1] = gs.Constant(fresh(f"{node.outputs[0].name}/shape"), np.array(shape, np.int64))
 

@@ -81,6 +81,8 @@ def _same_rows(keep: list | None, flat: list | None, value: list | None) -> bool
         return False
     if keep[0] is None or not all(isinstance(size, int) for size in value[1:]):
         return False
+    if any(map(is_batch, value[2:])):  # inside of a row
+        return False
     return list(keep) == [*value[:2]] + [1] * (len(keep) - 2) and list(flat[1:]) == [1, *value[2:]]
 
 

@@ -153,7 +153,7 @@ def _same_maps(resize: gs.Node) -> bool:
     before, after = static_shape(resize.inputs[0]), static_shape(resize.outputs[0])
     if before is None or after is None or before[:2] != after[:2]:
         return False
-    return not (has_input(resize, 3) and is_batch(after[0]))
+    return not (has_input(resize, 3) and any(map(is_batch, after)))
 
 
 def _keeps_constants(node: gs.Node) -> bool:

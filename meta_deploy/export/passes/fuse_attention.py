@@ -13,7 +13,7 @@ import onnx_graphsurgeon as gs
 
 from meta_deploy.export.passes.attention import Attention, find_attention
 from meta_deploy.export.passes.chains import add_move
-from meta_deploy.export.passes.graph import fresh_names, is_op, static_shape, tidy
+from meta_deploy.export.passes.graph import fresh_names, is_batch, is_op, static_shape, tidy
 
 DOMAIN = "com.microsoft"
 
@@ -21,7 +21,7 @@ DOMAIN = "com.microsoft"
 def fuse_attention(graph: gs.Graph) -> int:
     """Replace softmax(q * scale @ k^T) @ v of four axes by MultiHeadAttention.
 
-    Pattern and check: see `find_attention`.
+    Pattern and check: see `find_attention`; the number of heads is known.
     Rewrite: heads move beside d, as the operator takes them, and back; `collapse-chains` joins these moves
     with the ones around.
 
@@ -32,7 +32,8 @@ def fuse_attention(graph: gs.Graph) -> int:
     inside = {id(node) for node in graph.nodes}  # and not in a branch or a loop's body
     changes = 0
     for node in list(graph.nodes):
-        if is_op(node, "Softmax") and (found := find_attention(graph, node)) and id(found.last) in inside:
+        found = find_attention(graph, node) if is_op(node, "Softmax") else None
+        if found is not None and id(found.last) in inside and not is_batch(found.q.shape[1]):
             _rewrite(graph, found, fresh)
             changes += 1
     if changes:

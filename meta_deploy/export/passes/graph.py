@@ -31,7 +31,8 @@ _MAKE_SEQUENCES = (
 )
 IR_VERSION = 10  # graph-surgeon's default is newer than ONNX Runtime may accept
 
-# Stands for an unknown batch in shapes: a prime, larger than any size, so no pass takes it apart.
+# Stands for an unknown batch in shapes: a prime larger than any size, so that none divides it. It may go into
+# the shapes of variables and the targets of Reshapes, and into no other constant or attribute.
 BATCH = 2**31 - 1
 BATCH_NAME = "batch"
 
@@ -50,8 +51,9 @@ def import_numbered(proto: onnx.ModelProto) -> gs.Graph:
     first = proto.graph.input[0].type.tensor_type.shape.dim[:1] if proto.graph.input else []
     name = next((dim.dim_param for dim in first), "")
     dims = list(_dims(proto.graph))
-    if name and (name == BATCH_NAME or all(dim.dim_param != BATCH_NAME for dim in dims)):
-        multiple = re.compile(rf"(?:(\d+)\*)?{re.escape(name)}")
+    another = re.compile(rf"\b{BATCH_NAME}\b")
+    if name and (name == BATCH_NAME or not any(another.search(dim.dim_param) for dim in dims)):
+        multiple = re.compile(rf"(?:(\d{{1,9}})\*)?{re.escape(name)}")  # as long as int64 holds it
         for dim in dims:
             if found := multiple.fullmatch(dim.dim_param):
                 dim.dim_value = BATCH * int(found[1] or 1)
@@ -66,7 +68,8 @@ def name_batch(proto: onnx.ModelProto) -> None:
             dim.dim_param = BATCH_NAME if times == 1 else f"{times}*{BATCH_NAME}"
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
     for node in proto.graph.node:
-        if node.op_type != "Reshape" or node.domain or (target := constants.get(node.input[1])) is None:
+        target = constants.get(node.input[1]) if len(node.input) > 1 else None
+        if node.op_type != "Reshape" or node.domain or target is None:
             continue
         sizes = onnx.numpy_helper.to_array(target)
         if any(map(is_batch, sizes.tolist())):
@@ -144,8 +147,7 @@ def static_shape(tensor: gs.Tensor, batch: int = BATCH) -> list[int] | None:
 
     Args:
         tensor: of any kind.
-        batch: what to take for an unknown batch. As it is it may go into shapes of variables and targets of
-            Reshapes, and into no other constant; 1 gives the price for one image.
+        batch: what to take for an unknown batch; 1 gives the price for one image.
     """
     shape = tensor.shape
     if shape is None or not all(isinstance(size, (int, np.integer)) for size in shape):

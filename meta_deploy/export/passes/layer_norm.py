@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from meta_deploy.export.passes.graph import constant_value, is_op, producer, until_done
+from meta_deploy.export.passes.graph import constant_value, is_batch, is_op, producer, until_done
 from meta_deploy.export.passes.linear import has_input
 
 
@@ -143,6 +143,11 @@ def _squared(node: gs.Node) -> list[gs.Tensor] | None:
     return [node.inputs[0]]
 
 
+def _is_number(size: object) -> bool:
+    """Whether a size is known, and there is something of that size."""
+    return isinstance(size, (int, np.integer)) and int(size) > 0 and not is_batch(int(size))
+
+
 def _centred(tensor: gs.Tensor) -> tuple[gs.Tensor, list[int], list[gs.Node]] | None:
     """(x, axes, nodes) where a tensor is x minus its mean over axes of sizes known, by these nodes."""
     sub = producer(tensor, "Sub")
@@ -153,7 +158,7 @@ def _centred(tensor: gs.Tensor) -> tuple[gs.Tensor, list[int], list[gs.Node]] | 
     if not x.shape or x.dtype != np.float32:
         return None
     axes = _axes(mean, len(x.shape))
-    if not axes or not all(isinstance(x.shape[a], (int, np.integer)) and x.shape[a] > 0 for a in axes):
+    if not axes or not all(_is_number(x.shape[axis]) for axis in axes):
         return None
     return x, axes, [sub, mean]
 

@@ -26,7 +26,7 @@ from meta_deploy.export.passes.chains import (
 )
 from meta_deploy.export.passes.graph import is_op, producer, sole_consumer, static_shape, until_done
 
-BATCH, TOKENS = 0, 2
+BATCH_AXIS, TOKEN_AXIS = 0, 2
 MOST_ORDERS = 720  # a tenth of a second
 Axes = tuple[int, ...]
 
@@ -63,7 +63,7 @@ def packed_input(graph: gs.Graph, found: Attention) -> gs.Node | None:
 def _reorder(graph: gs.Graph, found: Attention, inside: set[int], fresh: Callable[[str], str]) -> bool:
     split = packed_input(graph, found)
     out = found.last.outputs[0]
-    if split is None or split.attrs.get("axis", 0) % 4 in (BATCH, TOKENS):
+    if split is None or split.attrs.get("axis", 0) % 4 in (BATCH_AXIS, TOKEN_AXIS):
         return False
     packed = split.inputs[0]
     start, before = chain_before(graph, packed)
@@ -75,7 +75,7 @@ def _reorder(graph: gs.Graph, found: Attention, inside: set[int], fresh: Callabl
     into, back = follow(start, before), follow(out, after)
     if into is None or back is None:
         return False
-    for axis in (BATCH, TOKENS):
+    for axis in (BATCH_AXIS, TOKEN_AXIS):
         if [into.sizes[f] for f in into.axes[axis]] != [back.sizes[f] for f in back.origin[axis]]:
             return False
     best: list[list[Move]] | None = None
@@ -97,10 +97,10 @@ def _orders(into: Factors) -> Iterator[dict[int, Axes]]:
 
     None if there are too many: of some of them the best would depend on where they start.
     """
-    counts = [len(into.axes[axis]) for axis in (BATCH, TOKENS)]
+    counts = [len(into.axes[axis]) for axis in (BATCH_AXIS, TOKEN_AXIS)]
     if math.prod(map(math.factorial, counts)) <= MOST_ORDERS:
         for orders in product(*(permutations(range(count)) for count in counts)):
-            yield dict(zip((BATCH, TOKENS), orders, strict=True))
+            yield dict(zip((BATCH_AXIS, TOKEN_AXIS), orders, strict=True))
 
 
 def _reordered_end(factors: Factors, orders: dict[int, Axes]) -> Factors:

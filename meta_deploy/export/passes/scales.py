@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from meta_deploy.export.passes.chains import MOVES, Factors
+from meta_deploy.export.passes.chains import MOVES
 from meta_deploy.export.passes.graph import (
     constant_value,
     is_batch,
@@ -225,14 +225,18 @@ def _parts(move: gs.Node, array: np.ndarray) -> list[np.ndarray] | None:
 
 
 def _moves_images_alike(move: gs.Node) -> bool:
-    """Whether a data movement of known shapes leaves an unknown batch whole, if there is one."""
+    """Whether a data movement of known shapes leaves an unknown batch as it is, if there is one.
+
+    On an axis that is longer than the batch the images come one after another, and do so afterwards.
+    """
     before, *after = (static_shape(tensor) or [] for tensor in (move.inputs[0], *move.outputs))
     axis = next((axis for axis, size in enumerate(before) if is_batch(size)), None)
     if axis is None or move.op == "Transpose":
         return True
     if is_op(move, "Split", "Slice", "Pad"):
         return all(shape[axis] == before[axis] for shape in after)
-    return Factors(before).reshape(after[0])
+    place = next((place for place, size in enumerate(after[0]) if is_batch(size)), 0)
+    return math.prod(after[0][:place]) == math.prod(before[:axis])
 
 
 def _sliced(move: gs.Node, array: np.ndarray) -> list[np.ndarray]:

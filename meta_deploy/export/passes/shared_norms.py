@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from meta_deploy.export.passes.graph import constant_value, is_op, until_done
+from meta_deploy.export.passes.graph import constant_value, is_batch, is_op, until_done
 from meta_deploy.export.passes.linear import (
     FLOATS,
     Linear,
@@ -107,6 +107,8 @@ def _affine(node: gs.Node) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
     if scale is None or scale.dtype not in FLOATS:
         return None, None
     size = (node.inputs[0].shape or [None])[-1]
+    if isinstance(size, (int, np.integer)) and is_batch(int(size)):
+        return None, None
     channels = int(size) if isinstance(size, (int, np.integer)) else scale.size
     bias = constant_value(node.inputs[2]) if has_input(node, 2) else np.zeros(channels)
     if bias is None or (channels == 1 and size != 1):
