@@ -6,8 +6,10 @@ Imports only the standard library, so that `--help` stays instant; knows nothing
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -16,7 +18,8 @@ from typing import NoReturn
 
 from meta_deploy.errors import InputError, VerificationError
 
-EXIT_FAULT, EXIT_INPUT, EXIT_VERIFICATION, EXIT_PIPE, EXIT_INTERRUPT = 1, 2, 3, 141, 130
+EXIT_FAULT, EXIT_INPUT, EXIT_VERIFICATION = 1, 2, 3
+EXIT_INTERRUPT, EXIT_PIPE, EXIT_TERMINATED = 130, 141, 143  # 128 and the signal
 MAX_THREADS = 1024
 
 
@@ -27,13 +30,25 @@ class Parser(argparse.ArgumentParser):
         self.exit(EXIT_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as containers and job schedulers send it: cleaned up after like Ctrl-C."""
+
+
+def _terminate(signum: int, frame: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one waits for nothing
+    raise Terminated
+
+
 def run(main_fn: Callable[[], int | None], prog: str | None = None) -> int:
     """Run a command's body and turn what it raises into one line on stderr and an exit code.
 
-    InputError gives 2, VerificationError 3, Ctrl-C 130, a closed pipe 141, anything else 1. With
+    InputError gives 2, VerificationError 3, Ctrl-C 130, SIGTERM 143, a closed pipe 141, anything else 1. With
     META_DEPLOY_DEBUG=1 the traceback is printed too.
     """
     prog = prog or Path(sys.argv[0]).name
+    with contextlib.suppress(ValueError):  # not the main thread: signals are not its business
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, _terminate)
     if sys.stdout is None:  # closed (`>&-`): what is printed goes nowhere, the work is done all the same
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if sys.stderr is None:
@@ -46,6 +61,8 @@ def run(main_fn: Callable[[], int | None], prog: str | None = None) -> int:
         return _fail(prog, str(error), EXIT_INPUT)
     except VerificationError as error:
         return _fail(prog, str(error), EXIT_VERIFICATION)
+    except Terminated:
+        return _fail(prog, "terminated", EXIT_TERMINATED)
     except KeyboardInterrupt:
         return _fail(prog, "interrupted", EXIT_INTERRUPT)
     except BrokenPipeError:

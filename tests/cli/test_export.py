@@ -453,14 +453,21 @@ def test_killed_at_any_point_it_leaves_no_bundle_that_loads(material, here, mome
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["loading the checkpoint", "syncing"])
-def test_interrupted_it_leaves_nothing_and_exits_130(material, here, moment):
+@pytest.mark.parametrize(
+    ("moment", "number", "code", "said"),
+    [
+        ("loading the checkpoint", signal.SIGINT, 130, "interrupted"),
+        ("syncing", signal.SIGINT, 130, "interrupted"),
+        ("syncing", signal.SIGTERM, 143, "terminated"),
+    ],
+)
+def test_interrupted_it_leaves_nothing(material, here, moment, number, code, said):
     process = start(material, "--out", "b", *QUICK, slow_write=True)
     wait_for(process, moment)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate()
-    assert (process.returncode, out) == (130, "")
-    assert err.splitlines()[-1] == "meta-export: interrupted"
+    assert (process.returncode, out) == (code, "")
+    assert err.splitlines()[-1] == f"meta-export: {said}"
     assert list(here.iterdir()) == []
 
 

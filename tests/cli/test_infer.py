@@ -348,7 +348,8 @@ def test_a_closed_pipe_is_no_traceback(here, bundles):
     process.stderr.close()
 
 
-def test_ctrl_c_ends_a_long_run_cleanly(here, bundles):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_or_sigterm_ends_a_long_run_cleanly(here, bundles, number, code):
     clip("clip.mp4", 2000)
     process = subprocess.Popen(
         command("clip.mp4", "--model", bundles / "detector", "--backend", "onnxruntime"),
@@ -358,9 +359,10 @@ def test_ctrl_c_ends_a_long_run_cleanly(here, bundles):
     )
     while process.poll() is None and not (os.path.isdir("meta-infer-out") and os.listdir("meta-infer-out")):
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (130, "", "meta-infer: interrupted\n")
+    said = "interrupted" if number == signal.SIGINT else "terminated"
+    assert (process.returncode, out, err) == (code, "", f"meta-infer: {said}\n")
     assert not os.path.exists("meta-infer-out")
 
 
