@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     )
     batch = p.add_mutually_exclusive_group()
     batch.add_argument(
-        "--batch", type=positive_int, default=1, metavar="N", help="images a call (default: 1)"
+        "--batch", type=positive_int, default=None, metavar="N", help="images a call (default: 1)"
     )
     batch.add_argument(
         "--dynamic-batch",
@@ -121,7 +121,7 @@ def export_command(args: argparse.Namespace) -> int:
             workspace_mb=args.workspace,
             calib_images=args.calib_images,
             input_size=tuple(args.input_size) if args.input_size else None,
-            batch=args.batch,
+            batch=args.batch or 1,
             dynamic_batch=tuple(args.dynamic_batch) if args.dynamic_batch else None,
             dynamic_size=args.dynamic_size,
             passes=args.passes,

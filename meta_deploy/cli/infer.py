@@ -146,9 +146,12 @@ def _open(args: Namespace) -> Predictor:
     predictor = Predictor(bundle, backend, threshold, args.threads)
     most = predictor.bundle.input.batch_max
     if args.batch and args.batch > most:
+        fixed = predictor.bundle.input.static_batch
+        option = (
+            f"--batch {args.batch} or --dynamic-batch" if fixed else f"a --dynamic-batch up to {args.batch}"
+        )
         raise InputError(
-            f"--batch {args.batch} is more than the {most} that this bundle takes; "
-            f"export it with --batch {args.batch} or --dynamic-batch"
+            f"--batch {args.batch} is more than the {most} that this bundle takes; export it with {option}"
         )
     return predictor
 

@@ -242,12 +242,13 @@ def input_spec(
             raise InputError(f"input {name} {size} is not a multiple of {DIVISOR}; the nearest is {nearest}")
     low, opt, high = dynamic_batch or (batch, batch, batch)
     if not 1 <= low <= opt <= high:
-        raise InputError(
-            f"the batch range {low} {opt} {high} does not rise from at least 1; give MIN OPT MAX"
-        )
+        raise InputError(f"the batch range {low} {opt} {high} does not rise; give 1 <= MIN <= OPT <= MAX")
     largest = max(height, width)
     if 3 * high * (largest**2 if dynamic_size else height * width) > MAX_INPUT_VALUES:
-        raise InputError(f"an input of {high} x 3 x {height} x {width} is too large; take a smaller one")
+        shape = f"{high} x 3 x {height} x {width}"
+        raise InputError(
+            f"an input of {shape} is too large (over 2**31 numbers); take a smaller batch or size"
+        )
     return InputSpec(
         name="images",
         batch_min=low,

@@ -273,6 +273,7 @@ def test_a_terminal_sees_the_stage_while_it_runs(monkeypatch):
         (["--batch", "1000000000"], ["too large"]),
         (["--batch", "2", "--dynamic-batch", "1", "2", "4"], ["not allowed with argument"]),
         (["--dynamic-batch", "4", "2", "1"], ["batch range 4 2 1 does not rise"]),
+        (["--batch", "1", "--dynamic-batch", "1", "2", "4"], ["not allowed with argument --batch"]),
         (["--dynamic-batch", "1", "2"], ["expected 3 arguments"]),
         (["--calib-images", "missing"], ["'missing' is not a folder", "--calib-images"]),
         (["--calib-images", "missing", "--no-verify"], ["'missing' is not a folder"]),

@@ -82,7 +82,7 @@ def test_a_dynamic_batch_is_a_range():
         ((1, 96), "input height 1 is not a multiple of 32; the nearest is 32"),
         ((96, 0), "input width 0 is not a multiple of 32; the nearest is 32"),
         ((-32, 96), "input height -32 is not a multiple of 32; the nearest is 32"),
-        ((10**6 * 32, 96), "too large; take a smaller one"),
+        ((10**6 * 32, 96), "too large .over 2..31 numbers.; take a smaller batch or size"),
     ],
 )
 def test_a_size_that_does_not_fit_is_refused_with_the_nearest(size, message):
