@@ -461,7 +461,7 @@ def test_auto_takes_the_engine_then_the_cpu_and_says_why(monkeypatch, make):
     with open_backend(bundle) as backend:
         assert backend.name in ("cuda", "onnxruntime")
         reason = "CUDA reports 'out of memory' (cudaErrorMemoryAllocation in cudaMalloc)"
-        assert backend.note == f"{reason}; on a CPU a bundle made for onnxruntime is several times faster"
+        assert backend.note == f"{reason}, and on a CPU a bundle made for onnxruntime is several times faster"
         backend.infer(images())
     with open_backend(bundle) as backend:
         assert (backend.name, backend.note) == ("tensorrt", "")

@@ -73,7 +73,7 @@ def open_backend(bundle: Bundle, name: str = "auto", threads: int | None = None)
     if bundle.precision in ENGINE_PRECISIONS:
         raise BackendError(_engine_alone(bundle, f"which cannot be opened here: {note}"))
     backend = _open(bundle, "onnxruntime", threads)
-    slow = "; on a CPU a bundle made for onnxruntime is several times faster" if best else ""
+    slow = ", and on a CPU a bundle made for onnxruntime is several times faster" if best else ""
     backend.note = note + slow
     return backend
 
