@@ -36,6 +36,24 @@ def any_batch(proto):
     return proto
 
 
+def inferred(proto):
+    """After a change of the graph: with the shapes that it has now."""
+    del proto.graph.value_info[:]
+    for output in proto.graph.output:
+        output.type.tensor_type.ClearField("shape")
+    return onnx.shape_inference.infer_shapes(proto, data_prop=True)
+
+
+def without_size(proto, axis):
+    """A model with the name "n" for the size of one axis of its inputs, or for None without their shapes."""
+    for i in proto.graph.input:
+        if axis is None:
+            i.type.tensor_type.ClearField("shape")
+        else:
+            i.type.tensor_type.shape.dim[axis].dim_param = "n"
+    return inferred(proto)
+
+
 def session(proto):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4

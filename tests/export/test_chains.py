@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from meta_deploy.export.passes.chains import MOVES, collapse_chains
 from meta_deploy.export.passes.graph import BATCH, to_graph, to_proto
-from tests.export.small_graphs import any_batch, model, run, value
+from tests.export.small_graphs import any_batch, inferred, model, run, value
 
 node = helper.make_node
 TYPES = {
@@ -494,10 +494,7 @@ def of_batch(proto, size):
         target = numpy_helper.to_array(i)
         i.CopyFrom(numpy_helper.from_array(np.where(target % BATCH, target, target // BATCH * size), i.name))
     proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = size
-    del proto.graph.value_info[:]
-    for out in proto.graph.output:
-        out.type.tensor_type.ClearField("shape")
-    return onnx.shape_inference.infer_shapes(proto)
+    return inferred(proto)
 
 
 @st.composite

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from meta_deploy.export.passes.cost import CPU, GPU, Cost
 from meta_deploy.export.passes.distribute_sums import distribute_sums
 from meta_deploy.export.passes.graph import tidy, to_graph, to_proto
-from tests.export.small_graphs import model, value
+from tests.export.small_graphs import model, value, without_size
 from tests.export.test_fold_branches import TYPES, contents, feeds, form, ops, same
 
 node = helper.make_node
@@ -669,24 +669,9 @@ def test_what_no_output_needs_is_no_reader():
     assert rewritten(proto, FREE)[1] == 1
 
 
-def without_size(case, axis):
-    """Its model, with a name for the size of one axis, or without shapes."""
-    proto = case.proto()
-    for i in proto.graph.input:
-        if axis is None:
-            i.type.tensor_type.ClearField("shape")
-        else:
-            dim = i.type.tensor_type.shape.dim[axis]
-            dim.Clear()
-            dim.dim_param = "n"
-    del proto.graph.value_info[:]
-    proto.graph.output[0].type.tensor_type.ClearField("shape")
-    return onnx.shape_inference.infer_shapes(proto)
-
-
 @pytest.mark.parametrize("axis", [2, 3, None])
 def test_without_shapes_it_declines(axis):
-    proto = without_size(Case(), axis)
+    proto = without_size(Case().proto(), axis)
     after, changes = rewritten(proto, FREE)
     assert changes == 0
     same(proto, after, feeds(Case().proto()))

@@ -23,7 +23,7 @@ from meta_deploy.export.passes.fold_branches import fold_branches
 from meta_deploy.export.passes.graph import tidy, to_graph, to_proto
 from meta_deploy.export.passes.splits import slices_to_split
 from meta_deploy.models.mea import MEABlock
-from tests.export.small_graphs import model, run, value
+from tests.export.small_graphs import inferred, model, run, value
 
 node = helper.make_node
 TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "float64": TensorProto.DOUBLE}
@@ -436,14 +436,6 @@ CONVS, PRODUCT = Case().proto, Case((Fuse((TOKENS,)),)).proto
 
 def made_by(proto, name):
     return next(n for n in proto.graph.node if name in n.output)
-
-
-def inferred(proto):
-    """After a change of the graph: with the shapes that it has now."""
-    del proto.graph.value_info[:]
-    for output in proto.graph.output:
-        output.type.tensor_type.ClearField("shape")
-    return onnx.shape_inference.infer_shapes(proto, data_prop=True)
 
 
 @pytest.mark.parametrize("name", ["0/0/1", "0/0/1p"])

@@ -18,7 +18,7 @@ from meta_deploy.export.passes import run_passes
 from meta_deploy.export.passes.cost import CPU, GPU, Cost
 from meta_deploy.export.passes.graph import tidy
 from meta_deploy.export.passes.merge_siblings import merge_siblings
-from tests.export.small_graphs import model, run, value
+from tests.export.small_graphs import model, run, value, without_size
 from tests.export.test_distribute_sums import loop, price, rewritten, sizes_of
 from tests.export.test_fold_branches import TYPES, contents, feeds, form, ops, same
 
@@ -475,20 +475,6 @@ ONE = {"strides": [1, 1]}
 @pytest.mark.parametrize("cost", [GPU, NODES, VALUES], ids=str)
 def test_a_near_miss_is_left(case, cost):
     agree(case.proto(), cost, 0)
-
-
-def without_size(proto, axis):
-    """A model with a name for the size of one axis of its input, or without shapes."""
-    shape = proto.graph.input[0].type.tensor_type
-    if axis is None:
-        shape.ClearField("shape")
-    else:
-        shape.shape.dim[axis].Clear()
-        shape.shape.dim[axis].dim_param = "n"
-    del proto.graph.value_info[:]
-    for out in proto.graph.output:
-        out.type.tensor_type.ClearField("shape")
-    return onnx.shape_inference.infer_shapes(proto)
 
 
 @pytest.mark.parametrize("axis", [1, None])

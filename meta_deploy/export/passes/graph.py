@@ -77,9 +77,9 @@ def name_batch(proto: onnx.ModelProto) -> None:
             target.CopyFrom(onnx.numpy_helper.from_array(left, target.name))
 
 
-def is_batch(size: int) -> bool:
-    """Whether a size stands for an unknown batch, or a multiple of it."""
-    return size > 0 and size % BATCH == 0
+def is_batch(size: object) -> bool:
+    """Whether a size stands for an unknown batch, or a multiple of it; a name does not."""
+    return isinstance(size, (int, np.integer)) and int(size) > 0 and int(size) % BATCH == 0
 
 
 def _dims(graph: onnx.GraphProto) -> Iterator[onnx.TensorShapeProto.Dimension]:

@@ -145,7 +145,7 @@ def _squared(node: gs.Node) -> list[gs.Tensor] | None:
 
 def _is_number(size: object) -> bool:
     """Whether a size is known, and there is something of that size."""
-    return isinstance(size, (int, np.integer)) and int(size) > 0 and not is_batch(int(size))
+    return isinstance(size, (int, np.integer)) and int(size) > 0 and not is_batch(size)
 
 
 def _centred(tensor: gs.Tensor) -> tuple[gs.Tensor, list[int], list[gs.Node]] | None:

@@ -107,7 +107,7 @@ def _affine(node: gs.Node) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
     if scale is None or scale.dtype not in FLOATS:
         return None, None
     size = (node.inputs[0].shape or [None])[-1]
-    if isinstance(size, (int, np.integer)) and is_batch(int(size)):
+    if is_batch(size):
         return None, None
     channels = int(size) if isinstance(size, (int, np.integer)) else scale.size
     bias = constant_value(node.inputs[2]) if has_input(node, 2) else np.zeros(channels)
