@@ -43,14 +43,14 @@ from benchmarks.common import (
     save,
     table,
 )
-from meta_deploy.export.onnx_export import drop_outputs, export_onnx, output_names
-from meta_deploy.export.passes import PIPELINES, run_passes
-from meta_deploy.export.passes.graph import to_proto
 from meta_deploy.export.pipeline import input_spec, preprocess_rules
+from meta_deploy.export.trace import drop_outputs, export_onnx, output_names
 from meta_deploy.export.verify import TOLERANCES, Comparison
-from meta_deploy.models.checkpoint import load_model
-from meta_deploy.runtime.images import read_image
-from meta_deploy.runtime.preprocess import Preprocessor
+from meta_deploy.graph.graph import to_proto
+from meta_deploy.graph.pipeline import PIPELINES, run_passes
+from meta_deploy.imaging.images import read_image
+from meta_deploy.imaging.preprocess import Preprocessor
+from meta_deploy.models.checkpoint.load import load_model
 
 CASE = "meta-t-mask-rcnn@512"
 LITERAL, STOCK = "literal", "PyTorch's optimize=True"

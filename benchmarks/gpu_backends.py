@@ -27,18 +27,18 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from benchmarks.common import interleave
+from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.errors import MetaDeployError
 from meta_deploy.export.pipeline import input_spec, preprocess_rules
-from meta_deploy.export.targets import TARGETS
 from meta_deploy.export.verify import TOLERANCES, Comparison
-from meta_deploy.models.checkpoint import load_model
+from meta_deploy.imaging.images import read_image
+from meta_deploy.imaging.preprocess import Preprocessor
+from meta_deploy.models.checkpoint.load import load_model
 from meta_deploy.report.accuracy import coco_ap
-from meta_deploy.runtime import postprocess
-from meta_deploy.runtime.backends import open_backend
-from meta_deploy.runtime.bundle import Bundle
-from meta_deploy.runtime.images import read_image
-from meta_deploy.runtime.preprocess import Preprocessor
-from meta_deploy.runtime.results import Detections, coco_category_ids
+from meta_deploy.targets.backend import open_backend
+from meta_deploy.targets.table import TARGETS
+from meta_deploy.tasks import postprocess
+from meta_deploy.tasks.results import Detections, coco_category_ids
 
 CUDA_BROKEN = 3  # exit code: what failed took CUDA with it, for this process
 LEAST_ROUNDS = 3

@@ -30,10 +30,10 @@ import torch
 from benchmarks import common
 from benchmarks.common import Case, checkpoint, machine, parser, photo_folder, photos, ratio, save, table
 from benchmarks.gpu_backends import KINDS
-from meta_deploy.export.engine import available
-from meta_deploy.export.targets import TARGETS
 from meta_deploy.export.verify import TOLERANCES
-from meta_deploy.runtime.backends.tensorrt_library import MODULES, TITLES
+from meta_deploy.targets.table import TARGETS
+from meta_deploy.targets.tensorrt.build import available
+from meta_deploy.targets.tensorrt.library import MODULES, TITLES
 
 CASES = ("meta-t-mask-rcnn@512", "meta-s-mask-rcnn@512", "meta-b-mask-rcnn@512")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")

@@ -41,20 +41,20 @@ from benchmarks.common import (
     save,
     table,
 )
+from meta_deploy.bundle.bundle import InputSpec
 from meta_deploy.errors import EngineError
-from meta_deploy.export.engine import available, build_engine
-from meta_deploy.export.onnx_export import OPSET, quiet
 from meta_deploy.export.operators import TRANSLATIONS
-from meta_deploy.export.passes import COSTS, PIPELINES, run_passes
-from meta_deploy.export.passes.graph import to_graph
-from meta_deploy.export.passes.traffic import bytes_moved
 from meta_deploy.export.pipeline import input_spec, preprocess_rules
-from meta_deploy.export.precision import convert
+from meta_deploy.export.trace import OPSET, quiet
 from meta_deploy.export.verify import TOLERANCES
-from meta_deploy.models.checkpoint import load_model
-from meta_deploy.runtime.bundle import InputSpec
-from meta_deploy.runtime.images import read_image
-from meta_deploy.runtime.preprocess import Preprocessor
+from meta_deploy.graph.graph import to_graph
+from meta_deploy.graph.pipeline import COSTS, PIPELINES, run_passes
+from meta_deploy.graph.precision.convert import convert
+from meta_deploy.graph.traffic import bytes_moved
+from meta_deploy.imaging.images import read_image
+from meta_deploy.imaging.preprocess import Preprocessor
+from meta_deploy.models.checkpoint.load import load_model
+from meta_deploy.targets.tensorrt.build import available, build_engine
 
 CASES = ("meta-t-mask-rcnn@512",)
 STOCK, SLIM = "stock", "onnxslim"

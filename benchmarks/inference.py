@@ -33,14 +33,14 @@ from benchmarks.common import (
     save,
     table,
 )
-from meta_deploy.export.onnx_export import drop_outputs, export_onnx
-from meta_deploy.models.checkpoint import load_model
-from meta_deploy.runtime.backends import open_backend
-from meta_deploy.runtime.bundle import Bundle
-from meta_deploy.runtime.images import expand, read_image
+from meta_deploy.bundle.bundle import Bundle
+from meta_deploy.export.trace import drop_outputs, export_onnx
+from meta_deploy.imaging.images import expand, read_image
+from meta_deploy.imaging.preprocess import Preprocessor
+from meta_deploy.models.checkpoint.load import load_model
 from meta_deploy.runtime.predictor import Predictor
-from meta_deploy.runtime.preprocess import Preprocessor
 from meta_deploy.runtime.stream import predict
+from meta_deploy.targets.backend import open_backend
 
 CASES = ("demo", "meta-t-mask-rcnn@512", "meta-t-mask-rcnn@512+dynamic")
 

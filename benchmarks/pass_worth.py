@@ -30,9 +30,9 @@ from benchmarks.graph_surgery import (
     translate,
 )
 from meta_deploy.errors import EngineError
-from meta_deploy.export.engine import available
-from meta_deploy.export.passes import COSTS, PIPELINES, run_passes
-from meta_deploy.export.precision import convert
+from meta_deploy.graph.pipeline import COSTS, PIPELINES, run_passes
+from meta_deploy.graph.precision.convert import convert
+from meta_deploy.targets.tensorrt.build import available
 
 WHOLE = "whole pipeline"
 

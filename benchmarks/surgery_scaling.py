@@ -129,7 +129,7 @@ def made_up(nodes: int, seed: int = 0) -> onnx.ModelProto:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from meta_deploy.export.passes import PIPELINES
+    from meta_deploy.graph.pipeline import PIPELINES
 
     p = parser(__doc__, "surgery_scaling")
     p.add_argument("--nodes", nargs="+", type=int, default=list(NODES), help="default: 5000 10000 20000")
@@ -160,8 +160,8 @@ def alone(nodes: int, target: str) -> dict[str, Any]:
 
 def run(nodes: int, target: str) -> dict[str, Any]:
     """A pipeline over a graph of so many nodes: seconds in all and of each pass, and peak memory of all."""
-    from meta_deploy.export.passes import COSTS, PIPELINES, run_passes
     from meta_deploy.export.pipeline import peak_rss_mb
+    from meta_deploy.graph.pipeline import COSTS, PIPELINES, run_passes
 
     graph = made_up(nodes)
     began = time.perf_counter()

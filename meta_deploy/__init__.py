@@ -9,9 +9,9 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "Predictor": "meta_deploy.runtime.predictor",
-    "Bundle": "meta_deploy.runtime.bundle",
-    "Detections": "meta_deploy.runtime.results",
-    "Segmentation": "meta_deploy.runtime.results",
+    "Bundle": "meta_deploy.bundle.bundle",
+    "Detections": "meta_deploy.tasks.results",
+    "Segmentation": "meta_deploy.tasks.results",
 }
 __all__ = ["Bundle", "Detections", "Predictor", "Segmentation", "__version__"]
 

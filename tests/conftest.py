@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from meta_deploy.runtime.bundle import Bundle, write_bundle
-from tests.runtime.by_hand import detector, manifest, segmenter
+from meta_deploy.bundle.bundle import Bundle, write_bundle
+from tests.bundles_by_hand import detector, manifest, segmenter
 
 COCO = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco-tiny"
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from benchmarks.demo_accuracy import measure
+from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.export.verify import TOLERANCES
-from meta_deploy.models.checkpoint import load_model
-from meta_deploy.models.zoo import config_to_dict, get_config
-from meta_deploy.runtime.backends import open_backend
-from meta_deploy.runtime.bundle import Bundle
-from meta_deploy.runtime.images import read_image
-from meta_deploy.runtime.preprocess import Preprocessor
+from meta_deploy.imaging.images import read_image
+from meta_deploy.imaging.preprocess import Preprocessor
+from meta_deploy.models.checkpoint.load import load_model
+from meta_deploy.models.registry import config_to_dict, get_config
+from meta_deploy.targets.backend import open_backend
 from tools.scenes import CLASSES, TEST_SEEDS
 
 ASSETS = Path(str(files("meta_deploy") / "assets"))

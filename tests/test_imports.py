@@ -1,4 +1,4 @@
-"""Who may import whom (architecture.md), read from the sources; and what importing must not load."""
+"""Who may import whom, read from the sources; and what importing must not load."""
 
 import ast
 import subprocess
@@ -8,19 +8,25 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "meta_deploy"
-EVERYTHING = {"cli", "models", "export", "calib", "runtime", "report"}
+BELOW_ALL = {"bundle", "graph", "models"}  # import nothing of ours but the errors
 ALLOWED = {
-    "cli": EVERYTHING,
-    "report": {"report", "runtime", "export"},
-    "calib": {"calib", "runtime"},
-    "export": {"export", "models", "calib", "runtime"},
-    "runtime": {"runtime"},
-    "models": {"models"},
+    **{part: {part} for part in BELOW_ALL},
+    "imaging": {"imaging", "bundle"},
+    "tasks": {"tasks", "imaging", "bundle"},
+    "targets": {"targets", "tasks", "graph", "bundle"},
+    "runtime": {"runtime", "targets", "tasks", "imaging", "bundle"},
+    "calib": {"calib", "graph", "imaging", "bundle"},
+    "export": {"export", "models", "calib", "graph", "targets", "tasks", "imaging", "bundle"},
+    "report": {"report", "runtime", "graph", "targets", "tasks", "imaging", "bundle"},
 }
+EVERYTHING = {*ALLOWED, "cli"}
+ALLOWED["cli"] = EVERYTHING
 TORCH = {"torch", "torchvision", "safetensors"}
 ONNX = {"onnx", "onnxscript", "onnx_graphsurgeon", "onnx_ir", "onnxslim", "polygraphy"}
 FORBIDDEN = {
-    "runtime": TORCH | ONNX,
+    **dict.fromkeys(("bundle", "imaging", "tasks", "runtime"), TORCH | ONNX),
+    "graph": TORCH,
+    "targets": TORCH,
     "models": ONNX | {"onnxruntime", "tensorrt", "tensorrt_rtx", "cv2"},
 }
 
@@ -48,8 +54,8 @@ def test_a_part_imports_only_what_it_may(part):
             assert parts[0] not in FORBIDDEN.get(part, ()), f"{path.relative_to(PACKAGE)} imports {name}"
 
 
-def test_passes_know_graphs_and_not_models():
-    for path in (PACKAGE / "export" / "passes").rglob("*.py"):
+def test_graph_knows_no_models():
+    for path in (PACKAGE / "graph").rglob("*.py"):
         for name in imported(path):
             assert name.split(".")[0] not in TORCH, f"{path.name} imports {name}"
             assert not name.startswith("meta_deploy.models"), f"{path.name} imports {name}"
@@ -73,12 +79,14 @@ def test_importing_the_package_loads_nothing_heavy():
 
 
 def test_the_whole_runtime_loads_without_torch_and_onnx():
+    parts = ("bundle", "imaging", "tasks", "runtime")
     modules = [
         ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
-        for path in (PACKAGE / "runtime").rglob("*.py")
+        for part in parts
+        for path in (PACKAGE / part).rglob("*.py")
         if path.name != "__init__.py"
     ]
-    code = "import " + ", ".join([*modules, "meta_deploy.runtime.backends", "meta_deploy.cli.outputs"])
+    code = "import " + ", ".join([*modules, "meta_deploy.targets.backend", "meta_deploy.cli.outputs"])
     loaded = loaded_by(code + "\nfrom meta_deploy import Predictor, Bundle, Detections, Segmentation")
     assert not loaded & (TORCH | ONNX)
     assert "cv2" in loaded  # or this test looks at nothing

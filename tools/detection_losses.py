@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from meta_deploy.models.box_ops import INVALID, box_iou, encode_boxes
+from meta_deploy.models.ops.boxes import INVALID, box_iou, encode_boxes
 
 NEGATIVE, IGNORED = -1, -2
 RPN_STDS = (1.0, 1.0, 1.0, 1.0)

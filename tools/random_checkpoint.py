@@ -24,8 +24,8 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from meta_deploy.models.checkpoint import save_checkpoint
-from meta_deploy.models.zoo import MODEL_NAMES, ModelConfig, build_model, get_config
+from meta_deploy.models.checkpoint.load import save_checkpoint
+from meta_deploy.models.registry import MODEL_NAMES, ModelConfig, build_model, get_config
 
 PICTURES = 4
 # The spread of a layer's output over positions and pictures, by the end of the layer's name; else 1.

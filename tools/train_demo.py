@@ -23,7 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from meta_deploy.models.zoo import MaskRCNNConfig, build_model, get_config
+from meta_deploy.models.registry import MaskRCNNConfig, build_model, get_config
 from meta_deploy.report.accuracy import coco_ap
 from tools.detection_losses import LossSettings, Truth, detection_losses
 from tools.scenes import CLASSES, TRAINING_SEEDS, VALIDATION_SEEDS, coco_dataset, generate

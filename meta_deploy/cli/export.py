@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from meta_deploy.cli.common import Parser, positive_int, run
 
 if TYPE_CHECKING:
-    from meta_deploy.runtime.bundle import Bundle
+    from meta_deploy.bundle.bundle import Bundle
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 
@@ -164,7 +164,7 @@ def document(bundle: Bundle) -> dict[str, object]:
 
 def summary(bundle: Bundle, seconds: float) -> str:
     """What the command prints at its end: passes, verification, bundle."""
-    from meta_deploy.runtime.backends import ENGINE_PRECISIONS
+    from meta_deploy.targets.backend import ENGINE_PRECISIONS
 
     manifest = bundle.manifest
     lines = []

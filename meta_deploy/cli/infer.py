@@ -17,7 +17,7 @@ from meta_deploy.cli.common import EXIT_INPUT, Parser, fraction, positive_int, r
 if TYPE_CHECKING:
     from argparse import Namespace
 
-    from meta_deploy.runtime.bundle import Bundle
+    from meta_deploy.bundle.bundle import Bundle
     from meta_deploy.runtime.predictor import Predictor
 
 SHOWN = 0.3
@@ -108,7 +108,7 @@ def _infer(args: Namespace) -> int:
     warnings.filterwarnings("ignore", module="PIL")
 
     from meta_deploy.cli.outputs import CocoFile, Overlays, Report, folder_for
-    from meta_deploy.runtime.images import expand
+    from meta_deploy.imaging.images import expand
     from meta_deploy.runtime.stream import predict
 
     sources = expand(args.inputs)
@@ -158,10 +158,10 @@ def _open(args: Namespace) -> Predictor:
 
 def _rebuilt(path: str | os.PathLike[str], backend: str) -> Bundle:
     """The bundle, for which an engine that fits this machine is now kept."""
+    from meta_deploy.bundle.bundle import Bundle
+    from meta_deploy.bundle.manifest import ENGINE_TARGETS
     from meta_deploy.errors import InputError
-    from meta_deploy.runtime.backends.tensorrt import misfit
-    from meta_deploy.runtime.bundle import Bundle
-    from meta_deploy.runtime.manifest import ENGINE_TARGETS
+    from meta_deploy.targets.tensorrt.backend import misfit
 
     if backend not in ("auto", "tensorrt"):
         raise InputError(f"--rebuild makes an engine, which --backend {backend} does not use; leave one out")
@@ -175,7 +175,7 @@ def _rebuilt(path: str | os.PathLike[str], backend: str) -> Bundle:
         print("meta-infer: there is nothing to rebuild: the engine fits this machine", file=sys.stderr)
         return bundle
     try:
-        from meta_deploy.export.engine import rebuild
+        from meta_deploy.targets.tensorrt.build import rebuild
     except ImportError as error:
         raise InputError(f"cannot build an engine ({error}); pip install 'meta-deploy[export]'") from error
     print(f"meta-infer: building an engine for this machine, since {reason}", file=sys.stderr)

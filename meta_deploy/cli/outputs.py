@@ -20,12 +20,12 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
+from meta_deploy.bundle.files import atomic_path, atomic_write
 from meta_deploy.errors import ImageError, InputError
-from meta_deploy.runtime.files import atomic_path, atomic_write
-from meta_deploy.runtime.images import Source, Video
+from meta_deploy.imaging.images import Source, Video
 from meta_deploy.runtime.predictor import Predictor, Result
-from meta_deploy.runtime.results import Detections, save_image
 from meta_deploy.runtime.stream import Frame
+from meta_deploy.tasks.results import Detections, save_image
 
 MAX_NAME = 255  # bytes of a file's name, on every file system in use
 

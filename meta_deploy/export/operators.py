@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from meta_deploy.export import lowered_operators, native_operators
-from meta_deploy.models import box_ops, roi_align  # noqa: F401  (they register the operators)
+from meta_deploy.models.ops import boxes, roi_align  # noqa: F401  (they register the operators)
 
 Table = dict[Callable[..., Any], Callable[..., Any]]
 # "native": by ONNX's NonMaxSuppression and RoiAlign; "lowered": by plain arithmetic.

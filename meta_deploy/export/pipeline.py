@@ -16,20 +16,20 @@ from typing import Any
 import numpy as np
 import onnx
 
+from meta_deploy.bundle.bundle import Bundle, InputSpec, check_out_dir, write_bundle
 from meta_deploy.errors import InputError
-from meta_deploy.export.engine import build_engine, check_gpus
-from meta_deploy.export.onnx_export import DIVISOR, drop_outputs, export_onnx, output_names
-from meta_deploy.export.passes import COSTS, PIPELINES, run_passes
-from meta_deploy.export.passes.attention import attention_count
-from meta_deploy.export.precision import Precision, convert, emulated, lowered_tensors, overflowing
-from meta_deploy.export.targets import TARGETS, choose_operators, choose_target
+from meta_deploy.export.trace import DIVISOR, drop_outputs, export_onnx, output_names
 from meta_deploy.export.verify import verify
-from meta_deploy.models.checkpoint import LoadedModel, load_model
-from meta_deploy.models.zoo import ModelConfig, config_to_dict
-from meta_deploy.runtime.backends.tensorrt_library import MODULES
-from meta_deploy.runtime.bundle import Bundle, InputSpec, check_out_dir, write_bundle
-from meta_deploy.runtime.images import expand, read_image
-from meta_deploy.runtime.preprocess import Preprocessor
+from meta_deploy.graph.attention import attention_count
+from meta_deploy.graph.pipeline import COSTS, PIPELINES, run_passes
+from meta_deploy.graph.precision.convert import Precision, convert, emulated, lowered_tensors, overflowing
+from meta_deploy.imaging.images import expand, read_image
+from meta_deploy.imaging.preprocess import Preprocessor
+from meta_deploy.models.checkpoint.load import LoadedModel, load_model
+from meta_deploy.models.registry import ModelConfig, config_to_dict
+from meta_deploy.targets.table import TARGETS, choose_operators, choose_target
+from meta_deploy.targets.tensorrt.build import build_engine, check_gpus
+from meta_deploy.targets.tensorrt.library import MODULES
 
 VERIFICATION_IMAGES = 8
 MAX_INPUT_VALUES = 2**31  # 8 GB of input alone; no model of the zoo runs on more

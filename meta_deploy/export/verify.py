@@ -16,11 +16,11 @@ import onnxruntime
 import torch
 from torch import nn
 
+from meta_deploy.bundle.bundle import InputSpec
 from meta_deploy.errors import CheckpointError, VerificationError
-from meta_deploy.models.box_ops import INVALID
-from meta_deploy.runtime.bundle import InputSpec
-from meta_deploy.runtime.images import read_image
-from meta_deploy.runtime.preprocess import Preprocessor
+from meta_deploy.imaging.images import read_image
+from meta_deploy.imaging.preprocess import Preprocessor
+from meta_deploy.models.ops.boxes import INVALID
 
 # What each precision must keep. `maps`: largest difference over the map's largest value; `maps_rms`: norm of
 # the difference over the map's, where single values may be far off. `agreement`: share of boxes (pixels, for

@@ -1,4 +1,1 @@
-"""Run a bundle on images: read, preprocess, infer, postprocess, draw.
-
-Knows neither torch nor onnx, and imports nothing of ours but the errors.
-"""
+"""Run a bundle on images: one call from an image to its result. Knows neither torch nor onnx."""

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from meta_deploy.bundle.bundle import Bundle, Size
 from meta_deploy.errors import BackendError, BundleError, InputError
-from meta_deploy.runtime import postprocess
-from meta_deploy.runtime.backends import open_backend
-from meta_deploy.runtime.bundle import Bundle, Size
-from meta_deploy.runtime.images import ImageLike, read_image
-from meta_deploy.runtime.preprocess import Placement, Preprocessor
-from meta_deploy.runtime.results import Detections, Segmentation, Timings
+from meta_deploy.imaging.images import ImageLike, read_image
+from meta_deploy.imaging.preprocess import Placement, Preprocessor
+from meta_deploy.targets.backend import open_backend
+from meta_deploy.tasks import postprocess
+from meta_deploy.tasks.results import Detections, Segmentation, Timings
 
 DEMO_BUNDLE = Path(__file__).parent.parent / "assets" / "demo"
 MAX_THREADS = 1024

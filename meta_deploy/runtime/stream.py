@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from meta_deploy.errors import ImageError
-from meta_deploy.runtime.images import Source, Video, read_image
+from meta_deploy.imaging.images import Source, Video, read_image
 from meta_deploy.runtime.predictor import Predictor, Result
 
 READERS = 2

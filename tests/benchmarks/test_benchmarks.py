@@ -8,9 +8,9 @@ import pytest
 
 from benchmarks import cleanup_routes, common, export_time, inference
 from benchmarks.common import ASSETS, Case, Run, interleave, ratio, run_command, table
-from meta_deploy.export.onnx_export import export_onnx
-from meta_deploy.models.checkpoint import load_model
-from meta_deploy.runtime.bundle import Bundle
+from meta_deploy.bundle.bundle import Bundle
+from meta_deploy.export.trace import export_onnx
+from meta_deploy.models.checkpoint.load import load_model
 
 SIDE = 320  # the demo model's
 

@@ -9,8 +9,8 @@ from torch import nn
 from benchmarks import graph_surgery
 from benchmarks.common import Case
 from benchmarks.graph_surgery import CASES, ERROR, GOALS, ORT, missed, side_by_side
-from meta_deploy.export.engine import available
-from meta_deploy.export.passes import PIPELINES
+from meta_deploy.graph.pipeline import PIPELINES
+from meta_deploy.targets.tensorrt.build import available
 
 
 class Small(nn.Module):

@@ -7,8 +7,8 @@ import onnx
 import pytest
 
 from benchmarks.surgery_scaling import DIM, TOKENS, made_up, main, side_by_side
-from meta_deploy.export.passes import run_passes
-from tests.export.small_graphs import run
+from meta_deploy.graph.pipeline import run_passes
+from tests.small_graphs import run
 
 PASSES = ["clean-up", "slices-to-split", "collapse-chains", "fuse-attention"]
 

@@ -16,11 +16,11 @@ import onnx
 import pytest
 from PIL import Image
 
+from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.cli.export import StageDisplay, main, passes_table, verdict
 from meta_deploy.errors import BundleError
-from meta_deploy.models.checkpoint import save_checkpoint
-from meta_deploy.runtime.bundle import Bundle
-from tests.export.tiny_models import detector, exported, lively
+from meta_deploy.models.checkpoint.load import save_checkpoint
+from tests.tiny_models import detector, exported, lively
 
 CONFIG = detector()
 KEYS = {
@@ -41,7 +41,7 @@ CHILD = """
 import sys, time
 import onnx
 from meta_deploy.export import pipeline
-from meta_deploy.runtime import bundle
+from meta_deploy.bundle import bundle
 from meta_deploy.cli.export import main
 
 pipeline.export_onnx = lambda model, spec, operators: onnx.load({graph!r})
@@ -362,7 +362,7 @@ def test_an_older_bundle_is_replaced(meta_export, pictures):
 
 @pytest.mark.slow
 def test_a_failed_verification_is_3_and_leaves_no_bundle(meta_export, pictures, here, monkeypatch):
-    from meta_deploy.export.passes import PASSES
+    from meta_deploy.graph.pipeline import PASSES
 
     def corrupt(graph):
         weights = [t for t in graph.tensors().values() if hasattr(t, "values") and t.values.ndim == 4]

@@ -18,7 +18,7 @@ from pycocotools.coco import COCO
 
 from meta_deploy.cli.infer import main
 from meta_deploy.cli.outputs import overlay_names
-from meta_deploy.runtime.images import Source
+from meta_deploy.imaging.images import Source
 
 
 @pytest.fixture
@@ -290,7 +290,7 @@ def test_a_full_disk_under_standard_output_is_one_line(here, bundles):
 
 
 def test_an_interrupt_is_one_line_and_leaves_no_half_file(here, infer, monkeypatch):
-    from meta_deploy.runtime.results import Detections
+    from meta_deploy.tasks.results import Detections
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -391,11 +391,11 @@ def test_auto_says_what_it_took_and_a_back_end_that_was_asked_for_does_not(here,
 @pytest.fixture
 def engine(tmp_path, monkeypatch, photo):
     """A TensorRT-RTX bundle, its engine for an older version, on a machine with a GPU; `rebuild` counts."""
-    from meta_deploy.runtime import engine_cache
-    from meta_deploy.runtime.backends.tensorrt_library import Here
-    from meta_deploy.runtime.bundle import write_bundle
-    from tests.runtime.by_hand import detector, manifest
-    from tests.runtime.gpu_stand_in import engine_bytes, install
+    from meta_deploy.bundle.bundle import write_bundle
+    from meta_deploy.targets.tensorrt import cache as engine_cache
+    from meta_deploy.targets.tensorrt.library import Here
+    from tests.bundles_by_hand import detector, manifest
+    from tests.targets.gpu_stand_in import engine_bytes, install
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     install(monkeypatch, version="1.8.0")
@@ -411,7 +411,7 @@ def engine(tmp_path, monkeypatch, photo):
         plan = engine_bytes(bundle.read("model.onnx"), bundle.input)
         engine_cache.store(bundle, Here.find(bundle.target).machine, plan, {**section, "version": "1.8.0"})
 
-    builder = ModuleType("meta_deploy.export.engine")
+    builder = ModuleType("meta_deploy.targets.tensorrt.build")
     builder.rebuild = rebuild
     monkeypatch.setitem(sys.modules, builder.__name__, builder)
     return tmp_path / "bundle", built
@@ -451,5 +451,5 @@ def test_rebuild_without_a_gpu_builds_nothing(here, infer, engine, monkeypatch):
 
 
 def test_rebuild_without_what_builds_says_what_to_install(here, infer, engine, monkeypatch):
-    monkeypatch.setitem(sys.modules, "meta_deploy.export.engine", None)
+    monkeypatch.setitem(sys.modules, "meta_deploy.targets.tensorrt.build", None)
     one_line(*infer("a.jpg", "--rebuild", model=engine[0]), "pip install 'meta-deploy[")

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import nn
 
+from meta_deploy.bundle.bundle import InputSpec
 from meta_deploy.export import lowered_operators
-from meta_deploy.export.engine import available, build_engine
 from meta_deploy.export.lowered_operators import MOST_BOXES, ROUNDS
-from meta_deploy.export.onnx_export import OPSET, quiet
 from meta_deploy.export.operators import TRANSLATIONS
-from meta_deploy.models.box_ops import nms
-from meta_deploy.models.roi_align import pyramid_level, pyramid_roi_align
-from meta_deploy.runtime.bundle import InputSpec
+from meta_deploy.export.trace import OPSET, quiet
+from meta_deploy.models.ops.boxes import nms
+from meta_deploy.models.ops.roi_align import pyramid_level, pyramid_roi_align
+from meta_deploy.targets.tensorrt.build import available, build_engine
 
 SETS, BOXES = 400, 40
 STRIDES = [4, 8, 16, 32]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.errors import (
     BundleError,
     CheckpointError,
@@ -19,7 +20,6 @@ from meta_deploy.errors import (
     VerificationError,
 )
 from meta_deploy.export import pipeline
-from meta_deploy.export.passes import PASSES, PIPELINES
 from meta_deploy.export.pipeline import (
     Progress,
     choose_passes,
@@ -30,11 +30,11 @@ from meta_deploy.export.pipeline import (
     verification_images,
 )
 from meta_deploy.export.verify import TOLERANCES
-from meta_deploy.models.checkpoint import save_checkpoint
-from meta_deploy.models.zoo import config_from_dict
-from meta_deploy.runtime.bundle import Bundle
+from meta_deploy.graph.pipeline import PASSES, PIPELINES
+from meta_deploy.models.checkpoint.load import save_checkpoint
+from meta_deploy.models.registry import config_from_dict
 from meta_deploy.runtime.predictor import Predictor
-from tests.export.tiny_models import SIZE, detector, exported, lively
+from tests.tiny_models import SIZE, detector, exported, lively
 
 CONFIG = detector()
 builds = pytest.mark.skipif(
@@ -194,7 +194,7 @@ def test_a_checkpoint_becomes_a_bundle_that_answers_as_the_model_does(quick, tmp
     detections = Predictor(bundle)(image)
     assert len(detections.scores) > 0
     prepared = np.zeros((1, 3, *SIZE), np.float32)
-    from meta_deploy.runtime.preprocess import Preprocessor
+    from meta_deploy.imaging.preprocess import Preprocessor
 
     prepared, _ = Preprocessor(bundle.input, bundle.preprocess)([image])
     with torch.no_grad():

@@ -21,7 +21,7 @@ from meta_deploy.export.verify import (
     match,
     verify,
 )
-from tests.export.tiny_models import exported
+from tests.tiny_models import exported
 
 K, SCORE_THRESHOLD = 12, 0.05
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from meta_deploy import Detections, Predictor, Segmentation
+from meta_deploy.bundle.bundle import Bundle, write_bundle
 from meta_deploy.errors import BackendError, BundleError, ImageError, InputError
-from meta_deploy.runtime.backends import open_backend
-from meta_deploy.runtime.bundle import Bundle, write_bundle
-from tests.runtime.by_hand import detector, manifest, segmenter
+from meta_deploy.targets.backend import open_backend
+from tests.bundles_by_hand import detector, manifest, segmenter
 
 
 def grey(value, size=(128, 96)):

@@ -8,8 +8,8 @@ from PIL import Image
 
 from meta_deploy import Predictor
 from meta_deploy.errors import ImageError
+from meta_deploy.imaging.images import Source
 from meta_deploy.runtime import stream
-from meta_deploy.runtime.images import Source
 from meta_deploy.runtime.stream import predict, read_ahead
 
 

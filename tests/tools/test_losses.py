@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from meta_deploy.models.box_ops import box_iou, decode_boxes
-from meta_deploy.models.zoo import build_model, get_config
+from meta_deploy.models.ops.boxes import box_iou, decode_boxes
+from meta_deploy.models.registry import build_model, get_config
 from tools.detection_losses import (
     IGNORED,
     NEGATIVE,
@@ -190,7 +190,7 @@ def test_an_image_without_objects_gives_finite_losses():
 
 
 def test_box_targets_decode_to_the_true_boxes():
-    from meta_deploy.models.box_ops import encode_boxes
+    from meta_deploy.models.ops.boxes import encode_boxes
 
     rois, truth = random_boxes(20), random_boxes(20)
     deltas = encode_boxes(rois, truth, ROI_STDS)

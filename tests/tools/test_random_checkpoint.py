@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from meta_deploy.models.checkpoint import load_model
-from meta_deploy.models.zoo import get_config
+from meta_deploy.models.checkpoint.load import load_model
+from meta_deploy.models.registry import get_config
 from tools.random_checkpoint import lively_model, main, noise
 
 SIZE = (128, 128)

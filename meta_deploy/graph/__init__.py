@@ -1,0 +1,1 @@
+"""ONNX graphs: what passes ask of them, the passes, and precision. Knows neither torch nor models."""

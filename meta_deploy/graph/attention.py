@@ -1,0 +1,100 @@
+"""Attention in a graph: MatMul, Softmax, MatMul over q, k and v of four axes. Found here, for all passes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from meta_deploy.graph.graph import constant_value, is_op, producer, sole_consumer, static_shape
+from meta_deploy.graph.passes.collapse_chains import Factors, chain_before, follow
+
+
+@dataclass(frozen=True)
+class Attention:
+    """softmax(q k^T * scale) v.
+
+    Attributes:
+        q, k, v: (B, heads, N, d), before any scaling and transposing.
+        scale: the factor on the products, 1 without one.
+        last: the MatMul that makes the output (B, heads, N, d).
+    """
+
+    q: gs.Tensor
+    k: gs.Tensor
+    v: gs.Tensor
+    scale: float
+    last: gs.Node
+
+
+def find_attention(graph: gs.Graph, softmax: gs.Node) -> Attention | None:
+    """The attention around a Softmax.
+
+    Pattern: q, k and v (B, heads, N, d), the scale a constant on q, k or their product, or none.
+    Check: nothing else reads what lies between, the softmax goes over the keys, sizes
+    but the batch are known.
+    """
+    weights = softmax.outputs[0]
+    axis = softmax.attrs.get("axis", -1 if graph.opset >= 13 else 1)
+    if axis not in (-1, 3) or not sole_consumer(graph, weights):
+        return None
+    last = weights.outputs[0]
+    if not is_op(last, "MatMul") or last.inputs[0] is not weights:
+        return None
+    product, scale = _unscaled(graph, softmax.inputs[0])
+    matmul = producer(product, "MatMul")
+    if matmul is None or not sole_consumer(graph, product):
+        return None
+    q, q_scale = _unscaled(graph, matmul.inputs[0])
+    transposed, k_scale = _unscaled(graph, matmul.inputs[1])
+    k = _untransposed(graph, transposed)
+    if k is None or not sole_consumer(graph, transposed):
+        return None
+    (k, k_before), v = _unscaled(graph, k), last.inputs[1]
+    shapes = [static_shape(tensor) for tensor in (q, k, v)]
+    if any(shape is None or len(shape) != 4 or 0 in shape for shape in shapes) or q.dtype != np.float32:
+        return None
+    (b, h, _, d), keys, values = shapes  # type: ignore[misc]
+    if keys != values or keys[:2] != [b, h] or keys[3] != d:  # type: ignore[index]
+        return None
+    scale = float(np.float32(scale * q_scale * k_scale * k_before))
+    return Attention(q, k, v, scale, last) if scale and math.isfinite(scale) else None
+
+
+def attention_count(proto: onnx.ModelProto) -> int:
+    """How often softmax(..) v occurs in a model, in any type."""
+    softmaxes = {node.output[0] for node in proto.graph.node if node.op_type == "Softmax"}
+    return sum(node.op_type == "MatMul" and node.input[0] in softmaxes for node in proto.graph.node)
+
+
+def _untransposed(graph: gs.Graph, tensor: gs.Tensor) -> gs.Tensor | None:
+    """What a tensor is before its last two axes change places; PyTorch does it with three axes at times."""
+    _, chain = chain_before(graph, tensor)
+    for i in range(len(chain))[::-1][:3]:
+        start = chain[i].inputs[0]
+        shape, factors = static_shape(start), follow(start, chain[i:])
+        if shape is None or factors is None or len(shape) != 4:
+            continue
+        swapped = Factors(shape)
+        swapped.transpose([0, 1, 3, 2])
+        if factors.moves() == swapped.moves():
+            return start
+    return None
+
+
+def _unscaled(graph: gs.Graph, tensor: gs.Tensor) -> tuple[gs.Tensor, float]:
+    """What a tensor is before a constant multiplies it, and the constant; (tensor, 1) where none does."""
+    node = producer(tensor)
+    if node is None or not is_op(node, "Mul", "Div") or not sole_consumer(graph, tensor):
+        return tensor, 1.0
+    for x, factor in (node.inputs, node.inputs[::-1])[: 2 if node.op == "Mul" else 1]:
+        value = constant_value(factor)
+        shape = static_shape(x)
+        # A number with more axes than x would give it those.
+        if value is not None and value.size == 1 and value.item() and shape and shape == static_shape(tensor):
+            number = float(value.item())
+            return x, number if node.op == "Mul" else 1 / number
+    return tensor, 1.0

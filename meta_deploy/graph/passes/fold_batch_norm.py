@@ -1,0 +1,106 @@
+"""Batch normalization at inference is a scale and a shift a channel: they go into linear maps beside it.
+
+Knows BatchNormalization and linear maps, no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from meta_deploy.graph.graph import constant_value, is_op, sole_consumer, until_done
+from meta_deploy.graph.linear import FLOATS, Linear, by_input, linear_from, linear_of, set_weights
+from meta_deploy.graph.passes.fold_scales import by_output, channel_axis, representable, stand_in
+
+Weights = tuple[np.ndarray, np.ndarray | None]  # weight, bias
+
+
+def fold_batch_norm(graph: gs.Graph) -> int:
+    """Fold each BatchNormalization into the linear map before it, else into all those that read it.
+
+    Check: its parameters are constants, it does not train. Before it: nothing else reads what the linear map
+    makes. After it: everything that reads it is a linear map that has no padding to shift, being pointwise,
+    or there is nothing to shift.
+
+    Returns:
+        Nodes of that kind removed.
+    """
+    return until_done(graph, _fold_all)
+
+
+@np.errstate(divide="ignore", over="ignore", invalid="ignore")  # what is not finite is declined
+def _fold_all(graph: gs.Graph, fresh: Callable[[str], str]) -> int:
+    """One round: into linear maps before, from the first on, then of those left into linear maps after."""
+    inside = {id(node) for node in graph.nodes}  # and not in a branch or a loop's body
+    norms = [node for node in graph.nodes if is_op(node, "BatchNormalization")]
+    left = [node for node in norms if not _fold_back(graph, node, fresh)]
+    return len(norms) - len(left) + sum(_fold_on(graph, node, inside, fresh) for node in left[::-1])
+
+
+def _affine(norm: gs.Node) -> tuple[np.ndarray, np.ndarray] | None:
+    """(scale, shift), one value a channel, in float64; None where training or not constant."""
+    values = [constant_value(tensor) for tensor in norm.inputs[1:5]]
+    if norm.attrs.get("training_mode", 0) or any(not output.is_empty() for output in norm.outputs[1:]):
+        return None
+    if any(v is None or v.dtype not in FLOATS or v.ndim != 1 for v in values):
+        return None
+    gamma, beta, mean, variance = (v.astype(np.float64) for v in values if v is not None)
+    scale = gamma / np.sqrt(variance + norm.attrs.get("epsilon", 1e-5))
+    return scale, beta - mean * scale
+
+
+def _fold_back(graph: gs.Graph, norm: gs.Node, fresh: Callable[[str], str]) -> bool:
+    x, affine = norm.inputs[0], _affine(norm)
+    linear = linear_from(graph, x) if affine is not None and sole_consumer(graph, x) else None
+    if linear is None or affine is None or channel_axis(linear) != 1:
+        return False
+    scale, shift = affine
+    weight = linear.weight * by_output(linear, scale)
+    bias = shift if linear.bias is None else linear.bias * scale + shift
+    if not representable(linear, weight, bias):
+        return False
+    set_weights(graph, linear, weight, bias, fresh)
+    stand_in(norm, x)
+    return True
+
+
+def _fold_on(graph: gs.Graph, norm: gs.Node, inside: set[int], fresh: Callable[[str], str]) -> bool:
+    out, affine = norm.outputs[0], _affine(norm)
+    if affine is None or not out.outputs or any(output is out for output in graph.outputs):
+        return False
+    plans = []
+    for reader in out.outputs:
+        linear = _reader(graph, reader, inside)
+        plan = None if linear is None else _after(linear, *affine)
+        if linear is None or plan is None or not representable(linear, *plan):
+            return False
+        plans.append((linear, *plan))
+    x, norm.inputs[0] = norm.inputs[0], gs.Variable.empty()
+    for linear, weight, bias in plans:
+        linear.node.inputs[0] = x
+        set_weights(graph, linear, weight, bias, fresh)
+        inside.update(id(node) for node in linear.y.inputs)  # with a new bias there may be a new Add
+    return True
+
+
+def _reader(graph: gs.Graph, node: gs.Node, inside: set[int]) -> Linear | None:
+    """The linear map that a node is; an Add of its bias elsewhere is none of it."""
+    if id(node) not in inside:
+        return None
+    linear = linear_of(graph, node)
+    if linear is not None and linear.add is not None and id(linear.add) not in inside:
+        return linear_from(graph, node.outputs[0])
+    return linear
+
+
+def _after(linear: Linear, scale: np.ndarray, shift: np.ndarray) -> Weights | None:
+    """Weight and bias for an input that is not scaled and shifted before; None where there are none."""
+    if channel_axis(linear) != 1 or (shift.any() and not linear.pointwise):
+        return None
+    weight = linear.weight * by_input(linear, scale)
+    if not shift.any():
+        return weight, linear.bias
+    shifted = linear.weight * by_input(linear, shift)
+    return weight, shifted.reshape(len(weight), -1).sum(1) + (0 if linear.bias is None else linear.bias)

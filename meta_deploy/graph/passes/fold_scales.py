@@ -1,0 +1,303 @@
+"""Constants beside linear maps go into their weights: LayerScale, a shift, the scale of attention.
+
+Knows linear maps, element-wise arithmetic and data movements, no model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from meta_deploy.graph.graph import (
+    constant_value,
+    is_batch,
+    is_op,
+    producer,
+    sole_consumer,
+    static_shape,
+    until_done,
+)
+from meta_deploy.graph.linear import (
+    FLOATS,
+    Linear,
+    has_input,
+    linear_from,
+    per_channel,
+    set_weights,
+)
+from meta_deploy.graph.passes.collapse_chains import MOVES
+
+MAX_MOVES = 12  # from a linear map to its scale
+MAX_READERS = 64  # that are followed to see where else its channels go
+MAX_ELEMENTS = 1 << 26  # of a linear map's output whose channels are followed
+NO_CHANNEL = -1  # the number of zeros that were put in: scaled they are the same
+
+
+def fold_scales(graph: gs.Graph) -> int:
+    """Fold constants that multiply, divide or shift what a linear map makes into its weight and bias.
+
+    Pattern: Mul or Div by one value a channel, Add or Sub of such; or Mul or Div of all elements by one
+    number, where only data movements and zeros put in, or a product with another tensor, are between.
+    Check: nothing else reads the channels that change, the constant gives the result no other shape, and is
+    finite and, as a factor, not zero.
+
+    Returns:
+        Nodes removed.
+    """
+    return until_done(graph, _fold_all)
+
+
+@np.errstate(over="ignore", invalid="ignore")  # what is not finite is declined
+def _fold_all(graph: gs.Graph, fresh: Callable[[str], str]) -> int:
+    inside = {id(node) for node in graph.nodes}  # and not in a branch or a loop's body
+    count = 0
+    for node in list(graph.nodes):
+        if is_op(node, "Mul", "Div"):
+            count += _fold_factor(graph, node, inside, fresh)
+        elif is_op(node, "Add", "Sub"):
+            count += _fold_shift(graph, node, fresh)
+    return count
+
+
+def _operands(node: gs.Node) -> tuple[gs.Tensor, np.ndarray] | None:
+    """What a constant is applied to, and the finite constant, in float64."""
+    swap = is_op(node, "Mul", "Add")
+    for x, constant in (node.inputs, node.inputs[::-1])[: 2 if swap else 1]:
+        value = constant_value(constant)
+        if value is not None and value.dtype in FLOATS and np.isfinite(value).all():
+            return x, value.astype(np.float64)
+    return None
+
+
+def _fold_shift(graph: gs.Graph, node: gs.Node, fresh: Callable[[str], str]) -> bool:
+    found = _operands(node)
+    if found is None or not sole_consumer(graph, found[0]):
+        return False
+    x, value = found
+    linear = linear_from(graph, x)
+    # A product of matrices has its bias in an Add: this one, if there is no other.
+    if linear is None or (linear.node.op == "MatMul" and linear.add is None):
+        return False
+    shift = _channelwise(value, linear)
+    if shift is None:
+        return False
+    bias = (shift if node.op == "Add" else -shift) + (0 if linear.bias is None else linear.bias)
+    if not representable(linear, bias):
+        return False
+    weight = linear.node.inputs[1]  # stays, as it may be shared
+    set_weights(graph, linear, linear.weight, bias, fresh)
+    linear.node.inputs[1] = weight
+    stand_in(node, x)
+    return True
+
+
+def _fold_factor(graph: gs.Graph, node: gs.Node, inside: set[int], fresh: Callable[[str], str]) -> bool:
+    found = _operands(node)
+    if found is None or not found[1].all() or not sole_consumer(graph, found[0]):
+        return False
+    x, value = found
+    scale = value if node.op == "Mul" else 1 / value
+    for linear, factor in _made_by(graph, x, scale, inside):
+        weight = linear.weight * by_output(linear, factor)
+        bias = None if linear.bias is None else linear.bias * factor
+        if representable(linear, weight, bias):
+            set_weights(graph, linear, weight, bias, fresh)
+            stand_in(node, x)
+            return True
+    return False
+
+
+def _made_by(
+    graph: gs.Graph, x: gs.Tensor, scale: np.ndarray, inside: set[int]
+) -> list[tuple[Linear, np.ndarray]]:
+    """Linear maps with a factor for each channel: any one, so scaled, scales x and nothing else."""
+    linear = linear_from(graph, x)
+    if linear is not None:
+        factor = _channelwise(scale, linear)
+        return [] if factor is None else [(linear, factor)]
+    if scale.size != 1 or x.shape is None or scale.ndim > len(x.shape):
+        return []
+    product = producer(x, "MatMul")
+    sides = [x] if product is None else [side for side in product.inputs if sole_consumer(graph, side)]
+    sources = [_moved_from(graph, side, inside) for side in sides]
+    return [(source[0], np.where(source[1], scale.item(), 1.0)) for source in sources if source is not None]
+
+
+def _moved_from(graph: gs.Graph, x: gs.Tensor, inside: set[int]) -> tuple[Linear, np.ndarray] | None:
+    """The linear map that x is moved from, and for each of its channels whether x has it.
+
+    What has one of these channels and is not x must not be read but by moves that lead to x.
+    """
+    path = [x]
+    while (node := producer(path[-1])) is not None and _is_move(node):
+        path.append(node.inputs[0])
+        if len(path) > MAX_MOVES + 1:
+            return None
+    linear = linear_from(graph, path[-1])
+    if linear is None or len(path) == 1:
+        return None if linear is None else (linear, np.ones(linear.out_channels, bool))
+    channels = _channels_of_elements(linear)
+    reached = None if channels is None else _along(path[-2::-1], channels)
+    if channels is None or reached is None:
+        return None
+    chosen = np.zeros(linear.out_channels + 1, bool)
+    chosen[_distinct(reached)] = True
+    chosen[NO_CHANNEL] = False
+    return (linear, chosen[:-1]) if _reach_only(graph, linear.y, channels, x, chosen, inside) else None
+
+
+def _along(path: list[gs.Tensor], array: np.ndarray) -> np.ndarray | None:
+    """What is left of an array after the moves that make these tensors, one of another."""
+    for tensor in path:
+        move = tensor.inputs[0]
+        parts = _parts(move, array)
+        if parts is None:
+            return None
+        array = next(part for part, t in zip(parts, move.outputs, strict=True) if t is tensor)
+    return array
+
+
+def _channels_of_elements(linear: Linear) -> np.ndarray | None:
+    """For each element of a linear map's output the channel that it is of; None where sizes are not known.
+
+    Of an unknown batch one image is followed, as all are moved alike.
+    """
+    shape, axis = static_shape(linear.y, batch=1), channel_axis(linear)
+    if shape is None or axis is None or not 0 < math.prod(shape) <= MAX_ELEMENTS:
+        return None
+    numbers = np.arange(linear.out_channels, dtype=np.int32)
+    return np.broadcast_to(numbers.reshape(-1, *(1,) * (len(shape) - 1 - axis)), shape)
+
+
+def _reach_only(
+    graph: gs.Graph, y: gs.Tensor, channels: np.ndarray, x: gs.Tensor, chosen: np.ndarray, inside: set[int]
+) -> bool:
+    """Whether the chosen channels of y get nowhere but to x, by moves alone."""
+    outputs = {id(output) for output in graph.outputs}
+    stack, followed = [(y, channels)], 0
+    while stack:
+        tensor, held = stack.pop()
+        if tensor is x or not chosen[_distinct(held)].any():
+            continue
+        followed += len(tensor.outputs)
+        if id(tensor) in outputs or followed > MAX_READERS:
+            return False
+        for reader in tensor.outputs:
+            if id(reader) not in inside or not _is_move(reader):
+                return False
+            parts = _parts(reader, held)
+            if parts is None:
+                return False
+            stack += zip(reader.outputs, parts, strict=True)
+    return True
+
+
+def _distinct(array: np.ndarray) -> np.ndarray:
+    """An array without the repetitions that broadcasting made."""
+    return array[tuple(slice(None) if stride else slice(1) for stride in array.strides)]
+
+
+def _is_move(node: gs.Node) -> bool:
+    return is_op(node, *MOVES, "Split", "Slice", "Pad")
+
+
+def _parts(move: gs.Node, array: np.ndarray) -> list[np.ndarray] | None:
+    """What a data movement makes of an array of channels; None where the graph does not tell."""
+    shapes = [static_shape(tensor, batch=1) for tensor in move.outputs]
+    if any(shape is None for shape in shapes) or not _moves_images_alike(move):
+        return None
+    if move.op == "Transpose":
+        parts = [array.transpose(move.attrs.get("perm"))]
+    elif move.op == "Slice":
+        parts = _sliced(move, array)
+    elif move.op == "Pad":
+        parts = _padded(move, array)
+    elif move.op == "Split":
+        axis = move.attrs.get("axis", 0)
+        ends = np.cumsum([shape[axis] for shape in shapes])  # type: ignore[index]
+        parts = np.split(array, ends[:-1], axis)
+    else:
+        parts = [array.reshape(shapes[0])] if math.prod(shapes[0]) == array.size else []  # type: ignore
+    return parts if [list(part.shape) for part in parts] == shapes else None
+
+
+def _moves_images_alike(move: gs.Node) -> bool:
+    """Whether a data movement of known shapes leaves an unknown batch as it is, if there is one.
+
+    On an axis that is longer than the batch the images come one after another, and do so afterwards.
+    """
+    before, *after = (static_shape(tensor) or [] for tensor in (move.inputs[0], *move.outputs))
+    axis = next((axis for axis, size in enumerate(before) if is_batch(size)), None)
+    if axis is None or move.op == "Transpose":
+        return True
+    if is_op(move, "Split", "Slice", "Pad"):
+        return all(shape[axis] == before[axis] for shape in after)
+    place = next((place for place, size in enumerate(after[0]) if is_batch(size)), 0)
+    return math.prod(after[0][:place]) == math.prod(before[:axis])
+
+
+def _sliced(move: gs.Node, array: np.ndarray) -> list[np.ndarray]:
+    values = [constant_value(tensor) for tensor in move.inputs[1:]]
+    if len(values) < 2 or any(value is None for value in values):
+        return []
+    starts, ends, *rest = (value.tolist() for value in values if value is not None)
+    axes = rest[0] if rest else range(len(starts))
+    steps = rest[1] if len(rest) > 1 else [1] * len(starts)
+    index = [slice(None)] * array.ndim
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        index[axis] = slice(start, end, step)
+    return [array[tuple(index)]]
+
+
+def _padded(move: gs.Node, array: np.ndarray) -> list[np.ndarray]:
+    pads = constant_value(move.inputs[1]) if has_input(move, 1) else None
+    fill = constant_value(move.inputs[2]) if has_input(move, 2) else np.zeros(1)
+    axes = constant_value(move.inputs[3]) if has_input(move, 3) else np.arange(array.ndim)
+    if move.attrs.get("mode", "constant") != "constant" or pads is None or fill is None or axes is None:
+        return []
+    if fill.any() or (pads < 0).any():
+        return []
+    widths = np.zeros((array.ndim, 2), np.int64)
+    widths[axes] = pads.reshape(2, -1).T
+    return [np.pad(array, widths, constant_values=NO_CHANNEL)]
+
+
+def _channelwise(value: np.ndarray, linear: Linear) -> np.ndarray | None:
+    """A constant that meets a linear map's output as one value a channel: (out,), else None."""
+    axis = channel_axis(linear)
+    if axis is None:
+        return None
+    rank = linear.weight.ndim if linear.is_conv else axis + 1
+    return per_channel(value, rank, axis, linear.out_channels)
+
+
+def channel_axis(linear: Linear) -> int | None:
+    """Which axis of its output a linear map's channels are; None where the graph does not tell."""
+    if linear.is_conv or linear.node.op == "Gemm":
+        return 1
+    return len(linear.y.shape) - 1 if linear.y.shape else None
+
+
+def by_output(linear: Linear, values: np.ndarray) -> np.ndarray:
+    """One value for each output channel, in a shape that multiplies the weight."""
+    weight, group = linear.weight, linear.group
+    if linear.node.op == "ConvTranspose":
+        full = np.repeat(values.reshape(group, -1), len(weight) // group, axis=0)
+        return full.reshape(*weight.shape[:2], *(1,) * (weight.ndim - 2))
+    return values.reshape(-1, *(1,) * (weight.ndim - 1))
+
+
+def representable(linear: Linear, *arrays: np.ndarray | None) -> bool:
+    """Whether new weights are finite in the type of the old."""
+    with np.errstate(over="ignore"):
+        return all(np.isfinite(a.astype(linear.weight.dtype)).all() for a in arrays if a is not None)
+
+
+def stand_in(node: gs.Node, x: gs.Tensor) -> None:
+    """Let what makes x make the output of a node that alone reads x; the node is dead then."""
+    out, maker = node.outputs[0], x.inputs[0]
+    node.outputs.clear()
+    maker.outputs[next(i for i, tensor in enumerate(maker.outputs) if tensor is x)] = out

@@ -1,0 +1,77 @@
+"""MatMul, Softmax, MatMul become ONNX Runtime's fused attention, which never holds the whole weight matrix.
+
+`MultiHeadAttention` is an operator of ONNX Runtime's own (domain com.microsoft): for that target only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from meta_deploy.graph.attention import Attention, find_attention
+from meta_deploy.graph.graph import fresh_names, is_batch, is_op, static_shape, tidy
+from meta_deploy.graph.passes.collapse_chains import add_move
+
+DOMAIN = "com.microsoft"
+
+
+def fuse_attention(graph: gs.Graph) -> int:
+    """Replace softmax(q * scale @ k^T) @ v of four axes by MultiHeadAttention.
+
+    Pattern and check: see `find_attention`; the number of heads is known.
+    Rewrite: heads move beside d, as the operator takes them, and back; `collapse-chains` joins these moves
+    with the ones around.
+
+    Returns:
+        Places changed.
+    """
+    fresh = fresh_names(graph)
+    inside = {id(node) for node in graph.nodes}  # and not in a branch or a loop's body
+    changes = 0
+    for node in list(graph.nodes):
+        found = find_attention(graph, node) if is_op(node, "Softmax") else None
+        if found is not None and id(found.last) in inside and not is_batch(found.q.shape[1]):
+            _rewrite(graph, found, fresh)
+            changes += 1
+    if changes:
+        graph.import_domains = _with_domain(graph)
+        tidy(graph)
+    return changes
+
+
+def _rewrite(graph: gs.Graph, found: Attention, fresh: Callable[[str], str]) -> None:
+    out = found.last.outputs[0]
+    b, h, n, d = static_shape(found.q)  # type: ignore[misc]
+    named = (("q", found.q), ("k", found.k), ("v", found.v))
+    inputs = [_joined(graph, f"{out.name}/{name}", x, fresh) for name, x in named]
+    joined = gs.Variable(fresh(f"{out.name}/joined"), np.float32, [b, n, h * d])
+    attributes = {"num_heads": h, "scale": found.scale}
+    graph.nodes.append(
+        gs.Node("MultiHeadAttention", joined.name, attributes, inputs, [joined], domain=DOMAIN)
+    )
+    split = gs.Variable(fresh(f"{out.name}/split"), np.float32, [b, n, h, d])
+    found.last.outputs.clear()
+    out.shape = [b, h, n, d]
+    add_move(graph, "Reshape", [b, n, h, d], joined, split, fresh)
+    add_move(graph, "Transpose", [0, 2, 1, 3], split, out, fresh)
+
+
+def _joined(graph: gs.Graph, name: str, x: gs.Tensor, fresh: Callable[[str], str]) -> gs.Tensor:
+    """(B, heads, N, d) -> (B, N, heads * d)."""
+    b, h, n, d = static_shape(x)  # type: ignore[misc]
+    moved = gs.Variable(fresh(f"{name}/moved"), x.dtype, [b, n, h, d])
+    joined = gs.Variable(fresh(f"{name}/joined"), x.dtype, [b, n, h * d])
+    add_move(graph, "Transpose", [0, 2, 1, 3], x, moved, fresh)
+    add_move(graph, "Reshape", [b, n, h * d], moved, joined, fresh)
+    return joined
+
+
+def _with_domain(graph: gs.Graph) -> list:
+    """The graph's operator sets, the fused operator's among them."""
+    domains = list(graph.import_domains or [onnx.helper.make_opsetid("", graph.opset)])
+    if all(domain.domain != DOMAIN for domain in domains):
+        domains.append(onnx.helper.make_opsetid(DOMAIN, 1))
+    return domains

@@ -1,0 +1,271 @@
+"""A layer norm written out in elementary operators becomes one LayerNormalization (opset 17), float32.
+
+Knows operators of ONNX and no model. Joining moves, and norms of one tensor, is left to other passes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from meta_deploy.graph.graph import constant_value, is_batch, is_op, producer, until_done
+from meta_deploy.graph.linear import has_input
+
+
+@dataclass
+class Norm:
+    """y = (x - mean) / sqrt(variance + epsilon).
+
+    Attributes:
+        x, y: input and output.
+        axes: that mean and variance go over, in order; their sizes are known.
+        epsilon: positive.
+    """
+
+    x: gs.Tensor
+    y: gs.Tensor
+    axes: list[int]
+    epsilon: float
+
+    @property
+    def to_last(self) -> list[int]:
+        """The permutation that puts the axes last; in order if they are."""
+        return [*(a for a in range(len(self.x.shape)) if a not in self.axes), *self.axes]
+
+    @property
+    def is_last(self) -> bool:
+        return self.to_last == sorted(self.to_last)
+
+
+@dataclass
+class End:
+    """What a norm ends in: its output after a scale and a bias, if it has such, of the normalized axes.
+
+    Attributes:
+        moves: the Transposes that read it and move the normalized axes last.
+        alone: whether there are such and nothing else reads it.
+    """
+
+    tensor: gs.Tensor
+    scale: np.ndarray | None = None
+    bias: np.ndarray | None = None
+    moves: list[gs.Node] = field(default_factory=list)
+    alone: bool = False
+
+
+def fuse_layer_norm(graph: gs.Graph) -> int:
+    """Replace (x - mean) / sqrt(variance + epsilon), times a scale, plus a bias, by LayerNormalization.
+
+    Pattern: ReduceMean, Sub, Pow or Mul, ReduceMean, Add, Sqrt, then Div or Reciprocal and Mul; the mean and
+    what it is taken from may be there twice. Scale and bias are constants; several of them give one operator
+    each.
+    Check: nothing else reads what lies between. Where the axes are not the last ones, a Transpose from there
+    makes x, or nothing but a Transpose to there reads the output.
+    Rewrite: such a Transpose is left out, and one on the other side added unless it is left out there, too.
+
+    Returns:
+        Places changed.
+    """
+    if graph.opset < 17:
+        return 0
+    return until_done(graph, _fuse_all)
+
+
+def _fuse_all(graph: gs.Graph, fresh: Callable[[str], str]) -> int:
+    outputs = {id(output) for output in graph.outputs}
+    inside = {id(node) for node in graph.nodes}  # and not in a branch or a loop's body
+    count = 0
+    for node in list(graph.nodes):
+        norm = _match(node, outputs, inside) if is_op(node, "Sqrt") else None
+        if norm is None:
+            continue
+        ends = _ends(norm, outputs, inside)
+        if norm.is_last or _source(norm) is not None or all(end.alone for end in ends):
+            for end in ends:
+                _rewrite(graph, norm, end, fresh)
+            count += len(ends)
+    return count
+
+
+def _match(sqrt: gs.Node, outputs: set[int], inside: set[int]) -> Norm | None:
+    """The norm that a square root is in the middle of."""
+    quotient = _quotient(sqrt.outputs[0])
+    added = producer(sqrt.inputs[0], "Add")
+    if quotient is None or added is None:
+        return None
+    divided, last = quotient
+    for variance, constant in (added.inputs, added.inputs[::-1]):
+        mean, epsilon = producer(variance, "ReduceMean"), constant_value(constant)
+        square = producer(mean.inputs[0]) if mean is not None else None
+        squared = _squared(square) if square is not None else None
+        if mean is None or square is None or squared is None or epsilon is None or epsilon.size != 1:
+            continue
+        centred = [c for tensor in (divided, *squared) if (c := _centred(tensor)) is not None]
+        if len(centred) < 1 + len(squared):
+            continue
+        x, axes, _ = centred[0]
+        if any(c[0] is not x or c[1] != axes for c in centred):
+            continue
+        nodes = [sqrt, added, mean, square, *last, *(node for c in centred for node in c[2])]
+        positive = 0 < float(epsilon.item()) < math.inf and epsilon.ndim <= len(x.shape)
+        if positive and _axes(mean, len(x.shape)) == axes and _is_apart(nodes, last[-1], outputs, inside):
+            return Norm(x, last[-1].outputs[0], axes, float(np.float32(epsilon.item())))
+    return None
+
+
+def _quotient(std: gs.Tensor) -> tuple[gs.Tensor, list[gs.Node]] | None:
+    """What is divided by a tensor, and the nodes that divide, if nothing else is done with it."""
+    node = std.outputs[0] if len(std.outputs) == 1 else None
+    if node is not None and is_op(node, "Div") and node.inputs[1] is std:
+        return node.inputs[0], [node]
+    if node is None or not is_op(node, "Reciprocal") or len(node.outputs[0].outputs) != 1:
+        return None
+    product = node.outputs[0].outputs[0]
+    return (_other(product, node.outputs[0]), [node, product]) if is_op(product, "Mul") else None
+
+
+def _other(node: gs.Node, tensor: gs.Tensor) -> gs.Tensor:
+    """The other one of two operands."""
+    return node.inputs[1 if node.inputs[0] is tensor else 0]
+
+
+def _squared(node: gs.Node) -> list[gs.Tensor] | None:
+    """What a node is the square of; as a product, of two tensors that have yet to be shown the same."""
+    if is_op(node, "Mul"):
+        return list(node.inputs)
+    exponent = constant_value(node.inputs[1]) if is_op(node, "Pow") else None
+    if exponent is None or exponent.size != 1 or exponent.item() != 2 or exponent.ndim > 1:
+        return None
+    return [node.inputs[0]]
+
+
+def _is_number(size: object) -> bool:
+    """Whether a size is known, and there is something of that size."""
+    return isinstance(size, (int, np.integer)) and int(size) > 0 and not is_batch(size)
+
+
+def _centred(tensor: gs.Tensor) -> tuple[gs.Tensor, list[int], list[gs.Node]] | None:
+    """(x, axes, nodes) where a tensor is x minus its mean over axes of sizes known, by these nodes."""
+    sub = producer(tensor, "Sub")
+    mean = producer(sub.inputs[1], "ReduceMean") if sub is not None else None
+    if sub is None or mean is None or mean.inputs[0] is not sub.inputs[0]:
+        return None
+    x = sub.inputs[0]
+    if not x.shape or x.dtype != np.float32:
+        return None
+    axes = _axes(mean, len(x.shape))
+    if not axes or not all(_is_number(x.shape[axis]) for axis in axes):
+        return None
+    return x, axes, [sub, mean]
+
+
+def _axes(mean: gs.Node, rank: int) -> list[int] | None:
+    """The axes that a ReduceMean goes over and keeps, in order; None where the graph does not tell."""
+    axes = mean.attrs.get("axes")
+    if has_input(mean, 1):
+        value = constant_value(mean.inputs[1])
+        if value is None:
+            return None
+        axes = value.flatten().tolist()
+    if not mean.attrs.get("keepdims", 1) or (not axes and mean.attrs.get("noop_with_empty_axes", 0)):
+        return None
+    return sorted({axis % rank for axis in axes}) if axes else list(range(rank))
+
+
+def _is_apart(nodes: list[gs.Node], last: gs.Node, outputs: set[int], inside: set[int]) -> bool:
+    """Whether nothing but these nodes reads what they make, the last one's output excepted."""
+    own = {id(node) for node in nodes}
+    between = [tensor for node in nodes if node is not last for tensor in node.outputs]
+    read = all(id(t) not in outputs and all(id(node) in own for node in t.outputs) for t in between)
+    return read and own <= inside
+
+
+def _ends(norm: Norm, outputs: set[int], inside: set[int]) -> list[End]:
+    """A norm's output with scale and bias, one for each reader; as it is if one reader wants it so."""
+    ends = [_end(norm, node, outputs, inside) for node in norm.y.outputs if id(norm.y) not in outputs]
+    found = [end for end in ends if end is not None]
+    found = found if found and len(found) == len(ends) else [End(norm.y)]
+    for end in found:
+        readers = end.tensor.outputs
+        moves = [node for node in readers if is_op(node, "Transpose") and id(node) in inside]
+        end.moves = [node for node in moves if _perm(node) == norm.to_last]
+        end.alone = 0 < len(end.moves) == len(readers) and id(end.tensor) not in outputs
+    return found
+
+
+def _end(norm: Norm, node: gs.Node, outputs: set[int], inside: set[int]) -> End | None:
+    end = End(norm.y)
+    if is_op(node, "Mul") and id(node) in inside:
+        end.scale = _constant(norm, _other(node, end.tensor))
+        if end.scale is None:
+            return None
+        end.tensor = node.outputs[0]
+        if len(end.tensor.outputs) != 1 or id(end.tensor) in outputs:
+            return end
+        node = end.tensor.outputs[0]
+    if is_op(node, "Add") and id(node) in inside:
+        end.bias = _constant(norm, _other(node, end.tensor))
+        end.tensor = end.tensor if end.bias is None else node.outputs[0]
+    return None if end.tensor is norm.y else end
+
+
+def _constant(norm: Norm, tensor: gs.Tensor) -> np.ndarray | None:
+    """A constant that meets a norm's output as one value for each place in the normalized axes; else None."""
+    value, rank = constant_value(tensor), len(norm.x.shape)
+    if value is None or value.ndim > rank:
+        return None
+    full = value.reshape((1,) * (rank - value.ndim) + value.shape)
+    sizes = [norm.x.shape[axis] for axis in norm.axes]
+    if full.size != math.prod(full.shape[a] for a in norm.axes):
+        return None
+    if any(full.shape[a] not in (1, size) for a, size in zip(norm.axes, sizes, strict=True)):
+        return None
+    return np.broadcast_to(full.reshape([full.shape[a] for a in norm.axes]), sizes)
+
+
+def _source(norm: Norm) -> gs.Tensor | None:
+    """What x is, but for the Transpose that moves the normalized axes from the end to their places."""
+    move = producer(norm.x, "Transpose")
+    inverse = np.argsort(norm.to_last).tolist()
+    return move.inputs[0] if move is not None and _perm(move) == inverse else None
+
+
+def _perm(move: gs.Node) -> list[int]:
+    return list(move.attrs.get("perm", range(len(move.outputs[0].shape or ()))[::-1]))
+
+
+def _rewrite(graph: gs.Graph, norm: Norm, end: End, fresh: Callable[[str], str]) -> None:
+    x, y, perm = norm.x, end.tensor, norm.to_last
+    y.inputs.clear()
+    if norm.is_last:
+        _add_norm(graph, norm, end, x, y, fresh)
+        return
+    shape = [x.shape[p] for p in perm]
+    source = _source(norm)
+    if source is None:
+        source = gs.Variable(fresh(f"{y.name}/axes_last"), x.dtype, shape)
+        graph.nodes.append(gs.Node("Transpose", source.name, {"perm": perm}, [x], [source]))
+    ends = [node.outputs[0] for node in end.moves] or [gs.Variable(fresh(f"{y.name}/norm"), x.dtype, shape)]
+    for tensor in ends:
+        tensor.inputs.clear()
+    out, *others = ends
+    graph.nodes += [gs.Node("Identity", tensor.name, {}, [out], [tensor]) for tensor in others]
+    inverse = np.argsort(perm).tolist()  # dead if nothing else reads y
+    graph.nodes.append(gs.Node("Transpose", fresh(f"{y.name}/move"), {"perm": inverse}, [out], [y]))
+    _add_norm(graph, norm, end, source, out, fresh)
+
+
+def _add_norm(
+    graph: gs.Graph, norm: Norm, end: End, x: gs.Tensor, y: gs.Tensor, fresh: Callable[[str], str]
+) -> None:
+    sizes = [norm.x.shape[axis] for axis in norm.axes]
+    scale = np.ones(sizes, np.float32) if end.scale is None else end.scale
+    inputs = [x, gs.Constant(fresh(f"{y.name}/scale"), np.ascontiguousarray(scale))]
+    if end.bias is not None:
+        inputs.append(gs.Constant(fresh(f"{y.name}/bias"), np.ascontiguousarray(end.bias)))
+    attributes = {"axis": -len(sizes), "epsilon": norm.epsilon}
+    graph.nodes.append(gs.Node("LayerNormalization", fresh(f"{y.name}/norm"), attributes, inputs, [y]))

@@ -1,0 +1,105 @@
+"""Linear maps that read the same tensor become one, whose output is split: q, k and v; classes and boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from meta_deploy.graph.graph import fresh_names, is_op, static_shape, tidy
+from meta_deploy.graph.linear import Linear, linear_of
+from meta_deploy.graph.passes.collapse_chains import chain_after
+from meta_deploy.graph.prices import CPU, Cost
+
+
+def merge_siblings(graph: gs.Graph, cost: Cost = CPU) -> int:
+    """Join convolutions or products of one input and one geometry along their outputs' channels.
+
+    Pattern: Conv (same kernel, strides, padding, dilations; one group), MatMul or Gemm over one tensor.
+    Check: weights are constant; reading the input once less is worth more than the Split, where moves that
+    follow each part are counted as joined too.
+
+    Returns:
+        Linear maps saved.
+    """
+    if graph.opset < 13:  # Split takes its sizes otherwise
+        return 0
+    tidy(graph)  # what no output needs is no sibling
+    fresh = fresh_names(graph)
+    inside = {id(node) for node in graph.nodes}  # and not in a branch or a loop's body
+    changes = 0
+    tensors = [*graph.inputs, *(tensor for node in graph.nodes for tensor in node.outputs)]
+    for x in tensors:
+        if len(x.outputs) < 2:
+            continue
+        groups: dict[tuple, list[Linear]] = {}
+        for node in {id(node): node for node in x.outputs}.values():
+            if id(node) not in inside or not is_op(node, "Conv", "MatMul", "Gemm"):
+                continue
+            linear = linear_of(graph, node)
+            if linear is None or (linear.add is not None and id(linear.add) not in inside):
+                continue
+            if linear.group == 1:
+                groups.setdefault(_geometry(linear), []).append(linear)
+        for group in groups.values():
+            if len(group) > 1 and _pays(graph, group, inside, cost):
+                _merge(graph, group, fresh)
+                changes += len(group) - 1
+    if changes:
+        tidy(graph)
+    return changes
+
+
+def _geometry(linear: Linear) -> tuple:
+    """What has to be the same for two linear maps of one input to be parts of one."""
+    attrs = linear.node.attrs if linear.is_conv else {}  # Gemm's tell how the weights are stored, no more
+    values = sorted((name, str(value)) for name, value in attrs.items())
+    return (linear.node.op, linear.weight.shape[1:], *values)
+
+
+def _pays(graph: gs.Graph, group: Sequence[Linear], inside: set[int], cost: Cost) -> bool:
+    """Whether one map and a Split take less than the maps; all do the same multiply-adds."""
+    x = static_shape(group[0].x, batch=1)
+    ys = [static_shape(linear.y, batch=1) for linear in group]
+    if x is None or any(y is None for y in ys):
+        return False
+    moves = [[move for move in chain_after(graph, linear.y)[1] if id(move) in inside] for linear in group]
+    joined = sum(map(len, moves)) - max(map(len, moves))
+    before = joined * cost.node
+    for linear, y in zip(group, ys, strict=True):
+        before += cost.of(0, x, y) + (cost.of(0, y, y) if linear.add is not None else 0.0)  # type: ignore[arg-type]
+    both = cost.of(0, *ys, *ys)  # type: ignore[arg-type]
+    biased = group[0].node.op == "MatMul" and any(linear.bias is not None for linear in group)
+    return cost.of(0, x, *ys) + both * (1 + biased) < before  # type: ignore[arg-type]
+
+
+def _merge(graph: gs.Graph, group: Sequence[Linear], fresh: Callable[[str], str]) -> None:
+    first, name = group[0], group[0].y.name
+    outs = [linear.y for linear in group]
+    shapes = [list(static_shape(y) or []) for y in outs]
+    axis = 1 if first.is_conv else len(shapes[0]) - 1
+    dtype = first.weight.dtype
+    weight = np.concatenate([linear.weight for linear in group])
+    biases = [np.zeros(linear.out_channels) if linear.bias is None else linear.bias for linear in group]
+    bias = np.concatenate(biases) if any(linear.bias is not None for linear in group) else None
+    for y in outs:
+        y.inputs.clear()
+
+    shape = [*shapes[0][:axis], weight.shape[0], *shapes[0][axis + 1 :]]
+    joined = gs.Variable(fresh(f"{name}/joined"), outs[0].dtype, shape)
+    node = first.node
+    if node.op == "MatMul":
+        weight = weight.T
+    inputs = [first.x, gs.Constant(fresh(f"{name}/weight"), np.ascontiguousarray(weight, dtype))]
+    vector = None if bias is None else gs.Constant(fresh(f"{name}/bias"), bias.astype(dtype))
+    product = joined
+    if vector is not None and node.op == "MatMul":
+        product = gs.Variable(fresh(f"{name}/product"), outs[0].dtype, shape)
+        graph.nodes.append(gs.Node("Add", vector.name, {}, [product, vector], [joined]))
+    elif vector is not None:
+        inputs.append(vector)
+    attrs = {"transB": 1} if node.op == "Gemm" else dict(node.attrs)
+    graph.nodes.append(gs.Node(node.op, joined.name, attrs, inputs, [product]))
+    sizes = gs.Constant(fresh(f"{name}/sizes"), np.array([shape[axis] for shape in shapes], np.int64))
+    graph.nodes.append(gs.Node("Split", fresh(f"{name}/split"), {"axis": axis}, [joined, sizes], outs))

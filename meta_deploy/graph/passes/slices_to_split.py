@@ -1,0 +1,177 @@
+"""Slices that take an axis apart, entry by entry, become one Split: q, k and v out of a packed projection.
+
+All sizes but the batch must be known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx_graphsurgeon as gs
+
+from meta_deploy.graph.graph import constant_value, fresh_names, is_op, static_shape, tidy
+from meta_deploy.graph.passes.collapse_chains import MOVES, add_move, chain_before, follow
+
+
+def slices_to_split(graph: gs.Graph) -> int:
+    """Replace Slice(x, [i], [i + 1], [a]) with Squeeze([a]), for every i of axis a, by a single Split.
+
+    Pattern: all consumers of x are such pairs, one for each index of one axis.
+    Rewrite: moves that every entry goes through alike are done before the cut. The axis is moved before
+    another one and merged with it, so that Split's parts need no Squeeze; before which one is chosen so that
+    the moves before the cut, taken together, are fewest.
+
+    Returns:
+        Places changed.
+    """
+    fresh = fresh_names(graph)
+    outputs = {id(output) for output in graph.outputs}
+    inside = {id(node) for node in graph.nodes}  # and not in a branch or a loop's body
+    changes = 0
+    tensors = [*graph.inputs, *(tensor for node in graph.nodes for tensor in node.outputs)]
+    for x in tensors:
+        if id(x) not in outputs and (found := _match(x, outputs, inside)):
+            _rewrite(graph, x, *found, outputs, inside, fresh)
+            changes += 1
+    if changes:
+        tidy(graph)
+    return changes
+
+
+def _match(x: gs.Tensor, outputs: set[int], inside: set[int]) -> tuple[int, list[gs.Tensor]] | None:
+    """The axis, and for each index of it the tensor that holds that entry."""
+    shape = static_shape(x)
+    if shape is None or 0 in shape or len(shape) < 2 or len(x.outputs) < 2:
+        return None
+    entries: dict[int, gs.Tensor] = {}
+    axes = set()
+    for piece in x.outputs:
+        if not is_op(piece, "Slice") or id(piece) not in inside or (cut := _entry(piece, shape)) is None:
+            return None
+        entry = _squeezed(piece.outputs[0], cut[0], len(shape), inside)
+        if entry is None or id(piece.outputs[0]) in outputs:
+            return None
+        axes.add(cut[0])
+        entries[cut[1]] = entry
+    axis = axes.pop()
+    if axes or len(x.outputs) != shape[axis] or sorted(entries) != list(range(shape[axis])):
+        return None
+    return axis, [entries[i] for i in range(shape[axis])]
+
+
+def _squeezed(tensor: gs.Tensor, axis: int, rank: int, inside: set[int]) -> gs.Tensor | None:
+    """A tensor without its axis, if nothing reads it but the Squeeze that removes that."""
+    squeeze = tensor.outputs[0] if len(tensor.outputs) == 1 else None
+    if squeeze is None or not is_op(squeeze, "Squeeze") or id(squeeze) not in inside:
+        return None
+    axes = constant_value(squeeze.inputs[1]) if len(squeeze.inputs) == 2 else None
+    if axes is None or [a % rank for a in axes.flatten().tolist()] != [axis]:
+        return None
+    return squeeze.outputs[0]
+
+
+def _entry(piece: gs.Node, shape: list[int]) -> tuple[int, int] | None:
+    """(axis, index) where a Slice takes one entry of one axis."""
+    values = [constant_value(tensor) for tensor in piece.inputs[1:]]
+    if len(values) < 3 or any(v is None or v.size != 1 for v in values):
+        return None
+    start, end, axis, *step = (int(v.item()) for v in values if v is not None)
+    axis %= len(shape)
+    start, end = (max(0, min(i + shape[axis] if i < 0 else i, shape[axis])) for i in (start, end))
+    return (axis, start) if end - start == 1 and step in ([], [1]) else None
+
+
+def _rewrite(
+    graph: gs.Graph,
+    x: gs.Tensor,
+    axis: int,
+    entries: list[gs.Tensor],
+    outputs: set[int],
+    inside: set[int],
+    fresh: Callable[[str], str],
+) -> None:
+    for piece in list(x.outputs):
+        piece.inputs[0] = gs.Variable.empty()
+    for entry in entries:
+        entry.inputs.clear()
+    if _same_move(entries, outputs, inside):
+        x, axis = _axis_first(graph, x, axis, fresh), 0
+    while (move := _same_move(entries, outputs, inside)) is not None:
+        x = _before_the_cut(graph, x, move, fresh)
+        entries = [entry.outputs[0].outputs[0] for entry in entries]
+        for entry in entries:
+            entry.inputs.clear()
+    _split(graph, x, axis, entries, fresh)
+
+
+def _same_move(entries: list[gs.Tensor], outputs: set[int], inside: set[int]) -> gs.Node | None:
+    """The Transpose or Reshape that alone reads each entry, if it is the same for all; the first one's."""
+    if any(id(entry) in outputs or len(entry.outputs) != 1 for entry in entries):
+        return None
+    moves = [entry.outputs[0] for entry in entries]
+    first, shape = moves[0], static_shape(moves[0].outputs[0])
+    if not shape or not is_op(first, "Transpose", "Reshape"):  # a scalar could not be stacked and split
+        return None
+    for entry, move in zip(entries, moves, strict=True):
+        same = is_op(move, first.op) and move.attrs.get("perm") == first.attrs.get("perm")
+        if not same or id(move) not in inside:
+            return None
+        if move.inputs[0] is not entry or static_shape(move.outputs[0]) != shape:
+            return None
+    return first
+
+
+def _axis_first(graph: gs.Graph, x: gs.Tensor, axis: int, fresh: Callable[[str], str]) -> gs.Tensor:
+    if axis == 0:
+        return x
+    perm = [axis, *(a for a in range(len(x.shape)) if a != axis)]
+    out = gs.Variable(fresh(f"{x.name}/first"), x.dtype, [x.shape[p] for p in perm])
+    add_move(graph, "Transpose", perm, x, out, fresh)
+    return out
+
+
+def _before_the_cut(graph: gs.Graph, x: gs.Tensor, move: gs.Node, fresh: Callable[[str], str]) -> gs.Tensor:
+    """Do to all entries at once, stacked along axis 0, what `move` does to one."""
+    target = [x.shape[0], *(static_shape(move.outputs[0]) or [])]
+    out = gs.Variable(fresh(f"{move.outputs[0].name}/stacked"), x.dtype, target)
+    if move.op == "Transpose":
+        perm = move.attrs.get("perm", list(range(len(target) - 1))[::-1])
+        add_move(graph, "Transpose", [0, *(p + 1 for p in perm)], x, out, fresh)
+    else:
+        add_move(graph, "Reshape", target, x, out, fresh)
+    return out
+
+
+def _split(
+    graph: gs.Graph, x: gs.Tensor, axis: int, entries: list[gs.Tensor], fresh: Callable[[str], str]
+) -> None:
+    shape = static_shape(x)
+    assert shape is not None
+    others = [a for a in range(len(shape)) if a != axis]
+    neighbour = min(range(len(others)), key=lambda i: _moves_with(graph, x, axis, i))
+    perm = [*others[:neighbour], axis, *others[neighbour:]]
+    merged = [shape[a] for a in others]
+    merged[neighbour] *= shape[axis]
+
+    moved = gs.Variable(fresh(f"{x.name}/moved"), x.dtype, [shape[p] for p in perm])
+    packed = gs.Variable(fresh(f"{x.name}/packed"), x.dtype, merged)
+    add_move(graph, "Transpose", perm, x, moved, fresh)
+    add_move(graph, "Reshape", merged, moved, packed, fresh)
+    for entry in entries:
+        entry.dtype, entry.shape = x.dtype, [shape[a] for a in others]
+    parts = {"num_outputs": len(entries)} if graph.opset >= 18 else {}  # before, equal parts are the default
+    graph.nodes.append(
+        gs.Node("Split", f"{packed.name}/split", {"axis": neighbour, **parts}, [packed], entries)
+    )
+
+
+def _moves_with(graph: gs.Graph, x: gs.Tensor, axis: int, neighbour: int) -> tuple[int, int]:
+    """How many moves there are before the cut with this choice; of equals, the last axis."""
+    start, chain = chain_before(graph, x)
+    factors = follow(start, chain)
+    if factors is None:
+        return len(MOVES), -neighbour
+    axes = [factors.axes[a] for a in range(len(factors.axes)) if a != axis]
+    axes[neighbour] = factors.axes[axis] + axes[neighbour]
+    factors.axes = axes
+    return len(factors.moves()), -neighbour

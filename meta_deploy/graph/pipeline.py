@@ -1,0 +1,132 @@
+"""Graph passes: graph in, changes made out, one a file. They know ONNX graphs, not models.
+
+`PASSES` names them; `PIPELINES` is the order that each target runs them in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import onnx
+import onnx_graphsurgeon as gs
+
+from meta_deploy.graph.graph import to_graph, to_proto
+from meta_deploy.graph.passes.clean_up import clean_up
+from meta_deploy.graph.passes.collapse_chains import collapse_chains
+from meta_deploy.graph.passes.discarded_rows import discarded_rows
+from meta_deploy.graph.passes.distribute_sums import distribute_sums
+from meta_deploy.graph.passes.flatten_concats import flatten_concats
+from meta_deploy.graph.passes.fold_batch_norm import fold_batch_norm
+from meta_deploy.graph.passes.fold_branches import fold_branches
+from meta_deploy.graph.passes.fold_scales import fold_scales
+from meta_deploy.graph.passes.fuse_attention import fuse_attention
+from meta_deploy.graph.passes.fuse_layer_norm import fuse_layer_norm
+from meta_deploy.graph.passes.merge_siblings import merge_siblings
+from meta_deploy.graph.passes.move_linears import move_linears
+from meta_deploy.graph.passes.order_tokens import order_tokens
+from meta_deploy.graph.passes.share_norms import share_norms
+from meta_deploy.graph.passes.slices_to_split import slices_to_split
+from meta_deploy.graph.passes.stack_attention import stack_attention
+from meta_deploy.graph.prices import CPU, GPU, Cost
+from meta_deploy.graph.traffic import bytes_known
+
+PASSES: dict[str, Callable[[gs.Graph], int]] = {
+    "clean-up": clean_up,
+    "fuse-layer-norm": fuse_layer_norm,
+    "share-norms": share_norms,
+    "fold-batch-norm": fold_batch_norm,
+    "fold-scales": fold_scales,
+    "merge-siblings": merge_siblings,
+    "fuse-attention": fuse_attention,
+    "slices-to-split": slices_to_split,
+    "collapse-chains": collapse_chains,
+    "move-linears": move_linears,
+    "order-tokens": order_tokens,
+    "stack-attention": stack_attention,
+    "fold-branches": fold_branches,
+    "distribute-sums": distribute_sums,
+    "flatten-concats": flatten_concats,
+    "discarded-rows": discarded_rows,
+}
+# These choose between forms by what they cost on the target.
+PRICED: dict[str, Callable[[gs.Graph, Cost], int]] = {
+    "merge-siblings": merge_siblings,
+    "fold-branches": fold_branches,
+    "distribute-sums": distribute_sums,
+}
+# What each pass is worth: benchmarks/README.md.
+PIPELINES: dict[str, tuple[str, ...]] = {
+    "onnxruntime": (
+        *("clean-up", "fuse-layer-norm", "share-norms", "fold-batch-norm", "merge-siblings"),
+        *("fuse-attention", "move-linears", "slices-to-split", "collapse-chains"),
+        *("fold-branches", "distribute-sums", "fold-scales", "discarded-rows"),
+    ),
+    "tensorrt": (
+        *("clean-up", "fuse-layer-norm", "share-norms", "fold-batch-norm", "merge-siblings"),
+        *("slices-to-split", "collapse-chains", "move-linears", "collapse-chains"),
+        *("fold-scales", "order-tokens", "stack-attention"),
+        *("fold-branches", "distribute-sums", "flatten-concats", "collapse-chains"),
+    ),
+}
+COSTS = {"onnxruntime": CPU, "tensorrt": GPU}
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What one pass did: changes made, and what there was before and after.
+
+    Attributes:
+        nodes_before: nodes, and so on for after.
+        moves_before: Transpose and Reshape nodes.
+        bytes_before: what data movement and norms read and write, as far as sizes are known in advance.
+        bytes_exact: whether all of these sizes are known, before and after.
+    """
+
+    name: str
+    changes: int
+    nodes_before: int
+    nodes_after: int
+    moves_before: int
+    moves_after: int
+    bytes_before: int
+    bytes_after: int
+    bytes_exact: bool
+    seconds: float
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def run_passes(
+    proto: onnx.ModelProto, names: list[str], cost: Cost = CPU
+) -> tuple[onnx.ModelProto, list[PassResult]]:
+    """Run passes one after another; `cost` has the target's prices.
+
+    Returns:
+        The new graph and a line per pass.
+    """
+    graph = to_graph(proto)
+    results = []
+    nodes, moves, moved, exact = _measured(graph)
+    for name in names:
+        start = time.perf_counter()
+        changes = PRICED[name](graph, cost) if name in PRICED else PASSES[name](graph)
+        seconds = round(time.perf_counter() - start, 2)
+        was = nodes, moves, moved, exact
+        nodes, moves, moved, exact = _measured(graph)
+        results.append(
+            PassResult(
+                *(name, changes, was[0], nodes, was[1], moves, was[2], moved),
+                bytes_exact=was[3] and exact,
+                seconds=seconds,
+            )
+        )
+    return to_proto(graph), results
+
+
+def _measured(graph: gs.Graph) -> tuple[int, int, int, bool]:
+    """Nodes, those of them that are a Transpose or a Reshape, bytes moved, and whether these are all."""
+    moves = sum(node.op in ("Transpose", "Reshape") for node in graph.nodes)
+    return len(graph.nodes), moves, *bytes_known(graph)

@@ -1,0 +1,85 @@
+"""From RGB images to the network's input: resize, normalize, pad, as MMDetection's test pipelines do.
+
+Knows the manifest's rules; must not read files, nor know what the network gives back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+
+from meta_deploy.bundle.bundle import InputSpec, Size
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one image lies in the network's input: (height, width) before and after the resize.
+
+    The resized image is at the top left; what is right of it and below is padding.
+    """
+
+    original: Size
+    resized: Size
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """Input pixels for one original pixel: (x, y)."""
+        return self.resized[1] / self.original[1], self.resized[0] / self.original[0]
+
+
+class Preprocessor:
+    """Makes a batch of images into one float32 array (B, 3, H, W), with their placements."""
+
+    def __init__(self, spec: InputSpec, rules: dict[str, Any]):
+        """`spec` gives the sizes the network takes; `rules` are the manifest's `preprocess`."""
+        self.spec = spec
+        self.resize = rules["resize"]
+        self.pad_value = float(rules["pad_value"])
+        self.mean = np.array(rules["mean"], np.float32)
+        self.inverse_std = np.float32(1) / np.array(rules["std"], np.float32)
+
+    def __call__(self, images: Sequence[np.ndarray]) -> tuple[np.ndarray, list[Placement]]:
+        """RGB uint8 images (H, W, 3) of any sizes, to the batch and one placement an image."""
+        placements = [self.place(image.shape[0], image.shape[1]) for image in images]
+        height, width = self.padded_size(placements)
+        batch = np.empty((len(images), 3, height, width), np.float32)
+        for image, placement, out in zip(images, placements, batch, strict=True):
+            self._fill(image, placement, out)
+        return batch, placements
+
+    def place(self, height: int, width: int) -> Placement:
+        """Where an image of this size would lie."""
+        largest = self.spec.size_max
+        if self.resize["mode"] == "fit":
+            target = self.resize["size"]
+            scale = min(target[0] / height, target[1] / width)
+        else:
+            long, short = max(height, width), min(height, width)
+            scale = min(self.resize["long"] / long, self.resize["short"] / short)
+            scale = min(scale, largest[0] / height, largest[1] / width)
+        resized = tuple(max(1, int(edge * scale + 0.5)) for edge in (height, width))
+        return Placement((height, width), (resized[0], resized[1]))
+
+    def padded_size(self, placements: Sequence[Placement]) -> Size:
+        """The input size (H, W) that holds all: the static one, or the next multiple of the divisor."""
+        if self.spec.static_size:
+            return self.spec.size_max
+        needed = [max(p.resized[i] for p in placements) for i in (0, 1)]
+        rounded = [-(-edge // self.spec.divisor) * self.spec.divisor for edge in needed]
+        return max(rounded[0], self.spec.size_min[0]), max(rounded[1], self.spec.size_min[1])
+
+    def _fill(self, image: np.ndarray, placement: Placement, out: np.ndarray) -> None:
+        """Write one image into its (3, H, W) part of the batch."""
+        height, width = placement.resized
+        if placement.resized != placement.original:
+            image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+        for channel in range(3):
+            plane = out[channel, :height, :width]
+            np.subtract(image[:, :, channel], self.mean[channel], out=plane, dtype=np.float32)
+            plane *= self.inverse_std[channel]
+        out[:, height:] = self.pad_value
+        out[:, :height, width:] = self.pad_value

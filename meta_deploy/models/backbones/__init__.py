@@ -1,0 +1,1 @@
+"""Image to four feature maps. One file a backbone, and its parts."""

@@ -1,0 +1,1 @@
+"""A checkpoint file to a loaded model: read, unwrap, recognise, load."""

@@ -1,0 +1,1 @@
+"""Feature maps to outputs. One file a head, and its parts."""

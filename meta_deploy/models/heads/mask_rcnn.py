@@ -1,0 +1,173 @@
+"""Mask R-CNN (He et al. 2017) on the META backbone, in the semantics of MMDetection 2.x's test path.
+
+State-dict names of neck and heads are MMDetection's. Boxes are clipped to the (padded) input, the one size
+that the network knows; MMDetection clips to the picture inside it, which the runtime does afterwards.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from meta_deploy.models.backbones.meta import META
+from meta_deploy.models.heads.fpn import FPN, ConvModule
+from meta_deploy.models.heads.rpn import RPNHead
+from meta_deploy.models.init import zero_bias
+from meta_deploy.models.ops.boxes import INVALID, decode_boxes, has_area, nms, select_top, separate, take
+from meta_deploy.models.ops.roi_align import pyramid_roi_align
+from meta_deploy.models.registry import MaskRCNNConfig
+
+BOX_STDS = (0.1, 0.1, 0.2, 0.2)
+_ROI_STRIDES = [4, 8, 16, 32]
+
+
+class BoxHead(nn.Module):
+    """Two shared linear layers, then class scores (background last) and class-specific boxes."""
+
+    def __init__(self, in_channels: int, hidden: int, num_classes: int) -> None:
+        super().__init__()
+        self.shared_fcs = nn.ModuleList([nn.Linear(in_channels * 7 * 7, hidden), nn.Linear(hidden, hidden)])
+        self.fc_cls = nn.Linear(hidden, num_classes + 1)
+        self.fc_reg = nn.Linear(hidden, 4 * num_classes)
+        for fc in self.modules():
+            if isinstance(fc, nn.Linear):
+                nn.init.xavier_uniform_(fc.weight)
+                zero_bias(fc)
+        nn.init.normal_(self.fc_cls.weight, std=0.01)
+        nn.init.normal_(self.fc_reg.weight, std=0.001)
+
+    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """(R, C, 7, 7) -> logits (R, classes + 1), deltas (R, 4 * classes)."""
+        x = pooled.flatten(1)
+        for fc in self.shared_fcs:
+            x = F.relu(fc(x))
+        return self.fc_cls(x), self.fc_reg(x)
+
+
+class MaskHead(nn.Module):
+    """Four 3x3 convolutions, a stride-2 transposed one, and a mask per class."""
+
+    def __init__(self, in_channels: int, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(
+            ConvModule(in_channels if i == 0 else channels, channels, 3, relu=True) for i in range(4)
+        )
+        self.upsample = nn.ConvTranspose2d(channels, channels, 2, stride=2)
+        self.conv_logits = nn.Conv2d(channels, num_classes, 1)
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                zero_bias(module)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """(R, C, 14, 14) -> logits (R, classes, 28, 28)."""
+        x = pooled
+        for conv in self.convs:
+            x = conv(x)
+        return self.conv_logits(F.relu(self.upsample(x)))
+
+
+class RoIHead(nn.Module):
+    """Second stage: classifies and refines proposals, then predicts a mask in each kept box."""
+
+    def __init__(self, config: MaskRCNNConfig) -> None:
+        super().__init__()
+        self.num_classes = config.num_classes
+        self.score_threshold = config.score_threshold
+        self.nms_threshold = config.nms
+        self.max_detections = config.max_detections
+        self.bbox_head = BoxHead(config.fpn_channels, config.fc_channels, config.num_classes)
+        self.mask_head = MaskHead(config.fpn_channels, config.mask_channels, config.num_classes)
+
+    @staticmethod
+    def box_pool(features: list[Tensor], rois: Tensor, batch_index: Tensor) -> Tensor:
+        """Maps at strides 4..32, RoIs (R, 4), image of each (R,) -> (R, C, 7, 7)."""
+        return pyramid_roi_align(features, rois, batch_index, _ROI_STRIDES, 7)
+
+    @staticmethod
+    def mask_pool(features: list[Tensor], rois: Tensor, batch_index: Tensor) -> Tensor:
+        """Maps at strides 4..32, RoIs (R, 4), image of each (R,) -> (R, C, 14, 14)."""
+        return pyramid_roi_align(features, rois, batch_index, _ROI_STRIDES, 14)
+
+    def detect(
+        self, features: list[Tensor], proposals: Tensor, proposal_logits: Tensor, image_size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Proposals (B, P, 4) -> the K best boxes (B, K, 4), scores (B, K) and labels (B, K).
+
+        Padded entries have the score `INVALID`.
+        """
+        B, P, _ = proposals.shape
+        logits, deltas = self.bbox_head(
+            self.box_pool(features, proposals.reshape(-1, 4), image_of(proposals))
+        )
+        scores = logits.softmax(dim=-1)[:, : self.num_classes].reshape(B, P, -1)
+        deltas = deltas.reshape(B, P, self.num_classes, 4)
+        boxes = decode_boxes(proposals[:, :, None], deltas, BOX_STDS, image_size)  # (B, P, classes, 4)
+        valid = (proposal_logits > INVALID)[:, :, None] & has_area(boxes)
+        scores = torch.where(valid, scores, INVALID).reshape(B, -1)
+        boxes = boxes.reshape(B, -1, 4)
+
+        classes = torch.arange(self.num_classes, device=boxes.device).repeat(P)
+        apart = separate(boxes, classes.to(boxes.dtype), image_size)
+        kept = nms(apart, scores, self.nms_threshold, self.score_threshold, self.max_detections)
+        scores, index = select_top(torch.where(kept, scores, INVALID), self.max_detections)
+        return take(boxes, index), scores, index % self.num_classes
+
+    def masks(self, features: list[Tensor], boxes: Tensor, labels: Tensor) -> Tensor:
+        """Boxes (B, K, 4) and their labels (B, K) -> mask probabilities (B, K, 28, 28)."""
+        B, K = labels.shape
+        logits = self.mask_head(self.mask_pool(features, boxes.reshape(-1, 4), image_of(boxes)))
+        index = labels.reshape(-1, 1, 1, 1).expand(-1, 1, *logits.shape[-2:])
+        return logits.gather(1, index).sigmoid().reshape(B, K, *logits.shape[-2:])
+
+
+def image_of(boxes: Tensor) -> Tensor:
+    """The image that each row of (B, N, 4), flattened, belongs to: (B * N,) int64."""
+    B, N, _ = boxes.shape
+    return torch.arange(B, device=boxes.device)[:, None].expand(B, N).reshape(-1)
+
+
+class MaskRCNN(nn.Module):
+    """Image in, boxes, classes and masks out."""
+
+    def __init__(self, config: MaskRCNNConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = META(config.backbone)
+        self.neck = FPN(config.backbone.embed_dim, config.fpn_channels)
+        self.rpn_head = RPNHead(config.fpn_channels, config.rpn_pre_nms, config.rpn_nms, config.proposals)
+        self.roi_head = RoIHead(config)
+
+    def extract_features(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> five maps at strides 4 to 64."""
+        return self.neck(self.backbone(images))
+
+    def forward(self, images: Tensor, stages: bool = False) -> dict[str, Tensor]:
+        """(B, 3, H, W), normalized RGB; H and W multiples of 32.
+
+        Args:
+            images: the batch.
+            stages: also return what verification compares on the way: the pyramid maps `feature_0` ..
+                `feature_4`, `proposals` (B, P, 4) and `proposal_logits` (B, P).
+
+        Returns:
+            `num_detections` (B,) int32; padded to K, best first: `boxes` (B, K, 4) xyxy in input pixels,
+            `scores` (B, K), `labels` (B, K) int32 (-1 where padded), `masks` (B, K, 28, 28) probabilities.
+        """
+        image_size = (images.shape[2], images.shape[3])
+        features = self.extract_features(images)
+        logits, deltas = self.rpn_head(features)
+        proposals, proposal_logits = self.rpn_head.proposals(logits, deltas, image_size)
+        boxes, scores, labels = self.roi_head.detect(features[:4], proposals, proposal_logits, image_size)
+        masks = self.roi_head.masks(features[:4], boxes, labels)
+        found = scores > 0
+        outputs = {
+            "num_detections": found.sum(dim=1).to(torch.int32),
+            "boxes": torch.where(found[..., None], boxes, 0.0),
+            "scores": scores.clamp(min=0.0),
+            "labels": torch.where(found, labels, -1).to(torch.int32),
+            "masks": torch.where(found[..., None, None], masks, 0.0),
+        }
+        if stages:
+            outputs |= {f"feature_{i}": feature for i, feature in enumerate(features)}
+            outputs |= {"proposals": proposals, "proposal_logits": proposal_logits}
+        return outputs

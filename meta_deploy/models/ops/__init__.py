@@ -1,0 +1,1 @@
+"""Operators that PyTorch lacks, and that ONNX writes in its own way."""

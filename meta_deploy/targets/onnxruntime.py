@@ -1,0 +1,129 @@
+"""ONNX Runtime on the CPU (`onnxruntime`) or an NVIDIA GPU, by its CUDA (`cuda`) or TensorRT (`tensorrt`).
+
+Knows sessions and providers; must not know tasks beyond the names that the manifest promises.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from meta_deploy.bundle.bundle import Bundle
+from meta_deploy.errors import BackendError
+from meta_deploy.targets.backend import Backend
+from meta_deploy.targets.contract import Contract, Value
+from meta_deploy.targets.tensorrt import cache as engine_cache
+
+MODEL = "model.onnx"
+_FATAL = 4
+# What has to be there for each name.
+_PROVIDERS = {
+    "onnxruntime": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+_TITLES = {"onnxruntime": "the CPU", "cuda": "CUDA", "tensorrt": "TensorRT"}
+_TYPES = {"tensor(float)": "float32", "tensor(int32)": "int32"}
+
+
+def _library() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError(f"ONNX Runtime cannot be imported ({error}); pip install onnxruntime") from error
+    return onnxruntime
+
+
+def _check_offered(name: str) -> None:
+    if _PROVIDERS[name] not in _library().get_available_providers():
+        raise BackendError(
+            f"the installed ONNX Runtime has no {_TITLES[name]}; pip install onnxruntime-gpu in its place, "
+            "or use --backend onnxruntime"
+        )
+
+
+def _providers(name: str) -> list[Any]:
+    """Providers in the order in which they get the graph's nodes, with their options."""
+    cpu = _PROVIDERS["onnxruntime"]
+    cuda = (_PROVIDERS["cuda"], {"use_tf32": "0"})  # TF32 off: a float32 bundle is verified as float32
+    if name == "onnxruntime":
+        return [cpu]
+    if name == "cuda":
+        return [cuda, cpu]
+    options = {
+        "trt_engine_cache_enable": True,
+        "trt_engine_cache_path": str(engine_cache.make_folder("onnxruntime")),
+        "trt_fp16_enable": False,  # the graph itself says what is in half precision
+    }
+    return [(_PROVIDERS["tensorrt"], options), cuda, cpu]
+
+
+def _reason(error: Exception) -> str | None:
+    """The first line of an error of ONNX Runtime's (they share no base class); None for any other."""
+    if not type(error).__module__.startswith("onnxruntime"):
+        return None
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+class OnnxRuntimeBackend(Backend):
+    """A bundle's model.onnx in an ONNX Runtime session."""
+
+    def __init__(self, bundle: Bundle, name: str, threads: int | None = None):
+        """`name` is onnxruntime, cuda or tensorrt; `threads` for the CPU, None for ONNX Runtime's choice.
+
+        Raises:
+            BackendError: no such provider here, or the model cannot be loaded or is not the manifest's.
+            BundleError: the model's file is missing or altered.
+            InputError: there is no place to keep what TensorRT builds.
+        """
+        ort = _library()
+        _check_offered(name)
+        self.name = name
+        by = "on" if name == "onnxruntime" else "with"
+        self.runs_on = f"ONNX Runtime {ort.__version__} {by} {_TITLES[name]}"
+        self._contract = Contract(bundle, MODEL)
+        self._input = bundle.input.name
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.log_severity_level = _FATAL  # errors arrive as exceptions, warnings are not the user's
+        # Idle workers that spin take the cores from the postprocessing, and from whatever else runs here.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            session = ort.InferenceSession(bundle.read(MODEL), options, providers=_providers(name))
+        except Exception as error:
+            if reason := _reason(error):
+                raise BackendError(
+                    f"ONNX Runtime cannot load {MODEL} of bundle '{bundle.path}': {reason}; export it again"
+                ) from error
+            raise
+        if _PROVIDERS[name] not in session.get_providers():  # it goes on without, and says so in its log
+            raise BackendError(
+                f"ONNX Runtime cannot use {_TITLES[name]} on this machine; check the driver and the "
+                f"libraries of {_TITLES[name]}, or use --backend onnxruntime"
+            )
+        self._contract.check(_values(session.get_inputs()), _values(session.get_outputs()))
+        self._session: Any = session
+
+    def infer(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        session = self._session
+        if session is None:
+            raise BackendError("the back end is closed; open the predictor again")
+        try:
+            values = session.run(list(self._contract.outputs), {self._input: images})
+        except Exception as error:
+            if reason := _reason(error):
+                raise BackendError(f"ONNX Runtime cannot run {self._contract.what}: {reason}") from error
+            raise
+        outputs = dict(zip(self._contract.outputs, values, strict=True))
+        self._contract.check_arrays(len(images), outputs)
+        return outputs
+
+    def close(self) -> None:
+        self._session = None
+
+
+def _values(given: Any) -> dict[str, Value]:
+    return {value.name: Value(_TYPES.get(value.type, value.type), value.shape) for value in given}

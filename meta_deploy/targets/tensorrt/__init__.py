@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX: build an engine, keep it, run it."""

@@ -1,0 +1,417 @@
+"""An ONNX file built into a TensorRT engine, and what is in it, read back from the build's log.
+
+One module for both TensorRTs (`tensorrt` 10 and 11, `tensorrt_rtx`); precision is what the graph says. Knows
+TensorRT's builder and no model; needs neither onnx nor torch, so that a serving machine can rebuild.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from meta_deploy.bundle.bundle import Bundle, InputSpec
+from meta_deploy.bundle.files import atomic_write
+from meta_deploy.errors import BackendError, EngineError, InputError
+from meta_deploy.targets.tensorrt import cache as engine_cache
+from meta_deploy.targets.tensorrt.library import MODULES, TITLES, Here, load, logger
+
+# Of the log's Datatype, as ours are called.
+_TYPES = {"Half": "fp16", "Float": "fp32", "BFloat16": "bf16", "FP8": "fp8", "Int8": "int8"}
+
+
+# --- building -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What was built.
+
+    Attributes:
+        plan: the serialized engine.
+        library: a key of `MODULES`.
+        version: of that library, which alone can run the plan.
+        compute_capabilities: that it was built for, such as "8.9"; empty for all that the library has.
+        gpu: the one GPU model that can run it, None where there is no such bond.
+        seconds: the build took.
+        layers: in their order; empty where the log does not tell.
+        memory_mb: Activation and Weights, where the log tells.
+    """
+
+    plan: bytes
+    library: str
+    version: str
+    compute_capabilities: tuple[str, ...]
+    gpu: str | None
+    seconds: float
+    layers: tuple[Layer, ...]
+    memory_mb: dict[str, float]
+
+    def section(self) -> dict[str, Any]:
+        """The manifest's `engine`: what the runtime checks before it opens the plan, and what is inside."""
+        launched = [layer for layer in self.layers if not layer.synchronizes]
+        return {
+            "library": self.library,
+            "version": self.version,
+            "gpu": self.gpu,
+            "compute_capabilities": list(self.compute_capabilities),
+            "tf32": False,
+            "layers": len(launched) or None,
+            "generated_kernels": sum(layer.generated for layer in launched) if launched else None,
+            "fused_attention": sum(layer.attention for layer in launched) if launched else None,
+            "kernels": _by_kind(launched),
+            "activation_mb": self.memory_mb.get("Activation"),
+            "weights_mb": self.memory_mb.get("Weights"),
+            "plan_mb": len(self.plan) / 1e6,
+            "seconds": round(self.seconds, 2),
+        }
+
+
+def _by_kind(layers: Sequence[Layer]) -> dict[str, dict[str, int]]:
+    """How many layers of each kind, by the type of what they make."""
+    kinds: dict[str, Counter[str]] = {}
+    for layer in layers:
+        kinds.setdefault(layer.kind, Counter())[layer.type] += 1
+    return {kind: dict(sorted(kinds[kind].items())) for kind in sorted(kinds)}
+
+
+def rebuild(bundle: Bundle, progress: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Build a bundle's engine again, from its model.onnx, for this machine; it goes to the engine cache.
+
+    Returns:
+        The new engine's section, as in a manifest.
+
+    Raises:
+        InputError: there is no such library or GPU here, or no place to keep the engine.
+        EngineError: TensorRT refuses the graph.
+    """
+    here = Here.find(bundle.target)
+    progress(f"building an engine for {here.machine.title} on {here.machine.gpu}")
+    engine = build_engine(bundle.read(engine_cache.MODEL), bundle.target, bundle.input)
+    section = engine.section()
+    engine_cache.store(bundle, here.machine, engine.plan, section)
+    progress(f"built in {engine.seconds:.0f} s")
+    return section
+
+
+def available(library: str) -> bool:
+    """Whether a TensorRT can be imported, without importing it."""
+    return importlib.util.find_spec(MODULES[library]) is not None
+
+
+def build_engine(
+    model: bytes,
+    library: str,
+    spec: InputSpec,
+    *,
+    compute_capabilities: Sequence[str] = (),
+    workspace_mb: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Engine:
+    """Build an engine for every input that `spec` allows.
+
+    Ctrl-C stops the build between two of its steps. What the graph asks for beyond one type (bfloat16, INT8)
+    is in the graph: networks are strongly typed.
+
+    Args:
+        model: an ONNX file's bytes.
+        library: a key of `MODULES`.
+        spec: the input's smallest, usual and largest dimensions: the optimization profile.
+        compute_capabilities: GPUs to build for, such as ("8.6", "8.9"), for TensorRT-RTX; none for all that
+            it knows. `tensorrt` builds for the GPU that is here.
+        workspace_mb: the most scratch memory a layer may use, in MB; None for TensorRT's own limit.
+        progress: called with (steps done, steps in all) of the phase that takes longest.
+
+    Raises:
+        InputError: the library is not installed, cannot be used here, or knows no such GPU.
+        EngineError: TensorRT refuses the graph; says which node and why.
+    """
+    gpu = check_gpus(library, compute_capabilities)
+    trt = load(library)
+    lines: list[str] = []
+    errors: list[str] = []
+
+    def listen(severity: Any, message: str) -> None:
+        lines.append(message)
+        if severity <= trt.ILogger.ERROR:
+            errors.append(" ".join(message.split()))
+
+    with logger(trt).heard(listen):
+        builder = trt.Builder(logger(trt))
+        network = builder.create_network(_strongly_typed(trt))
+        parser = trt.OnnxParser(network, logger(trt))
+        if not parser.parse(model):
+            raise EngineError(_parse_errors(parser))
+        config = builder.create_builder_config()
+        _set_gpus(trt, config, compute_capabilities)
+        if workspace_mb is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_mb << 20)
+        config.clear_flag(trt.BuilderFlag.TF32)  # float32 is what is verified
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # else the log names no kernels
+        if not (spec.static_batch and spec.static_size):
+            config.add_optimization_profile(_profile(builder, network, spec))
+        with _timing_cache(trt, config, library):
+            began = time.perf_counter()
+            plan = _build(trt, builder, network, config, progress)
+            seconds = time.perf_counter() - began
+        if plan is None:
+            reason = "; ".join(dict.fromkeys(errors)) or "it gives no reason"
+            raise EngineError(f"{TITLES[library]} cannot build the graph: {reason}")
+    layers, memory = parse_log(lines)
+    return Engine(
+        plan=bytes(plan),
+        library=library,
+        version=trt.__version__,
+        compute_capabilities=tuple(compute_capabilities),
+        gpu=gpu,
+        seconds=seconds,
+        layers=layers,
+        memory_mb=memory,
+    )
+
+
+def gpu_targets(trt: Any) -> dict[str, Any]:
+    """The compute capabilities that a TensorRT-RTX can be told to build for, such as "8.9"."""
+    names = dir(getattr(trt, "ComputeCapability", None))
+    return {
+        f"{n[2:-1]}.{n[-1]}": getattr(trt.ComputeCapability, n) for n in names if re.fullmatch(r"SM\d+", n)
+    }
+
+
+def check_gpus(library: str, wanted: Sequence[str]) -> str | None:
+    """Refuse what cannot be built for, or here, before long work.
+
+    Returns:
+        The GPU that an engine will be bound to, None where there is no such bond.
+
+    Raises:
+        InputError: an unknown compute capability; any for `tensorrt`, or no GPU, which that needs.
+    """
+    gpu = _gpu_name(library)
+    if not wanted:
+        return gpu
+    trt = load(library)
+    if not hasattr(trt.IBuilderConfig, "set_compute_capability"):
+        raise InputError("tensorrt builds for the GPU of this machine alone; --gpu is for tensorrt-rtx")
+    known = gpu_targets(trt)
+    if unknown := [name for name in wanted if name not in known]:
+        names = sorted(known, key=lambda name: tuple(map(int, name.split("."))))
+        raise InputError(
+            f"'{unknown[0]}' is no compute capability that TensorRT-RTX builds for; "
+            f"choose from {', '.join(names)}"
+        )
+    return gpu
+
+
+def _set_gpus(trt: Any, config: Any, wanted: Sequence[str]) -> None:
+    if not wanted:
+        return
+    known = gpu_targets(trt)
+    config.num_compute_capabilities = len(wanted)
+    for i, name in enumerate(wanted):
+        config.set_compute_capability(known[name], i)
+
+
+def _strongly_typed(trt: Any) -> int:
+    """The network's flags: TensorRT 10 must be told what is the only way since 11."""
+    flags = trt.NetworkDefinitionCreationFlag
+    return 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
+
+
+def _profile(builder: Any, network: Any, spec: InputSpec) -> Any:
+    profile = builder.create_optimization_profile()
+    shapes = (
+        (batch, 3, *size)
+        for batch, size in (
+            (spec.batch_min, spec.size_min),
+            (spec.batch_opt, spec.size_opt),
+            (spec.batch_max, spec.size_max),
+        )
+    )
+    profile.set_shape(spec.name, *shapes)
+    return profile
+
+
+def _build(trt: Any, builder: Any, network: Any, config: Any, progress: Callable[[int, int], None]) -> Any:
+    """The plan, None where TensorRT fails. It has a thread of its own, as Python hears Ctrl-C in ours."""
+    monitor = _monitor(trt, progress)
+    config.progress_monitor = monitor
+    result: list[Any] = []
+    done = threading.Event()  # an interrupted `join` takes its thread for ended, up to Python 3.12
+
+    def work() -> None:
+        try:
+            result.append(builder.build_serialized_network(network, config))
+        finally:
+            done.set()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while not done.wait(0.1):
+            pass
+    except BaseException:
+        monitor.cancelled = True
+        while not done.is_set():  # Python must not end before it: TensorRT would abort
+            with contextlib.suppress(KeyboardInterrupt):
+                done.wait(0.1)
+        raise
+    finally:
+        thread.join()
+    if monitor.failure is not None:
+        raise monitor.failure
+    return result[0] if result else None
+
+
+def _monitor(trt: Any, progress: Callable[[int, int], None]) -> Any:
+    class Monitor(trt.IProgressMonitor):
+        """Tells the steps of the phase that has most of them, and stops the build when told to."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.cancelled = False
+            self.failure: Exception | None = None  # of `progress`, which TensorRT would make a message of
+            self.steps: dict[str, int] = {}
+            self.longest = ""
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.steps[phase_name] = num_steps
+            if num_steps >= self.steps.get(self.longest, 0):
+                self.longest = phase_name
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name == self.longest:
+                try:
+                    progress(step + 1, self.steps[phase_name])
+                except Exception as error:
+                    self.failure, self.cancelled = error, True
+            return not self.cancelled
+
+        def phase_finish(self, phase_name: str) -> None:
+            pass
+
+    return Monitor()
+
+
+def _gpu_name(library: str) -> str | None:
+    """The GPU that an engine of `tensorrt` is bound to; TensorRT-RTX's are not bound to one.
+
+    Raises:
+        InputError: there is no GPU, which `tensorrt` needs to build.
+    """
+    if library == "tensorrt-rtx":
+        return None
+    try:
+        return Here.find(library).machine.gpu
+    except BackendError as error:
+        raise InputError(
+            f"tensorrt builds engines on the GPU that runs them, and here {error}; "
+            "use --target tensorrt-rtx, which builds anywhere, or export on the serving machine"
+        ) from error
+
+
+@contextlib.contextmanager
+def _timing_cache(trt: Any, config: Any, library: str) -> Iterator[None]:
+    """What `tensorrt` measured in earlier builds, kept in the user's cache folder; RTX measures nothing.
+
+    Without a place to keep it, the next build takes longer, and nothing else.
+    """
+    if library != "tensorrt":
+        yield
+        return
+    path = None
+    known = b""
+    with contextlib.suppress(OSError, InputError):
+        path = engine_cache.make_folder() / f"timing-{trt.__version__}.cache"
+        known = path.read_bytes()
+    config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
+    yield
+    if path is not None:
+        with contextlib.suppress(OSError, InputError), atomic_write(path) as stream:
+            stream.write(bytes(config.get_timing_cache().serialize()))
+
+
+# --- what TensorRT says -------------------------------------------------------------------------------------
+
+
+def _parse_errors(parser: Any) -> str:
+    """One line: the operators that TensorRT does not take, where, and what to do."""
+    errors = [parser.get_error(i) for i in range(parser.num_errors)]
+    first = errors[0]
+    where = f"node '{first.node_name()}' ({first.node_operator()})" if first.node_operator() else "the graph"
+    more = f", and {len(errors) - 1} more" if len(errors) > 1 else ""
+    return (
+        f"TensorRT's parser does not take {where}: {' '.join(first.desc().split())}{more}; "
+        "export with other --passes, or for --target onnxruntime"
+    )
+
+
+# --- reading the log ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A step of an engine.
+
+    Attributes:
+        name: what the builder calls it.
+        kind: its LayerType, such as kgen (a generated kernel), gemm or correlation (a convolution).
+        kernel: its TacticName; empty where a library's kernel does it.
+        type: of its first output, such as fp16; empty where it has none.
+    """
+
+    name: str
+    kind: str
+    kernel: str
+    type: str = ""
+
+    @property
+    def synchronizes(self) -> bool:
+        """One stream waits for another; nothing is computed."""
+        return self.kind.startswith(("signal", "wait"))
+
+    @property
+    def generated(self) -> bool:
+        """A kernel made for this graph's elementwise and moving operators, bound by memory's speed.
+
+        Matrix products and convolutions with something after them have such names too, but no such kernel.
+        """
+        return self.kernel.startswith("__myl_")
+
+    @property
+    def attention(self) -> bool:
+        """Both matrix products and the softmax between in one kernel."""
+        return self.kernel.startswith("_gemm_mha")
+
+
+def parse_log(lines: Iterable[str]) -> tuple[tuple[Layer, ...], dict[str, float]]:
+    """The layers and the memory in MB (Activation, Weights) that a verbose build's log tells.
+
+    The layers are one message, a line each; memory is a line for each kind. The last of each counts. Empty
+    where it does not tell, as it may be in another version of TensorRT.
+    """
+    layers: tuple[Layer, ...] = ()
+    memory: dict[str, float] = {}
+    for line in lines:
+        if line.startswith("Layers:"):
+            layers = tuple(map(_layer, re.findall(r"^Name: .*$", line, re.MULTILINE)))
+        elif found := re.match(r"Total (Activation|Weights) Memory: (\d+) bytes", line):
+            memory[found[1]] = int(found[2]) / 1e6
+    return layers, memory
+
+
+def _layer(line: str) -> Layer:
+    fields = (re.search(pattern, line) for pattern in (r"^Name: ([^,]*)", r"LayerType: ([^,]*)"))
+    name, kind = (found[1] if found else "" for found in fields)
+    made = re.search(r"Outputs: \[.*?Datatype: (\w+)", line)
+    # Behind inputs and outputs, among whose names there may be anything.
+    kernel = re.search(r".*TacticName: ([^,]*)", line)
+    return Layer(
+        name, kind, kernel[1].strip() if kernel else "", _TYPES.get(made[1], made[1].lower()) if made else ""
+    )

@@ -1,0 +1,272 @@
+"""A bundle is whole and as exported, or it is refused in one sentence; writing one is all or nothing."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from meta_deploy.bundle import bundle as module
+from meta_deploy.bundle.bundle import Bundle, check_out_dir, write_bundle
+from meta_deploy.errors import BundleError, InputError
+from tests.bundles_by_hand import CLASSES, manifest
+
+MANIFEST = manifest("instance-segmentation", (64, 64))
+
+
+@pytest.fixture
+def written(tmp_path):
+    return write_bundle(tmp_path / "b", MANIFEST, {"model.onnx": b"weights", "notes.txt": b""})
+
+
+def edit(bundle, **changes):
+    """Change the manifest on disk; a value of None removes the field."""
+    path = bundle.path / "manifest.json"
+    content = json.loads(path.read_text())
+    for dotted, value in changes.items():
+        *parents, last = dotted.split("__")
+        part = content
+        for key in parents:
+            part = part[key]
+        if value is None:
+            del part[last]
+        else:
+            part[last] = value
+    path.write_text(json.dumps(content))
+
+
+def test_a_written_bundle_opens_and_gives_back_what_was_put_in(written):
+    bundle = Bundle.open(written.path)
+    assert bundle.manifest == written.manifest
+    assert bundle.read("model.onnx") == b"weights"
+    assert bundle.classes == tuple(CLASSES)
+    assert (bundle.task, bundle.model_name, bundle.target) == (
+        "instance-segmentation",
+        "by-hand",
+        "onnxruntime",
+    )
+    assert bundle.input.size_max == (64, 64)
+    assert bundle.input.static_size
+    assert (bundle.score_threshold, bundle.mask_threshold) == (0.05, 0.5)
+
+
+def test_files_are_copied_from_paths_with_their_sha256(tmp_path):
+    source = tmp_path / "any-name"
+    source.write_bytes(b"x" * 3_000_000)
+    bundle = write_bundle(tmp_path / "b", MANIFEST, {"model.onnx": source})
+    assert bundle.manifest["files"]["model.onnx"]["bytes"] == 3_000_000
+    assert bundle.read("model.onnx") == source.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda p: (p / "model.onnx").unlink(), "lacks model.onnx"),
+        (lambda p: (p / "model.onnx").write_bytes(b"Weights"), "sha256 differs"),
+        (lambda p: (p / "model.onnx").write_bytes(b"weig"), "4 bytes, not 7"),
+        (lambda p: (p / "manifest.json").unlink(), "not a bundle"),
+        (lambda p: (p / "manifest.json").write_bytes(b""), "manifest.json"),
+        (lambda p: (p / "manifest.json").write_bytes(b"{" * 100_000), "manifest.json"),
+        (lambda p: (p / "manifest.json").write_bytes(b"[1]"), "not a JSON object"),
+        (lambda p: (p / "manifest.json").write_bytes(b"\xff\xfe\x00"), "manifest.json"),
+    ],
+)
+def test_a_missing_or_altered_file_is_named(written, change, said):
+    change(written.path)
+    with pytest.raises(BundleError, match=said) as caught:
+        Bundle.open(written.path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_altered_after_opening_is_not_used(written):
+    bundle = Bundle.open(written.path)
+    (written.path / "model.onnx").write_bytes(b"another")
+    with pytest.raises(BundleError, match="not the file that was exported"):
+        bundle.read("model.onnx")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"schema": 2}, "schema 2.*reads up to 1.*upgrade"),
+        ({"schema": None}, "no schema"),
+        ({"schema": True}, "no schema"),
+        ({"task": "pose"}, "'pose' for 'task'"),
+        ({"task": ["detection"]}, "for 'task'"),
+        ({"classes": []}, "for 'classes'"),
+        ({"input": None}, "lacks 'input"),
+        ({"input": 3}, "lacks 'input"),
+        ({"input__dtype": "float16"}, "'float16' for 'input.dtype'"),
+        ({"input__batch__opt": 0}, "0 for 'input.batch.opt'"),
+        ({"input__batch__opt": 2}, "out of order"),
+        ({"input__size__min": [64]}, "for 'input.size.min'"),
+        ({"input__divisor": 48}, "48 does not divide"),
+        ({"preprocess__mean": [0, 0, float("nan")]}, "for 'preprocess.mean'"),
+        ({"preprocess__std": [0, 1, 1]}, "for 'preprocess.std'"),
+        ({"preprocess__std": [1e-7, 1, 1]}, "for 'preprocess.std'"),
+        ({"preprocess__mean": [0, 0, 10**400]}, "for 'preprocess.mean'"),
+        ({"preprocess__pad_value": -1e7}, "for 'preprocess.pad_value'"),
+        ({"thresholds__score": 10**400}, "for 'thresholds.score'"),
+        ({"input__size__max": [65568, 64]}, "for 'input.size.max'"),
+        ({"input__divisor": 10**400}, "for 'input.divisor'"),
+        ({"input__batch__max": 4097}, "for 'input.batch.max'"),
+        ({"classes": ["x" * 201]}, "for 'classes'"),
+        ({"classes": ["  "]}, "for 'classes'"),
+        ({"classes": ["red\x1b[31m"]}, "for 'classes'"),
+        ({"classes": ["\ud800"]}, "for 'classes'"),
+        ({"files": {"x" * 300: {"sha256": "0", "bytes": 1}}}, "cannot read"),
+        ({"preprocess__resize__mode": "stretch"}, "'stretch'"),
+        ({"preprocess__resize__mode": "edges"}, "lacks 'preprocess.resize.long'"),
+        ({"preprocess__resize__size": [96, 64]}, "resizes to more"),
+        ({"thresholds__score": 5}, "5 for 'thresholds.score'"),
+        ({"thresholds": None}, "lacks 'thresholds.score'"),
+        ({"outputs": [{"name": "boxes"}]}, "lacks the output 'num_detections'"),
+        ({"files": {}}, "for 'files'"),
+        ({"files__model.onnx": {"bytes": 7}}, "no sha256"),
+    ],
+)
+def test_a_manifest_that_cannot_be_run_is_refused(written, changes, said):
+    edit(written, **changes)
+    with pytest.raises(BundleError, match=said):
+        Bundle.open(written.path)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", "..", "c:\\x", "", "manifest.json"])
+def test_a_manifest_cannot_name_files_outside_its_folder(written, name):
+    edit(written, files={name: {"sha256": "0" * 64, "bytes": 1}})
+    with pytest.raises(BundleError, match="plain file name"):
+        Bundle.open(written.path)
+
+
+def test_an_absent_or_foreign_folder_is_no_bundle(tmp_path):
+    with pytest.raises(BundleError, match="no bundle at"):
+        Bundle.open(tmp_path / "nowhere")
+    with pytest.raises(BundleError, match="not a bundle"):
+        Bundle.open(tmp_path)
+
+
+def test_an_older_bundle_is_replaced_and_nothing_else_is_left(written, tmp_path):
+    write_bundle(written.path, MANIFEST, {"model.onnx": b"newer"})
+    assert Bundle.open(written.path).read("model.onnx") == b"newer"
+    assert sorted(os.listdir(tmp_path)) == ["b"]
+    assert sorted(os.listdir(written.path)) == ["manifest.json", "model.onnx"]
+
+
+def test_an_empty_folder_is_used_and_missing_parents_are_made(tmp_path):
+    (tmp_path / "empty").mkdir()
+    write_bundle(tmp_path / "empty", MANIFEST, {"model.onnx": b""})
+    write_bundle(tmp_path / "a" / "b" / "c", MANIFEST, {"model.onnx": b""})
+    assert Bundle.open(tmp_path / "empty")
+    assert Bundle.open(tmp_path / "a" / "b" / "c")
+
+
+def test_a_link_to_a_bundle_stays_a_link(written, tmp_path):
+    (tmp_path / "link").symlink_to(written.path)
+    write_bundle(tmp_path / "link", MANIFEST, {"model.onnx": b"newer"})
+    assert (tmp_path / "link").is_symlink()
+    assert Bundle.open(written.path).read("model.onnx") == b"newer"
+
+
+def test_what_is_not_a_bundle_is_not_replaced(written, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "a.jpg").write_bytes(b"dear")
+    (tmp_path / "file").write_bytes(b"dear")
+    web = tmp_path / "web"
+    web.mkdir()
+    (web / "manifest.json").write_text('{"name": "some web page"}')
+    (written.path / "my-notes.txt").write_bytes(b"dear")
+    for path in (photos, tmp_path / "file", web, written.path):
+        with pytest.raises(InputError, match="choose another folder"):
+            write_bundle(path, MANIFEST, {"model.onnx": b""})
+    assert (photos / "a.jpg").read_bytes() == (written.path / "my-notes.txt").read_bytes() == b"dear"
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that even root cannot write to")
+def test_a_place_that_cannot_be_written_is_one_sentence():
+    with pytest.raises(InputError, match="cannot write the bundle '/proc/b'"):
+        write_bundle("/proc/b", MANIFEST, {"model.onnx": b""})
+    with pytest.raises(InputError, match="cannot write the bundle '/proc/b'"):
+        check_out_dir("/proc/b")
+
+
+@pytest.mark.parametrize("length", [250, 300])
+def test_a_name_that_is_too_long_is_one_sentence(tmp_path, length):
+    with pytest.raises(InputError, match="cannot write the bundle"):
+        check_out_dir(tmp_path / ("x" * length))
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(BundleError):
+        Bundle.open(tmp_path / ("x" * length))
+
+
+def test_a_place_below_a_file_is_refused_early(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(InputError, match="not a folder you can write to"):
+        check_out_dir(tmp_path / "file" / "b")
+
+
+def test_a_full_disk_leaves_the_old_bundle_and_nothing_else(written, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.os, "fsync", full)
+    with pytest.raises(InputError, match=r"No space left on device.*free space"):
+        write_bundle(written.path, MANIFEST, {"model.onnx": b"newer"})
+    with pytest.raises(InputError):
+        write_bundle(tmp_path / "deep" / "new", MANIFEST, {"model.onnx": b"newer"})
+    assert sorted(os.listdir(tmp_path)) == ["b"]
+    assert Bundle.open(written.path).read("model.onnx") == b"weights"
+
+
+def test_an_invalid_manifest_is_not_written(tmp_path):
+    with pytest.raises(BundleError, match="lacks 'task'"):
+        write_bundle(tmp_path / "x" / "b", {"schema": 1}, {"model.onnx": b""})
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_swap", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_bundle(tmp_path / "b", MANIFEST, {"model.onnx": b""})
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_killed_write_leaves_no_bundle_and_the_next_one_clears_up(tmp_path):
+    script = f"""
+import os, time
+from meta_deploy.bundle import bundle
+def stop(*_):
+    print("ready", flush=True)
+    time.sleep(60)
+bundle._swap = stop
+bundle.write_bundle({str(tmp_path / "b")!r}, {MANIFEST!r}, {{"model.onnx": b"half"}})
+"""
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "ready\n"
+    # While it lives, its work is left alone.
+    write_bundle(tmp_path / "b", MANIFEST, {"model.onnx": b"mine"})
+    assert f".b.tmp-{child.pid}" in os.listdir(tmp_path)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    assert Bundle.open(tmp_path / "b").read("model.onnx") == b"mine"
+    write_bundle(tmp_path / "b", MANIFEST, {"model.onnx": b"again"})
+    assert os.listdir(tmp_path) == ["b"]
+
+
+def test_a_bundle_moved_aside_by_a_killed_write_comes_back(written, tmp_path, monkeypatch):
+    child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(0,))
+    child.start()
+    child.join()
+    written.path.rename(tmp_path / f".b.old-{child.pid}")
+    monkeypatch.setattr(module, "_store", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(InputError):
+        write_bundle(written.path, MANIFEST, {"model.onnx": b"newer"})
+    assert Bundle.open(written.path).read("model.onnx") == b"weights"

@@ -1,0 +1,465 @@
+"""fuse_attention: the same attention by one operator; near-misses declined."""
+
+import dataclasses
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from meta_deploy.graph.graph import to_graph, to_proto
+from meta_deploy.graph.passes.collapse_chains import collapse_chains
+from meta_deploy.graph.passes.fuse_attention import DOMAIN, fuse_attention
+from tests.small_graphs import model, run, value
+
+node = helper.make_node
+TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "float64": TensorProto.DOUBLE}
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """softmax(q @ k^T) @ v to vary.
+
+    Each scale is (operator, value, shape of the constant, whether the constant is the first operand).
+    """
+
+    b: int = 2
+    heads: int = 3
+    n: int = 5
+    m: int = 4
+    d: int = 8
+    q_scale: tuple | None = ("Mul", 0.4, (), False)
+    k_scale: tuple | None = None  # after the Transpose
+    k_before: tuple | None = None  # before it
+    scale: tuple | None = None  # on the product
+    perm: tuple = (0, 1, 3, 2)
+    axis: int | None = -1
+    shapes: dict = dataclasses.field(default_factory=dict)  # of q, k or v, in place of (b, heads, n, d)
+    between: str = ""  # an operator between the product and the softmax
+    mask: tuple | None = None  # the shape of what is added to the product
+    reader: str = ""  # another node reads this tensor
+    output: str = ""  # this tensor is an output as well
+    swapped: bool = False  # the weights are the right operand
+    end: bool = True
+    batch: str = ""  # a name for it
+    dtype: str = "float32"
+    opset: int = 18
+    loud: float = 1.0  # how large the inputs are
+    seed: int = 0
+    prefix: str = ""
+    computed: bool = False  # the scale is an input of the graph
+
+    def shape(self, name):
+        default = (self.b, self.heads, self.n if name == "q" else self.m, self.d)
+        return self.shapes.get(name, default)
+
+    def n_(self, name):
+        return self.prefix + name
+
+    def proto(self):
+        n, nodes, initializers = self.n_, [], []
+        dtype = np.dtype(self.dtype)
+
+        def scaled(x, scale, out):
+            if scale is None:
+                return x
+            op, number, shape, first = scale
+            initializers.append(numpy_helper.from_array(np.full(shape, number, dtype), n(f"c_{out}")))
+            c = n("factor") if self.computed else initializers[-1].name
+            nodes.append(node(op, [c, x] if first else [x, c], [n(out)]))
+            return n(out)
+
+        for name in "qkv":
+            nodes.append(node("Identity", [n(f"{name}_in")], [n(name)]))
+        q = scaled(n("q"), self.q_scale, "q_scaled")
+        k = scaled(n("k"), self.k_before, "k_before")
+        nodes.append(node("Transpose", [k], [n("kt")], perm=self.perm))
+        kt = scaled(n("kt"), self.k_scale, "k_scaled")
+        nodes.append(node("MatMul", [q, kt], [n("product")]))
+        weights = scaled(n("product"), self.scale, "product_scaled")
+        if self.mask is not None:
+            numbers = np.random.default_rng(1).standard_normal(self.mask).astype(dtype)
+            initializers.append(numpy_helper.from_array(numbers, n("mask")))
+            nodes.append(node("Add", [weights, n("mask")], [n("masked")]))
+            weights = n("masked")
+        if self.between:
+            nodes.append(node(self.between, [weights], [n("between")]))
+            weights = n("between")
+        axis = {} if self.axis is None else {"axis": self.axis}
+        nodes.append(node("Softmax", [weights], [n("weights")], **axis))
+        operands = [n("weights"), n("v")]
+        nodes.append(node("MatMul", operands[::-1] if self.swapped else operands, [n("out")]))
+        outputs = []
+        if self.reader:
+            nodes.append(node("Neg", [n(self.reader)], [n("read")]))
+            outputs.append(n("read"))
+        if self.output:
+            outputs.append(n(self.output))
+        if self.end:
+            nodes.append(node("Identity", [n("out")], [n("y")]))
+        else:
+            nodes = [self.renamed(nd, n("out"), n("y")) for nd in nodes]
+        outputs = [helper.make_empty_tensor_value_info(name) for name in [*outputs, n("y")]]
+        for out in outputs:
+            out.type.tensor_type.elem_type = TYPES[self.dtype]
+        inputs = []
+        for name in "qkv":
+            shape = list(self.shape(name))
+            inputs.append(value(n(f"{name}_in"), [self.batch or shape[0], *shape[1:]], TYPES[self.dtype]))
+        if self.computed:
+            inputs.append(value(n("factor"), [], TYPES[self.dtype]))
+            initializers = [i for i in initializers if i.name == n("mask")]
+        imports = [helper.make_opsetid("", self.opset)]
+        return model(nodes, inputs, outputs, initializers, opset_imports=imports)
+
+    @staticmethod
+    def renamed(nd, old, new):
+        for field in (nd.input, nd.output):
+            field[:] = [new if name == old else name for name in field]
+        return nd
+
+    def feeds(self):
+        rng = np.random.default_rng(self.seed)
+        feeds = {
+            self.n_(f"{name}_in"): (self.loud * rng.standard_normal(self.shape(name))).astype(self.dtype)
+            for name in "qkv"
+        }
+        return {**feeds, **({self.n_("factor"): np.array(0.3, self.dtype)} if self.computed else {})}
+
+
+def ops(proto):
+    return [n.op_type for n in proto.graph.node]
+
+
+def rewritten(proto):
+    graph = to_graph(proto)
+    changes = fuse_attention(graph)
+    return to_proto(graph), changes
+
+
+def same(proto, after, feeds, tolerance=1e-5):
+    expected, actual = run(proto, **feeds), run(after, **feeds)
+    assert list(actual) == list(expected)
+    for name, array in expected.items():
+        assert actual[name].dtype == array.dtype
+        assert actual[name].shape == array.shape
+        scale = max(float(np.abs(array).max(initial=0)), 1e-12)
+        np.testing.assert_allclose(actual[name] / scale, array / scale, rtol=0, atol=tolerance)
+
+
+def agree(attention, changes, tolerance=1e-5):
+    """The new model, after asserting the changes made, equal outputs, and that a second run does nothing."""
+    proto = attention.proto()
+    after, made = rewritten(proto)
+    assert made == changes
+    same(proto, after, attention.feeds(), tolerance)
+    again, more = rewritten(after)
+    assert more == 0
+    assert [n.SerializeToString() for n in again.graph.node] == [
+        n.SerializeToString() for n in after.graph.node
+    ]
+    assert ops(after).count("MultiHeadAttention") == changes
+    if changes:
+        graph = to_graph(after)
+        collapse_chains(graph)
+        same(proto, to_proto(graph), attention.feeds(), tolerance)
+    else:
+        assert ops(after) == ops(proto)
+        onnx.checker.check_model(after, full_check=True)
+    return after
+
+
+def test_attention_becomes_one_operator():
+    after = agree(Attention(), 1)
+    assert not {"MatMul", "Softmax", "Mul"} & set(ops(after))
+    (fused,) = (n for n in after.graph.node if n.op_type == "MultiHeadAttention")
+    attributes = {a.name: helper.get_attribute_value(a) for a in fused.attribute}
+    assert attributes["num_heads"] == 3
+    assert attributes["scale"] == pytest.approx(0.4)
+    assert {o.domain: o.version for o in after.opset_import} == {"": 18, DOMAIN: 1}
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        Attention(q_scale=None),
+        Attention(q_scale=("Mul", 0.4, (1,), True)),
+        Attention(q_scale=("Mul", 0.4, (1, 1, 1, 1), False)),
+        Attention(q_scale=("Mul", -0.4, (), False)),
+        Attention(q_scale=("Div", 2.5, (), False)),
+        Attention(q_scale=None, k_scale=("Mul", 0.4, (), False)),
+        Attention(q_scale=None, k_scale=("Div", 2.5, (1, 1), False)),
+        Attention(q_scale=None, k_before=("Mul", 0.4, (), False)),
+        Attention(q_scale=None, scale=("Mul", 0.4, (), True)),
+        Attention(q_scale=None, scale=("Div", 2.5, (1,), False)),
+        Attention(k_scale=("Mul", 0.7, (), False), scale=("Div", 0.5, (), False)),
+        Attention(axis=3),
+        Attention(axis=None),
+        Attention(end=False),
+        Attention(b=1, heads=1, n=1, m=1, d=1),
+        Attention(n=1),
+        Attention(m=1),
+        Attention(d=1),
+        Attention(heads=1),
+        Attention(n=64, m=64),
+        Attention(n=70, m=33, d=20),
+        Attention(reader="q"),
+        Attention(reader="k"),
+        Attention(reader="v"),
+        Attention(output="v"),
+        Attention(reader="q_scaled"),  # then the scale stays, and q is what comes after it
+        Attention(reader="out"),
+        Attention(output="out"),
+        Attention(loud=30.0),  # weights of zero and one
+        Attention(loud=1e-4),
+        Attention(opset=13),
+        Attention(opset=20),
+        Attention(prefix="out/q"),
+    ],
+    ids=str,
+)
+def test_variants_become_one_operator(attention):
+    agree(attention, 1)
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        Attention(reader="product"),
+        Attention(reader="weights"),
+        Attention(reader="kt"),
+        Attention(reader="product_scaled", scale=("Mul", 0.5, (), False)),
+        Attention(reader="product", scale=("Mul", 0.5, (), False)),
+        Attention(output="product"),
+        Attention(output="weights"),
+        Attention(output="kt"),
+        Attention(axis=2, m=5),
+        Attention(axis=-2),
+        Attention(axis=1),
+        Attention(perm=(0, 3, 1, 2), shapes={"k": (2, 8, 4, 3)}),
+        Attention(perm=(0, 2, 3, 1), shapes={"k": (2, 4, 3, 8)}),
+        Attention(between="Relu"),
+        Attention(between="Identity"),
+        Attention(mask=(5, 4)),
+        Attention(mask=(2, 1, 5, 4)),
+        Attention(mask=(1,)),
+        Attention(scale=("Mul", 0.5, (4,), False)),  # another scale for every key
+        Attention(scale=("Mul", 0.5, (3, 1, 1), False)),  # and for every head
+        Attention(scale=("Div", 0.5, (), True)),  # the inverse
+        Attention(scale=("Add", 0.5, (), False)),
+        Attention(scale=("Pow", 2.0, (), False)),
+        Attention(q_scale=None, scale=("Mul", 0.0, (), False)),
+        Attention(q_scale=("Mul", 0.4, (1, 1, 1, 1, 1), False)),  # q gets a fifth axis by it
+        Attention(q_scale=None, scale=("Mul", 0.4, (1, 1, 1, 1, 1), False)),
+        Attention(q_scale=None, k_scale=("Mul", 0.4, (1, 1, 1, 1, 1), False)),
+        Attention(q_scale=("Mul", 1e-30, (), False), k_scale=("Mul", 1e-30, (), False)),  # 0 in float32
+        Attention(shapes={"k": (1, 3, 4, 8)}),
+        Attention(shapes={"k": (2, 1, 4, 8), "v": (2, 1, 4, 8)}),  # one head of keys for all
+        Attention(shapes={"v": (1, 3, 4, 8)}),
+        Attention(shapes={"v": (2, 3, 4, 6)}),  # values of another length
+        Attention(shapes={"q": (1, 3, 5, 8)}),
+        Attention(shapes={"v": (4, 8)}),
+        Attention(shapes={"q": (3, 5, 8)}),
+        Attention(swapped=True, n=4, m=4, d=4),
+        Attention(n=0),
+        Attention(b=0),
+        Attention(dtype="float64"),
+        Attention(q_scale=None, scale=("Mul", 0.4, (), False), computed=True),
+    ],
+    ids=str,
+)
+def test_a_near_miss_is_declined(attention):
+    if attention.dtype == "float64":
+        agree(attention, 0, tolerance=1e-12)
+    else:
+        agree(attention, 0)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_batch_of_any_size_is_fused(batch):
+    agree(Attention(b=batch, batch="b"), 1)
+
+
+@pytest.mark.parametrize("perm", [(0, 2, 1), (1, 2, 0), (0, 1, 2)])
+def test_keys_transposed_with_three_axes(perm):
+    """PyTorch joins batch and heads to do it. Other permutations of these axes are another product."""
+    nodes = [
+        node("Reshape", ["k", "three"], ["k3"]),
+        node("Transpose", ["k3"], ["kt3"], perm=perm),
+        node("Reshape", ["kt3", "four"], ["kt"]),
+        node("MatMul", ["q", "kt"], ["product"]),
+        node("Softmax", ["product"], ["weights"], axis=-1),
+        node("MatMul", ["weights", "v"], ["y"]),
+    ]
+    shapes = {"three": [6, 5, 5], "four": [2, 3, 5, 5]}
+    initializers = [numpy_helper.from_array(np.array(shape), name) for name, shape in shapes.items()]
+    proto = model(nodes, [value(name, [2, 3, 5, 5]) for name in "qkv"], initializers=initializers)
+    after, changes = rewritten(proto)
+    assert changes == (perm == (0, 2, 1))
+    rng = np.random.default_rng(0)
+    same(proto, after, {name: rng.standard_normal((2, 3, 5, 5)).astype(np.float32) for name in "qkv"})
+
+
+@pytest.mark.parametrize("operand", [0, 1])
+def test_a_vector_on_q_or_k_stays_and_the_rest_is_fused(operand):
+    scale = ("Mul", 0.5, (8,), bool(operand))
+    assert "Mul" in ops(agree(Attention(q_scale=scale), 1))
+
+
+def test_half_precision_is_declined():
+    proto = Attention(dtype="float16").proto()
+    assert rewritten(proto)[1] == 0
+
+
+def test_a_softmax_of_before_opset_13_without_an_axis_is_declined():
+    """It goes over all axes from the second on."""
+    proto = Attention(axis=None, opset=11).proto()
+    after, changes = rewritten(proto)
+    assert changes == 0
+    same(proto, after, Attention().feeds())
+
+
+def test_without_shapes_it_declines():
+    proto = Attention().proto()
+    for info in (*proto.graph.input, *proto.graph.output):
+        info.type.tensor_type.ClearField("shape")
+    del proto.graph.value_info[:]
+    assert rewritten(proto)[1] == 0
+
+
+def test_three_axes_are_declined():
+    """ViT-Det's heads are folded into the batch: there is nothing that tells them apart."""
+    nodes = [
+        node("Transpose", ["k"], ["kt"], perm=[0, 2, 1]),
+        node("MatMul", ["q", "kt"], ["product"]),
+        node("Softmax", ["product"], ["weights"], axis=-1),
+        node("MatMul", ["weights", "v"], ["y"]),
+    ]
+    proto = model(nodes, [value(name, [6, 5, 8]) for name in "qkv"])
+    assert rewritten(proto)[1] == 0
+
+
+def test_q_k_and_v_of_one_tensor():
+    nodes = [
+        node("Transpose", ["x"], ["kt"], perm=[0, 1, 3, 2]),
+        node("MatMul", ["x", "kt"], ["product"]),
+        node("Softmax", ["product"], ["weights"], axis=-1),
+        node("MatMul", ["weights", "x"], ["y"]),
+    ]
+    proto = model(nodes, [value("x", [2, 3, 5, 8])])
+    after, changes = rewritten(proto)
+    assert changes == 1
+    same(proto, after, {"x": np.random.default_rng(0).standard_normal((2, 3, 5, 8)).astype(np.float32)})
+
+
+def row(count):
+    """Attentions one after another, each the query of the next."""
+    nodes, q = [], "x"
+    for i in range(count):
+        out = "y" if i == count - 1 else f"o{i}"
+        nodes += [
+            node("Transpose", ["k"], [f"kt{i}"], perm=[0, 1, 3, 2]),
+            node("MatMul", [q, f"kt{i}"], [f"p{i}"]),
+            node("Softmax", [f"p{i}"], [f"w{i}"], axis=-1),
+            node("MatMul", [f"w{i}", "k"], [out]),
+        ]
+        q = out
+    return model(nodes, [value("x", [1, 2, 3, 4]), value("k", [1, 2, 5, 4])])
+
+
+def test_a_long_row_of_attentions_does_not_exhaust_the_stack():
+    proto = row(400)
+    after, changes = rewritten(proto)
+    assert changes == 400
+    rng = np.random.default_rng(0)
+    shapes = {"x": (1, 2, 3, 4), "k": (1, 2, 5, 4)}
+    same(proto, after, {name: rng.standard_normal(s).astype(np.float32) for name, s in shapes.items()})
+
+
+def test_attention_that_ends_in_a_branch_is_left():
+    nodes = [
+        node("Transpose", ["k"], ["kt"], perm=[0, 1, 3, 2]),
+        node("MatMul", ["q", "kt"], ["product"]),
+        node("Softmax", ["product"], ["weights"], axis=-1),
+    ]
+    then = helper.make_graph([node("MatMul", ["weights", "v"], ["t"])], "then", [], [value("t", None)])
+    other = helper.make_graph([node("Neg", ["v"], ["e"])], "else", [], [value("e", None)])
+    nodes.append(node("If", ["c"], ["y"], then_branch=then, else_branch=other))
+    inputs = [value(name, [2, 3, 5, 8]) for name in "qkv"]
+    proto = model(nodes, [*inputs, value("c", [], TensorProto.BOOL)])
+    after, changes = rewritten(proto)
+    assert changes == 0
+    x = np.ones((2, 3, 5, 8), np.float32)
+    same(proto, after, {"q": x, "k": x, "v": x, "c": np.array(True)})
+
+
+def test_a_domain_already_there_is_named_once():
+    proto = Attention().proto()
+    proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+    after, _ = rewritten(proto)
+    assert [o.domain for o in after.opset_import].count(DOMAIN) == 1
+
+
+def test_an_empty_graph_has_no_place_to_change():
+    assert rewritten(model([], [value("x", [3])], [value("x", [3])]))[1] == 0
+
+
+# --- random attention ---
+
+SCALES = st.one_of(
+    st.none(),
+    st.tuples(
+        st.sampled_from(("Mul", "Div")),
+        st.sampled_from((0.5, 1.0, -0.25, 0.125, 3.0)),
+        st.sampled_from(((), (), (1,), (1, 1, 1))),
+        st.sampled_from((False, False, True)),
+    ),
+)
+
+
+@st.composite
+def attentions(draw):
+    b, heads, n, m, d = (draw(st.integers(1, size)) for size in (3, 3, 6, 6, 6))
+    tensors = ("",) * 8 + ("q", "k", "v", "kt", "product", "weights", "out")
+    shapes = {}
+    if draw(st.sampled_from((0, 0, 0, 1))):
+        name = draw(st.sampled_from("qkv"))
+        shape = [b, heads, n if name == "q" else m, d]
+        shape[draw(st.integers(0, 1))] = 1
+        shapes[name] = tuple(shape)
+    return Attention(
+        b=b,
+        heads=heads,
+        n=n,
+        m=m,
+        d=d,
+        q_scale=draw(SCALES),
+        k_before=draw(SCALES),
+        k_scale=draw(SCALES),
+        scale=draw(SCALES),
+        shapes=shapes,
+        axis=draw(st.sampled_from((-1, -1, -1, 3, None, 2))),
+        mask=draw(st.sampled_from((None, None, None, (n, m)))),
+        between=draw(st.sampled_from(("",) * 6 + ("Relu",))),
+        reader=draw(st.sampled_from(tensors)),
+        output=draw(st.sampled_from(tensors)),
+        end=True,
+        opset=draw(st.sampled_from((13, 18, 20))),
+        seed=draw(st.integers(0, 9)),
+        prefix=draw(st.sampled_from(("", "out/", "y/q/"))),
+    )
+
+
+@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@given(attentions())
+def test_random_attention_answers_as_before(attention):
+    inner = ("kt", "product", "weights")
+    alone = attention.reader not in inner and attention.output not in inner
+    plain = not attention.between and attention.mask is None and attention.axis != 2
+    scales = (attention.scale, attention.k_scale)
+    inverse = any(scale is not None and scale[0] == "Div" and scale[3] for scale in scales)
+    heads = (attention.b, attention.heads)
+    whole = all(tuple(shape[:2]) == heads for shape in attention.shapes.values())
+    agree(attention, int(alone and plain and not inverse and whole))

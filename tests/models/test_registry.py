@@ -1,0 +1,239 @@
+"""The zoo: names, sizes, round trips through JSON, and configurations that are refused."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from meta_deploy.errors import InputError
+from meta_deploy.models.registry import (
+    MODEL_NAMES,
+    BackboneConfig,
+    MaskRCNNConfig,
+    UPerNetConfig,
+    build_model,
+    config_from_dict,
+    config_to_dict,
+    get_config,
+)
+
+VIT = {  # width, depth, heads
+    "t": (192, 12, 3),
+    "s": (384, 12, 6),
+    "b": (768, 12, 12),
+    "l": (1024, 24, 16),
+}
+
+
+def parameters(config):
+    with torch.device("meta"):
+        model = build_model(config)
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_names_are_five_sizes_of_two_heads():
+    assert set(MODEL_NAMES) == {f"meta-{s}-{h}" for s in ("nano", *VIT) for h in ("mask-rcnn", "upernet")}
+
+
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_configuration_round_trips_through_json(name):
+    for config in (get_config(name), get_config(name, num_classes=3)):
+        assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+        assert config_from_dict(dataclasses.asdict(config)) == config
+
+
+@pytest.mark.parametrize("head", ["mask-rcnn", "upernet"])
+@pytest.mark.parametrize("size", VIT)
+def test_vits_are_the_published_sizes(size, head):
+    backbone = get_config(f"meta-{size}-{head}").backbone
+    assert (backbone.embed_dim, backbone.depth, backbone.num_heads) == VIT[size]
+    assert (backbone.patch_size, backbone.mlp_ratio, backbone.pos_grid) == (16, 4.0, 14)
+    assert (backbone.adapter_parts, backbone.stripe_width) == (4, 4)
+    assert backbone.shared_norm
+
+
+@pytest.mark.parametrize("size", VIT)
+def test_detection_has_windows_and_segmentation_none(size):
+    assert get_config(f"meta-{size}-mask-rcnn").backbone.window == 14
+    assert get_config(f"meta-{size}-upernet").backbone.window == 0
+
+
+def test_mask_rcnn_defaults_are_mmdetections():
+    config = get_config("meta-t-mask-rcnn")
+    assert (config.num_classes, config.fpn_channels, config.fc_channels) == (80, 256, 1024)
+    assert (config.rpn_pre_nms, config.rpn_nms, config.proposals) == (1000, 0.7, 1000)
+    assert (config.score_threshold, config.nms, config.max_detections) == (0.05, 0.5, 100)
+    assert config.mean == (123.675, 116.28, 103.53)
+    assert config.std == (58.395, 57.12, 57.375)
+
+
+def test_upernet_defaults_are_mmsegmentations():
+    config = get_config("meta-b-upernet")
+    assert (config.num_classes, config.channels, config.pool_scales) == (150, 512, (1, 2, 3, 6))
+
+
+def test_number_of_classes_can_be_chosen():
+    assert get_config("meta-nano-mask-rcnn", num_classes=8).num_classes == 8
+    assert dataclasses.replace(get_config("meta-nano-mask-rcnn", 8), num_classes=80) == get_config(
+        "meta-nano-mask-rcnn"
+    )
+
+
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_every_model_can_be_built_in_evaluation_mode(name):
+    with torch.device("meta"):
+        model = build_model(get_config(name))
+    assert not any(module.training for module in model.modules())
+    assert model.config.name == name
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [
+        ("meta-nano-mask-rcnn", 2.5e6, 4.5e6),  # float32 checkpoint and bundle: 30 MB at most together
+        ("meta-nano-upernet", 2.0e6, 4.0e6),
+        ("meta-t-mask-rcnn", 20e6, 30e6),
+        ("meta-s-mask-rcnn", 40e6, 50e6),
+        ("meta-b-mask-rcnn", 110e6, 130e6),
+        ("meta-l-mask-rcnn", 340e6, 365e6),
+        ("meta-t-upernet", 15e6, 45e6),
+    ],
+)
+def test_models_have_the_size_that_their_name_promises(name, low, high):
+    count = parameters(get_config(name))
+    print(f"{name}: {count:,} parameters")
+    assert low <= count <= high
+
+
+@pytest.mark.parametrize("name", ["meta-nano-mask-rcnn", "meta-nano-upernet"])
+def test_the_nano_runs(name):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        out = build_model(get_config(name, num_classes=4))(torch.randn(1, 3, 64, 96))
+    assert all(value.isfinite().all() for value in out.values())
+
+
+@pytest.mark.parametrize("name", ["", "meta", "meta-t", "meta-x-mask-rcnn", "meta-t-atss", "META-T-UPERNET"])
+def test_an_unknown_name_is_refused_with_the_known_ones(name):
+    with pytest.raises(InputError, match="meta-t-mask-rcnn") as error:
+        get_config(name)
+    assert f"'{name}'" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"depth": 6}, "depth 6"),
+        ({"depth": 0}, "depth 0"),
+        ({"num_heads": 5}, "5 heads"),
+        ({"num_heads": 0}, "num_heads 0"),
+        ({"embed_dim": 0}, "embed_dim 0"),
+        ({"patch_size": 14}, "patch size 14"),
+        ({"adapter_parts": 5}, "5 parts"),
+        ({"adapter_parts": 0}, "adapter_parts 0"),
+        ({"adapter_ratio": 0.0}, "adapter_ratio 0.0"),
+        ({"adapter_ratio": 0.001}, "parts do not divide 0"),
+        ({"adapter_heads": 3}, "3 adapter heads"),
+        ({"adapter_heads": 0}, "adapter_heads 0"),
+        ({"adapter_heads": 16}, "16 adapter heads"),
+        ({"stripe_width": 0}, "stripe_width 0"),
+        ({"window": -1}, "window -1 is negative"),
+        ({"embed_dim": "192"}, "embed_dim '192' is not of type int"),
+        ({"depth": True}, "depth True"),
+        ({"mlp_ratio": float("nan")}, "mlp_ratio nan"),
+        ({"inplanes": 0}, "inplanes 0"),
+        ({"pos_grid": 0}, "pos_grid 0"),
+        ({"mlp_ratio": 0.0}, "mlp_ratio 0.0"),
+        ({"ffn_ratio": -0.25}, "ffn_ratio -0.25"),
+    ],
+)
+def test_a_backbone_that_cannot_be_is_refused(changes, message):
+    good = {"embed_dim": 192, "depth": 12, "num_heads": 3}
+    BackboneConfig(**good)
+    with pytest.raises(InputError, match=message):
+        BackboneConfig(**{**good, **changes})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_classes", 0),
+        ("num_classes", -3),
+        ("max_detections", 0),
+        ("proposals", 0),
+        ("rpn_pre_nms", -1),
+        ("score_threshold", -0.1),
+        ("std", (1.0, 0.0, 1.0)),
+    ],
+)
+def test_a_detector_without_classes_or_boxes_is_refused(field, value):
+    with pytest.raises(InputError, match=field):
+        MaskRCNNConfig("x", get_config("meta-t-mask-rcnn").backbone, **{field: value})
+
+
+def test_a_segmenter_without_classes_is_refused():
+    with pytest.raises(InputError, match="num_classes 0"):
+        UPerNetConfig("x", get_config("meta-t-upernet").backbone, num_classes=0)
+    with pytest.raises(InputError, match="num_classes -1"):
+        get_config("meta-t-upernet", num_classes=-1)
+
+
+def broken(change):
+    data = json.loads(json.dumps(config_to_dict(get_config("meta-t-mask-rcnn"))))
+    change(data)
+    return data
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d.update(head="atss"),
+        lambda d: d.update(head=["mask-rcnn"]),
+        lambda d: d.update(task="panoptic"),
+        lambda d: d.update(surprise=1),
+        lambda d: d.pop("head"),
+        lambda d: d.pop("name"),
+        lambda d: d.pop("backbone"),
+        lambda d: d.update(backbone=7),
+        lambda d: d.update(backbone=None),
+        lambda d: d["backbone"].update(surprise=1),
+        lambda d: d["backbone"].pop("depth"),
+        lambda d: d["backbone"].update(depth="12"),
+        lambda d: d["backbone"].update(depth=12.0),
+        lambda d: d["backbone"].update(depth=None),
+        lambda d: d["backbone"].update(shared_norm=1),
+        lambda d: d["backbone"].update(adapter_ratio="half"),
+        lambda d: d["backbone"].update(depth=7),
+        lambda d: d.update(num_classes="80"),
+        lambda d: d.update(num_classes=None),
+        lambda d: d.update(nms=[0.5]),
+        lambda d: d.update(mean="grey"),
+        lambda d: d.update(mean=[1.0, 2.0]),
+        lambda d: d.update(std=[1.0, 2.0, "3"]),
+        lambda d: d.update(name=3),
+    ],
+)
+def test_a_damaged_configuration_is_refused(change):
+    with pytest.raises(InputError):
+        config_from_dict(broken(change))
+
+
+@pytest.mark.parametrize("data", [None, [], "meta-t-mask-rcnn", 3, {}])
+def test_what_is_no_configuration_is_refused(data):
+    with pytest.raises(InputError):
+        config_from_dict(data)
+
+
+def test_a_whole_number_may_stand_for_a_float():
+    """JSON written by other tools has 4 for 4.0."""
+    data = broken(lambda d: (d["backbone"].update(mlp_ratio=4), d.update(std=[58, 57, 57])))
+    assert config_from_dict(data).backbone.mlp_ratio == 4
+
+
+def test_names_and_configurations_need_no_torch():
+    code = "import sys; from meta_deploy.models import registry; registry.get_config('meta-t-upernet'); "
+    code += "sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

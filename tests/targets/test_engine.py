@@ -1,0 +1,419 @@
+"""Engines are built for real, without a GPU; what they consist of is read from the build's log."""
+
+import importlib.util
+import os
+import platform
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from meta_deploy.bundle.bundle import InputSpec
+from meta_deploy.bundle.manifest import validate_engine
+from meta_deploy.errors import EngineError, InputError
+from meta_deploy.graph.precision.convert import convert
+from meta_deploy.targets.tensorrt import build as engine_module
+from meta_deploy.targets.tensorrt.build import Engine, Layer, available, build_engine, check_gpus, parse_log
+from tests.small_graphs import model, value
+
+RTX = "tensorrt-rtx"
+node = helper.make_node
+builds = pytest.mark.skipif(
+    (platform.system(), platform.machine()) != ("Linux", "x86_64"),
+    reason="elsewhere the dev extra does not bring tensorrt-rtx",
+)
+
+
+def floats(name, *shape, seed=0, scale=0.3):
+    values = np.random.default_rng(seed).normal(0, scale, shape).astype(np.float32)
+    return numpy_helper.from_array(values, name)
+
+
+def ints(name, *numbers):
+    return numpy_helper.from_array(np.array(numbers, np.int64), name)
+
+
+def spec(batch=(1, 1, 1), sizes=((16, 16), (16, 16), (16, 16)), name="x"):
+    return InputSpec(name, *batch, *sizes, 1)
+
+
+def build(proto, inputs=None, **options):
+    return build_engine(proto.SerializeToString(), RTX, inputs or spec(), **options)
+
+
+@pytest.fixture(scope="module")
+def block():
+    """A convolution, attention of two heads over its pixels, and a resize: a bit of everything."""
+    nodes = [
+        node("Conv", ["x", "w", "b"], ["c"], kernel_shape=[3, 3], pads=[1, 1, 1, 1]),
+        node("Relu", ["c"], ["r"]),
+        node("Reshape", ["r", "tokens"], ["t"]),
+        node("Transpose", ["t"], ["u"], perm=[0, 2, 1]),
+        node("MatMul", ["u", "qkv"], ["p"]),
+        node("Reshape", ["p", "heads"], ["h"]),
+        node("Transpose", ["h"], ["i"], perm=[2, 0, 3, 1, 4]),
+        node("Split", ["i"], ["q1", "k1", "v1"], axis=0, num_outputs=3),
+        *(node("Squeeze", [f"{name}1", "zero"], [name]) for name in "qkv"),
+        node("Transpose", ["k"], ["kt"], perm=[0, 1, 3, 2]),
+        node("Constant", [], ["scale"], value_float=0.25),
+        node("Mul", ["q", "scale"], ["qs"]),
+        node("MatMul", ["qs", "kt"], ["s"]),
+        node("Softmax", ["s"], ["a"], axis=-1),
+        node("MatMul", ["a", "v"], ["o"]),
+        node("Transpose", ["o"], ["ot"], perm=[0, 1, 3, 2]),
+        node("Reshape", ["ot", "image"], ["m"]),
+        node("Resize", ["m", "", "scales"], ["y"], mode="linear"),
+    ]
+    constants = [
+        floats("w", 32, 3, 3, 3),
+        floats("b", 32, seed=1),
+        floats("qkv", 32, 96, seed=2),
+        *(ints("tokens", 1, 32, 256), ints("heads", 1, 256, 3, 2, 16), ints("image", 1, 32, 16, 16)),
+        ints("zero", 0),
+        numpy_helper.from_array(np.array([1, 1, 2, 2], np.float32), "scales"),
+    ]
+    return model(nodes, [value("x", [1, 3, 16, 16])], [value("y", [1, 32, 32, 32])], constants)
+
+
+@pytest.fixture(scope="module")
+def half(block):
+    return convert(block, "fp16")[0]
+
+
+@pytest.fixture(scope="module")
+def dynamic():
+    """Takes any batch and size."""
+    nodes = [
+        node("Conv", ["x", "w"], ["c"], kernel_shape=[3, 3], pads=[1, 1, 1, 1]),
+        node("Relu", ["c"], ["y"]),
+    ]
+    return model(
+        nodes, [value("x", ["b", 3, "h", "w"])], [value("y", ["b", 8, "h", "w"])], [floats("w", 8, 3, 3, 3)]
+    )
+
+
+@pytest.fixture
+def trt():
+    return pytest.importorskip("tensorrt_rtx")
+
+
+# --- what is built ---
+
+
+@builds
+def test_an_engine_of_float16_fuses_attention_and_its_section_says_so(half):
+    engine = build(half)
+    section = engine.section()
+    assert section["fused_attention"] == 1
+    assert section["fused_attention"] + section["generated_kernels"] < section["layers"] < 15
+    kinds = section["kernels"]
+    assert kinds["correlation"] == {"fp16": 1}
+    assert sum(sum(types.values()) for types in kinds.values()) == section["layers"]
+    assert all(layer.name and layer.kind for layer in engine.layers)
+    assert 0 < section["activation_mb"] < 20  # of tensors and of the kernels' own
+    # The weights, at two bytes each, and what the builder lays out anew.
+    assert 2 * (32 * 27 + 32 + 32 * 96) / 1e6 <= section["weights_mb"] < section["plan_mb"] < 1
+    assert section["plan_mb"] == len(engine.plan) / 1e6
+    assert section["seconds"] > 0
+
+
+@builds
+def test_an_engine_of_float32_does_not_fuse_attention_and_takes_more_layers(block, half):
+    section = build(block).section()
+    assert section["fused_attention"] == 0
+    assert section["layers"] > build(half).section()["layers"]
+    assert {kind for types in section["kernels"].values() for kind in types} == {"fp32"}
+    assert section["tf32"] is False
+
+
+@builds
+@pytest.mark.parametrize("gpus", [(), ("8.6", "8.9")])
+def test_a_section_is_what_a_manifest_wants_and_names_the_gpus(trt, half, gpus, tmp_path):
+    section = build(half, compute_capabilities=gpus).section()
+    validate_engine(section, RTX, tmp_path)
+    assert section["library"] == RTX
+    assert section["version"] == trt.__version__
+    assert section["gpu"] is None
+    assert section["compute_capabilities"] == list(gpus)
+
+
+@builds
+def test_the_gpus_asked_for_are_set_in_their_order(trt, half, monkeypatch):
+    asked = []
+    plain = trt.IBuilderConfig.set_compute_capability
+    monkeypatch.setattr(
+        trt.IBuilderConfig,
+        "set_compute_capability",
+        lambda config, gpu, i: (
+            asked.append((config.num_compute_capabilities, gpu, i)),
+            plain(config, gpu, i),
+        )[1],
+    )
+    build(half, compute_capabilities=("8.9", "8.6"))
+    assert asked == [(2, trt.ComputeCapability.SM89, 0), (2, trt.ComputeCapability.SM86, 1)]
+
+
+@builds
+@pytest.mark.parametrize("limit", [None, 64])
+def test_the_workspace_limit_is_in_megabytes_and_set_when_asked_for(trt, half, monkeypatch, limit):
+    limits = []
+    plain = trt.IBuilderConfig.set_memory_pool_limit
+    monkeypatch.setattr(
+        trt.IBuilderConfig,
+        "set_memory_pool_limit",
+        lambda config, pool, size: (limits.append((pool, size)), plain(config, pool, size))[1],
+    )
+    build(half, workspace_mb=limit)
+    assert limits == ([] if limit is None else [(trt.MemoryPoolType.WORKSPACE, limit * 1024 * 1024)])
+
+
+@builds
+def test_a_workspace_that_is_too_small_is_an_error_with_tensorrts_reason(half):
+    with pytest.raises(EngineError, match="workspace") as error:
+        build(half, workspace_mb=0)
+    assert "\n" not in str(error.value)
+
+
+@builds
+def test_a_dynamic_batch_and_size_become_the_profile(trt, dynamic, monkeypatch):
+    profiles = []
+    plain = trt.IOptimizationProfile.set_shape
+    monkeypatch.setattr(
+        trt.IOptimizationProfile,
+        "set_shape",
+        lambda profile, *shapes: (profiles.append(shapes), plain(profile, *shapes))[1],
+    )
+    build(dynamic, spec((1, 2, 4), ((32, 64), (64, 96), (96, 128))))
+    assert profiles == [("x", (1, 3, 32, 64), (2, 3, 64, 96), (4, 3, 96, 128))]
+    build(dynamic, spec((1, 2, 4)))
+    build(dynamic, spec(sizes=((32, 64), (64, 96), (96, 128))))
+    assert profiles[1:] == [
+        ("x", (1, 3, 16, 16), (2, 3, 16, 16), (4, 3, 16, 16)),
+        ("x", (1, 3, 32, 64), (1, 3, 64, 96), (1, 3, 96, 128)),
+    ]
+
+
+@builds
+def test_a_static_engine_has_no_profile(trt, half, monkeypatch):
+    monkeypatch.setattr(trt.Builder, "create_optimization_profile", None)
+    assert build(half).plan
+
+
+@builds
+def test_progress_is_told_step_by_step_to_the_end(half):
+    steps = []
+    build(half, progress=lambda done, total: steps.append((done, total)))
+    assert steps
+    assert all(1 <= done <= total for done, total in steps)
+    totals = [total for _, total in steps]
+    assert totals == sorted(totals)  # a longer phase may follow
+    last = [done for done, total in steps if total == totals[-1]]
+    assert last == list(range(1, totals[-1] + 1))
+
+
+@builds
+def test_what_progress_raises_ends_the_build_and_is_raised(half):
+    calls = []
+
+    def fail(done, total):
+        calls.append(done)
+        raise BrokenPipeError("nobody listens")
+
+    with pytest.raises(BrokenPipeError, match="nobody listens"):
+        build(half, progress=fail)
+    assert len(calls) == 1
+
+
+# --- what is refused ---
+
+
+@builds
+def test_what_the_parser_does_not_take_is_named_by_node_and_operator():
+    strange = model(
+        [node("Strange", ["x"], ["y"], name="the odd one", domain="somebody")],
+        [value("x", [2])],
+        [value("y", [2])],
+        opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid("somebody", 1)],
+    )
+    with pytest.raises(EngineError, match=r"node 'the odd one' \(Strange\)") as error:
+        build(strange)
+    assert "--passes" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@builds
+def test_what_parses_and_has_no_kernel_is_named_too():
+    suppress = node("NonMaxSuppression", ["boxes", "scores"], ["y"], name="suppress")
+    inputs = [value("boxes", [1, 4, 4]), value("scores", [1, 1, 4])]
+    with pytest.raises(EngineError, match=r"TensorRT-RTX cannot build the graph: .*suppress"):
+        build(model([suppress], inputs, [value("y", ["n", 3], TensorProto.INT64)]))
+
+
+@builds
+@pytest.mark.parametrize("file", [b"", b"no model"])
+def test_what_is_no_model_is_an_error(file):
+    with pytest.raises(EngineError, match="TensorRT"):
+        build_engine(file, RTX, spec())
+
+
+@builds
+def test_an_error_does_not_hang_over_to_the_next_build(half):
+    with pytest.raises(EngineError):
+        build_engine(b"no model", RTX, spec())
+    assert build(half).section()["layers"] > 0
+
+
+@builds
+@pytest.mark.parametrize("gpus", [("9.0",), ("8.6", "sm_89")])
+def test_a_gpu_that_cannot_be_built_for_is_refused_with_those_that_can(half, gpus):
+    for refuse in (lambda: check_gpus(RTX, gpus), lambda: build(half, compute_capabilities=gpus)):
+        with pytest.raises(InputError, match=rf"'{gpus[-1]}' is no compute .* 8\.6, 8\.9, 12\.0"):
+            refuse()
+
+
+@builds
+def test_gpus_that_can_be_built_for_are_taken():
+    check_gpus(RTX, ())
+    check_gpus(RTX, ("7.5", "8.6", "8.9"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("gpus", [(), ("8.6",)])
+def test_tensorrt_is_not_for_a_machine_without_it_or_a_gpu(gpus):
+    for refuse in (lambda: check_gpus("tensorrt", gpus), lambda: build_engine(b"", "tensorrt", spec())):
+        with pytest.raises(InputError, match="--target tensorrt-rtx, which builds anywhere"):
+            refuse()
+
+
+def test_tensorrt_takes_no_compute_capability(monkeypatch):
+    monkeypatch.setattr(engine_module, "_gpu_name", lambda library: "NVIDIA H200")
+    monkeypatch.setattr(engine_module, "load", lambda library: SimpleNamespace(IBuilderConfig=object))
+    check_gpus("tensorrt", ())
+    with pytest.raises(InputError, match="--gpu is for tensorrt-rtx"):
+        check_gpus("tensorrt", ("8.6",))
+
+
+def test_a_library_is_available_where_it_can_be_found(monkeypatch):
+    assert available(RTX) == (importlib.util.find_spec("tensorrt_rtx") is not None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not available(RTX)
+
+
+# --- stopped ---
+
+
+SLOW = """
+    import sys, time
+    from meta_deploy.targets.tensorrt.build import build_engine
+    from meta_deploy.bundle.bundle import InputSpec
+
+    def progress(done, total):
+        print(done, flush=True)
+        time.sleep(0.2)  # each of some hundred steps
+
+    size = (16, 16)
+    spec = InputSpec("x", 1, 1, 1, size, size, size, 1)
+    with open(sys.argv[1], "rb") as stream:
+        build_engine(stream.read(), "tensorrt-rtx", spec, progress=progress)
+"""
+
+
+@builds
+@pytest.mark.parametrize("times", [1, 3])
+def test_ctrl_c_stops_a_build_within_seconds(tmp_path, times):
+    nodes = []
+    for i in range(40):
+        nodes.append(node("Conv", [f"x{i}" if i else "x", "w"], [f"c{i}"], kernel_shape=[3, 3], pads=[1] * 4))
+        nodes.append(node("Softmax", [f"c{i}"], [f"x{i + 1}"], axis=1 + i % 3))
+    slow = model(
+        nodes, [value("x", [1, 8, 16, 16])], [value("x40", [1, 8, 16, 16])], [floats("w", 8, 8, 3, 3)]
+    )
+    onnx.save(slow, tmp_path / "slow.onnx")
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(SLOW), str(tmp_path / "slow.onnx")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "1\n"
+    for i in range(times):  # the second and third find it stopping already
+        time.sleep(0.05 if i else 0.3)
+        os.kill(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT, err
+    assert err.splitlines()[-1] == "KeyboardInterrupt"
+    assert "terminate" not in err
+    assert "FATAL" not in err
+    assert "ERROR" not in err
+    assert len(out.splitlines()) < 60
+
+
+# --- logs ---
+
+
+LOG = [
+    "Total Activation Memory: 1500000 bytes",
+    "Total Weights Memory: 250000 bytes",
+    "Layers:\nName: conv, LayerType: correlation, Inputs: [ { Name: TacticName: trap, Dimensions: [1] }], "
+    "TacticName: __myelin_CASK_STUB, StreamId: 0, Metadata: [ONNX Layer: conv]\n"
+    "Name: __myl_FcAdd_myl0_1, LayerType: runtime_fusion, Inputs: [ { Name: a, Datatype: Float } ], "
+    "Outputs: [ { Name: b, Dimensions: [1], Datatype: Half } ], TacticName: , StreamId: 0\n"
+    "Name: __myl_Add_myl0_2, LayerType: kgen, Inputs: [], Outputs: [ { Name: c, "
+    "Format/Datatype: Float }], TacticName: __myl_Add_0x12, StreamId: 0\n"
+    "Name: _gemm_mha_v2_myl0_3, LayerType: kgen, Inputs: [], Outputs: [ { Datatype: "
+    "BFloat16 }, { Datatype: Int8 } ], TacticName: _gemm_mha_v2_0x34, StreamId: 0\n"
+    "Name: signal_4, LayerType: signal, Inputs: [], TacticName: , StreamId: 1\n"
+    "Name: wait_5, LayerType: wait, Inputs: [], TacticName: , StreamId: 0\n"
+    "\nI/O Tensors:\n Name: x, IOMode: Input",
+]
+
+
+def test_a_log_is_read_layer_by_layer():
+    layers, memory = parse_log(LOG)
+    assert memory == {"Activation": 1.5, "Weights": 0.25}
+    assert layers[0] == Layer("conv", "correlation", "__myelin_CASK_STUB")
+    assert [layer.type for layer in layers] == ["", "fp16", "fp32", "bf16", "", ""]
+    assert [layer.generated for layer in layers] == [False, False, True, False, False, False]
+    assert [layer.attention for layer in layers] == [False, False, False, True, False, False]
+    assert [layer.synchronizes for layer in layers] == [False, False, False, False, True, True]
+
+
+def test_the_last_of_several_logs_counts():
+    again = ["Layers:\nName: a, LayerType: gemm, Inputs: [], TacticName: , StreamId: 0"]
+    layers, memory = parse_log([*LOG, *again, "Total Weights Memory: 1000000 bytes"])
+    assert layers == (Layer("a", "gemm", ""),)
+    assert memory == {"Activation": 1.5, "Weights": 1.0}
+
+
+def engine_of(lines):
+    layers, memory = parse_log(lines)
+    return Engine(b"plan", RTX, "1.7", ("8.9",), None, 1.234, layers, memory)
+
+
+def test_a_section_counts_what_is_launched():
+    section = engine_of(LOG).section()
+    assert (section["layers"], section["generated_kernels"], section["fused_attention"]) == (4, 1, 1)
+    assert section["kernels"] == {
+        "correlation": {"": 1},
+        "kgen": {"bf16": 1, "fp32": 1},
+        "runtime_fusion": {"fp16": 1},
+    }
+    assert (section["activation_mb"], section["weights_mb"]) == (1.5, 0.25)
+    assert section["seconds"] == 1.23
+
+
+@pytest.mark.parametrize("missing", range(3))
+def test_what_a_log_does_not_tell_is_none_in_the_section_and_not_zero(missing, tmp_path):
+    section = engine_of(line for i, line in enumerate(LOG) if i != missing).section()
+    told = ["activation_mb", "weights_mb", "layers"]
+    assert [section[name] is None for name in told] == [i == missing for i in range(3)]
+    assert (section["generated_kernels"] is None) == (section["fused_attention"] is None) == (missing == 2)
+    validate_engine(section, RTX, tmp_path)

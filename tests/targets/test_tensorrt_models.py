@@ -1,0 +1,95 @@
+"""The zoo's models as TensorRT-RTX engines, whole and for real: they build, and attention is fused.
+
+The graphs have random weights: what is built, and out of what, hangs on shapes alone.
+"""
+
+import functools
+import platform
+from dataclasses import replace
+
+import onnx
+import pytest
+
+from meta_deploy.export.pipeline import input_spec
+from meta_deploy.export.trace import drop_outputs, export_onnx, output_names
+from meta_deploy.graph.attention import attention_count
+from meta_deploy.graph.pipeline import COSTS, PIPELINES, run_passes
+from meta_deploy.graph.precision.convert import convert
+from meta_deploy.models.registry import build_model, get_config
+from meta_deploy.targets.table import TARGETS
+from meta_deploy.targets.tensorrt.build import build_engine
+
+RTX = "tensorrt-rtx"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        (platform.system(), platform.machine()) != ("Linux", "x86_64"),
+        reason="elsewhere the dev extra does not bring tensorrt-rtx",
+    ),
+]
+# benchmarks/README.md: backbone and pyramid in float16, and what the heads add.
+LAYERS = {"meta-t-mask-rcnn": 424 + 145, "meta-t-upernet": 440}
+ACTIVATION_MB = {"meta-t-mask-rcnn": 70, "meta-t-upernet": 126}
+
+
+@functools.cache
+def graph(name, kind=""):
+    """The float32 graph as meta-export would ship it, and the input's dimensions.
+
+    Of some kind: "shallow", for any "batch", for any "batch and size". Symbolic shapes take their time to
+    trace, so these have a few of the blocks only, which are alike.
+    """
+    config = get_config(name)
+    if kind:
+        config = replace(config, backbone=replace(config.backbone, depth=4, adapter_parts=1))
+    spec = input_spec(config.input_size, 1, (1, 2, 4) if "batch" in kind else None, "size" in kind)
+    literal = export_onnx(build_model(config).eval(), spec, "lowered")
+    proto, _ = run_passes(literal, list(PIPELINES["tensorrt"]), COSTS["tensorrt"])
+    return drop_outputs(proto, output_names(config)), spec
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget():
+    """The graphs are large, and nothing after this file needs them."""
+    yield
+    graph.cache_clear()
+    engine.cache_clear()
+
+
+@functools.cache
+def engine(name, precision, kind=""):
+    proto, spec = graph(name, kind)
+    if precision != "fp32":
+        proto, _ = convert(proto, precision, {}, TARGETS[RTX].float32_operators[precision])
+    assert not {node.op_type for node in proto.graph.node} & {"NonMaxSuppression", "RoiAlign", "NonZero"}
+    onnx.checker.check_model(proto)
+    return build_engine(proto.SerializeToString(), RTX, spec).section(), attention_count(proto)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_model_builds_whole_and_its_attention_is_fused(name, precision):
+    section, attention = engine(name, precision)
+    assert attention == 44  # 12 in the ViT, 32 over stripes, both directions of which are one
+    assert section["fused_attention"] == (0 if precision == "fp32" else attention)
+    if precision == "fp16":
+        assert section["layers"] <= 1.1 * LAYERS[name]
+        assert section["activation_mb"] <= 1.1 * ACTIVATION_MB[name]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_model_builds_for_any_batch(name, precision):
+    section, attention = engine(name, precision, "batch")
+    assert attention == 4 + 8
+    assert section["fused_attention"] == (0 if precision == "fp32" else attention)
+    known, _ = engine(name, precision, "shallow")
+    assert section["layers"] <= 1.1 * known["layers"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_model_builds_for_any_batch_and_size(name, precision):
+    section, attention = engine(name, precision, "batch and size")
+    assert attention == 4 + 16  # the directions of stripes are not stacked here
+    assert section["fused_attention"] == (0 if precision == "fp32" else attention)

@@ -1,0 +1,106 @@
+"""Results know their next steps: filter, COCO records that pycocotools accepts, JSON, drawing, saving."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco
+
+from meta_deploy.errors import InputError
+from meta_deploy.tasks.masks import Mask
+from meta_deploy.tasks.results import Detections, Segmentation, Timings, coco_category_ids
+
+CLASSES = ("disc", "star")
+MASKS = np.zeros((2, 40, 60), bool)
+MASKS[0, 5:20, 10:30] = True
+MASKS[1, 30:, 50:] = True
+
+
+def made(**changes):
+    content = {
+        "size": (40, 60),
+        "boxes": np.array([[10, 5, 30, 20], [50.5, 30.25, 60, 40]], np.float32),
+        "scores": np.array([0.9, 0.4], np.float32),
+        "labels": np.array([1, 0], np.int32),
+        "classes": CLASSES,
+        "segments": tuple(map(Mask.from_full, MASKS)),
+        "timings": Timings(1.23456, 2, 3),
+        **changes,
+    }
+    return Detections(**content)
+
+
+def test_masks_come_at_full_size():
+    np.testing.assert_array_equal(made().masks, MASKS)
+    assert made(segments=None).masks is None
+
+
+def test_filtering_keeps_everything_together():
+    kept = made().filter(0.5)
+    assert (len(made()), len(kept), kept.names) == (2, 1, ["star"])
+    np.testing.assert_array_equal(kept.masks, MASKS[:1])
+    assert len(made().filter(0.95)) == 0
+    assert made().filter(0.95).masks.shape == (0, 40, 60)
+
+
+def test_coco_records_are_those_of_pycocotools():
+    records = made().to_coco(7)
+    assert [r["category_id"] for r in records] == [2, 1]
+    assert records[1]["bbox"] == [50.5, 30.25, 9.5, 9.75]
+    for record, mask in zip(json.loads(json.dumps(records)), MASKS, strict=True):
+        assert record["image_id"] == 7
+        np.testing.assert_array_equal(coco.decode(record["segmentation"]), mask)
+    assert made().to_coco(7, category_ids=[10, 20])[0]["category_id"] == 20
+    assert "segmentation" not in made(segments=None).to_coco(7)[0]
+
+
+def test_cocos_own_classes_get_cocos_own_ids(coco_tiny):
+    categories = json.loads((coco_tiny / "instances_val.json").read_text())["categories"]
+    categories.sort(key=lambda category: category["id"])
+    assert coco_category_ids([c["name"] for c in categories]) == [c["id"] for c in categories]
+
+
+def test_the_dictionary_is_json_with_all_the_contract_names():
+    content = json.loads(json.dumps(made(path="a.jpg").to_dict()))
+    assert content["path"] == "a.jpg"
+    assert content["size"] == [40, 60]
+    assert content["timings"] == {"pre_ms": 1.235, "model_ms": 2, "post_ms": 3}
+    first = content["detections"][0]
+    assert (first["label"], first["name"], first["box"]) == (1, "star", [10, 5, 30, 20])
+    assert first["score"] == pytest.approx(0.9, abs=1e-6)
+    np.testing.assert_array_equal(coco.decode(first["mask"]), MASKS[0])
+
+
+def test_a_class_map_lists_its_classes_by_area():
+    labels = np.zeros((40, 60), np.int16)
+    labels[:, :50] = 1
+    result = Segmentation(labels, CLASSES)
+    assert result.areas == {1: 2000, 0: 400}
+    segments = json.loads(json.dumps(result.to_dict()))["segments"]
+    assert [(s["name"], s["pixels"]) for s in segments] == [("star", 2000), ("disc", 400)]
+    np.testing.assert_array_equal(coco.decode(segments[0]["mask"]), labels == 1)
+    np.testing.assert_array_equal(coco.decode(result.to_coco(1)[1]["segmentation"]), labels == 0)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".JPEG"])
+def test_an_overlay_is_saved_in_the_format_of_its_suffix(tmp_path, suffix):
+    Image.new("RGB", (60, 40)).save(tmp_path / "a.png")
+    made(path=str(tmp_path / "a.png")).save(tmp_path / f"out{suffix}")
+    with Image.open(tmp_path / f"out{suffix}") as image:
+        image.load()
+        assert image.width % 60 == image.height % 40 == 0
+
+
+def test_saving_without_a_way_to_do_it_is_refused(tmp_path):
+    image = np.zeros((40, 60, 3), np.uint8)
+    with pytest.raises(InputError, match=r"use .jpg or .png"):
+        made().save(tmp_path / "out.xyz", image)
+    with pytest.raises(InputError, match="no folder"):
+        made().save(tmp_path / "none" / "out.png", image)
+    with pytest.raises(InputError, match="pass the image"):
+        made().save(tmp_path / "out.png")
+    with pytest.raises(InputError, match="is 40x60"):
+        made().save(tmp_path / "out.png", image.transpose(1, 0, 2))
+    assert os.listdir(tmp_path) == []

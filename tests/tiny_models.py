@@ -1,0 +1,171 @@
+"""Small models whose every part says something, and their exports, made once: an export takes seconds."""
+
+import functools
+
+import numpy as np
+import onnxruntime
+import torch
+
+from meta_deploy.export.pipeline import input_spec
+from meta_deploy.export.trace import export_onnx
+from meta_deploy.graph.pipeline import COSTS, PIPELINES, run_passes
+from meta_deploy.models.registry import BackboneConfig, MaskRCNNConfig, UPerNetConfig, build_model
+
+SIZE = (96, 128)
+BACKBONE = {"embed_dim": 16, "depth": 4, "num_heads": 2, "inplanes": 4, "adapter_parts": 1, "pos_grid": 4}
+
+
+def detector(**backbone):
+    return MaskRCNNConfig(
+        "tiny-mask-rcnn",
+        BackboneConfig(**{**BACKBONE, **backbone}),
+        num_classes=5,
+        fpn_channels=8,
+        fc_channels=16,
+        mask_channels=8,
+        rpn_pre_nms=60,
+        proposals=40,
+        max_detections=100,
+        input_size=SIZE,
+    )
+
+
+def segmenter(**backbone):
+    backbone = BackboneConfig(**{**BACKBONE, **backbone})
+    return UPerNetConfig("tiny-upernet", backbone, num_classes=6, channels=8, input_size=SIZE)
+
+
+def lively(config, seed=0):
+    """A model with no weight and no statistic at its initialization, that detects several classes."""
+    torch.manual_seed(seed)
+    model = build_model(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:  # norms, biases, gammas: much of it starts as 0 or 1
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            elif name.endswith(("pos_embed", "level_embed")):
+                parameter.normal_()
+        for name, statistic in model.named_buffers():
+            if name.endswith("running_mean"):
+                statistic.normal_(std=0.3)
+            elif name.endswith("running_var"):
+                statistic.uniform_(0.5, 2.0)
+        if isinstance(config, MaskRCNNConfig):
+            _spread(model)
+    return model
+
+
+def _spread(model):
+    """Scale the box head so that its outputs spread over the proposals of a picture, as trained ones do."""
+    head = model.roi_head.bbox_head
+    for conv in (model.rpn_head.rpn_conv, model.rpn_head.rpn_cls, model.rpn_head.rpn_reg):
+        conv.weight.normal_(std=0.15)
+    images = pictures(1)
+    features = model.extract_features(images)
+    proposals, _ = model.rpn_head.proposals(*model.rpn_head(features), images.shape[2:])
+    index = torch.zeros(proposals.shape[1], dtype=torch.int64)
+    for fc, spread in ((head.fc_cls, 2.0), (head.fc_reg, 1.0)):
+        fc.weight.normal_()
+        out = head(head_input := model.roi_head.box_pool(features[:4], proposals[0], index))[
+            fc is head.fc_reg
+        ]
+        factor = spread / out.std(dim=0).clamp(min=1e-3)
+        fc.weight.mul_(factor[:, None])
+        fc.bias.copy_(-(out - fc.bias).mean(dim=0) * factor)
+    assert head_input.any()
+
+
+def pictures(batch, size=SIZE, seed=1):
+    """Smooth noise, normalized: (B, 3, H, W)."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(batch, 3, 6, 6, generator=generator)
+    fine = torch.randn(batch, 3, *size, generator=generator)
+    return torch.nn.functional.interpolate(coarse, size=size, mode="bicubic") + 0.3 * fine
+
+
+class Exported:
+    """A model, its graph with all stages as outputs, and a session of it after the passes."""
+
+    def __init__(
+        self, config, size=None, batch=1, dynamic_batch=None, dynamic_size=False, operators="native"
+    ):
+        self.config = config
+        self.model = lively(config)
+        self.spec = input_spec(size or config.input_size, batch, dynamic_batch, dynamic_size)
+        self.literal = export_onnx(self.model, self.spec, operators)
+        pipeline = "onnxruntime" if operators == "native" else "tensorrt"
+        self.graph, self.passes = run_passes(self.literal, list(PIPELINES[pipeline]), COSTS[pipeline])
+
+    @functools.cached_property
+    def session(self):
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 3
+        return onnxruntime.InferenceSession(
+            self.graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+
+    def both(self, images):
+        """What PyTorch and ONNX Runtime give: two dicts of arrays."""
+        with torch.inference_mode():
+            expected = {k: v.numpy() for k, v in self.model(images, stages=True).items()}
+        names = [output.name for output in self.session.get_outputs()]
+        actual = dict(zip(names, self.session.run(None, {"images": images.numpy()}), strict=True))
+        return expected, actual
+
+
+@functools.cache
+def exported(
+    kind="detector",
+    size=None,
+    batch=1,
+    dynamic_batch=None,
+    dynamic_size=False,
+    operators="native",
+    **backbone,
+):
+    """Made once for each set of arguments."""
+    config = {"detector": detector, "segmenter": segmenter}[kind](**backbone)
+    return Exported(config, size, batch, dynamic_batch, dynamic_size, operators)
+
+
+def assert_same(expected, actual):
+    """Every output alike in name, order, type and shape; maps in value, boxes as sets.
+
+    Rounding may swap two boxes of nearly one score, and once in a while keep one that overlaps just enough.
+    """
+    assert list(actual) == list(expected)
+    for name, array in expected.items():
+        assert actual[name].dtype == array.dtype, name
+        assert actual[name].shape == array.shape, name
+        if name.startswith(("feature_", "logits")):
+            scale = np.abs(array).max()
+            np.testing.assert_allclose(actual[name] / scale, array / scale, rtol=0, atol=1e-4, err_msg=name)
+    if "boxes" not in expected:
+        return
+    for b in range(len(expected["boxes"])):
+        proposals = ("proposals", "proposal_logits")
+        assert _partners(*({name: side[name][b] for name in proposals} for side in (expected, actual))) > 0.95
+        found = [side["num_detections"][b] for side in (expected, actual)]
+        assert abs(int(found[0]) - int(found[1])) <= 1
+        names = ("boxes", "scores", "labels", "masks")
+        lists = [
+            {name: side[name][b, : side["num_detections"][b]] for name in names}
+            for side in (expected, actual)
+        ]
+        assert _partners(*lists) > 0.95
+        rest = {name: actual[name][b, found[1] :] for name in names}
+        assert not any(rest[name].any() for name in ("boxes", "scores", "masks"))
+        assert (rest["labels"] == -1).all()
+
+
+def _partners(expected, actual):
+    """The share of the expected entries that have one in `actual` that is the same in every respect."""
+    near = np.array(True)
+    for name, array in expected.items():
+        difference = np.abs(array[:, None].astype(np.float32) - actual[name][None])
+        near = near & (difference.reshape(*difference.shape[:2], -1).max(axis=-1) <= NEAR[name])
+    return near.any(axis=1).mean() if len(near) else 1.0
+
+
+NEAR = {"boxes": 0.05, "scores": 1e-3, "labels": 0, "masks": 5e-3, "proposals": 0.05, "proposal_logits": 1e-3}
