@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from meta_deploy.bundle.manifest import MANIFEST, OUTPUTS, SCHEMA, read_manifest, validate
+from meta_deploy.bundle.manifest import MANIFEST, OUTPUTS, SCHEMA, Profile, read_manifest, validate
 from meta_deploy.errors import BundleError, InputError
 
 _CHUNK = 1 << 20
@@ -38,6 +38,15 @@ class InputSpec:
     size_opt: Size
     size_max: Size
     divisor: int
+
+    @property
+    def profile(self) -> Profile:
+        return Profile(
+            self.name,
+            (self.batch_min, 3, *self.size_min),
+            (self.batch_opt, 3, *self.size_opt),
+            (self.batch_max, 3, *self.size_max),
+        )
 
     @property
     def static_batch(self) -> bool:

@@ -9,10 +9,22 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from meta_deploy.errors import BundleError
+
+
+@dataclass(frozen=True)
+class Profile:
+    """An input's least, usual and largest shape."""
+
+    name: str
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
+
 
 SCHEMA = 1
 # What the runtime needs of each task's graph, by name.

@@ -18,7 +18,7 @@ from meta_deploy.bundle.bundle import Bundle, Size
 from meta_deploy.errors import BackendError, BundleError, InputError
 from meta_deploy.imaging.images import ImageLike, read_image
 from meta_deploy.imaging.preprocess import Placement, Preprocessor
-from meta_deploy.targets.backend import open_backend
+from meta_deploy.targets import open_backend
 from meta_deploy.tasks import postprocess
 from meta_deploy.tasks.results import Detections, Segmentation, Timings
 
@@ -64,7 +64,7 @@ class Predictor:
 
     @property
     def backend(self) -> str:
-        """The back end in use: onnxruntime, cuda or tensorrt."""
+        """The back end in use, such as onnxruntime."""
         return self._backend.name
 
     @property
@@ -98,7 +98,7 @@ class Predictor:
         started = perf_counter()
         batch, placements = self._preprocess(pixels)
         prepared = perf_counter()
-        outputs = self._backend.infer(self._padded(batch))
+        outputs = self._backend.run({self.bundle.input.name: self._padded(batch)})
         done = perf_counter()
         share = 1000 / len(images)
         for index, (image, placement) in enumerate(zip(images, placements, strict=True)):
