@@ -26,12 +26,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
-from meta_deploy.targets.table import TARGETS
 
 from benchmarks import common
 from benchmarks.common import Case, checkpoint, machine, parser, photo_folder, photos, ratio, save, table
 from benchmarks.gpu_backends import KINDS
 from meta_deploy.export.verify import TOLERANCES
+from meta_deploy.targets import TARGETS
 from meta_deploy.targets.tensorrt.build import available
 
 CASES = ("meta-t-mask-rcnn@512", "meta-s-mask-rcnn@512", "meta-b-mask-rcnn@512")

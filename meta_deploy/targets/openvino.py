@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.bundle.manifest import Profile
 from meta_deploy.errors import BackendError, EngineError, InputError
 from meta_deploy.graph.prices import CPU
+from meta_deploy.targets import cache
 from meta_deploy.targets.contract import Contract, Value
 from meta_deploy.targets.target import MODEL, Arrays, Backend, BuildOptions, Built, Runner, Target
 
@@ -27,6 +29,8 @@ DEVICE = "CPU"
 _HINTS = {"fp32": "f32", "fp16": "f32", "bf16": "bf16"}  # what a precision computes in
 _WORDS = {"f32": "float32", "bf16": "bfloat16"}
 _NO_NODES = ("Constant", "Parameter", "Result")
+_CACHE, _CAPABILITIES = "openvino", "OPTIMIZATION_CAPABILITIES"
+_LONGEST_REASON = 300
 
 
 class OpenVINO(Target):
@@ -60,7 +64,10 @@ class OpenVINO(Target):
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Built:
         core = _core()
-        with _told("convert the graph", EngineError), tempfile.TemporaryDirectory() as folder:
+        with (
+            _told("convert the graph", "use --target onnxruntime", EngineError),
+            tempfile.TemporaryDirectory() as folder,
+        ):
             graph = core.read_model(model, b"")
             path = Path(folder) / XML
             _library().save_model(graph, path, compress_to_fp16=options.precision == "fp16")
@@ -76,7 +83,7 @@ class OpenVINO(Target):
         return Built(files, section)
 
     def runner(self, files: Mapping[str, bytes], profiles: Sequence[Profile], precision: str) -> Runner:
-        return _Model(_compile(files[XML], files[WEIGHTS], _HINTS[precision], None), _HINTS[precision])
+        return _Model(_compile(files[XML], files[WEIGHTS], _HINTS[precision]), _HINTS[precision])
 
     def describe(self, section: dict[str, Any]) -> str:
         computes = _WORDS[section["precision_hint"]]
@@ -107,9 +114,12 @@ class OpenVINOBackend(Backend):
         self._contract = Contract(bundle, XML if own else MODEL)
         model = bundle.read(XML if own else MODEL)
         weights = bundle.read(WEIGHTS) if own else b""
-        with _told(f"load {self._contract.what}", BackendError):
-            compiled = _compile(model, weights, hint, threads)
-        self._contract.check(_values(compiled.inputs), _values(compiled.outputs))
+        with _told(f"load {self._contract.what}", "export it again"):
+            compiled = _compile(model, weights, hint, threads, kept=True)
+        inputs = {port.node.get_friendly_name(): _value(port) for port in compiled.inputs}
+        # Outputs that were found to be the same as another tensor have the names of both.
+        outputs = {name: _value(port) for port in compiled.outputs for name in port.get_names()}
+        self._contract.check(inputs, outputs)
         self._model: _Model | None = _Model(compiled, hint)
         self.runs_on = self._model.runs_on
 
@@ -118,7 +128,7 @@ class OpenVINOBackend(Backend):
         if model is None:
             raise BackendError("the back end is closed; open the predictor again")
         self._contract.check_inputs(inputs)
-        with _told(f"run {self._contract.what}", BackendError):
+        with _told(f"run {self._contract.what}", "export it again, or use another back end"):
             found = model(inputs)
         outputs = {name: found[name] for name in self._contract.outputs}
         self._contract.check_outputs(inputs, outputs)
@@ -133,7 +143,6 @@ class _Model:
 
     def __init__(self, compiled: Any, hint: str):
         self._compiled = compiled
-        self._names = [output.get_any_name() for output in compiled.outputs]
         self._idle: list[Any] = []  # requests that nobody uses; taking and giving back are atomic
         device = compiled.get_property("EXECUTION_DEVICES")
         self.runs_on = f"OpenVINO {_version()} on the {device[0]} in {_WORDS[hint]}"
@@ -145,7 +154,7 @@ class _Model:
             request = self._compiled.create_infer_request()
         # A request that failed is not used again.
         found = request.infer({name: np.ascontiguousarray(array) for name, array in inputs.items()})
-        outputs = dict(zip(self._names, (found[port] for port in self._compiled.outputs), strict=True))
+        outputs = {name: found[port] for port in self._compiled.outputs for name in port.get_names()}
         self._idle.append(request)
         return outputs
 
@@ -184,27 +193,25 @@ def _version() -> str:
 
 
 @contextlib.contextmanager
-def _told(what: str, error_type: type[InputError]) -> Iterator[None]:
+def _told(what: str, remedy: str, error_type: type[InputError] = BackendError) -> Iterator[None]:
     """OpenVINO's errors, which are RuntimeErrors of several lines, as one line of ours."""
     try:
         yield
     except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        # The first ones say where in OpenVINO's sources.
-        reason = next(
-            (line for line in lines if not line.startswith(("Exception from", "Check '"))), lines[0]
-        )
-        raise error_type(f"OpenVINO cannot {what}: {reason[:300]}; export it again") from error
+        lines = (line.strip() for line in str(error).splitlines())
+        # Some say where in OpenVINO's sources, and not what.
+        reason = " ".join(line for line in lines if not line.startswith(("Exception from", "Check '")))
+        raise error_type(f"OpenVINO cannot {what}: {reason[:_LONGEST_REASON]}; {remedy}") from error
 
 
 def _check_hint(core: Any, hint: str) -> None:
     """Raises BackendError where the processor does not compute in this: OpenVINO would take float32."""
-    if hint == "bf16" and "BF16" not in core.get_property(DEVICE, "OPTIMIZATION_CAPABILITIES"):
+    if hint == "bf16" and "BF16" not in core.get_property(DEVICE, _CAPABILITIES):
         raise BackendError("this processor does not compute in bfloat16; use --fp16 or --fp32")
 
 
-def _compile(model: bytes, weights: bytes, hint: str, threads: int | None) -> Any:
-    """A model compiled for this processor, or the one kept from the last time.
+def _compile(model: bytes, weights: bytes, hint: str, threads: int | None = None, kept: bool = False) -> Any:
+    """A model compiled for this processor; `kept`: taken from the user's cache folder, and put there.
 
     Raises:
         BackendError: OpenVINO is not installed or cannot compute in this precision here.
@@ -216,21 +223,33 @@ def _compile(model: bytes, weights: bytes, hint: str, threads: int | None) -> An
     settings = {"INFERENCE_PRECISION_HINT": hint, "NUM_STREAMS": 1}
     if threads is not None:
         settings["INFERENCE_NUM_THREADS"] = threads
-    compiled = core.compile_model(core.read_model(model, weights), DEVICE, settings)
+    processor = core.get_property(DEVICE, "FULL_DEVICE_NAME"), *core.get_property(DEVICE, _CAPABILITIES)
+    digests = [hashlib.sha256(data).hexdigest() for data in (model, weights)]
+    key = cache.key(digests, _library().__version__, processor, settings)
+    compiled = _import(core, key, settings) if kept else None
+    if compiled is None:
+        compiled = core.compile_model(core.read_model(model, weights), DEVICE, settings)
+        if kept:
+            with contextlib.suppress(InputError):  # it only saves time
+                cache.write(_CACHE, key, compiled.export_model().getvalue(), {"settings": settings})
     taken = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
     if taken != hint:
-        raise BackendError(
-            f"OpenVINO computes in {taken} here, not in {hint} as was verified; export it again"
-        )
+        raise BackendError(f"OpenVINO computes in {taken} here, and {hint} was verified; export it again")
     return compiled
 
 
-def _values(ports: Any) -> dict[str, Value]:
-    """A model's inputs or outputs."""
-    return {
-        port.get_any_name(): Value(
-            np.dtype(port.get_element_type().to_dtype()).name,
-            [dim.get_length() if dim.is_static else None for dim in port.get_partial_shape()],
-        )
-        for port in ports
-    }
+def _import(core: Any, key: str, settings: dict[str, Any]) -> Any:
+    """The compiled model that is kept under this key; None without a sound one."""
+    found = cache.read(_CACHE, key)
+    if found is None:
+        return None
+    try:
+        return core.import_model(found[0], DEVICE, settings)
+    except RuntimeError:
+        return None
+
+
+def _value(port: Any) -> Value:
+    """A model's input or output."""
+    shape = [dim.get_length() if dim.is_static else None for dim in port.get_partial_shape()]
+    return Value(np.dtype(port.get_element_type().to_dtype()).name, shape)
