@@ -12,7 +12,10 @@ from meta_deploy.cli.common import Parser, positive_int, run
 from meta_deploy.targets import TARGET_NAMES, TARGETS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from meta_deploy.bundle.bundle import Bundle
+    from meta_deploy.bundle.manifest import PassRow
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 
@@ -142,7 +145,9 @@ def export_command(args: argparse.Namespace) -> int:
 
 def document(bundle: Bundle) -> dict[str, object]:
     """What --json prints."""
-    manifest = bundle.manifest
+    import msgspec
+
+    manifest = msgspec.to_builtins(bundle.manifest)
     keys = (
         "target",
         "precision",
@@ -167,46 +172,54 @@ def summary(bundle: Bundle, seconds: float) -> str:
     """What the command prints at its end: passes, verification, bundle."""
     manifest, target = bundle.manifest, TARGETS[bundle.target]
     lines = []
-    if manifest["passes"]:
-        lines.append(passes_table(manifest["passes"]))
-    if manifest["conversion"]:
-        lines.append(conversion_line(manifest["precision"], manifest["conversion"]))
-    lines.append(verdict(manifest["verification"]))
-    if manifest["engine"]:
-        lines.append(target.describe(manifest["engine"]))
-    size = sum(entry["bytes"] for entry in manifest["files"].values()) / 1e6
-    memory = f", peak memory {manifest['peak_rss_mb'] / 1e3:.1f} GB" if manifest["peak_rss_mb"] else ""
-    lines.append(f"{bundle.path}: {size:.1f} MB, {manifest['precision']}, in {seconds:.0f} s{memory}")
+    if manifest.passes:
+        lines.append(passes_table(manifest.passes))
+    if manifest.conversion:
+        lines.append(conversion_line(manifest.precision, manifest.conversion))
+    lines.append(verdict(manifest.verification))
+    if manifest.engine:
+        lines.append(target.describe(manifest.engine))
+    size = sum(entry.bytes for entry in manifest.files.values()) / 1e6
+    memory = f", peak memory {manifest.peak_rss_mb / 1e3:.1f} GB" if manifest.peak_rss_mb else ""
+    lines.append(f"{bundle.path}: {size:.1f} MB, {manifest.precision}, in {seconds:.0f} s{memory}")
     where = ", where a GPU is" if bundle.precision in target.gpu_only else ""
     lines.append(f"next{where}: meta-infer IMAGE --model {bundle.path}")
     return "\n".join(lines)
 
 
-def passes_table(rows: list[dict]) -> str:
+def passes_table(rows: Sequence[PassRow]) -> str:
     """What each pass did, a line each, and all of them."""
     head = f"{'pass':<20}{'changes':>8}{'nodes':>16}{'transpose+reshape':>19}{'MB moved':>20}{'seconds':>9}"
     return "\n".join([head, *(pass_row(row) for row in with_total(rows))])
 
 
-def with_total(rows: list[dict]) -> list[dict]:
+def with_total(rows: Sequence[PassRow]) -> Sequence[PassRow]:
     """The passes' rows, and one for all of them where there are several."""
     if len(rows) < 2:
         return rows
-    first, last = rows[0], rows[-1]
-    total = {"name": "all", **{what: sum(row[what] for row in rows) for what in ("changes", "seconds")}}
-    total["bytes_exact"] = all(row["bytes_exact"] for row in rows)
-    for what in ("nodes", "moves", "bytes"):
-        total |= {f"{what}_before": first[f"{what}_before"], f"{what}_after": last[f"{what}_after"]}
+    import msgspec
+
+    first = rows[0]
+    total = msgspec.structs.replace(
+        rows[-1],
+        name="all",
+        changes=sum(row.changes for row in rows),
+        nodes_before=first.nodes_before,
+        moves_before=first.moves_before,
+        bytes_before=first.bytes_before,
+        bytes_exact=all(row.bytes_exact for row in rows),
+        seconds=sum(row.seconds for row in rows),
+    )
     return [*rows, total]
 
 
-def pass_row(row: dict) -> str:
+def pass_row(row: PassRow) -> str:
     """A line of the table."""
-    nodes = f"{row['nodes_before']} -> {row['nodes_after']}"
-    moves = f"{row['moves_before']} -> {row['moves_after']}"
-    least = "" if row["bytes_exact"] else ">"
-    moved = f"{least}{row['bytes_before'] / 1e6:.1f} -> {least}{row['bytes_after'] / 1e6:.1f}"
-    return f"{row['name']:<20}{row['changes']:>8}{nodes:>16}{moves:>19}{moved:>20}{row['seconds']:>9.1f}"
+    nodes = f"{row.nodes_before} -> {row.nodes_after}"
+    moves = f"{row.moves_before} -> {row.moves_after}"
+    least = "" if row.bytes_exact else ">"
+    moved = f"{least}{row.bytes_before / 1e6:.1f} -> {least}{row.bytes_after / 1e6:.1f}"
+    return f"{row.name:<20}{row.changes:>8}{nodes:>16}{moves:>19}{moved:>20}{row.seconds:>9.1f}"
 
 
 def conversion_line(precision: str, conversion: dict) -> str:

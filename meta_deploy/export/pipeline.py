@@ -11,12 +11,26 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 
-from meta_deploy.bundle.bundle import Bundle, InputSpec, check_out_dir, write_bundle
+from meta_deploy.bundle.bundle import Bundle, check_out_dir, write_bundle
+from meta_deploy.bundle.manifest import (
+    MANIFESTS,
+    BatchRange,
+    Edges,
+    Fit,
+    InputSpec,
+    ModelInfo,
+    Nodes,
+    PassRow,
+    Preprocess,
+    SizeRange,
+    TensorSpec,
+    Thresholds,
+)
 from meta_deploy.errors import InputError
 from meta_deploy.export.trace import DIVISOR, drop_outputs, export_onnx, output_names
 from meta_deploy.export.verify import verify
@@ -167,27 +181,27 @@ def export(
             verification["emulated"] = checked is not graph  # in float32, rounded after each operator
     del graph
     with progress.stage("write"):
-        manifest = {
-            "created_by": _versions(),
-            "task": loaded.config.task,
-            "model": {"name": loaded.config.name, "config": config_to_dict(loaded.config)},
-            "classes": list(loaded.class_names),
-            "parameters": _parameters(loaded),
-            "input": _manifest_input(spec),
-            "outputs": [_manifest_output(output) for output in shipped.graph.output],
-            "preprocess": preprocess,
-            "thresholds": {"score": getattr(loaded.config, "score_threshold", 0.0), "mask": 0.5},
-            "target": chosen.name,
-            "precision": precision,
-            "operators": form,
-            "conversion": converted.to_dict() if converted else None,
-            "nodes": {"before": nodes_before, "after": len(shipped.graph.node)},
-            "passes": [result.to_dict() for result in results],
-            "verification": verification,
-            "seconds": {stage: round(seconds, 2) for stage, seconds in progress.seconds.items()},
-            "peak_rss_mb": peak_rss_mb(),
-            "engine": built.engine,
-        }
+        score = getattr(loaded.config, "score_threshold", None)
+        manifest = MANIFESTS[loaded.config.task](
+            created_by=_versions(),
+            model=ModelInfo(name=loaded.config.name, config=config_to_dict(loaded.config)),
+            classes=tuple(loaded.class_names),
+            parameters=_parameters(loaded),
+            input=spec,
+            outputs=tuple(map(_output, shipped.graph.output)),
+            preprocess=preprocess,
+            **({} if score is None else {"thresholds": Thresholds(score=score)}),
+            target=chosen.name,
+            precision=precision,
+            operators=form,
+            conversion=converted.to_dict() if converted else None,
+            nodes=Nodes(before=nodes_before, after=len(shipped.graph.node)),
+            passes=msgspec.convert(results, tuple[PassRow, ...], from_attributes=True),
+            verification=verification,
+            seconds={stage: round(seconds, 2) for stage, seconds in progress.seconds.items()},
+            peak_rss_mb=peak_rss_mb(),
+            engine=built.engine,
+        )
         return write_bundle(folder, manifest, built.files)
 
 
@@ -197,7 +211,7 @@ def lower_precision(
     precision: str,
     images: Sequence[Path],
     spec: InputSpec,
-    preprocess: dict[str, Any],
+    preprocess: Preprocess,
     progress: Progress,
 ) -> tuple[onnx.ModelProto, Precision]:
     """The graph in a lower precision, but for what the target or the numbers on these images forbid."""
@@ -205,7 +219,7 @@ def lower_precision(
 
     def batches() -> Iterator[np.ndarray]:
         for done, path in enumerate(images, 1):
-            batch, _ = preprocessor([read_image(path)] * spec.batch_min)
+            batch, _ = preprocessor([read_image(path)] * spec.batch.min)
             yield batch
             progress.count(done, len(images))
 
@@ -246,23 +260,22 @@ def input_spec(
         )
     return InputSpec(
         name="images",
-        batch_min=low,
-        batch_opt=opt,
-        batch_max=high,
-        size_min=(DIVISOR, DIVISOR) if dynamic_size else (height, width),
-        size_opt=(height, width),
-        size_max=(largest, largest) if dynamic_size else (height, width),
+        batch=BatchRange(min=low, opt=opt, max=high),
+        size=SizeRange(
+            min=(DIVISOR, DIVISOR) if dynamic_size else (height, width),
+            opt=(height, width),
+            max=(largest, largest) if dynamic_size else (height, width),
+        ),
         divisor=DIVISOR,
     )
 
 
-def preprocess_rules(config: ModelConfig, spec: InputSpec) -> dict[str, Any]:
+def preprocess_rules(config: ModelConfig, spec: InputSpec) -> Preprocess:
     """The manifest's `preprocess`: fit a static input; keep to its edges, either way up, in a dynamic one."""
-    height, width = spec.size_opt
-    resize: dict[str, Any] = {"mode": "fit", "size": [height, width]}
+    resize: Fit | Edges = Fit(size=spec.size.opt)
     if not spec.static_size:
-        resize = {"mode": "edges", "long": max(height, width), "short": min(height, width)}
-    return {"resize": resize, "mean": list(config.mean), "std": list(config.std), "pad_value": 0}
+        resize = Edges(long=max(spec.size.opt), short=min(spec.size.opt))
+    return Preprocess(resize=resize, mean=config.mean, std=config.std)
 
 
 def choose_passes(passes: str, target: Target) -> list[str]:
@@ -304,10 +317,10 @@ def verification_images(folder: str | Path | None) -> list[Path]:
 
 def describe(spec: InputSpec) -> str:
     """The input's dimensions in words."""
-    batch = f"batch {spec.batch_opt}" if spec.static_batch else f"batch {spec.batch_min} to {spec.batch_max}"
+    batch = f"batch {spec.batch.opt}" if spec.static_batch else f"batch {spec.batch.min} to {spec.batch.max}"
     if spec.static_size:
-        return f"input {spec.size_opt[0]}x{spec.size_opt[1]}, {batch}"
-    return f"input up to {spec.size_max[0]}x{spec.size_max[1]} in steps of {spec.divisor}, {batch}"
+        return f"input {spec.size.opt[0]}x{spec.size.opt[1]}, {batch}"
+    return f"input up to {spec.size.max[0]}x{spec.size.max[1]} in steps of {spec.divisor}, {batch}"
 
 
 def serialize(graph: onnx.ModelProto) -> bytes:
@@ -345,23 +358,13 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _manifest_input(spec: InputSpec) -> dict[str, Any]:
-    return {
-        "name": spec.name,
-        "dtype": "float32",
-        "batch": {"min": spec.batch_min, "opt": spec.batch_opt, "max": spec.batch_max},
-        "size": {"min": list(spec.size_min), "opt": list(spec.size_opt), "max": list(spec.size_max)},
-        "divisor": spec.divisor,
-    }
-
-
-def _manifest_output(output: onnx.ValueInfoProto) -> dict[str, Any]:
+def _output(output: onnx.ValueInfoProto) -> TensorSpec:
     tensor = output.type.tensor_type
-    return {
-        "name": output.name,
-        "dtype": onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name,
-        "shape": [dim.dim_param or dim.dim_value for dim in tensor.shape.dim],
-    }
+    return TensorSpec(
+        name=output.name,
+        dtype=onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name,
+        shape=tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim),
+    )
 
 
 def peak_rss_mb() -> int | None:

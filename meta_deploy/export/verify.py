@@ -16,7 +16,7 @@ import onnxruntime
 import torch
 from torch import nn
 
-from meta_deploy.bundle.bundle import InputSpec
+from meta_deploy.bundle.manifest import InputSpec, Preprocess
 from meta_deploy.errors import CheckpointError, VerificationError
 from meta_deploy.imaging.images import read_image
 from meta_deploy.imaging.preprocess import Preprocessor
@@ -66,7 +66,7 @@ def verify(
     graph: onnx.ModelProto,
     images: Sequence[Path],
     spec: InputSpec,
-    preprocess: dict[str, Any],
+    preprocess: Preprocess,
     precision: str,
     runner: Runner | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -176,10 +176,10 @@ class _Exported:
 
 def _batches(images: Sequence[Path], spec: InputSpec) -> Iterator[list[Path]]:
     """Every image once, in batches of the largest size, then of the smallest, then of the usual one."""
-    sizes = [spec.batch_max, spec.batch_min] if not spec.static_batch else []
+    sizes = [spec.batch.max, spec.batch.min] if not spec.static_batch else []
     start = 0
     while start < len(images) or sizes:
-        size = sizes.pop(0) if sizes else spec.batch_opt
+        size = sizes.pop(0) if sizes else spec.batch.opt
         # A short last batch is filled up from the start: a static graph takes no other size.
         yield [images[i % len(images)] for i in range(start, start + size)]
         start += size

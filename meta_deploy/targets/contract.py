@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from meta_deploy.bundle.bundle import Bundle
-from meta_deploy.bundle.manifest import Profile
+from meta_deploy.bundle.manifest import Profile, RawInput, RawManifest, TensorSpec
 from meta_deploy.errors import BackendError
+from meta_deploy.targets.target import profiles
 
 # Type and dimensions of every output; what has the same name has the same size.
 _PROMISED: dict[str, tuple[str, tuple[str | int, ...]]] = {
@@ -45,10 +46,14 @@ class Contract:
 
     def __init__(self, bundle: Bundle, file: str):
         self.what = f"{file} of bundle '{bundle.path}'"
-        spec = bundle.input
-        self._profiles = {spec.name: spec.profile}
-        self._inputs = {spec.name: Value("float32", _IMAGES)}
-        self._outputs = {name: Value(*_PROMISED[name]) for name in bundle.output_names}
+        manifest = bundle.manifest
+        if isinstance(manifest, RawManifest):
+            self._inputs = {given.name: _raw(given) for given in manifest.inputs}
+            self._outputs = {given.name: _raw(given) for given in manifest.outputs}
+        else:
+            self._inputs = {manifest.input.name: Value(manifest.input.dtype, _IMAGES)}
+            self._outputs = {name: Value(*_PROMISED[name]) for name in manifest.output_names}
+        self._profiles = {profile.name: profile for profile in profiles(bundle)}
         self._classes = len(bundle.classes)
         self.outputs = tuple(self._outputs)
 
@@ -120,6 +125,14 @@ class Contract:
         for name, array in outputs.items():
             if not _agree(array.shape, self._outputs[name].shape, sizes):
                 raise BackendError(f"{self.what} gave {name} of shape {array.shape}; export it again")
+
+
+def _raw(given: RawInput | TensorSpec) -> Value:
+    """A raw graph's input or output. The names of its dimensions promise nothing, so each is its own."""
+    dims = [
+        size if isinstance(size, int) else f"{given.name}.{axis}" for axis, size in enumerate(given.shape)
+    ]
+    return Value(given.dtype, dims)
 
 
 def _named(dims: Sequence[Any], sizes: Sequence[int | None]) -> dict[str, int | None]:

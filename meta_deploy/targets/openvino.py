@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from meta_deploy.bundle.bundle import Bundle
-from meta_deploy.bundle.manifest import Profile
+from meta_deploy.bundle.manifest import Engine, OpenVINOModel, Profile
 from meta_deploy.errors import BackendError, EngineError, InputError
 from meta_deploy.graph.prices import CPU
 from meta_deploy.targets import cache
@@ -26,7 +26,7 @@ from meta_deploy.targets.target import MODEL, Arrays, Backend, BuildOptions, Bui
 
 XML, WEIGHTS = "model.xml", "model.bin"
 DEVICE = "CPU"
-_HINTS = {"fp32": "f32", "fp16": "f32", "bf16": "bf16"}  # what a precision computes in
+_HINTS: dict[str, Any] = {"fp32": "f32", "fp16": "f32", "bf16": "bf16"}  # what a precision computes in
 _WORDS = {"f32": "float32", "bf16": "bfloat16"}
 _NO_NODES = ("Constant", "Parameter", "Result")
 _CACHE, _CAPABILITIES = "openvino", "OPTIMIZATION_CAPABILITIES"
@@ -72,22 +72,20 @@ class OpenVINO(Target):
             path = Path(folder) / XML
             _library().save_model(graph, path, compress_to_fp16=options.precision == "fp16")
             files = {name: (path.parent / name).read_bytes() for name in (XML, WEIGHTS)}
-        section = {
-            "library": "openvino",
-            "version": _version(),
-            "precision_hint": _HINTS[options.precision],
-            "nodes": sum(
-                op.get_type_name() not in ("Constant", "Parameter", "Result") for op in graph.get_ops()
-            ),
-        }
+        section = OpenVINOModel(
+            version=_version(),
+            precision_hint=_HINTS[options.precision],
+            nodes=sum(op.get_type_name() not in _NO_NODES for op in graph.get_ops()),
+        )
         return Built(files, section)
 
     def runner(self, files: Mapping[str, bytes], profiles: Sequence[Profile], precision: str) -> Runner:
         return _Model(_compile(files[XML], files[WEIGHTS], _HINTS[precision]), _HINTS[precision])
 
-    def describe(self, section: dict[str, Any]) -> str:
-        computes = _WORDS[section["precision_hint"]]
-        return f"model of OpenVINO {section['version']}: {section['nodes']:,} nodes, computes in {computes}"
+    def describe(self, section: Engine) -> str:
+        assert isinstance(section, OpenVINOModel)
+        computes = _WORDS[section.precision_hint]
+        return f"model of OpenVINO {section.version}: {section.nodes:,} nodes, computes in {computes}"
 
     def open(self, bundle: Bundle, backend: str, threads: int | None) -> Backend:
         return OpenVINOBackend(bundle, threads)
@@ -109,8 +107,8 @@ class OpenVINOBackend(Backend):
                 or the model is not the manifest's.
             BundleError: a file is missing or altered.
         """
-        own = bundle.target == TARGETS[0].name
-        hint = bundle.engine["precision_hint"] if own and bundle.engine else "f32"
+        own = isinstance(bundle.engine, OpenVINOModel)
+        hint = bundle.engine.precision_hint if isinstance(bundle.engine, OpenVINOModel) else "f32"
         self._contract = Contract(bundle, XML if own else MODEL)
         model = bundle.read(XML if own else MODEL)
         weights = bundle.read(WEIGHTS) if own else b""

@@ -8,12 +8,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from meta_deploy.bundle.bundle import Bundle
-from meta_deploy.bundle.manifest import Profile
+from meta_deploy.bundle.manifest import Engine, Profile, RawManifest
 from meta_deploy.errors import BackendError, InputError
 from meta_deploy.graph.prices import Cost
 
@@ -44,7 +43,7 @@ class Built:
     """The files of a bundle, by name, and its manifest's `engine` section (None without one)."""
 
     files: dict[str, bytes]
-    engine: dict[str, Any] | None = None
+    engine: Engine | None = None
 
 
 class Backend(ABC):
@@ -162,7 +161,7 @@ class Target(ABC):
         """
         return None
 
-    def describe(self, section: dict[str, Any]) -> str:
+    def describe(self, section: Engine) -> str:
         """What was built, in one line, from the manifest's `engine` section."""
         raise NotImplementedError(f"{self.name} builds nothing")
 
@@ -202,6 +201,13 @@ class Target(ABC):
             choices = " or ".join(self.operators)
             raise InputError(f"{self.name} does not run {operators} operators; use --operators {choices}")
         return operators
+
+
+def profiles(bundle: Bundle) -> list[Profile]:
+    """The shapes that each input of a bundle's model takes."""
+    manifest = bundle.manifest
+    inputs = manifest.inputs if isinstance(manifest, RawManifest) else (manifest.input,)
+    return [given.profile for given in inputs]
 
 
 def open_model_file(bundle: Bundle, backend: str, threads: int | None) -> Backend:

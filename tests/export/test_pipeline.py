@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from meta_deploy.bundle.bundle import Bundle
+from meta_deploy.bundle.manifest import BatchRange, Edges, SizeRange, Thresholds
 from meta_deploy.errors import (
     BundleError,
     CheckpointError,
@@ -52,8 +53,8 @@ def spec(size=None, batch=1, dynamic_batch=None, dynamic_size=False):
 
 def test_without_options_the_input_is_static_and_the_models_own():
     s = spec()
-    assert (s.size_min, s.size_opt, s.size_max) == (SIZE, SIZE, SIZE)
-    assert (s.batch_min, s.batch_opt, s.batch_max) == (1, 1, 1)
+    assert (s.size.min, s.size.opt, s.size.max) == (SIZE, SIZE, SIZE)
+    assert (s.batch.min, s.batch.opt, s.batch.max) == (1, 1, 1)
     assert s.static_size
     assert s.static_batch
     assert describe(s) == "input 96x128, batch 1"
@@ -61,15 +62,15 @@ def test_without_options_the_input_is_static_and_the_models_own():
 
 def test_a_dynamic_size_goes_from_one_step_to_the_longer_side():
     s = spec((64, 160), dynamic_size=True)
-    assert (s.size_min, s.size_opt, s.size_max) == ((32, 32), (64, 160), (160, 160))
+    assert (s.size.min, s.size.opt, s.size.max) == ((32, 32), (64, 160), (160, 160))
     assert describe(s) == "input up to 160x160 in steps of 32, batch 1"
     rules = preprocess_rules(CONFIG, s)
-    assert rules["resize"] == {"mode": "edges", "long": 160, "short": 64}
+    assert rules.resize == Edges(long=160, short=64)
 
 
 def test_a_dynamic_batch_is_a_range():
     s = spec(dynamic_batch=(1, 2, 4))
-    assert (s.batch_min, s.batch_opt, s.batch_max) == (1, 2, 4)
+    assert (s.batch.min, s.batch.opt, s.batch.max) == (1, 2, 4)
     assert describe(s) == "input 96x128, batch 1 to 4"
     assert spec(dynamic_batch=(3, 3, 3)).static_batch
 
@@ -208,23 +209,23 @@ def test_a_checkpoint_becomes_a_bundle_that_answers_as_the_model_does(quick, tmp
 @pytest.mark.slow
 def test_the_manifest_tells_what_was_done(quick):
     manifest = quick().manifest
-    assert manifest["task"] == "instance-segmentation"
-    assert manifest["model"]["name"] == CONFIG.name
-    assert config_from_dict(manifest["model"]["config"]) == CONFIG
-    assert manifest["classes"] == ["disc", "star", "ring", "bar", "cross"]
-    assert manifest["parameters"] == sum(p.numel() for p in exported("detector").model.parameters())
-    assert manifest["input"]["size"] == {"min": [96, 128], "opt": [96, 128], "max": [96, 128]}
-    shapes = {output["name"]: output["shape"] for output in manifest["outputs"]}
-    assert shapes["masks"] == [1, CONFIG.max_detections, 28, 28]
-    assert (manifest["target"], manifest["precision"], manifest["engine"]) == ("onnxruntime", "fp32", None)
-    assert [row["name"] for row in manifest["passes"]] == list(PIPELINES["onnxruntime"])
-    assert manifest["nodes"]["before"] > manifest["nodes"]["after"] == manifest["passes"][-1]["nodes_after"]
-    assert manifest["verification"]["passed"]
-    assert manifest["verification"]["images"] == 2
-    assert list(manifest["seconds"]) == ["load", "export", "passes", "verify"]
-    assert manifest["peak_rss_mb"] > 50
-    assert {"python", "torch", "onnx", "onnxruntime", "numpy"} <= set(manifest["created_by"])
-    assert manifest["thresholds"] == {"score": 0.05, "mask": 0.5}
+    assert manifest.task == "instance-segmentation"
+    assert manifest.model.name == CONFIG.name
+    assert config_from_dict(manifest.model.config) == CONFIG
+    assert manifest.classes == ("disc", "star", "ring", "bar", "cross")
+    assert manifest.parameters == sum(p.numel() for p in exported("detector").model.parameters())
+    assert manifest.input.size == SizeRange(min=SIZE, opt=SIZE, max=SIZE)
+    shapes = {output.name: output.shape for output in manifest.outputs}
+    assert shapes["masks"] == (1, CONFIG.max_detections, 28, 28)
+    assert (manifest.target, manifest.precision, manifest.engine) == ("onnxruntime", "fp32", None)
+    assert [row.name for row in manifest.passes] == list(PIPELINES["onnxruntime"])
+    assert manifest.nodes.before > manifest.nodes.after == manifest.passes[-1].nodes_after
+    assert manifest.verification["passed"]
+    assert manifest.verification["images"] == 2
+    assert list(manifest.seconds) == ["load", "export", "passes", "verify"]
+    assert manifest.peak_rss_mb > 50
+    assert {"python", "torch", "onnx", "onnxruntime", "numpy"} <= set(manifest.created_by)
+    assert manifest.thresholds == Thresholds(score=0.05, mask=0.5)
 
 
 @pytest.mark.slow
@@ -232,8 +233,8 @@ def test_passes_left_out_are_no_harm(quick):
     for passes in ("none", "discarded-rows", "all"):
         bundle = quick(passes=passes)
         chosen = choose_passes(passes, "onnxruntime")
-        assert [row["name"] for row in bundle.manifest["passes"]] == chosen
-        assert bundle.manifest["verification"]["passed"]
+        assert [row.name for row in bundle.manifest.passes] == chosen
+        assert bundle.manifest.verification["passed"]
 
 
 @pytest.mark.slow
@@ -248,13 +249,13 @@ def test_a_dynamic_batch_is_verified_at_its_ends(quick, monkeypatch):
     monkeypatch.setattr(pipeline, "verify", spy)
     bundle = quick(dynamic_batch=(1, 2, 4))
     assert {1, 4} <= set(sizes)
-    assert bundle.manifest["input"]["batch"] == {"min": 1, "opt": 2, "max": 4}
-    assert bundle.manifest["verification"]["images"] == 2
+    assert bundle.manifest.input.batch == BatchRange(min=1, opt=2, max=4)
+    assert bundle.manifest.verification["images"] == 2
 
 
 @pytest.mark.slow
 def test_without_verification_it_is_null(quick):
-    assert quick(check=False).manifest["verification"] is None
+    assert quick(check=False).manifest.verification is None
 
 
 def test_a_missing_folder_of_images_is_refused_even_without_verification(quick):
@@ -286,7 +287,7 @@ def test_progress_names_every_stage_in_order(quick):
 @pytest.mark.slow
 def test_an_export_is_the_same_each_time(quick):
     first, second = quick(out="one"), quick(out="two")
-    assert first.manifest["files"] == second.manifest["files"]
+    assert first.manifest.files == second.manifest.files
 
 
 def corrupt(graph):
@@ -315,7 +316,7 @@ def test_an_older_bundle_is_replaced_by_a_good_export_only(quick, monkeypatch):
             quick()
     assert Bundle.open("bundle").manifest == old
     quick()
-    assert Bundle.open("bundle").manifest["verification"]["passed"]
+    assert Bundle.open("bundle").manifest.verification["passed"]
 
 
 def test_what_cannot_be_written_is_refused_before_any_work(quick, tmp_path):
@@ -387,11 +388,11 @@ def test_dataclass_options_do_not_leak_between_exports():
 def test_float16_for_onnx_runtime_is_half_the_size_and_answers_alike(quick):
     full = quick(out="full")
     half = quick(out="half", precision="fp16")
-    assert half.manifest["files"]["model.onnx"]["bytes"] < 0.7 * full.manifest["files"]["model.onnx"]["bytes"]
-    conversion = half.manifest["conversion"]
+    assert half.manifest.files["model.onnx"].bytes < 0.7 * full.manifest.files["model.onnx"].bytes
+    conversion = half.manifest.conversion
     assert conversion["nodes"] > 2 * conversion["float32_nodes"] > 0
-    assert full.manifest["conversion"] is None
-    limits = half.manifest["verification"]["stages"]["maps"]["tolerance"]
+    assert full.manifest.conversion is None
+    limits = half.manifest.verification["stages"]["maps"]["tolerance"]
     assert limits == {"rms_relative_error": TOLERANCES["fp16"]["maps_rms"]}
     found = [len(Predictor(bundle)("pictures/a.png").scores) for bundle in (full, half)]
     assert found[0] > 0
@@ -402,15 +403,15 @@ def test_float16_for_onnx_runtime_is_half_the_size_and_answers_alike(quick):
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_a_bundle_for_tensorrt_holds_an_engine_and_the_graph_that_was_checked(quick, precision):
     bundle = quick(target="tensorrt-rtx", precision=precision, gpus=("8.6", "8.9"), workspace_mb=512)
-    assert set(bundle.manifest["files"]) == {"model.onnx", "model.engine"}
-    engine = bundle.manifest["engine"]
-    assert (engine["library"], engine["compute_capabilities"], engine["tf32"]) == (
-        *("tensorrt-rtx", ["8.6", "8.9"]),
+    assert set(bundle.manifest.files) == {"model.onnx", "model.engine"}
+    engine = bundle.manifest.engine
+    assert (engine.library, engine.compute_capabilities, engine.tf32) == (
+        *("tensorrt-rtx", ("8.6", "8.9")),
         False,
     )
-    assert engine["layers"] > 100
-    assert bundle.manifest["operators"] == "lowered"
-    assert bundle.manifest["verification"]["passed"]
+    assert engine.layers > 100
+    assert bundle.manifest.operators == "lowered"
+    assert bundle.manifest.verification["passed"]
     assert Bundle.open(bundle.path).manifest == bundle.manifest
     graph = onnx.load(bundle.path / "model.onnx")
     assert not {node.op_type for node in graph.graph.node} & {"NonMaxSuppression", "RoiAlign", "NonZero"}
@@ -435,4 +436,4 @@ def test_what_comes_near_float16s_range_is_told_and_kept(quick, monkeypatch):
     lines = []
     bundle = quick(precision="fp16", progress=Progress(note=lines.append), check=False)
     assert any("1 tensors come near fp16's range (up to 6e+04): in float32" in line for line in lines)
-    assert list(bundle.manifest["conversion"]["overflow"].values()) == [6e4]
+    assert list(bundle.manifest.conversion["overflow"].values()) == [6e4]

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from meta_deploy import Predictor
-from meta_deploy.bundle.bundle import write_bundle
+from meta_deploy.bundle.bundle import Bundle, write_bundle
 from meta_deploy.errors import BackendError, BundleError, EngineError, InputError
 from meta_deploy.targets import get_target, open_backend
 from meta_deploy.targets import openvino as module
@@ -74,7 +75,7 @@ def test_a_bundle_gives_what_its_graph_gives_and_says_on_what_it_runs(make):
     plain, bundle = make()
     with open_backend(bundle) as backend:
         assert (backend.name, backend.note) == ("openvino", "")
-        assert backend.runs_on == f"OpenVINO {bundle.engine['version']} on the CPU in float32"
+        assert backend.runs_on == f"OpenVINO {bundle.engine.version} on the CPU in float32"
         for seed in range(3):
             same(plain, backend, images(seed=seed))
 
@@ -170,7 +171,7 @@ def test_weights_and_arithmetic_are_those_of_the_precision(precision):
     except InputError as error:
         pytest.skip(str(error))
     built = TARGET.build(product(weights), [], options)
-    assert built.engine["precision_hint"] == ("bf16" if precision == "bf16" else "f32")
+    assert built.engine.precision_hint == ("bf16" if precision == "bf16" else "f32")
     assert len(built.files["model.bin"]) == weights.size * (2 if precision == "fp16" else 4)
     y = TARGET.runner(built.files, [], precision)({"x": x})["y"]
     rounded = weights.astype(np.float16) if precision == "fp16" else weights
@@ -185,7 +186,8 @@ def test_bfloat16_is_refused_where_the_processor_does_not_compute_in_it(make, mo
             return ["FP32", "FP16", "INT8"]
 
     _, bundle = make(precision="fp32")
-    bundle.manifest["engine"]["precision_hint"] = "bf16"
+    engine = replace(bundle.engine, precision_hint="bf16")
+    bundle = Bundle(bundle.path, replace(bundle.manifest, engine=engine))
     monkeypatch.setattr(module, "_core", Core)
     for refuse in (lambda: TARGET.check(BuildOptions("bf16")), lambda: open_backend(bundle)):
         with pytest.raises(InputError, match="does not compute in bfloat16; use --fp16 or --fp32"):

@@ -18,10 +18,10 @@ from typing import Any
 
 from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.bundle.files import atomic_write
-from meta_deploy.bundle.manifest import Profile
+from meta_deploy.bundle.manifest import Profile, TensorRTEngine, TensorRTRTXEngine
 from meta_deploy.errors import BackendError, EngineError, InputError
 from meta_deploy.targets import cache
-from meta_deploy.targets.target import MODEL
+from meta_deploy.targets.target import MODEL, profiles
 from meta_deploy.targets.tensorrt import cache as engine_cache
 from meta_deploy.targets.tensorrt.build_log import Layer, parse_log
 from meta_deploy.targets.tensorrt.library import Here, load, logger, module_name, title
@@ -51,24 +51,23 @@ class Engine:
     layers: tuple[Layer, ...]
     memory_mb: dict[str, float]
 
-    def section(self) -> dict[str, Any]:
+    def section(self) -> TensorRTEngine:
         """The manifest's `engine`: what the runtime checks before it opens the plan, and what is inside."""
         launched = [layer for layer in self.layers if not layer.synchronizes]
-        return {
-            "library": self.library,
-            "version": self.version,
-            "gpu": self.gpu,
-            "compute_capabilities": list(self.compute_capabilities),
-            "tf32": False,
-            "layers": len(launched) or None,
-            "generated_kernels": sum(layer.generated for layer in launched) if launched else None,
-            "fused_attention": sum(layer.attention for layer in launched) if launched else None,
-            "kernels": _by_kind(launched),
-            "activation_mb": self.memory_mb.get("Activation"),
-            "weights_mb": self.memory_mb.get("Weights"),
-            "plan_mb": len(self.plan) / 1e6,
-            "seconds": round(self.seconds, 2),
-        }
+        made = TensorRTRTXEngine if self.library == "tensorrt-rtx" else TensorRTEngine
+        return made(
+            version=self.version,
+            gpu=self.gpu,
+            compute_capabilities=self.compute_capabilities,
+            layers=len(launched) or None,
+            generated_kernels=sum(layer.generated for layer in launched) if launched else None,
+            fused_attention=sum(layer.attention for layer in launched) if launched else None,
+            kernels=_by_kind(launched),
+            activation_mb=self.memory_mb.get("Activation"),
+            weights_mb=self.memory_mb.get("Weights"),
+            plan_mb=len(self.plan) / 1e6,
+            seconds=round(self.seconds, 2),
+        )
 
 
 def _by_kind(layers: Sequence[Layer]) -> dict[str, dict[str, int]]:
@@ -79,7 +78,7 @@ def _by_kind(layers: Sequence[Layer]) -> dict[str, dict[str, int]]:
     return {kind: dict(sorted(kinds[kind].items())) for kind in sorted(kinds)}
 
 
-def rebuild(bundle: Bundle, progress: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def rebuild(bundle: Bundle, progress: Callable[[str], None] = lambda line: None) -> TensorRTEngine:
     """Build a bundle's engine again, from its model.onnx, for this machine; it goes to the engine cache.
 
     Returns:
@@ -91,7 +90,7 @@ def rebuild(bundle: Bundle, progress: Callable[[str], None] = lambda line: None)
     """
     here = Here.find(bundle.target)
     progress(f"building an engine for {here.machine.title} on {here.machine.gpu}")
-    engine = build_engine(bundle.read(MODEL), bundle.target, [bundle.input.profile])
+    engine = build_engine(bundle.read(MODEL), bundle.target, profiles(bundle))
     section = engine.section()
     engine_cache.store(bundle, here.machine, engine.plan, section)
     progress(f"built in {engine.seconds:.0f} s")

@@ -6,10 +6,11 @@ Says what is done; building and running are the other modules'. Imports no libra
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+
+import msgspec
 
 from meta_deploy.bundle.bundle import Bundle
-from meta_deploy.bundle.manifest import Profile
+from meta_deploy.bundle.manifest import Engine, Profile, TensorRTEngine
 from meta_deploy.errors import BackendError
 from meta_deploy.graph.prices import GPU
 from meta_deploy.targets.target import MODEL, Backend, BuildOptions, Built, Target, open_model_file
@@ -79,18 +80,19 @@ class TensorRT(Target):
             workspace_mb=options.workspace_mb,
             progress=progress,
         )
-        section = {**engine.section(), "attention": options.attention}
+        section = msgspec.structs.replace(engine.section(), attention=options.attention)
         return Built({MODEL: model, ENGINE: engine.plan}, section)
 
-    def describe(self, section: dict[str, Any]) -> str:
-        gpus = section["gpu"] or ", ".join(section["compute_capabilities"]) or "all GPUs that it knows"
-        line = f"engine of {section['library']} {section['version']} for {gpus}: "
-        if section["layers"] is None:
-            return f"{line}{section['plan_mb']:.1f} MB (its log does not tell what is inside)"
+    def describe(self, section: Engine) -> str:
+        assert isinstance(section, TensorRTEngine)
+        gpus = section.gpu or ", ".join(section.compute_capabilities) or "all GPUs that it knows"
+        line = f"engine of {section.library} {section.version} for {gpus}: "
+        if section.layers is None:
+            return f"{line}{section.plan_mb:.1f} MB (its log does not tell what is inside)"
         return (
-            f"{line}{section['layers']} layers, {section['fused_attention']} of {section['attention']} "
-            f"attentions fused, {section['activation_mb']:.0f} MB activations, "
-            f"{section['weights_mb']:.0f} MB weights; it has not run here"
+            f"{line}{section.layers} layers, {section.fused_attention} of {section.attention} attentions "
+            f"fused, {section.activation_mb:.0f} MB activations, {section.weights_mb:.0f} MB weights; it has "
+            "not run here"
         )
 
     def open(self, bundle: Bundle, backend: str, threads: int | None) -> Backend:
