@@ -31,13 +31,15 @@ from meta_deploy.export.pipeline import (
     verification_images,
 )
 from meta_deploy.export.verify import TOLERANCES
-from meta_deploy.graph.pipeline import PASSES, PIPELINES
+from meta_deploy.graph.pipeline import PASSES
 from meta_deploy.models.checkpoint.load import save_checkpoint
 from meta_deploy.models.registry import config_from_dict
 from meta_deploy.runtime.predictor import Predictor
+from meta_deploy.targets import TARGETS
+from meta_deploy.targets.target import Built
 from tests.tiny_models import SIZE, detector, exported, lively
 
-CONFIG = detector()
+CONFIG, ORT = detector(), TARGETS["onnxruntime"]
 builds = pytest.mark.skipif(
     (platform.system(), platform.machine()) != ("Linux", "x86_64"),
     reason="elsewhere the dev extra does not bring tensorrt-rtx",
@@ -104,12 +106,12 @@ def test_a_batch_that_is_none_or_huge_is_refused(batch):
 
 
 def test_passes_run_in_the_targets_order_whatever_the_users():
-    order = list(PIPELINES["onnxruntime"])
+    order = list(ORT.passes)
     assert set(order) <= set(PASSES)
-    assert choose_passes("all", "onnxruntime") == order
-    assert choose_passes("none", "onnxruntime") == []
-    assert choose_passes(", ".join(reversed(order)), "onnxruntime") == order
-    assert choose_passes(order[-1], "onnxruntime") == order[-1:]
+    assert choose_passes("all", ORT) == order
+    assert choose_passes("none", ORT) == []
+    assert choose_passes(", ".join(reversed(order)), ORT) == order
+    assert choose_passes(order[-1], ORT) == order[-1:]
 
 
 @pytest.mark.parametrize("passes", ["fuse", "clean-up,fuse", "", "all,none", "clean-up,"])
@@ -117,7 +119,7 @@ def test_an_unknown_pass_is_named_with_the_choices(passes):
     with pytest.raises(
         InputError, match="is not a graph pass of onnxruntime; choose all, none, or some of clean"
     ):
-        choose_passes(passes, "onnxruntime")
+        choose_passes(passes, ORT)
 
 
 def picture(path, size=(90, 120)):
@@ -218,7 +220,7 @@ def test_the_manifest_tells_what_was_done(quick):
     shapes = {output.name: output.shape for output in manifest.outputs}
     assert shapes["masks"] == (1, CONFIG.max_detections, 28, 28)
     assert (manifest.target, manifest.precision, manifest.engine) == ("onnxruntime", "fp32", None)
-    assert [row.name for row in manifest.passes] == list(PIPELINES["onnxruntime"])
+    assert [row.name for row in manifest.passes] == list(ORT.passes)
     assert manifest.nodes.before > manifest.nodes.after == manifest.passes[-1].nodes_after
     assert manifest.verification["passed"]
     assert manifest.verification["images"] == 2
@@ -232,7 +234,7 @@ def test_the_manifest_tells_what_was_done(quick):
 def test_passes_left_out_are_no_harm(quick):
     for passes in ("none", "discarded-rows", "all"):
         bundle = quick(passes=passes)
-        chosen = choose_passes(passes, "onnxruntime")
+        chosen = choose_passes(passes, ORT)
         assert [row.name for row in bundle.manifest.passes] == chosen
         assert bundle.manifest.verification["passed"]
 
@@ -425,9 +427,43 @@ def test_an_engine_that_cannot_be_built_leaves_nothing(quick, tmp_path, monkeypa
     def refuse(*args, **kwargs):
         raise EngineError("TensorRT cannot build the graph: no")
 
-    monkeypatch.setattr(pipeline, "build_engine", refuse)
+    monkeypatch.setattr("meta_deploy.targets.tensorrt.build.build_engine", refuse)
     with pytest.raises(EngineError):
         quick(target="tensorrt-rtx", check=False)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_bundle_for_openvino_holds_the_model_that_was_checked(quick):
+    pytest.importorskip("openvino")
+    sizes = {}
+    for precision in ("fp32", "fp16"):
+        bundle = quick(target="openvino", precision=precision)
+        assert set(bundle.manifest.files) == {"model.xml", "model.bin"}
+        sizes[precision] = bundle.manifest.files["model.bin"].bytes
+        assert (bundle.engine.library, bundle.engine.precision_hint) == ("openvino", "f32")
+        assert bundle.manifest.conversion is None  # it is the weights that are in float16
+        verification = bundle.manifest.verification
+        assert verification["backend"].startswith("OpenVINO ")
+        assert verification["stages"]["detections"]["compared"] > 0
+        with Predictor(bundle) as predictor:
+            assert predictor.backend == "openvino"
+            assert len(predictor("pictures/a.png").scores) > 0
+    assert sizes["fp16"] < 0.7 * sizes["fp32"]
+
+
+def test_what_was_built_wrong_is_caught_and_nothing_is_written(quick, tmp_path, monkeypatch):
+    openvino, build = TARGETS["openvino"], type(TARGETS["openvino"]).build
+    pytest.importorskip("openvino")
+
+    def wrong(self, *arguments, **options):
+        built = build(self, *arguments, **options)
+        weights = np.frombuffer(built.files["model.bin"], np.uint8).copy()
+        weights[len(weights) // 2 :] = 0
+        return Built({**built.files, "model.bin": weights.tobytes()}, built.engine)
+
+    monkeypatch.setattr(type(openvino), "build", wrong)
+    with pytest.raises(VerificationError, match="does not match PyTorch"):
+        quick(target="openvino")
     assert not (tmp_path / "bundle").exists()
 
 
