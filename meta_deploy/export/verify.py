@@ -20,7 +20,7 @@ from meta_deploy.bundle.manifest import InputSpec, Preprocess
 from meta_deploy.errors import CheckpointError, VerificationError
 from meta_deploy.imaging.images import read_image
 from meta_deploy.imaging.preprocess import Preprocessor
-from meta_deploy.models.ops.boxes import INVALID
+from meta_deploy.tasks import get_task
 
 # What each precision must keep. `maps`: largest difference over the map's largest value; `maps_rms`: norm of
 # the difference over the map's, where single values may be far off. `agreement`: share of boxes (pixels, for
@@ -54,10 +54,6 @@ TOLERANCES = {
         "mask_iou": 0.9,
     },
 }
-MATCH_IOU = 0.9  # boxes that overlap by this, with one label, are one box
-# A matched pair's scores are at most this many times their tolerance apart; boxes this near to a cut-off need
-# no partner. Proposals have logits instead.
-NEAR = 10.0
 
 
 def verify(
@@ -91,7 +87,8 @@ def verify(
     exported = _Exported(graph)
     preprocessor = Preprocessor(spec, preprocess)
     tolerance = TOLERANCES[precision]
-    comparison = Comparison(tolerance, getattr(model.config, "score_threshold", 0.0))
+    config: Any = model.config
+    comparison = get_task(config.task).comparison(tolerance, getattr(config, "score_threshold", 0.0))
     done = 0
     with model.get_submodule("backbone").register_forward_hook(_check_finite):
         for paths in _batches(images, spec):
@@ -180,179 +177,3 @@ def _batches(images: Sequence[Path], spec: InputSpec) -> Iterator[list[Path]]:
         # A short last batch is filled up from the start: a static graph takes no other size.
         yield [images[i % len(images)] for i in range(start, start + size)]
         start += size
-
-
-class Comparison:
-    """Gathers differences batch by batch; `stages` sums them up.
-
-    `tolerance` is one of `TOLERANCES`; `score_threshold` where the model cuts its list of detections off.
-    """
-
-    def __init__(self, tolerance: dict[str, float], score_threshold: float = 0.0) -> None:
-        self.tolerance = tolerance
-        self.score_threshold = score_threshold
-        self.map_errors: list[float] = []
-        self.map_rms: list[float] = []
-        self.proposals = _Matches("logits")
-        self.detections = _Matches("scores")
-        self.same_label: list[float] = []
-
-    def add(self, expected: dict[str, np.ndarray], actual: dict[str, np.ndarray]) -> None:
-        """One batch of both sides' outputs, by name; of the stages only those that `actual` has count."""
-        for name, value in expected.items():
-            if name in actual and name.startswith(("feature_", "logits")):
-                scale = max(float(np.abs(value).max()), 1e-12)
-                difference = actual[name] - value
-                self.map_errors.append(_finite(float(np.abs(difference).max()) / scale))
-                norm = max(float(np.linalg.norm(value)), 1e-12)
-                self.map_rms.append(_finite(float(np.linalg.norm(difference)) / norm))
-        if "logits" in expected:
-            same = expected["logits"].argmax(1) == actual["logits"].argmax(1)
-            self.same_label.append(float(same.mean()))
-        if "proposals" in actual:
-            for b in range(len(expected["proposals"])):
-                self.proposals.add(self._proposals(expected, b), self._proposals(actual, b))
-        if "boxes" in expected:
-            for b in range(len(expected["boxes"])):
-                self.detections.add(self._detections(expected, b), self._detections(actual, b))
-
-    def _proposals(self, side: dict[str, np.ndarray], b: int) -> Boxes:
-        return Boxes(
-            side["proposals"][b], side["proposal_logits"][b], INVALID, NEAR * self.tolerance["logits"]
-        )
-
-    def _detections(self, side: dict[str, np.ndarray], b: int) -> Boxes:
-        boxes, scores, labels, masks = (side[name][b] for name in ("boxes", "scores", "labels", "masks"))
-        # Who reads the outputs goes by their count.
-        scores = np.where(np.arange(len(scores)) < side["num_detections"][b], scores, -np.inf)
-        return Boxes(boxes, scores, self.score_threshold, NEAR * self.tolerance["scores"], labels, masks)
-
-    def stages(self) -> dict[str, dict[str, Any]]:
-        """Figures, tolerance and verdict per stage."""
-        tolerance = self.tolerance
-        stages: dict[str, dict[str, Any]] = {}
-        if self.map_errors:
-            figures = {"max_relative_error": max(self.map_errors), "rms_relative_error": max(self.map_rms)}
-            name, limit = ("max", "maps") if "maps" in tolerance else ("rms", "maps_rms")
-            limits = {f"{name}_relative_error": tolerance[limit]}
-            passed = all(figures[key] <= limits[key] for key in limits)
-            stages["maps"] = {**figures, "tolerance": limits, "passed": passed}
-        if self.same_label:
-            agreement = float(np.mean(self.same_label))
-            stages["pixels"] = {
-                "agreement": agreement,
-                "tolerance": {"agreement": tolerance["agreement"]},
-                "passed": agreement >= tolerance["agreement"],
-            }
-        if self.proposals.images:
-            stages["proposals"] = self.proposals.stage({**tolerance, "agreement": tolerance["proposals"]})
-        if self.detections.images:
-            stages["detections"] = self.detections.stage(tolerance)
-        return stages
-
-
-def _finite(error: float) -> float:
-    return error if np.isfinite(error) else float("inf")
-
-
-class Boxes:
-    """One image's boxes of one side, those with a score: xyxy, score, label, mask probabilities.
-
-    `score_threshold` is where the model itself cuts the list off; `tolerance` how near two scores of one
-    box are.
-    """
-
-    def __init__(
-        self,
-        boxes: np.ndarray,
-        scores: np.ndarray,
-        score_threshold: float,
-        tolerance: float,
-        labels: np.ndarray | None = None,
-        masks: np.ndarray | None = None,
-    ) -> None:
-        found = scores > score_threshold
-        self.tolerance = tolerance
-        self.boxes, self.scores = boxes[found].astype(np.float64), scores[found].astype(np.float64)
-        self.labels = np.zeros(len(self.scores)) if labels is None else labels[found]
-        self.masks = None if masks is None else masks[found]
-        # Which box came last, where the list is full or at the threshold, may hang on rounding.
-        last = self.scores.min() if len(scores) and found.all() else score_threshold
-        self.cut_off = last + tolerance
-
-
-class _Matches:
-    """Boxes of both sides, matched one to one by overlap and label, over many images."""
-
-    def __init__(self, scores: str) -> None:
-        self.scores = scores  # what the boxes are ranked by, a key of the tolerances
-        self.images = 0
-        self.compared = 0
-        self.agreed = 0
-        self.box_ious: list[float] = []
-        self.mask_ious: list[float] = []
-        self.score_differences: list[float] = []
-
-    def add(self, expected: Boxes, actual: Boxes) -> None:
-        self.images += 1
-        pairs = match(expected, actual)
-        ious = box_ious(expected.boxes, actual.boxes)
-        for i, j in pairs:
-            self.score_differences.append(float(abs(expected.scores[i] - actual.scores[j])))
-            self.box_ious.append(float(ious[i, j]))
-            if expected.masks is not None and actual.masks is not None:
-                a, b = expected.masks[i] >= 0.5, actual.masks[j] >= 0.5
-                self.mask_ious.append(float((a & b).sum() / max((a | b).sum(), 1)) if (a | b).any() else 1.0)
-        matched = ({i for i, _ in pairs}, {j for _, j in pairs})
-        for side, partners in zip((expected, actual), matched, strict=True):
-            # A box without a partner counts unless it is at the cut-off; but all can't be without one.
-            excused = side.cut_off if pairs or not len(expected.scores) or not len(actual.scores) else -np.inf
-            alone = sum(side.scores[i] > excused for i in range(len(side.scores)) if i not in partners)
-            self.compared += len(partners) + int(alone)
-            self.agreed += len(partners)
-
-    def stage(self, tolerance: dict[str, float]) -> dict[str, Any]:
-        agreement = self.agreed / self.compared if self.compared else 1.0
-        figures: dict[str, float] = {"agreement": agreement}
-        limits = {"agreement": tolerance["agreement"]}
-        most = max(self.score_differences, default=0.0)
-        passed = agreement >= tolerance["agreement"]
-        if self.score_differences:
-            figures["mean_score_difference"] = float(np.mean(self.score_differences))
-            limits["mean_score_difference"] = tolerance[self.scores]
-            passed = passed and figures["mean_score_difference"] <= limits["mean_score_difference"]
-        for name, ious in (("box_iou", self.box_ious), ("mask_iou", self.mask_ious)):
-            if ious:
-                figures[f"mean_{name}"] = float(np.mean(ious))
-                limits[f"mean_{name}"] = tolerance[name]
-                passed = passed and figures[f"mean_{name}"] >= tolerance[name]
-        count = {"compared": self.compared // 2}
-        return {**count, **figures, "max_score_difference": most, "tolerance": limits, "passed": passed}
-
-
-def box_ious(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Intersection over union of every pair of boxes: (N, 4) and (M, 4) xyxy -> (N, M)."""
-    a, b = a[:, None], b[None]
-    sides = np.clip(np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2]), 0, None)
-    inter = sides[..., 0] * sides[..., 1]
-    area_a, area_b = ((x[..., 2] - x[..., 0]) * (x[..., 3] - x[..., 1]) for x in (a, b))
-    return inter / np.maximum(area_a + area_b - inter, 1e-9)
-
-
-def match(expected: Boxes, actual: Boxes) -> list[tuple[int, int]]:
-    """Pairs (i, j) of boxes of one label, near scores and an IoU of at least `MATCH_IOU`, best first."""
-    if not len(expected.scores) or not len(actual.scores):
-        return []
-    iou = box_ious(expected.boxes, actual.boxes)
-    near = np.abs(expected.scores[:, None] - actual.scores[None]) <= expected.tolerance
-    iou[(expected.labels[:, None] != actual.labels[None]) | ~near] = 0.0
-    candidates = np.argwhere(iou >= MATCH_IOU)
-    order = np.argsort(-iou[tuple(candidates.T)], kind="stable")
-    pairs: list[tuple[int, int]] = []
-    taken_i, taken_j = set(), set()
-    for i, j in candidates[order].tolist():
-        if i not in taken_i and j not in taken_j:
-            pairs.append((i, j))
-            taken_i.add(i)
-            taken_j.add(j)
-    return pairs
