@@ -28,17 +28,18 @@ from torch.utils._pytree import tree_map
 
 from benchmarks.common import interleave
 from meta_deploy.bundle.bundle import Bundle
+from meta_deploy.bundle.manifest import MANIFESTS, ModelInfo, Thresholds
 from meta_deploy.errors import MetaDeployError
 from meta_deploy.export.pipeline import input_spec, preprocess_rules
-from meta_deploy.export.verify import TOLERANCES, Comparison
+from meta_deploy.export.verify import TOLERANCES
 from meta_deploy.imaging.images import read_image
 from meta_deploy.imaging.preprocess import Preprocessor
 from meta_deploy.models.checkpoint.load import load_model
 from meta_deploy.report.accuracy import coco_ap
-from meta_deploy.targets.backend import open_backend
-from meta_deploy.targets.table import TARGETS
-from meta_deploy.tasks import postprocess
-from meta_deploy.tasks.results import Detections, coco_category_ids
+from meta_deploy.targets import TARGETS, open_backend
+from meta_deploy.tasks import get_task
+from meta_deploy.tasks.detection import Detections
+from meta_deploy.tasks.results import coco_category_ids
 
 CUDA_BROKEN = 3  # exit code: what failed took CUDA with it, for this process
 LEAST_ROUNDS = 3
@@ -109,7 +110,20 @@ class Exam:
         self.model, self.config = loaded.model, loaded.config
         self.classes = tuple(loaded.class_names)
         spec = input_spec(size, 1, None, False)
-        preprocessor = Preprocessor(spec, preprocess_rules(loaded.config, spec))
+        rules = preprocess_rules(loaded.config, spec)
+        preprocessor = Preprocessor(spec, rules)
+        self.task = get_task(self.config.task)
+        manifest = MANIFESTS[self.config.task](
+            model=ModelInfo(name=self.config.name),
+            target="pytorch",
+            precision="fp32",
+            outputs=(),
+            input=spec,
+            preprocess=rules,
+            classes=self.classes,
+            thresholds=Thresholds(score=self.config.score_threshold),
+        )
+        self.bundle = Bundle(Path(checkpoint), manifest)
         self.images, self.placements = preprocessor([read_image(path) for path in photos])
         self.expected = self._reference(reference)
         self.truth = coco_truth(self.detections(self.expected), self.classes)
@@ -142,7 +156,7 @@ class Exam:
 
     def judge(self, answers: Arrays, precision: str) -> dict[str, Any]:
         """Whether answers agree with the reference as an export's must, and their AP with it as the truth."""
-        comparison = Comparison(TOLERANCES[precision], self.config.score_threshold)
+        comparison = self.task.comparison(TOLERANCES[precision], self.config.score_threshold)
         comparison.add(self.expected, answers)
         stage = comparison.stages()["detections"]
         records = [
@@ -160,15 +174,11 @@ class Exam:
 
     def detections(self, answers: Arrays) -> list[Detections]:
         """As the predictor makes them."""
-        made = []
-        for i, placement in enumerate(self.placements):
-            found = postprocess.detections(answers, i, placement, self.config.score_threshold, 0.5)
-            made.append(
-                Detections(
-                    placement.original, found.boxes, found.scores, found.labels, self.classes, found.masks
-                )
-            )
-        return made
+        size, score = self.bundle.input.size.max, self.config.score_threshold
+        return [
+            self.task.decode(self.bundle, answers, i, placement, size, score)
+            for i, placement in enumerate(self.placements)
+        ]
 
 
 def coco_truth(found: Sequence[Detections], classes: Sequence[str]) -> dict[str, Any]:
@@ -251,7 +261,7 @@ def opened(kind: str, precision: str, bundle: str | None, model: nn.Module) -> I
         yield TorchModel(model, precision, device, compiled=kind == "compile")
     else:
         with open_backend(Bundle.open(bundle), KINDS[kind].backend) as backend:
-            yield backend.infer
+            yield lambda images: backend.run({"images": images})
 
 
 # --- the GPU's memory ---------------------------------------------------------------------------------------

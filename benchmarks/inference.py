@@ -40,7 +40,7 @@ from meta_deploy.imaging.preprocess import Preprocessor
 from meta_deploy.models.checkpoint.load import load_model
 from meta_deploy.runtime.predictor import Predictor
 from meta_deploy.runtime.stream import predict
-from meta_deploy.targets.backend import open_backend
+from meta_deploy.targets import open_backend
 
 CASES = ("demo", "meta-t-mask-rcnn@512", "meta-t-mask-rcnn@512+dynamic")
 
@@ -109,7 +109,7 @@ def against(
     plain = open_session(literal, threads)
     with torch.inference_mode(), open_backend(bundle, "onnxruntime", threads) as ours:
         contenders = {
-            "bundle": lambda turn: ours.infer(batches[turn]),
+            "bundle": lambda turn: ours.run({"images": batches[turn]}),
             "literal": lambda turn: plain.run(None, {"images": batches[turn]}),
             "PyTorch": lambda turn: model(torch.from_numpy(batches[turn])),
         }

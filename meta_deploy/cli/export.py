@@ -9,12 +9,13 @@ import time
 from typing import TYPE_CHECKING
 
 from meta_deploy.cli.common import Parser, positive_int, run
+from meta_deploy.targets import TARGET_NAMES, TARGETS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from meta_deploy.bundle.bundle import Bundle
-    from meta_deploy.bundle.manifest import PassRow, TensorRTEngine
+    from meta_deploy.bundle.manifest import PassRow
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 
@@ -34,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--target",
         default="auto",
-        choices=("auto", "onnxruntime", "tensorrt", "tensorrt-rtx"),
+        choices=TARGET_NAMES,
         help="what will run the bundle (default: %(default)s, which says what it chose and why)",
     )
     precision = p.add_mutually_exclusive_group()
@@ -169,22 +170,19 @@ def document(bundle: Bundle) -> dict[str, object]:
 
 def summary(bundle: Bundle, seconds: float) -> str:
     """What the command prints at its end: passes, verification, bundle."""
-    from meta_deploy.bundle.manifest import TensorRTEngine
-    from meta_deploy.targets.backend import ENGINE_PRECISIONS
-
-    manifest = bundle.manifest
+    manifest, target = bundle.manifest, TARGETS[bundle.target]
     lines = []
     if manifest.passes:
         lines.append(passes_table(manifest.passes))
     if manifest.conversion:
         lines.append(conversion_line(manifest.precision, manifest.conversion))
     lines.append(verdict(manifest.verification))
-    if isinstance(manifest.engine, TensorRTEngine):
-        lines.append(engine_line(manifest.engine))
+    if manifest.engine:
+        lines.append(target.describe(manifest.engine))
     size = sum(entry.bytes for entry in manifest.files.values()) / 1e6
     memory = f", peak memory {manifest.peak_rss_mb / 1e3:.1f} GB" if manifest.peak_rss_mb else ""
     lines.append(f"{bundle.path}: {size:.1f} MB, {manifest.precision}, in {seconds:.0f} s{memory}")
-    where = ", where a GPU is" if bundle.precision in ENGINE_PRECISIONS else ""
+    where = ", where a GPU is" if bundle.precision in target.gpu_only else ""
     lines.append(f"next{where}: meta-infer IMAGE --model {bundle.path}")
     return "\n".join(lines)
 
@@ -233,19 +231,6 @@ def conversion_line(precision: str, conversion: dict) -> str:
     names = list(conversion["overflow"])
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{line}; near its range, and so in float32: {', '.join(names[:3])}{more}"
-
-
-def engine_line(engine: TensorRTEngine) -> str:
-    """What was built, in one line."""
-    gpus = engine.gpu or ", ".join(engine.compute_capabilities) or "all GPUs that it knows"
-    line = f"engine of {engine.library} {engine.version} for {gpus}: "
-    if engine.layers is None:
-        return f"{line}{engine.plan_mb:.1f} MB (its log does not tell what is inside)"
-    return (
-        f"{line}{engine.layers} layers, {engine.fused_attention} of {engine.attention} attentions "
-        f"fused, {engine.activation_mb:.0f} MB activations, {engine.weights_mb:.0f} MB weights; "
-        "it has not run here"
-    )
 
 
 def verdict(verification: dict | None) -> str:

@@ -7,7 +7,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
@@ -35,15 +35,14 @@ from meta_deploy.errors import InputError
 from meta_deploy.export.trace import DIVISOR, drop_outputs, export_onnx, output_names
 from meta_deploy.export.verify import verify
 from meta_deploy.graph.attention import attention_count
-from meta_deploy.graph.pipeline import COSTS, PIPELINES, run_passes
+from meta_deploy.graph.pipeline import run_passes
 from meta_deploy.graph.precision.convert import Precision, convert, emulated, lowered_tensors, overflowing
 from meta_deploy.imaging.images import expand, read_image
 from meta_deploy.imaging.preprocess import Preprocessor
 from meta_deploy.models.checkpoint.load import LoadedModel, load_model
 from meta_deploy.models.registry import ModelConfig, config_to_dict
-from meta_deploy.targets.table import TARGETS, choose_operators, choose_target
-from meta_deploy.targets.tensorrt.build import build_engine, check_gpus
-from meta_deploy.targets.tensorrt.library import MODULES
+from meta_deploy.targets import choose_target
+from meta_deploy.targets.target import BuildOptions, Target
 
 VERIFICATION_IMAGES = 8
 MAX_INPUT_VALUES = 2**31  # 8 GB of input alone; no model of the zoo runs on more
@@ -101,7 +100,7 @@ def export(
         checkpoint: a .pth, .pt or .safetensors file.
         model: a zoo name; inferred from the checkpoint when absent.
         target: "auto" or one of `targets.TARGETS`.
-        precision: one of `targets.PRECISIONS`.
+        precision: one of the target's.
         operators: "native" or "lowered", how NMS and RoIAlign are written; absent: the target's choice.
         gpus: compute capabilities that a TensorRT-RTX engine is for, such as ("8.6",); none: all it knows.
         workspace_mb: scratch memory that a TensorRT layer may use, in MB; absent: TensorRT's own limit.
@@ -125,15 +124,14 @@ def export(
     """
     progress = progress or Progress()
     chosen, reason = choose_target(target, precision)
-    form = choose_operators(chosen, operators)
-    if chosen in MODULES:
-        check_gpus(chosen, gpus)
-    elif gpus or workspace_mb is not None:
-        raise InputError(f"--gpu and --workspace are for TensorRT's engines, and the target is {chosen}")
-    chosen_passes = choose_passes(passes, TARGETS[chosen].pipeline)
-    measured = precision == "fp16"  # its range is small, and images tell what comes near it
+    form = chosen.choose_operators(operators)
+    options = BuildOptions(precision, tuple(gpus), workspace_mb)
+    chosen.check(options)
+    chosen_passes = choose_passes(passes, chosen)
+    lowered = precision != "fp32" and precision not in chosen.lowered_by_build
+    measured = lowered and precision == "fp16"  # its range is small, and images tell what comes near it
     images = verification_images(calib_images) if check or measured or calib_images is not None else []
-    folder = Path(out) if out is not None else Path(f"{Path(checkpoint).stem}-{chosen}-{precision}")
+    folder = Path(out) if out is not None else Path(f"{Path(checkpoint).stem}-{chosen.name}-{precision}")
     check_out_dir(folder)
     # Refused now rather than after loading.
     input_spec(input_size or (DIVISOR, DIVISOR), batch, dynamic_batch, dynamic_size)
@@ -143,7 +141,7 @@ def export(
     spec = input_spec(input_size or loaded.config.input_size, batch, dynamic_batch, dynamic_size)
     preprocess = preprocess_rules(loaded.config, spec)
     progress.note(f"{loaded.config.name}, {_parameters(loaded):,} parameters, {describe(spec)}")
-    progress.note(f"target {chosen} ({reason}), {precision}")
+    progress.note(f"target {chosen.name} ({reason}), {precision}")
     if chosen_passes and not spec.static_size:
         progress.note(
             "most passes need to know the map's size and leave a graph for any size as it is; "
@@ -153,38 +151,35 @@ def export(
         literal = export_onnx(loaded.model, spec, form)
     nodes_before = sum(node.op_type != "Constant" for node in literal.graph.node)
     with progress.stage("passes"):
-        graph, results = run_passes(literal, chosen_passes, COSTS[TARGETS[chosen].pipeline])
+        graph, results = run_passes(literal, chosen_passes, chosen.prices)
         # Graphs refer to themselves in circles, and for a large model each holds gigabytes.
         del literal
         gc.collect()
     converted = None
-    if precision != "fp32":
+    if lowered:
         with progress.stage("precision"):
             graph, converted = lower_precision(graph, chosen, precision, images, spec, preprocess, progress)
+    shipped = drop_outputs(graph, output_names(loaded.config))
+    options = replace(options, attention=attention_count(shipped))
+    with progress.stage("engine") if chosen.builds else contextlib.nullcontext():
+        built = chosen.build(serialize(shipped), [spec.profile], options, progress.count)
     verification = None
     if check:
         with progress.stage("verify"):
             # What a GPU rounds after each operator, a CPU may carry on in float32.
-            checked = emulated(graph) if converted and chosen in MODULES else graph
+            checked = emulated(graph) if converted and chosen.rounds_each_operator else graph
             verification = verify(
-                loaded.model, checked, images, spec, preprocess, precision, progress=progress.count
-            )
-            verification["emulated"] = checked is not graph  # in float32, rounded after each operator
-    shipped = drop_outputs(graph, output_names(loaded.config))
-    del graph
-    files, section = {"model.onnx": serialize(shipped)}, None
-    if chosen in MODULES:
-        with progress.stage("engine"):
-            engine = build_engine(
-                files["model.onnx"],
-                chosen,
+                loaded.model,
+                checked,
+                images,
                 spec,
-                compute_capabilities=gpus,
-                workspace_mb=workspace_mb,
+                preprocess,
+                precision,
+                runner=chosen.runner(built.files, [spec.profile], precision),
                 progress=progress.count,
             )
-        files["model.engine"] = engine.plan
-        section = msgspec.structs.replace(engine.section(), attention=attention_count(shipped))
+            verification["emulated"] = checked is not graph  # in float32, rounded after each operator
+    del graph
     with progress.stage("write"):
         score = getattr(loaded.config, "score_threshold", None)
         manifest = MANIFESTS[loaded.config.task](
@@ -196,7 +191,7 @@ def export(
             outputs=tuple(map(_output, shipped.graph.output)),
             preprocess=preprocess,
             **({} if score is None else {"thresholds": Thresholds(score=score)}),
-            target=chosen,
+            target=chosen.name,
             precision=precision,
             operators=form,
             conversion=converted.to_dict() if converted else None,
@@ -205,14 +200,14 @@ def export(
             verification=verification,
             seconds={stage: round(seconds, 2) for stage, seconds in progress.seconds.items()},
             peak_rss_mb=peak_rss_mb(),
-            engine=section,
+            engine=built.engine,
         )
-        return write_bundle(folder, manifest, files)
+        return write_bundle(folder, manifest, built.files)
 
 
 def lower_precision(
     graph: onnx.ModelProto,
-    target: str,
+    target: Target,
     precision: str,
     images: Sequence[Path],
     spec: InputSpec,
@@ -228,7 +223,7 @@ def lower_precision(
             yield batch
             progress.count(done, len(images))
 
-    float32_operators = TARGETS[target].float32_operators.get(precision, ())
+    float32_operators = target.float32_operators.get(precision, ())
     overflow = {}
     if precision == "fp16":
         overflow = overflowing(graph, batches(), lowered_tensors(graph, precision, float32_operators))
@@ -283,24 +278,21 @@ def preprocess_rules(config: ModelConfig, spec: InputSpec) -> Preprocess:
     return Preprocess(resize=resize, mean=config.mean, std=config.std)
 
 
-def choose_passes(passes: str, pipeline_name: str) -> list[str]:
-    """The passes to run, in the order of the target's pipeline.
+def choose_passes(passes: str, target: Target) -> list[str]:
+    """The passes to run, in the target's order.
 
     Raises:
         InputError: an unknown name.
     """
-    pipeline = PIPELINES[pipeline_name]
     if passes == "all":
-        return list(pipeline)
+        return list(target.passes)
     names = [] if passes == "none" else [name.strip() for name in passes.split(",")]
-    if pipeline_name == "tensorrt":
-        names.append("clean-up")  # without which TensorRT's parser does not take what PyTorch exports
-    if unknown := [name for name in names if name not in pipeline]:
+    if unknown := [name for name in names if name not in target.passes]:
         raise InputError(
-            f"'{unknown[0]}' is not a graph pass of {pipeline_name}; "
-            f"choose all, none, or some of {', '.join(dict.fromkeys(pipeline))}"
+            f"'{unknown[0]}' is not a graph pass of {target.name}; "
+            f"choose all, none, or some of {', '.join(dict.fromkeys(target.passes))}"
         )
-    return [name for name in pipeline if name in names]
+    return [name for name in target.passes if name in (*names, *target.required_passes)]
 
 
 def verification_images(folder: str | Path | None) -> list[Path]:
@@ -356,6 +348,7 @@ def _versions() -> dict[str, str]:
         "onnxscript",
         "onnx-graphsurgeon",
         "onnxruntime",
+        "openvino",
         "tensorrt",
         "tensorrt-rtx",
         "numpy",

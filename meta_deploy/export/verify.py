@@ -20,6 +20,7 @@ from meta_deploy.bundle.manifest import InputSpec, Preprocess
 from meta_deploy.errors import CheckpointError, VerificationError
 from meta_deploy.imaging.images import read_image
 from meta_deploy.imaging.preprocess import Preprocessor
+from meta_deploy.targets.target import Arrays, Runner
 from meta_deploy.tasks import get_task
 
 # What each precision must keep. `maps`: largest difference over the map's largest value; `maps_rms`: norm of
@@ -63,6 +64,7 @@ def verify(
     spec: InputSpec,
     preprocess: Preprocess,
     precision: str,
+    runner: Runner | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Run the PyTorch model and the ONNX graph on images and compare what both say.
@@ -74,6 +76,7 @@ def verify(
         spec: the input's dimensions.
         preprocess: the manifest's rules.
         precision: a key of `TOLERANCES`.
+        runner: what runs the files that ship, where they are not the graph; without it the graph is run.
         progress: called with (images done, images in all).
 
     Returns:
@@ -84,7 +87,7 @@ def verify(
         ImageError: an image cannot be read.
         CheckpointError: the model's own features are not finite.
     """
-    exported = _Exported(graph)
+    exported: Runner = runner or _Exported(graph)
     preprocessor = Preprocessor(spec, preprocess)
     tolerance = TOLERANCES[precision]
     config: Any = model.config
@@ -95,7 +98,7 @@ def verify(
             batch, _ = preprocessor([read_image(path) for path in paths])
             with torch.inference_mode():
                 expected = {k: v.numpy() for k, v in model(torch.from_numpy(batch), stages=True).items()}
-            comparison.add(expected, exported(batch))
+            comparison.add(expected, exported({spec.name: batch}))
             done += len(paths)
             progress(min(done, len(images)), len(images))
 
@@ -103,7 +106,7 @@ def verify(
     result = {
         "images": len(images),
         "reference": f"PyTorch {torch.__version__} float32",
-        "backend": f"ONNX Runtime {onnxruntime.__version__} CPU",
+        "backend": getattr(exported, "runs_on", f"ONNX Runtime {onnxruntime.__version__} CPU"),
         "stages": stages,
         "passed": all(stage["passed"] for stage in stages.values()),
     }
@@ -137,7 +140,7 @@ def _short(value: object) -> str:
 
 
 class _Exported:
-    """The graph on ONNX Runtime's CPU: a batch in, outputs by name out."""
+    """The graph on ONNX Runtime's CPU."""
 
     def __init__(self, graph: onnx.ModelProto) -> None:
         options = onnxruntime.SessionOptions()
@@ -151,9 +154,9 @@ class _Exported:
             )
         self.names = [output.name for output in self.session.get_outputs()]
 
-    def __call__(self, batch: np.ndarray) -> dict[str, np.ndarray]:
+    def __call__(self, inputs: Arrays) -> dict[str, np.ndarray]:
         with self._told():
-            return dict(zip(self.names, self.session.run(None, {"images": batch}), strict=True))
+            return dict(zip(self.names, self.session.run(None, dict(inputs)), strict=True))
 
     @staticmethod
     @contextlib.contextmanager

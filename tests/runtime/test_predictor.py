@@ -2,13 +2,14 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import cv2
 import numpy as np
 import pytest
 
-from meta_deploy import Detections, Predictor, Segmentation
+from meta_deploy import Arrays, Detections, Predictor, Segmentation
 from meta_deploy.bundle.bundle import Bundle, write_bundle
 from meta_deploy.errors import BackendError, BundleError, ImageError, InputError
-from meta_deploy.targets.backend import open_backend
+from meta_deploy.targets import open_backend
 from tests.bundles_by_hand import detector, manifest, segmenter
 
 
@@ -144,7 +145,7 @@ def test_a_back_end_that_is_not_there_is_an_error_and_never_another_one(detector
 def test_auto_is_the_cpu_where_there_is_no_gpu(detector_bundle):
     with open_backend(detector_bundle) as backend:
         assert backend.name in ("onnxruntime", "cuda")
-        outputs = backend.infer(np.ones((1, 3, 64, 64), np.float32))
+        outputs = backend.run({"images": np.ones((1, 3, 64, 64), np.float32)})
     assert set(outputs) == {"num_detections", "boxes", "scores", "labels", "masks"}
 
 
@@ -225,7 +226,7 @@ def test_a_model_with_other_types_is_refused(tmp_path):
 
     model = changed(segmenter((64, 64)), double)
     bundle = write_bundle(tmp_path / "b", manifest("semantic-segmentation", (64, 64)), {"model.onnx": model})
-    with pytest.raises(BackendError, match=r"tensor\(double\)"):
+    with pytest.raises(BackendError, match="'logits' as float64"):
         open_backend(bundle)
 
 
@@ -238,15 +239,41 @@ def test_outputs_of_other_shapes_than_promised_are_an_error(bundles):
     with open_backend(Bundle.open(bundles / "detector"), "onnxruntime") as backend:
         backend._session = Session()
         with pytest.raises(BackendError, match=r"gave labels of shape \(1, 6\)"):
-            backend.infer(np.ones((1, 3, 64, 64), np.float32))
+            backend.run({"images": np.ones((1, 3, 64, 64), np.float32)})
 
 
-def test_what_the_library_cannot_run_is_one_sentence(bundles):
+def test_what_the_library_cannot_run_is_one_sentence(tmp_path):
+    def one_size_alone(_, graph):
+        from onnx import helper, numpy_helper
+
+        graph.node[0].output[0] = "pooled"
+        graph.node.append(helper.make_node("Reshape", ["pooled", "shape"], ["logits"]))
+        graph.initializer.append(numpy_helper.from_array(np.array([1, 3, 16, 16]), "shape"))
+
+    model = changed(segmenter((64, 64), dynamic=True), one_size_alone)
+    content = manifest("semantic-segmentation", (64, 64), dynamic=True)
+    bundle = write_bundle(tmp_path / "b", content, {"model.onnx": model})
     with (
-        open_backend(Bundle.open(bundles / "segmenter"), "onnxruntime") as backend,
+        open_backend(bundle, "onnxruntime") as backend,
         pytest.raises(BackendError, match="cannot run model") as caught,
     ):
-        backend.infer(np.ones((1, 3, 32, 32), np.float32))
+        backend.run({"images": np.ones((1, 3, 32, 32), np.float32)})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        ({"image": np.ones((1, 3, 64, 64), np.float32)}, r"takes \['images'\], not \['image'\]"),
+        ({}, r"takes \['images'\], not \[\]"),
+        ({"images": np.ones((1, 3, 64, 64))}, "takes 'images' as float32, not float64"),
+        ({"images": np.ones((3, 64, 64), np.float32)}, r"'images' of \(1, 3, 64, 64\), not \(3, 64, 64\)"),
+        ({"images": np.ones((2, 3, 64, 64), np.float32)}, r"'images' of \(1, 3, 64, 64\), not \(2, 3, 64, "),
+    ],
+)
+def test_inputs_that_are_not_the_manifests_are_one_sentence(detector_bundle, inputs, said):
+    with open_backend(detector_bundle) as backend, pytest.raises(BackendError, match=said) as caught:
+        backend.run(inputs)
     assert "\n" not in str(caught.value)
 
 
@@ -264,7 +291,7 @@ def test_values_that_are_not_finite_are_an_error(bundles, photo, tmp_path):
     with Predictor(bundles / "segmenter") as predictor:
         logits = np.zeros((1, 3, 16, 16), np.float32)
         logits[0, 1, 2, 3] = np.nan
-        predictor._backend.infer = lambda _: {"logits": logits}
+        predictor._backend.run = lambda _: {"logits": logits}
         with pytest.raises(BackendError, match="not finite"):
             predictor(photo)
 
@@ -274,3 +301,64 @@ def test_only_no_bundle_at_all_is_the_demo():
         Predictor("")
     with pytest.raises(InputError, match="threads"):
         Predictor(threads=1025)
+
+
+# --- any graph ---
+
+
+def test_a_raw_bundle_runs_arrays_by_name(bundles):
+    x, k = np.random.default_rng(0).random((3, 3), np.float32), np.array([4, 6])
+    with Predictor(bundles / "raw") as predictor:
+        outputs = predictor.run({"k": k, "x": x})
+    assert list(outputs) == ["a/y", "more"]
+    np.testing.assert_array_equal(outputs["a/y"], 2 * x)
+    np.testing.assert_array_equal(outputs["more"], k > 5)
+
+
+def test_every_bundle_runs_arrays(bundles, photo):
+    with Predictor(bundles / "detector") as predictor:
+        outputs = predictor.run({"images": np.ones((1, 3, 64, 64), np.float32)})
+    assert list(outputs) == list(predictor.bundle.output_names)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"k": None}, "'k'"),
+        ({"z": np.zeros(1)}, "'z'"),
+        ({"x": np.zeros((2, 3))}, "float32.*float64"),
+        ({"k": np.zeros(2, np.int32)}, "int64.*int32"),
+        ({"x": np.zeros((5, 3), np.float32)}, r"\(4, 3\).*\(5, 3\)"),
+        ({"x": np.zeros((2, 4), np.float32)}, r"\(2, 4\)"),
+        ({"x": np.zeros(3, np.float32)}, r"\(3,\)"),
+        ({"x": np.zeros((0, 3), np.float32)}, r"\(0, 3\)"),
+        ({"x": "text"}, "<U4|str"),
+    ],
+)
+def test_arrays_that_the_graph_does_not_take_are_one_line(bundles, changes, said):
+    given = {"x": np.zeros((2, 3), np.float32), "k": np.zeros(2, np.int64)} | changes
+    with Predictor(bundles / "raw") as predictor, pytest.raises(InputError, match=said) as caught:
+        predictor.run({name: array for name, array in given.items() if array is not None})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_raw_bundle_with_preprocessing_takes_images(bundles, photo):
+    with Predictor(bundles / "raw-image") as predictor:
+        first, second = predictor.batch([photo, grey(51)])
+    assert isinstance(first, Arrays)
+    resized = cv2.resize(photo, (64, 64), interpolation=cv2.INTER_LINEAR).astype(np.float64)
+    expected = (resized[:, :, ::-1].mean((0, 1)) - [0, 10, 20]) / 255
+    np.testing.assert_allclose(first.outputs["mean"], expected[None], atol=1e-5)
+    np.testing.assert_allclose(second.outputs["mean"], [[51 / 255, 41 / 255, 31 / 255]], atol=1e-6)
+
+
+def test_without_preprocessing_an_image_is_refused(bundles, photo):
+    with Predictor(bundles / "raw") as predictor, pytest.raises(InputError, match="give it arrays by name"):
+        predictor(photo)
+
+
+def test_bundles_and_predictors_print_as_one_line(bundles):
+    with Predictor(bundles / "raw", backend="onnxruntime") as predictor:
+        shown = f"Bundle '{bundles / 'raw'}': doubler, raw for onnxruntime in fp32, 0.0 MB"
+        assert repr(predictor.bundle) == str(predictor.bundle) == shown
+        assert repr(predictor) == f"Predictor of {predictor.bundle!r}, runs on {predictor.runs_on}"
