@@ -415,7 +415,7 @@ def _said(error: msgspec.ValidationError, content: Any, name: str) -> str:
     for step in re.findall(r"[^.\[\]]+|\.\.\.", place):
         if step == "...":  # an entry of a dictionary: msgspec does not tell which
             return f"has a wrong value for '{dotted}' ({reason})"
-        value = value[int(step) if isinstance(value, list) else step]
+        value = value[step if isinstance(value, dict) else int(step)]
     shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
     if repr(_LINE) in reason:
         reason = "Expected a line of printable text"
@@ -431,8 +431,8 @@ def _problem(manifest: Manifest) -> str | None:
     if isinstance(manifest, RawManifest):
         if (spec is None) != (manifest.preprocess is None):
             return "has one of 'image' and 'preprocess' without the other"
-        if spec is not None and spec.name not in {value.name for value in manifest.inputs}:
-            return f"lacks the input '{spec.name}', which 'image' names"
+        if spec is not None and [spec.profile] != [value.profile for value in manifest.inputs]:
+            return "has an 'image' that is not its one input"
     resize = manifest.preprocess and manifest.preprocess.resize
     if spec and isinstance(resize, (Fit, Stretch)) and not _within(resize.size, spec.size.max):
         return "resizes to more than its largest input"

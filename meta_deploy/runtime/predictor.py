@@ -95,6 +95,8 @@ class Predictor:
         Raises:
             As for one image.
         """
+        if not images:
+            return []
         results: list[Result] = []
         most = self.bundle.input.batch.max
         size = 1 if self.bundle.task == "raw" else most
