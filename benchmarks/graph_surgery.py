@@ -49,7 +49,7 @@ from meta_deploy.export.trace import OPSET, quiet
 from meta_deploy.export.verify import TOLERANCES
 from meta_deploy.graph.graph import to_graph
 from meta_deploy.graph.pipeline import COSTS, PIPELINES, run_passes
-from meta_deploy.graph.precision.convert import convert
+from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.graph.traffic import bytes_moved
 from meta_deploy.imaging.images import read_image
 from meta_deploy.imaging.preprocess import Preprocessor
@@ -243,7 +243,7 @@ def built(name: str, path: Path) -> Measures:
     result: Measures = {}
     for precision in ("fp16", "fp32"):
         try:
-            engine = engine_measures(convert(proto, "fp16")[0] if precision == "fp16" else proto)
+            engine = engine_measures(PRECISIONS[precision].convert(proto)[0])
         except EngineError as error:
             print(f"{name} in {precision} does not build: {error}", file=sys.stderr)
             continue

@@ -31,7 +31,7 @@ from benchmarks.graph_surgery import (
 )
 from meta_deploy.errors import EngineError
 from meta_deploy.graph.pipeline import COSTS, PIPELINES, run_passes
-from meta_deploy.graph.precision.convert import convert
+from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.targets.tensorrt.build import available
 
 WHOLE = "whole pipeline"
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def engine(proto: onnx.ModelProto) -> dict[str, Any]:
     """Layers and memory of the float16 engine; none where it does not build."""
     try:
-        built = engine_measures(convert(proto, "fp16")[0])
+        built = engine_measures(PRECISIONS["fp16"].convert(proto)[0])
     except EngineError as error:
         print(f"does not build: {error}", file=sys.stderr)
         return {}

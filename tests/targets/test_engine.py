@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from meta_deploy.bundle.bundle import InputSpec
 from meta_deploy.bundle.manifest import validate_engine
 from meta_deploy.errors import EngineError, InputError
-from meta_deploy.graph.precision.convert import convert
+from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.targets.tensorrt import build as engine_module
 from meta_deploy.targets.tensorrt.build import Engine, Layer, available, build_engine, check_gpus, parse_log
 from tests.small_graphs import model, value
@@ -85,7 +85,7 @@ def block():
 
 @pytest.fixture(scope="module")
 def half(block):
-    return convert(block, "fp16")[0]
+    return PRECISIONS["fp16"].convert(block)[0]
 
 
 @pytest.fixture(scope="module")

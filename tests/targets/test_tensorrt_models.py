@@ -14,7 +14,7 @@ from meta_deploy.export.pipeline import input_spec
 from meta_deploy.export.trace import drop_outputs, export_onnx, output_names
 from meta_deploy.graph.attention import attention_count
 from meta_deploy.graph.pipeline import COSTS, PIPELINES, run_passes
-from meta_deploy.graph.precision.convert import convert
+from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.models.registry import build_model, get_config
 from meta_deploy.targets.table import TARGETS
 from meta_deploy.targets.tensorrt.build import build_engine
@@ -60,7 +60,7 @@ def _forget():
 def engine(name, precision, kind=""):
     proto, spec = graph(name, kind)
     if precision != "fp32":
-        proto, _ = convert(proto, precision, {}, TARGETS[RTX].float32_operators[precision])
+        proto, _ = PRECISIONS[precision].convert(proto, (), TARGETS[RTX].float32_operators[precision])
     assert not {node.op_type for node in proto.graph.node} & {"NonMaxSuppression", "RoiAlign", "NonZero"}
     onnx.checker.check_model(proto)
     return build_engine(proto.SerializeToString(), RTX, spec).section(), attention_count(proto)
