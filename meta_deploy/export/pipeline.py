@@ -20,7 +20,7 @@ from meta_deploy.export.options import Options
 from meta_deploy.export.progress import Progress
 from meta_deploy.export.samples import Samples, find_files
 from meta_deploy.export.sources import check_options, open_source
-from meta_deploy.export.sources.source import Source
+from meta_deploy.export.sources.source import Source, output_specs
 from meta_deploy.export.trace import drop_outputs
 from meta_deploy.export.verify import OnnxRun, verify
 from meta_deploy.graph.attention import attention_count

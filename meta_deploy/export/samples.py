@@ -1,4 +1,4 @@
-"""Inputs to measure a graph on and to compare it with the original on: images, .npz files, or random numbers."""
+"""Inputs to measure a graph on and to compare it on: images, .npz files, or random numbers."""
 
 from __future__ import annotations
 

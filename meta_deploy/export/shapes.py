@@ -1,4 +1,4 @@
-"""The inputs of an ONNX file: their types, which sizes are open, and what they are fixed to or may range over."""
+"""The inputs of an ONNX file: types, open sizes, and what these are fixed to or may range over."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint as the source of an export: the PyTorch model is traced, and is what the graph is compared with."""
+"""A checkpoint as the source of an export: its PyTorch model is traced, and compared with."""
 
 from __future__ import annotations
 

@@ -81,8 +81,8 @@ class OnnxSource(Source):
         except VerificationError as error:
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feed.items())
             raise InputError(
-                f"the original '{self.path}' does not run on {shapes}: {_reason(error)}; give the shapes that "
-                "it takes with --shape, --batch or --input-size, or inputs as .npz with --calib-images"
+                f"the original '{self.path}' does not run on {shapes}: {_reason(error)}; give shapes "
+                "that it takes with --shape, --batch or --input-size, or inputs as .npz with --calib-images"
             ) from error
 
     def facts(self) -> dict[str, Any]:
