@@ -6,7 +6,8 @@ import numpy as np
 import onnxruntime
 import torch
 
-from meta_deploy.export.pipeline import input_spec
+from meta_deploy.export.options import Options
+from meta_deploy.export.sources.checkpoint import input_spec
 from meta_deploy.export.trace import export_onnx
 from meta_deploy.graph.pipeline import COSTS, PIPELINES, run_passes
 from meta_deploy.models.registry import BackboneConfig, MaskRCNNConfig, UPerNetConfig, build_model
@@ -91,7 +92,8 @@ class Exported:
     ):
         self.config = config
         self.model = lively(config)
-        self.spec = input_spec(size or config.input_size, batch, dynamic_batch, dynamic_size)
+        options = Options(batch=batch, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
+        self.spec = input_spec(size or config.input_size, options)
         self.literal = export_onnx(self.model, self.spec, operators)
         pipeline = "onnxruntime" if operators == "native" else "tensorrt"
         self.graph, self.passes = run_passes(self.literal, list(PIPELINES[pipeline]), COSTS[pipeline])

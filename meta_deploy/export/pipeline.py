@@ -58,12 +58,13 @@ def run(path: str | Path, options: Options, progress: Progress) -> Bundle:
     passes = choose_passes(options.passes, target)
     check_options(path, options)
     target.check(build_options)
-    files = find_files(options.calib_images) if options.check or precision.measures else []
+    needed = options.check or precision.measures
+    files = find_files(options.calib_images) if needed or options.calib_images is not None else []
     folder = check_out_dir(options.out or f"{Path(path).stem}-{target.name}-{precision.name}")
 
     with progress.stage("load"):
         source = open_source(path, options, progress.note)
-        samples = source.samples(files) if files else Samples()
+        samples = source.samples(files) if needed else Samples()
     progress.note(source.describe())
     progress.note(f"target {target.name} ({reason}), {precision.name}")
     if passes and not source.static:
@@ -81,7 +82,7 @@ def run(path: str | Path, options: Options, progress: Progress) -> Bundle:
                 graph, samples, target.float32_operators.get(precision.name, ()), progress.note
             )
     shipped = ship(graph, source)
-    with progress.stage("engine"):
+    with progress.stage("engine") if target.builds else contextlib.nullcontext():
         build_options = replace(build_options, attention=attention_count(shipped))
         built = target.build(serialize(shipped), source.profiles, build_options, progress.count)
     verification = None
