@@ -41,7 +41,7 @@ from benchmarks.common import (
     save,
     table,
 )
-from meta_deploy.bundle.bundle import InputSpec
+from meta_deploy.bundle.manifest import BatchRange, InputSpec, SizeRange
 from meta_deploy.errors import EngineError
 from meta_deploy.export.operators import TRANSLATIONS
 from meta_deploy.export.pipeline import input_spec, preprocess_rules
@@ -256,14 +256,19 @@ def engine_measures(proto: onnx.ModelProto) -> Measures:
     """What TensorRT-RTX's engine of a graph with one static input consists of. Raises EngineError."""
     images = proto.graph.input[0]
     batch, _, height, width = (dim.dim_value for dim in images.type.tensor_type.shape.dim)
-    spec = InputSpec(images.name, batch, batch, batch, *((height, width),) * 3, divisor=1)
+    spec = InputSpec(
+        name=images.name,
+        batch=BatchRange(min=batch, opt=batch, max=batch),
+        size=SizeRange(min=(height, width), opt=(height, width), max=(height, width)),
+        divisor=1,
+    )
     section = build_engine(proto.SerializeToString(), ENGINES, spec).section()
     return {
-        "layers": section["layers"],
-        "generated": section["generated_kernels"],
-        "attention": section["fused_attention"],
-        "activation MB": section["activation_mb"],
-        "build s": section["seconds"],
+        "layers": section.layers,
+        "generated": section.generated_kernels,
+        "attention": section.fused_attention,
+        "activation MB": section.activation_mb,
+        "build s": section.seconds,
     }
 
 

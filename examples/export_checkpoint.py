@@ -18,9 +18,9 @@ def main(checkpoint: str, out: str) -> None:
         sys.exit(f"not the same model: {error}")
 
     manifest = bundle.manifest
-    print(f"{bundle.model_name}: {manifest['parameters']:,} parameters, {len(bundle.classes)} classes")
-    print(f"{manifest['nodes']['before']} nodes became {manifest['nodes']['after']}")
-    for name, stage in manifest["verification"]["stages"].items():
+    print(f"{bundle.model_name}: {manifest.parameters:,} parameters, {len(bundle.classes)} classes")
+    print(f"{manifest.nodes.before} nodes became {manifest.nodes.after}")
+    for name, stage in manifest.verification["stages"].items():
         print(f"{name}: {stage}")
 
 

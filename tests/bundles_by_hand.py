@@ -4,46 +4,55 @@ from __future__ import annotations
 
 import numpy as np
 
-CLASSES = ["disc", "star", "ring"]
+from meta_deploy.bundle.manifest import (
+    MANIFESTS,
+    BatchRange,
+    Fit,
+    InputSpec,
+    Manifest,
+    ModelInfo,
+    Preprocess,
+    Size,
+    SizeRange,
+    TensorRTRTXEngine,
+    TensorSpec,
+    Thresholds,
+)
+
+CLASSES = ("disc", "star", "ring")
 
 
-def manifest(task: str, size: tuple[int, int], dynamic: bool = False, batch: int = 1, **changes) -> dict:
-    """A valid manifest; mean 0 and std 255, so that the network sees pixels as 0 to 1."""
-    largest = [edge * 4 for edge in size] if dynamic else list(size)
-    smallest = [32, 32] if dynamic else list(size)
-    outputs = (
-        ["logits"] if task == "semantic-segmentation" else ["num_detections", "boxes", "scores", "labels"]
+SCORES = {"thresholds": Thresholds(score=0.05)}
+OF_TASK = {"detection": SCORES, "instance-segmentation": SCORES, "semantic-segmentation": {}}
+ENGINE = TensorRTRTXEngine(version="1.7.1", gpu=None, compute_capabilities=())
+
+
+def input_spec(*sizes: Size, batch=(1, 1, 1), name="images", divisor=1) -> InputSpec:
+    """An input of one size, or of the (height, width) of least, usual and largest."""
+    low, usual, high = sizes * 3 if len(sizes) == 1 else sizes
+    least, opt, most = batch
+    return InputSpec(
+        name=name,
+        batch=BatchRange(min=least, opt=opt, max=most),
+        size=SizeRange(min=low, opt=usual, max=high),
+        divisor=divisor,
     )
-    outputs += ["masks"] if task == "instance-segmentation" else []
-    return {
-        "schema": 1,
-        "created_by": {"meta_deploy": "test"},
-        "task": task,
-        "model": {"name": "by-hand", "config": {}},
+
+
+def manifest(task: str, size: Size, dynamic: bool = False, batch: int = 1, **changes) -> Manifest:
+    """A valid manifest; mean 0 and std 255, so that the network sees pixels as 0 to 1."""
+    sizes = ((32, 32), size, (size[0] * 4, size[1] * 4)) if dynamic else (size,)
+    fields = {
+        "model": ModelInfo(name="by-hand"),
         "classes": CLASSES,
-        "parameters": 0,
-        "input": {
-            "name": "images",
-            "dtype": "float32",
-            "batch": {"min": 1 if dynamic else batch, "opt": batch, "max": batch},
-            "size": {"min": smallest, "opt": list(size), "max": largest},
-            "divisor": 32,
-        },
-        "outputs": [{"name": name, "dtype": "float32", "shape": []} for name in outputs],
-        "preprocess": {
-            "resize": {"mode": "fit", "size": list(size)},
-            "mean": [0.0, 0.0, 0.0],
-            "std": [255.0, 255.0, 255.0],
-            "pad_value": 0,
-        },
-        "thresholds": {"score": 0.05, "mask": 0.5},
+        "input": input_spec(*sizes, batch=(1 if dynamic else batch, batch, batch), divisor=32),
+        "outputs": tuple(TensorSpec(name=name, dtype="float32", shape=()) for name in MANIFESTS[task].needs),
+        "preprocess": Preprocess(resize=Fit(size=size), mean=(0.0,) * 3, std=(255.0,) * 3),
         "target": "onnxruntime",
         "precision": "fp32",
-        "nodes": {"before": 0, "after": 0},
-        "passes": [],
-        "verification": None,
-        **changes,
+        **OF_TASK[task],
     }
+    return MANIFESTS[task](**fields | changes)
 
 
 def detector(size: tuple[int, int], dynamic: bool = False, batch: int = 1) -> bytes:

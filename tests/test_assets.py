@@ -37,12 +37,12 @@ def test_there_are_eight_pictures_to_verify_on():
 def test_the_bundle_is_of_the_checkpoints_model(bundle):
     loaded = load_model(CHECKPOINT)
     assert loaded.config == get_config("meta-nano-mask-rcnn", num_classes=len(CLASSES))
-    assert bundle.manifest["model"]["config"] == config_to_dict(loaded.config)
+    assert bundle.manifest.model.config == config_to_dict(loaded.config)
     assert list(bundle.classes) == list(loaded.class_names) == list(CLASSES)
 
 
 def test_the_bundle_passed_todays_verification(bundle):
-    verification = bundle.manifest["verification"]
+    verification = bundle.manifest.verification
     assert verification["passed"]
     assert verification["stages"]["maps"]["tolerance"]["max_relative_error"] <= TOLERANCES["fp32"]["maps"]
 

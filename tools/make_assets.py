@@ -41,7 +41,7 @@ def main() -> None:
     config = get_config(NAME, num_classes=len(loaded.class_names))
     save_checkpoint(ASSETS / f"{NAME}.pth", loaded.model, config, loaded.class_names)
     bundle = export(ASSETS / f"{NAME}.pth", target="onnxruntime", out=ASSETS / "demo")
-    print(f"{bundle.path}: verified on {bundle.manifest['verification']['images']} images")
+    print(f"{bundle.path}: verified on {bundle.manifest.verification['images']} images")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -15,48 +14,39 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, TypeVar
 
-from meta_deploy.bundle.manifest import MANIFEST, OUTPUTS, SCHEMA, read_manifest, validate
+import msgspec
+
+from meta_deploy.bundle.manifest import (
+    MANIFEST,
+    DetectionManifest,
+    Engine,
+    FileEntry,
+    InputSpec,
+    Manifest,
+    Preprocess,
+    RawManifest,
+    from_dict,
+    read_manifest,
+    to_json,
+)
 from meta_deploy.errors import BundleError, InputError
 
 _CHUNK = 1 << 20
 _WRITING = threading.Lock()
-
-Size = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class InputSpec:
-    """What the model's input accepts: batch sizes, and (height, width) in pixels."""
-
-    name: str
-    batch_min: int
-    batch_opt: int
-    batch_max: int
-    size_min: Size
-    size_opt: Size
-    size_max: Size
-    divisor: int
-
-    @property
-    def static_batch(self) -> bool:
-        return self.batch_min == self.batch_max
-
-    @property
-    def static_size(self) -> bool:
-        return self.size_min == self.size_max
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Bundle:
     """An opened bundle: its manifest is valid and every file it lists had the sha256 it should have.
 
-    `path` is the folder; `manifest` the whole parsed manifest.json. Open one with `Bundle.open`.
+    `path` is the folder; `manifest` what manifest.json says. Open one with `Bundle.open`.
     """
 
     path: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Bundle:
@@ -68,9 +58,8 @@ class Bundle:
         if not os.fspath(path):
             raise BundleError("the bundle's path is empty; name a folder that meta-export wrote")
         path = Path(path)
-        bundle = cls(path, read_manifest(path))
-        validate(bundle.manifest, path)
-        for name in bundle.manifest["files"]:
+        bundle = cls(path, from_dict(read_manifest(path), path))
+        for name in bundle.manifest.files:
             with bundle._open_file(name) as stream:
                 bundle._compare(name, *_digest(stream))
         return bundle
@@ -81,7 +70,7 @@ class Bundle:
         Raises:
             BundleError: the manifest lists no such file, or the file is missing or altered.
         """
-        if name not in self.manifest["files"]:
+        if name not in self.manifest.files:
             raise BundleError(f"bundle '{self.path}' holds no {name}; export it again for this back end")
         with self._open_file(name) as stream:
             data = stream.read()
@@ -90,60 +79,62 @@ class Bundle:
 
     @property
     def task(self) -> str:
-        return self.manifest["task"]
+        return self.manifest.task
 
     @property
     def model_name(self) -> str:
-        return self.manifest["model"]["name"]
+        return self.manifest.model.name
 
     @property
     def classes(self) -> tuple[str, ...]:
-        return tuple(self.manifest["classes"])
+        """The names that labels are indices of; none for a raw bundle."""
+        return self.manifest.classes or ()
 
     @property
     def target(self) -> str:
-        return self.manifest["target"]
+        return self.manifest.target
 
     @property
     def precision(self) -> str:
-        return self.manifest["precision"]
+        return self.manifest.precision
 
     @property
-    def engine(self) -> dict[str, Any] | None:
-        """What the bundle's model.engine was built with and for; None without one."""
-        return self.manifest.get("engine")
+    def engine(self) -> Engine | None:
+        """What the bundle's engine was built with and for; None without one."""
+        return self.manifest.engine
 
     @property
-    def preprocess(self) -> dict[str, Any]:
-        return self.manifest["preprocess"]
+    def takes_images(self) -> bool:
+        """Whether the bundle says how an image becomes its input; a raw one may take arrays only."""
+        return self.manifest.preprocess is not None
+
+    @property
+    def input(self) -> InputSpec:
+        """The input that takes images. Raises InputError where the bundle takes arrays only."""
+        manifest = self.manifest
+        return self._of_images(manifest.image if isinstance(manifest, RawManifest) else manifest.input)
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """How an image becomes the input. Raises InputError where the bundle takes arrays only."""
+        return self._of_images(self.manifest.preprocess)
 
     @property
     def score_threshold(self) -> float:
-        return float(self.manifest.get("thresholds", {}).get("score", 0.0))
-
-    @property
-    def mask_threshold(self) -> float:
-        return float(self.manifest.get("thresholds", {}).get("mask", 0.5))
+        """The least score of a detection; 0 where results have none."""
+        return self.manifest.thresholds.score if isinstance(self.manifest, DetectionManifest) else 0.0
 
     @property
     def output_names(self) -> tuple[str, ...]:
         """The outputs that this task's results are made of."""
-        return OUTPUTS[self.task]
+        return self.manifest.output_names
 
-    @property
-    def input(self) -> InputSpec:
-        spec = self.manifest["input"]
-        batch, size = spec["batch"], spec["size"]
-        return InputSpec(
-            name=spec["name"],
-            batch_min=batch["min"],
-            batch_opt=batch["opt"],
-            batch_max=batch["max"],
-            size_min=tuple(size["min"]),
-            size_opt=tuple(size["opt"]),
-            size_max=tuple(size["max"]),
-            divisor=spec["divisor"],
-        )
+    def _of_images(self, value: _T | None) -> _T:
+        if value is None:
+            raise InputError(
+                f"bundle '{self.path}' takes arrays and says nothing of images; give it arrays by name"
+            )
+        return value
 
     def _open_file(self, name: str) -> BinaryIO:
         path = self.path / name
@@ -157,10 +148,10 @@ class Bundle:
             raise BundleError(f"cannot read '{path}': {error.strerror}; check its permissions") from error
 
     def _compare(self, name: str, sha256: str, size: int) -> None:
-        entry = self.manifest["files"][name]
-        if sha256 == entry["sha256"]:
+        entry = self.manifest.files[name]
+        if sha256 == entry.sha256:
             return
-        how = f"{size} bytes, not {entry['bytes']}" if size != entry["bytes"] else "its sha256 differs"
+        how = f"{size} bytes, not {entry.bytes}" if size != entry.bytes else "its sha256 differs"
         raise BundleError(
             f"'{self.path / name}' is not the file that was exported ({how}); copy or export it again"
         )
@@ -168,7 +159,7 @@ class Bundle:
 
 def write_bundle(
     out_dir: str | os.PathLike[str],
-    manifest: Mapping[str, Any],
+    manifest: Manifest,
     files: Mapping[str, str | os.PathLike[str] | bytes],
 ) -> Bundle:
     """Write a bundle so that `out_dir` holds either what it held before or the whole new bundle.
@@ -190,10 +181,10 @@ def write_bundle(
             _clear_leftovers(out)
             temp.mkdir()
             entries = {name: _store(source, temp, name) for name, source in files.items()}
-            whole = {"schema": SCHEMA, **manifest, "files": entries}
-            validate(whole, out)
-            text = json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-            _store(text.encode(), temp, MANIFEST)
+            # Through its JSON, as Structs check types when they are read and not when they are made.
+            content = msgspec.to_builtins(msgspec.structs.replace(manifest, files=entries))
+            manifest = from_dict(content, out)
+            _store(to_json(manifest).encode(), temp, MANIFEST)
             _sync_folder(temp)
             _swap(temp, out)
         except OSError as error:
@@ -207,7 +198,7 @@ def write_bundle(
             for folder in made:  # only those still empty go: nothing was put there
                 with contextlib.suppress(OSError):
                     folder.rmdir()
-    return Bundle(Path(out_dir), json.loads(text))
+    return Bundle(Path(out_dir), manifest)
 
 
 def check_out_dir(out_dir: str | os.PathLike[str]) -> Path:
@@ -273,7 +264,7 @@ def _digest(stream: BinaryIO, copy_to: BinaryIO | None = None) -> tuple[str, int
     return sha.hexdigest(), size
 
 
-def _store(source: str | os.PathLike[str] | bytes, folder: Path, name: str) -> dict[str, Any]:
+def _store(source: str | os.PathLike[str] | bytes, folder: Path, name: str) -> FileEntry:
     """Write one file and make it durable; returns its manifest entry."""
     with open(folder / name, "xb") as out:
         if isinstance(source, bytes):
@@ -283,7 +274,7 @@ def _store(source: str | os.PathLike[str] | bytes, folder: Path, name: str) -> d
                 sha256, size = _digest(stream, copy_to=out)
         out.flush()
         os.fsync(out.fileno())
-    return {"sha256": sha256, "bytes": size}
+    return FileEntry(sha256=sha256, bytes=size)
 
 
 def _make_parents(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The manifest of a bundle: its schema, and the check that this version can run what it says.
+"""The manifest of a bundle: its schema, stated here and nowhere else, read from JSON and written to it.
 
 Knows JSON and field names; must not know the other files of a bundle.
 """
@@ -7,27 +7,338 @@ from __future__ import annotations
 
 import json
 import re
-import unicodedata
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
+
+import msgspec
+from msgspec import Meta, Struct
 
 from meta_deploy.errors import BundleError
 
 SCHEMA = 1
-# What the runtime needs of each task's graph, by name.
-_DETECTIONS = ("num_detections", "boxes", "scores", "labels")
-OUTPUTS = {
-    "instance-segmentation": (*_DETECTIONS, "masks"),
-    "detection": _DETECTIONS,
-    "semantic-segmentation": ("logits",),
-}
-ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")  # bundles with a model.engine, and an `engine` about it
 MANIFEST = "manifest.json"
+ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")  # bundles with a model.engine, and an `engine` about it
 MAX_MANIFEST_BYTES = 64 << 20
-MAX_REAL, MIN_STD = 1e6, 1e-6
-MAX_EDGE, MAX_BATCH = 65536, 4096
-MAX_CLASSES, MAX_NAME = 32767, 200  # class maps are int16
+MAX_CLASSES = 32767  # class maps are int16
+
+# A line that a picture, a terminal and a file can hold: no control characters, no half characters.
+_LINE = r"^(?=.*\S)[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+\Z"
+Text: TypeAlias = Annotated[str, Meta(min_length=1)]
+Line: TypeAlias = Annotated[str, Meta(max_length=200, pattern=_LINE)]
+Real: TypeAlias = Annotated[float, Meta(ge=-1e6, le=1e6)]
+Deviation: TypeAlias = Annotated[float, Meta(ge=1e-6, le=1e6)]
+Edge: TypeAlias = Annotated[int, Meta(ge=1, le=65536)]
+Images: TypeAlias = Annotated[int, Meta(ge=1, le=4096)]
+Count: TypeAlias = Annotated[int, Meta(ge=0)]
+Size: TypeAlias = tuple[Edge, Edge]
+Dims: TypeAlias = tuple[Annotated[int, Meta(ge=0, le=2**31 - 1)], ...]
+Capability: TypeAlias = Annotated[str, Meta(pattern=r"^[0-9]{1,3}\.[0-9]{1,3}\Z")]
+
+
+class Profile(Struct, frozen=True):
+    """The least, the usual and the largest shape of an input."""
+
+    name: str
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
+
+
+# --- inputs and outputs -------------------------------------------------------------------------------------
+
+
+class BatchRange(Struct, frozen=True, kw_only=True):
+    """Images a call."""
+
+    min: Images
+    opt: Images
+    max: Images
+
+    def __post_init__(self) -> None:
+        _check_order(self.min <= self.opt <= self.max)
+
+
+class SizeRange(Struct, frozen=True, kw_only=True):
+    """(height, width) in pixels."""
+
+    min: Size
+    opt: Size
+    max: Size
+
+    def __post_init__(self) -> None:
+        _check_order(_within(self.min, self.opt) and _within(self.opt, self.max))
+
+
+class InputSpec(Struct, frozen=True, kw_only=True):
+    """The input of images, (B, 3, H, W): the batches and the sizes that it takes.
+
+    `divisor` divides every height and width.
+    """
+
+    name: Text
+    dtype: Literal["float32"] = "float32"
+    batch: BatchRange
+    size: SizeRange
+    divisor: Edge
+
+    def __post_init__(self) -> None:
+        if any(edge % self.divisor for edge in (*self.size.min, *self.size.max)):
+            raise ValueError(f"an input size that {self.divisor} does not divide")
+
+    @property
+    def static_batch(self) -> bool:
+        return self.batch.min == self.batch.max
+
+    @property
+    def static_size(self) -> bool:
+        return self.size.min == self.size.max
+
+    @property
+    def profile(self) -> Profile:
+        """The least, the usual and the largest shape."""
+        batch, size = self.batch, self.size
+        return Profile(
+            self.name, (batch.min, 3, *size.min), (batch.opt, 3, *size.opt), (batch.max, 3, *size.max)
+        )
+
+
+class RawInput(Struct, frozen=True, kw_only=True):
+    """An input of any graph: numpy's name of its type, its shape, and the range of what is a name in it."""
+
+    name: Text
+    dtype: Text
+    shape: tuple[int | str, ...]
+    min: Dims
+    opt: Dims
+    max: Dims
+
+    def __post_init__(self) -> None:
+        dims = list(zip(self.shape, self.min, self.opt, self.max, strict=False))
+        if not len(self.shape) == len(self.min) == len(self.opt) == len(self.max):
+            raise ValueError("min, opt and max of other lengths than its shape")
+        _check_order(all(low <= opt <= high for _, low, opt, high in dims))
+        if any(low != dim or dim != high for dim, low, _, high in dims if isinstance(dim, int)):
+            raise ValueError("min and max that are not its shape")
+
+    @property
+    def profile(self) -> Profile:
+        return Profile(self.name, self.min, self.opt, self.max)
+
+
+class TensorSpec(Struct, frozen=True, kw_only=True):
+    """An output. `dtype` is numpy's name; a dimension that is known at run time only has a name."""
+
+    name: Text
+    dtype: Text
+    shape: tuple[int | str, ...]
+
+
+# --- preprocessing ------------------------------------------------------------------------------------------
+
+
+class Fit(Struct, frozen=True, kw_only=True, tag_field="mode", tag="fit"):
+    """Resized to fit into `size`, its ratio kept, and padded."""
+
+    size: Size
+
+
+class Edges(Struct, frozen=True, kw_only=True, tag_field="mode", tag="edges"):
+    """Resized so that neither edge is longer than `long` and `short` say, its ratio kept, and padded."""
+
+    long: Edge
+    short: Edge
+
+
+class Stretch(Struct, frozen=True, kw_only=True, tag_field="mode", tag="stretch"):
+    """Resized to exactly `size`, whatever its ratio."""
+
+    size: Size
+
+
+class Preprocess(Struct, frozen=True, kw_only=True):
+    """From an RGB image of values 0 to 255 to the network's input: resize, (x - mean) / std, pad.
+
+    `mean` and `std` are in the order of `channels`.
+    """
+
+    resize: Fit | Edges | Stretch
+    mean: tuple[Real, Real, Real]
+    std: tuple[Deviation, Deviation, Deviation]
+    pad_value: Real = 0.0
+    channels: Literal["rgb", "bgr"] = "rgb"
+
+
+class Thresholds(Struct, frozen=True, kw_only=True):
+    """The least score of a detection, and the least probability of a pixel of its mask."""
+
+    score: Annotated[float, Meta(ge=0, le=1)]
+    mask: Annotated[float, Meta(gt=0, lt=1)] = 0.5
+
+
+# --- what was built -----------------------------------------------------------------------------------------
+
+
+class _Engine(Struct, frozen=True, kw_only=True, tag_field="library"):
+    @property
+    def library(self) -> str:
+        return str(self.__struct_config__.tag)
+
+
+class TensorRTEngine(_Engine, frozen=True, kw_only=True, tag="tensorrt"):
+    """What model.engine was built with and for, and what its build's log tells of it (None: it does not).
+
+    `gpu` is the one GPU model that it is for (None: no such bond); `compute_capabilities` those that it is
+    for (empty: all that the library knows); `kernels` the layers of each kind, by type.
+    """
+
+    version: Line
+    gpu: Line | None
+    compute_capabilities: tuple[Capability, ...]
+    tf32: bool = False
+    layers: int | None = None
+    generated_kernels: int | None = None
+    fused_attention: int | None = None
+    attention: int | None = None
+    kernels: dict[str, dict[str, int]] = {}
+    activation_mb: float | None = None
+    weights_mb: float | None = None
+    plan_mb: float | None = None
+    seconds: float | None = None
+
+
+class TensorRTRTXEngine(TensorRTEngine, frozen=True, kw_only=True, tag="tensorrt-rtx"):
+    """The same, of TensorRT-RTX."""
+
+
+class OpenVINOModel(_Engine, frozen=True, kw_only=True, tag="openvino"):
+    """What model.xml was written with, and the precision that it is to be run in."""
+
+    version: Line
+    precision_hint: Literal["f32", "f16", "bf16"]
+    nodes: int | None = None
+
+
+Engine: TypeAlias = TensorRTEngine | TensorRTRTXEngine | OpenVINOModel
+_LIBRARIES = tuple(engine.__struct_config__.tag for engine in get_args(Engine))
+
+
+class PassRow(Struct, frozen=True, kw_only=True):
+    """What a graph pass did: changes, and nodes, moves (Transpose, Reshape) and bytes moved around it."""
+
+    name: Text
+    changes: Count
+    nodes_before: Count
+    nodes_after: Count
+    moves_before: Count
+    moves_after: Count
+    bytes_before: Count = 0
+    bytes_after: Count = 0
+    bytes_exact: bool = False
+    seconds: float = 0.0
+
+
+class Nodes(Struct, frozen=True, kw_only=True):
+    """Nodes of the graph before and after all passes."""
+
+    before: Count
+    after: Count
+
+
+class FileEntry(Struct, frozen=True, kw_only=True):
+    """What a file of the bundle has to be."""
+
+    sha256: Text
+    bytes: Count
+
+
+class ModelInfo(Struct, frozen=True, kw_only=True):
+    """The model's name, and its configuration where it is one of ours."""
+
+    name: Line
+    config: dict[str, Any] | None = None
+
+
+# --- the whole ----------------------------------------------------------------------------------------------
+
+
+class _Manifest(Struct, frozen=True, kw_only=True, tag_field="task"):
+    """What manifests of all tasks have; of what is for people only, anything may be absent."""
+
+    schema: int = SCHEMA
+    created_by: dict[str, str] = {}
+    model: ModelInfo
+    target: Line
+    precision: Line
+    operators: str | None = None
+    outputs: tuple[TensorSpec, ...]
+    files: dict[str, FileEntry] = {}
+    parameters: Count = 0
+    nodes: Nodes | None = None
+    passes: tuple[PassRow, ...] = ()
+    conversion: dict[str, Any] | None = None
+    verification: dict[str, Any] | None = None
+    seconds: dict[str, float] = {}
+    peak_rss_mb: int | None = None
+    engine: Engine | None = None
+
+    @property
+    def task(self) -> str:
+        return str(self.__struct_config__.tag)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """The outputs that results are made of."""
+        return tuple(output.name for output in self.outputs)
+
+
+class _ImageManifest(_Manifest, frozen=True, kw_only=True):
+    needs: ClassVar[tuple[str, ...]]  # outputs of the graph, by name
+
+    input: InputSpec
+    preprocess: Preprocess
+    classes: Annotated[tuple[Line, ...], Meta(min_length=1, max_length=MAX_CLASSES)]
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        return self.needs
+
+
+class DetectionManifest(_ImageManifest, frozen=True, kw_only=True, tag="detection"):
+    """Boxes without masks."""
+
+    needs: ClassVar[tuple[str, ...]] = ("num_detections", "boxes", "scores", "labels")
+    thresholds: Thresholds
+
+
+class InstanceSegmentationManifest(DetectionManifest, frozen=True, kw_only=True, tag="instance-segmentation"):
+    """Boxes, each with a mask."""
+
+    needs: ClassVar[tuple[str, ...]] = (*DetectionManifest.needs, "masks")
+
+
+class SemanticSegmentationManifest(_ImageManifest, frozen=True, kw_only=True, tag="semantic-segmentation"):
+    """A class for every pixel."""
+
+    needs: ClassVar[tuple[str, ...]] = ("logits",)
+
+
+class RawManifest(_Manifest, frozen=True, kw_only=True, tag="raw"):
+    """Any graph: named arrays in and out.
+
+    `image` is the input that takes an image, prepared by `preprocess`; both are None where none does.
+    """
+
+    inputs: Annotated[tuple[RawInput, ...], Meta(min_length=1)]
+    image: InputSpec | None = None
+    preprocess: Preprocess | None = None
+    classes: None = None
+
+
+Manifest: TypeAlias = (
+    DetectionManifest | InstanceSegmentationManifest | SemanticSegmentationManifest | RawManifest
+)
+
+MANIFESTS: dict[str, Any] = {manifest.__struct_config__.tag: manifest for manifest in get_args(Manifest)}
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -49,134 +360,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-# One line a field, then what holds between fields.
+def from_dict(content: dict[str, Any], path: Path) -> Manifest:
+    """The manifest of the bundle at `path`, from its parsed JSON. Touches no file.
 
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_REAL
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_batch(value: Any) -> bool:
-    return _is_count(value) and value <= MAX_BATCH
-
-
-def _is_edge(value: Any) -> bool:
-    return _is_count(value) and value <= MAX_EDGE
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_is_edge, value))
-
-
-def _is_triple(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(map(_is_number, value))
-
-
-def _is_class_name(value: Any) -> bool:
-    """Text that a line, a picture and a file can hold: no control characters, no half characters."""
-    return (
-        _is_text(value)
-        and 0 < len(value.strip()) <= MAX_NAME
-        and not any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in value)
-    )
-
-
-def _is_names(value: Any) -> bool:
-    return isinstance(value, list) and 0 < len(value) <= MAX_CLASSES and all(map(_is_class_name, value))
-
-
-def _is_outputs(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(v, dict) and _is_text(v.get("name")) for v in value)
-
-
-def _is_line(value: Any) -> bool:
-    return _is_class_name(value)
-
-
-def _is_capabilities(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(v, str) and re.fullmatch(r"[0-9]{1,3}\.[0-9]{1,3}", v) for v in value
-    )
-
-
-def _one_of(*values: str) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, str) and value in values
-
-
-_FIELDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("task", _one_of(*OUTPUTS), f"one of {', '.join(OUTPUTS)}"),
-    ("model.name", _is_text, "a name"),
-    ("classes", _is_names, f"a list of class names, each a line of at most {MAX_NAME} characters"),
-    ("input.name", _is_text, "a name"),
-    ("input.dtype", _one_of("float32"), "float32"),
-    ("input.batch.min", _is_batch, f"a whole number from 1 to {MAX_BATCH}"),
-    ("input.batch.opt", _is_batch, f"a whole number from 1 to {MAX_BATCH}"),
-    ("input.batch.max", _is_batch, f"a whole number from 1 to {MAX_BATCH}"),
-    ("input.size.min", _is_size, "[height, width]"),
-    ("input.size.opt", _is_size, "[height, width]"),
-    ("input.size.max", _is_size, "[height, width]"),
-    ("input.divisor", _is_edge, "a positive whole number"),
-    ("outputs", _is_outputs, "a list of objects with a name"),
-    ("preprocess.resize.mode", _one_of("fit", "edges"), "fit or edges"),
-    ("preprocess.mean", _is_triple, "three numbers"),
-    ("preprocess.std", lambda v: _is_triple(v) and min(v) >= MIN_STD, "three positive numbers"),
-    ("preprocess.pad_value", _is_number, "a number"),
-    ("target", _is_text, "a name"),
-    ("precision", _is_text, "a name"),
-    ("files", lambda v: isinstance(v, dict) and len(v) > 0, "an object with at least one file"),
-)
-_FIT_FIELDS = (("preprocess.resize.size", _is_size, "[height, width]"),)
-_EDGES_FIELDS = (
-    ("preprocess.resize.long", _is_edge, "a positive whole number"),
-    ("preprocess.resize.short", _is_edge, "a positive whole number"),
-)
-_SCORE_FIELDS = (("thresholds.score", lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1"),)
-_MASK_FIELDS = (("thresholds.mask", lambda v: _is_number(v) and 0 < v < 1, "a number between 0 and 1"),)
-_ENGINE_FIELDS = (
-    ("engine.version", _is_line, "a version"),
-    ("engine.gpu", lambda v: v is None or _is_line(v), "a GPU's name or null"),
-    ("engine.compute_capabilities", _is_capabilities, 'a list such as ["8.6"]'),
-)
-_ABSENT = object()
-
-
-def validate(manifest: dict[str, Any], path: Path) -> None:
-    """Raise BundleError unless the manifest is one that this version can run. Touches no other file."""
-    _check_schema(manifest, path)
-    _check_fields(manifest, path, _FIELDS)
-    given = {output["name"] for output in manifest["outputs"]}
-    if absent := [name for name in OUTPUTS[manifest["task"]] if name not in given]:
-        raise BundleError(f"the manifest of bundle '{path}' lacks the output '{absent[0]}'; export it again")
-    resize = manifest["preprocess"]["resize"]
-    _check_fields(manifest, path, _FIT_FIELDS if resize["mode"] == "fit" else _EDGES_FIELDS)
-    if manifest["task"] != "semantic-segmentation":
-        _check_fields(manifest, path, _SCORE_FIELDS)
-    if manifest["task"] == "instance-segmentation":
-        _check_fields(manifest, path, _MASK_FIELDS)
-    _check_ranges(manifest["input"], resize, path)
-    if manifest["target"] in ENGINE_TARGETS:
-        validate_engine(manifest.get("engine"), manifest["target"], path)
-    for name, entry in manifest["files"].items():
-        _check_file_entry(name, entry, path)
-
-
-def validate_engine(engine: Any, library: str, path: Path) -> None:
-    """Raise BundleError unless `engine`, a manifest's section, says what an engine of `library` is for."""
-    fields = (("engine.library", _one_of(library), library), *_ENGINE_FIELDS)
-    _check_fields({"engine": engine}, path, fields)
-
-
-def _check_schema(manifest: dict[str, Any], path: Path) -> None:
-    schema: Any = manifest.get("schema")
-    if not _is_count(schema):
+    Raises:
+        BundleError: a newer schema, a field that is missing or wrong, or fields that do not fit each other.
+    """
+    schema = content.get("schema")
+    if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
         raise BundleError(
             f"'{path}' is not a bundle: its {MANIFEST} gives no schema; write one with meta-export"
         )
@@ -185,48 +376,83 @@ def _check_schema(manifest: dict[str, Any], path: Path) -> None:
             f"bundle '{path}' has manifest schema {schema}, and this meta-deploy reads up to {SCHEMA}; "
             "upgrade meta-deploy, or export the bundle with this version"
         )
+    manifest: Manifest = _convert(content, Manifest, "", path)
+    if problem := _problem(manifest):
+        raise BundleError(f"the manifest of bundle '{path}' {problem}; export it again")
+    return manifest
 
 
-def _check_fields(manifest: dict[str, Any], path: Path, fields: Any) -> None:
-    for dotted, accepts, expected in fields:
-        value: Any = manifest
-        for key in dotted.split("."):
-            value = value.get(key, _ABSENT) if isinstance(value, dict) else _ABSENT
-        if value is _ABSENT:
-            raise BundleError(f"the manifest of bundle '{path}' lacks '{dotted}'; export it again")
-        if not accepts(value):
-            shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
-            raise BundleError(
-                f"the manifest of bundle '{path}' has {shown} for '{dotted}', not {expected}; export it again"
-            )
+def to_json(manifest: Manifest) -> str:
+    """The text of manifest.json."""
+    return json.dumps(msgspec.to_builtins(manifest), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _check_ranges(spec: dict[str, Any], resize: dict[str, Any], path: Path) -> None:
-    batch, size = spec["batch"], spec["size"]
-    ordered = batch["min"] <= batch["opt"] <= batch["max"] and all(
-        size["min"][i] <= size["opt"][i] <= size["max"][i] for i in (0, 1)
-    )
+def read_engine(section: Any, path: Path) -> Engine:
+    """An `engine` section, from its parsed JSON, of a bundle. Raises BundleError if it is none."""
+    return _convert(section, Engine, "engine", path)
+
+
+def _convert(content: Any, type_: Any, name: str, path: Path) -> Any:
+    """`content` as a Struct. Errors name the field, with dots, below `name`."""
+    try:
+        return msgspec.convert(content, type_)
+    except msgspec.ValidationError as error:
+        raise BundleError(
+            f"the manifest of bundle '{path}' {_said(error, content, name)}; export it again"
+        ) from error
+
+
+def _said(error: msgspec.ValidationError, content: Any, name: str) -> str:
+    """What is wrong, from msgspec's "reason - at `$.field[0].other`"."""
+    reason, _, place = str(error).partition(" - at `$")
+    place = place.rstrip("`")
+    dotted = f"{name}{place}".lstrip(".")
+    if absent := re.match("Object missing required field `(.*)`", reason):
+        return f"lacks '{f'{dotted}.{absent[1]}'.lstrip('.')}'"
+    if error.__cause__ is not None:  # of a __post_init__
+        return f"has {reason} in '{dotted}'"
+    value = content
+    for step in re.findall(r"[^.\[\]]+|\.\.\.", place):
+        if step == "...":  # an entry of a dictionary: msgspec does not tell which
+            return f"has a wrong value for '{dotted}' ({reason})"
+        value = value[int(step) if isinstance(value, list) else step]
+    shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+    if repr(_LINE) in reason:
+        reason = "Expected a line of printable text"
+    return f"has {shown} for '{dotted}' ({reason[0].lower()}{reason[1:]})"
+
+
+def _problem(manifest: Manifest) -> str | None:
+    """What holds between fields and does not here."""
+    names = {output.name for output in manifest.outputs}
+    if absent := [name for name in manifest.output_names if name not in names]:
+        return f"lacks the output '{absent[0]}'"
+    spec = manifest.image if isinstance(manifest, RawManifest) else manifest.input
+    if isinstance(manifest, RawManifest):
+        if (spec is None) != (manifest.preprocess is None):
+            return "has one of 'image' and 'preprocess' without the other"
+        if spec is not None and spec.name not in {value.name for value in manifest.inputs}:
+            return f"lacks the input '{spec.name}', which 'image' names"
+    resize = manifest.preprocess and manifest.preprocess.resize
+    if spec and isinstance(resize, (Fit, Stretch)) and not _within(resize.size, spec.size.max):
+        return "resizes to more than its largest input"
+    if manifest.target in _LIBRARIES:
+        if manifest.engine is None:
+            return f"lacks 'engine', which a bundle for {manifest.target} has"
+        if manifest.engine.library != manifest.target:
+            return f"has '{manifest.engine.library}' for 'engine.library', and is for {manifest.target}"
+    if not manifest.files:
+        return "has no entry for 'files'"
+    for name in manifest.files:
+        if name in ("", ".", "..", MANIFEST) or set(name) & set("/\\:") or not name.isprintable():
+            return f"lists {name!r}, which is not a plain file name"
+    return None
+
+
+def _within(size: Size, largest: Size) -> bool:
+    return size[0] <= largest[0] and size[1] <= largest[1]
+
+
+def _check_order(ordered: bool) -> None:
     if not ordered:
-        raise BundleError(
-            f"the manifest of bundle '{path}' has min, opt and max out of order; export it again"
-        )
-    if any(edge % spec["divisor"] for key in ("min", "max") for edge in size[key]):
-        raise BundleError(
-            f"the manifest of bundle '{path}' has an input size that {spec['divisor']} does not divide; "
-            "export it again"
-        )
-    if resize["mode"] == "fit" and any(resize["size"][i] > size["max"][i] for i in (0, 1)):
-        raise BundleError(
-            f"the manifest of bundle '{path}' resizes to more than its largest input; export it again"
-        )
-
-
-def _check_file_entry(name: str, entry: Any, path: Path) -> None:
-    plain = name not in ("", ".", "..", MANIFEST) and not set(name) & set("/\\:\0")
-    if not plain:
-        raise BundleError(f"the manifest of bundle '{path}' lists {name!r}, which is not a plain file name")
-    known = isinstance(entry, dict) and _is_text(entry.get("sha256")) and isinstance(entry.get("bytes"), int)
-    if not known:
-        raise BundleError(
-            f"the manifest of bundle '{path}' gives no sha256 and bytes for {name}; export it again"
-        )
+        raise ValueError("min, opt and max out of order")

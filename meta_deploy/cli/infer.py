@@ -116,7 +116,7 @@ def _infer(args: Namespace) -> int:
     with folder_for(out) as folder, CocoFile(args.coco_json, sources) as coco, _open(args) as predictor:
         intro = f"meta-infer: runs on {predictor.runs_on}" if args.backend == "auto" else None
         report = Report(sources, as_json=args.json, intro=intro)
-        batch = args.batch or predictor.bundle.input.batch_opt
+        batch = args.batch or predictor.bundle.input.batch.opt
         with Overlays(folder, sources) as overlays, report:
             for frame in predict(predictor, sources, batch):
                 if frame.result is None:
@@ -144,7 +144,7 @@ def _open(args: Namespace) -> Predictor:
         bundle = _rebuilt(DEMO_BUNDLE if args.model is None else args.model, args.backend)
         backend = "tensorrt"
     predictor = Predictor(bundle, backend, threshold, args.threads)
-    most = predictor.bundle.input.batch_max
+    most = predictor.bundle.input.batch.max
     if args.batch and args.batch > most:
         fixed = predictor.bundle.input.static_batch
         option = (

@@ -15,7 +15,7 @@ import onnx
 import torch
 from torch import nn
 
-from meta_deploy.bundle.bundle import InputSpec
+from meta_deploy.bundle.manifest import InputSpec
 from meta_deploy.export.operators import TRANSLATIONS
 from meta_deploy.models.registry import MaskRCNNConfig, ModelConfig
 
@@ -45,8 +45,8 @@ def export_onnx(model: nn.Module, spec: InputSpec, operators: str = "native") ->
         The literal graph. After the outputs named by `output_names` come the intermediate stages that
         `model(images, stages=True)` adds, for verification; `drop_outputs` removes them.
     """
-    batch = spec.batch_opt if spec.static_batch else max(spec.batch_opt, 2)
-    height, width = spec.size_opt if spec.static_size else TRACED_SIZE
+    batch = spec.batch.opt if spec.static_batch else max(spec.batch.opt, 2)
+    height, width = spec.size.opt if spec.static_size else TRACED_SIZE
     images = torch.zeros(batch, 3, height, width)
     with torch.no_grad(), quiet():
         program = torch.export.export(
@@ -77,9 +77,9 @@ def export_onnx(model: nn.Module, spec: InputSpec, operators: str = "native") ->
 def _dynamic_shapes(spec: InputSpec):
     dims: dict[int, object] = {}
     if not spec.static_batch:
-        dims[0] = torch.export.Dim("batch", min=1, max=spec.batch_max)
+        dims[0] = torch.export.Dim("batch", min=1, max=spec.batch.max)
     if not spec.static_size:
-        for axis, name, largest in ((2, "height", spec.size_max[0]), (3, "width", spec.size_max[1])):
+        for axis, name, largest in ((2, "height", spec.size.max[0]), (3, "width", spec.size.max[1])):
             unit = torch.export.Dim(f"{name}_units", min=1, max=max(largest, *TRACED_SIZE) // DIVISOR)
             dims[axis] = DIVISOR * unit
     return {"images": dims, "stages": None} if dims else None

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import cv2
 import numpy as np
 
-from meta_deploy.bundle.bundle import InputSpec, Size
+from meta_deploy.bundle.manifest import Fit, InputSpec, Preprocess, Size, Stretch
 
 
 @dataclass(frozen=True)
@@ -34,13 +33,14 @@ class Placement:
 class Preprocessor:
     """Makes a batch of images into one float32 array (B, 3, H, W), with their placements."""
 
-    def __init__(self, spec: InputSpec, rules: dict[str, Any]):
+    def __init__(self, spec: InputSpec, rules: Preprocess):
         """`spec` gives the sizes the network takes; `rules` are the manifest's `preprocess`."""
         self.spec = spec
-        self.resize = rules["resize"]
-        self.pad_value = float(rules["pad_value"])
-        self.mean = np.array(rules["mean"], np.float32)
-        self.inverse_std = np.float32(1) / np.array(rules["std"], np.float32)
+        self.resize = rules.resize
+        self.pad_value = rules.pad_value
+        self.order = (0, 1, 2) if rules.channels == "rgb" else (2, 1, 0)
+        self.mean = np.array(rules.mean, np.float32)
+        self.inverse_std = np.float32(1) / np.array(rules.std, np.float32)
 
     def __call__(self, images: Sequence[np.ndarray]) -> tuple[np.ndarray, list[Placement]]:
         """RGB uint8 images (H, W, 3) of any sizes, to the batch and one placement an image."""
@@ -53,13 +53,13 @@ class Preprocessor:
 
     def place(self, height: int, width: int) -> Placement:
         """Where an image of this size would lie."""
-        largest = self.spec.size_max
-        if self.resize["mode"] == "fit":
-            target = self.resize["size"]
-            scale = min(target[0] / height, target[1] / width)
+        rule, largest = self.resize, self.spec.size.max
+        if isinstance(rule, Stretch):
+            return Placement((height, width), rule.size)
+        if isinstance(rule, Fit):
+            scale = min(rule.size[0] / height, rule.size[1] / width)
         else:
-            long, short = max(height, width), min(height, width)
-            scale = min(self.resize["long"] / long, self.resize["short"] / short)
+            scale = min(rule.long / max(height, width), rule.short / min(height, width))
             scale = min(scale, largest[0] / height, largest[1] / width)
         resized = tuple(max(1, int(edge * scale + 0.5)) for edge in (height, width))
         return Placement((height, width), (resized[0], resized[1]))
@@ -67,19 +67,19 @@ class Preprocessor:
     def padded_size(self, placements: Sequence[Placement]) -> Size:
         """The input size (H, W) that holds all: the static one, or the next multiple of the divisor."""
         if self.spec.static_size:
-            return self.spec.size_max
+            return self.spec.size.max
         needed = [max(p.resized[i] for p in placements) for i in (0, 1)]
         rounded = [-(-edge // self.spec.divisor) * self.spec.divisor for edge in needed]
-        return max(rounded[0], self.spec.size_min[0]), max(rounded[1], self.spec.size_min[1])
+        return max(rounded[0], self.spec.size.min[0]), max(rounded[1], self.spec.size.min[1])
 
     def _fill(self, image: np.ndarray, placement: Placement, out: np.ndarray) -> None:
         """Write one image into its (3, H, W) part of the batch."""
         height, width = placement.resized
         if placement.resized != placement.original:
             image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
-        for channel in range(3):
+        for channel, source in enumerate(self.order):
             plane = out[channel, :height, :width]
-            np.subtract(image[:, :, channel], self.mean[channel], out=plane, dtype=np.float32)
+            np.subtract(image[:, :, source], self.mean[channel], out=plane, dtype=np.float32)
             plane *= self.inverse_std[channel]
         out[:, height:] = self.pad_value
         out[:, :height, width:] = self.pad_value

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from meta_deploy.bundle.bundle import Bundle, Size
+from meta_deploy.bundle.bundle import Bundle
+from meta_deploy.bundle.manifest import Size
 from meta_deploy.errors import BackendError, BundleError, InputError
 from meta_deploy.imaging.images import ImageLike, read_image
 from meta_deploy.imaging.preprocess import Placement, Preprocessor
@@ -88,7 +89,7 @@ class Predictor:
             ImageError: one of them cannot be read.
         """
         results: list[Result] = []
-        size = self.bundle.input.batch_max
+        size = self.bundle.input.batch.max
         for start in range(0, len(images), size):
             results.extend(self._group(images[start : start + size]))
         return results
@@ -116,7 +117,7 @@ class Predictor:
 
     def _padded(self, batch: np.ndarray) -> np.ndarray:
         """The batch, filled up with zeros to the least that the graph takes."""
-        lacking = self.bundle.input.batch_min - len(batch)
+        lacking = self.bundle.input.batch.min - len(batch)
         if lacking <= 0:
             return batch
         return np.concatenate([batch, np.zeros((lacking, *batch.shape[1:]), np.float32)])
@@ -129,7 +130,11 @@ class Predictor:
             if name in outputs:
                 self._check_finite(outputs[name][index, :count])
         found = postprocess.detections(
-            outputs, index, placement, self.score_threshold, self.bundle.mask_threshold
+            outputs,
+            index,
+            placement,
+            self.score_threshold,
+            self.bundle.manifest.thresholds.mask,  # type: ignore[union-attr]
         )
         self._check_classes(int(found.labels.max(initial=-1)) + 1)
         return Detections(

@@ -67,8 +67,7 @@ class Contract:
 
     def check_range(self, least: Sequence[int], most: Sequence[int]) -> None:
         """That every input the manifest promises is one that the model takes. Raises BackendError."""
-        spec = self._spec
-        smallest, largest = (spec.batch_min, 3, *spec.size_min), (spec.batch_max, 3, *spec.size_max)
+        smallest, largest = self._spec.profile.min, self._spec.profile.max
         below = all(given <= wanted for given, wanted in zip(least, smallest, strict=True))
         if not below or not all(given >= wanted for given, wanted in zip(most, largest, strict=True)):
             raise BackendError(
@@ -87,9 +86,9 @@ class Contract:
         """The sizes known beforehand; None: the model must not fix it."""
         spec = self._spec
         return {
-            "batch": spec.batch_max if spec.static_batch else None,
-            "height": spec.size_max[0] if spec.size_min[0] == spec.size_max[0] else None,
-            "width": spec.size_max[1] if spec.size_min[1] == spec.size_max[1] else None,
+            "batch": spec.batch.max if spec.static_batch else None,
+            "height": spec.size.max[0] if spec.size.min[0] == spec.size.max[0] else None,
+            "width": spec.size.max[1] if spec.size.min[1] == spec.size.max[1] else None,
             "classes": self._classes,
         }
 

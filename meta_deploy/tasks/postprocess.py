@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from meta_deploy.bundle.bundle import Size
+from meta_deploy.bundle.manifest import Size
 from meta_deploy.imaging.preprocess import Placement
 from meta_deploy.tasks.masks import Mask
 

@@ -3,19 +3,23 @@
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+from msgspec.structs import replace
 
 from meta_deploy.bundle import bundle as module
 from meta_deploy.bundle.bundle import Bundle, check_out_dir, write_bundle
+from meta_deploy.bundle.manifest import Thresholds
 from meta_deploy.errors import BundleError, InputError
-from tests.bundles_by_hand import CLASSES, manifest
+from tests.bundles_by_hand import CLASSES, input_spec, manifest
 
 MANIFEST = manifest("instance-segmentation", (64, 64))
+BOXES = {"name": "boxes", "dtype": "float32", "shape": [1, 5, 4]}
 
 
 @pytest.fixture
@@ -43,22 +47,23 @@ def test_a_written_bundle_opens_and_gives_back_what_was_put_in(written):
     bundle = Bundle.open(written.path)
     assert bundle.manifest == written.manifest
     assert bundle.read("model.onnx") == b"weights"
-    assert bundle.classes == tuple(CLASSES)
+    assert bundle.classes == CLASSES
     assert (bundle.task, bundle.model_name, bundle.target) == (
         "instance-segmentation",
         "by-hand",
         "onnxruntime",
     )
-    assert bundle.input.size_max == (64, 64)
+    assert bundle.input.size.max == (64, 64)
     assert bundle.input.static_size
-    assert (bundle.score_threshold, bundle.mask_threshold) == (0.05, 0.5)
+    assert bundle.manifest.thresholds == Thresholds(score=0.05, mask=0.5)
+    assert bundle.score_threshold == 0.05
 
 
 def test_files_are_copied_from_paths_with_their_sha256(tmp_path):
     source = tmp_path / "any-name"
     source.write_bytes(b"x" * 3_000_000)
     bundle = write_bundle(tmp_path / "b", MANIFEST, {"model.onnx": source})
-    assert bundle.manifest["files"]["model.onnx"]["bytes"] == 3_000_000
+    assert bundle.manifest.files["model.onnx"].bytes == 3_000_000
     assert bundle.read("model.onnx") == source.read_bytes()
 
 
@@ -99,43 +104,104 @@ def test_a_file_altered_after_opening_is_not_used(written):
         ({"task": ["detection"]}, "for 'task'"),
         ({"classes": []}, "for 'classes'"),
         ({"input": None}, "lacks 'input"),
-        ({"input": 3}, "lacks 'input"),
+        ({"input": 3}, "3 for 'input' .*object"),
         ({"input__dtype": "float16"}, "'float16' for 'input.dtype'"),
-        ({"input__batch__opt": 0}, "0 for 'input.batch.opt'"),
-        ({"input__batch__opt": 2}, "out of order"),
-        ({"input__size__min": [64]}, "for 'input.size.min'"),
+        ({"input__batch__opt": 0}, "0 for 'input.batch.opt' .*>= 1"),
+        ({"input__batch__opt": 2}, "out of order in 'input.batch'"),
+        ({"input__size__opt": [32, 64]}, "out of order in 'input.size'"),
+        ({"input__batch__opt": True}, "True for 'input.batch.opt'"),
+        ({"input__batch__opt": 1.5}, "1.5 for 'input.batch.opt'"),
+        ({"input__size__min": [64]}, r"\[64\] for 'input.size.min' .*length 2"),
         ({"input__divisor": 48}, "48 does not divide"),
-        ({"preprocess__mean": [0, 0, float("nan")]}, "for 'preprocess.mean'"),
-        ({"preprocess__std": [0, 1, 1]}, "for 'preprocess.std'"),
-        ({"preprocess__std": [1e-7, 1, 1]}, "for 'preprocess.std'"),
-        ({"preprocess__mean": [0, 0, 10**400]}, "for 'preprocess.mean'"),
+        ({"preprocess__mean": [0, 0, float("nan")]}, r"nan for 'preprocess.mean\[2\]'"),
+        ({"preprocess__std": [0, 1, 1]}, r"for 'preprocess.std\[0\]'"),
+        ({"preprocess__std": [1, 1e-7, 1]}, r"for 'preprocess.std\[1\]'"),
+        ({"preprocess__mean": [0, 0, 10**400]}, r"for 'preprocess.mean\[2\]' .*range"),
         ({"preprocess__pad_value": -1e7}, "for 'preprocess.pad_value'"),
         ({"thresholds__score": 10**400}, "for 'thresholds.score'"),
-        ({"input__size__max": [65568, 64]}, "for 'input.size.max'"),
+        ({"input__size__max": [65568, 64]}, r"for 'input.size.max\[0\]'"),
         ({"input__divisor": 10**400}, "for 'input.divisor'"),
         ({"input__batch__max": 4097}, "for 'input.batch.max'"),
-        ({"classes": ["x" * 201]}, "for 'classes'"),
-        ({"classes": ["  "]}, "for 'classes'"),
-        ({"classes": ["red\x1b[31m"]}, "for 'classes'"),
-        ({"classes": ["\ud800"]}, "for 'classes'"),
+        ({"classes": ["x" * 201]}, r"for 'classes\[0\]'"),
+        ({"classes": ["disc", "  "]}, r"for 'classes\[1\]' .*a line of printable text"),
+        ({"classes": ["red\x1b[31m"]}, r"for 'classes\[0\]'"),
+        ({"classes": ["red\n"]}, r"for 'classes\[0\]'"),
+        ({"classes": ["\ud800"]}, r"for 'classes\[0\]'"),
+        ({"classes": 3}, "3 for 'classes'"),
+        ({"classes": [3]}, r"3 for 'classes\[0\]'"),
         ({"files": {"x" * 300: {"sha256": "0", "bytes": 1}}}, "cannot read"),
-        ({"preprocess__resize__mode": "stretch"}, "'stretch'"),
+        ({"preprocess__resize__mode": "crop"}, "'crop' for 'preprocess.resize.mode'"),
+        ({"preprocess__channels": "grb"}, "'grb' for 'preprocess.channels'"),
         ({"preprocess__resize__mode": "edges"}, "lacks 'preprocess.resize.long'"),
         ({"preprocess__resize__size": [96, 64]}, "resizes to more"),
         ({"thresholds__score": 5}, "5 for 'thresholds.score'"),
-        ({"thresholds": None}, "lacks 'thresholds.score'"),
-        ({"outputs": [{"name": "boxes"}]}, "lacks the output 'num_detections'"),
-        ({"files": {}}, "for 'files'"),
-        ({"files__model.onnx": {"bytes": 7}}, "no sha256"),
+        ({"thresholds": None}, "lacks 'thresholds'"),
+        ({"thresholds": [0.5]}, r"\[0.5\] for 'thresholds'"),
+        ({"thresholds": 0.5}, "0.5 for 'thresholds'"),
+        ({"thresholds": {"score": 0.5, "mask": None}}, "None for 'thresholds.mask'"),
+        ({"thresholds__mask": 1}, "1 for 'thresholds.mask'"),
+        ({"outputs": [BOXES]}, "lacks the output 'num_detections'"),
+        ({"outputs": [{"name": "boxes"}]}, r"lacks 'outputs\[0\].dtype'"),
+        ({"outputs": {"boxes": 1}}, "for 'outputs'"),
+        ({"model": "net"}, "'net' for 'model'"),
+        ({"passes": [3]}, r"3 for 'passes\[0\]'"),
+        ({"engine": "best"}, "'best' for 'engine'"),
+        ({"files": {}}, "no entry for 'files'"),
+        ({"files": None}, "no entry for 'files'"),
+        ({"files__model.onnx": {"bytes": 7}}, "lacks .*sha256"),
+        ({"files__model.onnx": {"sha256": 7, "bytes": 7}}, "wrong value for .*sha256"),
+        ({"files__model.onnx": 7}, "wrong value for .*files"),
     ],
 )
 def test_a_manifest_that_cannot_be_run_is_refused(written, changes, said):
     edit(written, **changes)
-    with pytest.raises(BundleError, match=said):
+    with pytest.raises(BundleError, match=said) as caught:
         Bundle.open(written.path)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).count(str(written.path)) == 1
 
 
-@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", "..", "c:\\x", "", "manifest.json"])
+def test_a_wrong_value_anywhere_is_at_most_a_bundle_error(written):
+    path = written.path / "manifest.json"
+    content = json.loads(path.read_text())
+    for steps in paths(content):
+        for value in (None, [], {}, 0.5, "", "\0", True, [[]]):
+            changed = json.loads(json.dumps(content))
+            part = changed
+            for step in steps[:-1]:
+                part = part[step]
+            part[steps[-1]] = value
+            path.write_text(json.dumps(changed))
+            try:
+                Bundle.open(written.path)
+            except BundleError as error:
+                assert "\n" not in str(error)  # noqa: PT017
+
+
+def paths(part, before=()):
+    """The steps to every value in nested lists and dictionaries."""
+    entries = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ()
+    for step, value in entries:
+        yield (*before, step)
+        yield from paths(value, (*before, step))
+
+
+def test_a_field_of_a_newer_version_is_ignored(written):
+    edit(written, future={"x": 1}, input__colour="red")
+    assert Bundle.open(written.path).manifest == written.manifest
+
+
+def test_the_demo_bundle_opens():
+    from meta_deploy.runtime.predictor import DEMO_BUNDLE
+
+    manifest = Bundle.open(DEMO_BUNDLE).manifest
+    assert manifest.task == "instance-segmentation"
+    assert manifest.input == input_spec((320, 320), divisor=32)
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/passwd", "a/b", "..", "c:\\x", "", "manifest.json", "\ud800"]
+)
 def test_a_manifest_cannot_name_files_outside_its_folder(written, name):
     edit(written, files={name: {"sha256": "0" * 64, "bytes": 1}})
     with pytest.raises(BundleError, match="plain file name"):
@@ -223,8 +289,8 @@ def test_a_full_disk_leaves_the_old_bundle_and_nothing_else(written, tmp_path, m
 
 
 def test_an_invalid_manifest_is_not_written(tmp_path):
-    with pytest.raises(BundleError, match="lacks 'task'"):
-        write_bundle(tmp_path / "x" / "b", {"schema": 1}, {"model.onnx": b""})
+    with pytest.raises(BundleError, match="'' for 'target'"):
+        write_bundle(tmp_path / "x" / "b", replace(MANIFEST, target=""), {"model.onnx": b""})
     assert os.listdir(tmp_path) == []
 
 
@@ -240,13 +306,14 @@ def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
 
 def test_a_killed_write_leaves_no_bundle_and_the_next_one_clears_up(tmp_path):
     script = f"""
-import os, time
+import os, pickle, time
 from meta_deploy.bundle import bundle
+manifest = pickle.loads({pickle.dumps(MANIFEST)!r})
 def stop(*_):
     print("ready", flush=True)
     time.sleep(60)
 bundle._swap = stop
-bundle.write_bundle({str(tmp_path / "b")!r}, {MANIFEST!r}, {{"model.onnx": b"half"}})
+bundle.write_bundle({str(tmp_path / "b")!r}, manifest, {{"model.onnx": b"half"}})
 """
     child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert child.stdout.readline() == "ready\n"

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from meta_deploy.bundle.bundle import Bundle
+from meta_deploy.bundle.manifest import PassRow
 from meta_deploy.cli.export import StageDisplay, main, passes_table, verdict
 from meta_deploy.errors import BundleError
 from meta_deploy.models.checkpoint.load import save_checkpoint
@@ -127,7 +128,7 @@ def test_json_is_one_document_with_the_keys_of_the_contract(meta_export, picture
     assert {"name", "changes", "bytes_before", "bytes_after"} <= set(document["passes"][0])
     assert document["verification"]["passed"] is True
     assert set(document["seconds"]) >= {"load", "export", "passes", "verify"}
-    assert document["parameters"] == Bundle.open("b").manifest["parameters"]
+    assert document["parameters"] == Bundle.open("b").manifest.parameters
     assert document["peak_rss_mb"] > 0
     assert sorted(path.name for path in here.iterdir()) == ["b"]
 
@@ -168,7 +169,7 @@ def pass_entry(name, changes, nodes, moves, moved, seconds, exact=True):
     entry = {"name": name, "changes": changes, "seconds": seconds, "bytes_exact": exact}
     for what, (before, after) in {"nodes": nodes, "moves": moves, "bytes": moved}.items():
         entry |= {f"{what}_before": before, f"{what}_after": after}
-    return entry
+    return PassRow(**entry)
 
 
 def test_the_table_of_passes_lines_up_and_ends_with_all_of_them():
@@ -186,8 +187,8 @@ def test_the_table_of_passes_lines_up_and_ends_with_all_of_them():
 
 
 def test_bytes_are_marked_as_more_where_some_are_not_known():
-    exact = pass_entry("clean-up", 1, (2, 1), (0, 0), (3e6, 2e6), 0.0)
-    more = pass_entry("fuse-attention", 1, (1, 1), (0, 0), (2e6, 1e6), 0.0, exact=False)
+    exact = pass_entry("clean-up", 1, (2, 1), (0, 0), (3_000_000, 2_000_000), 0.0)
+    more = pass_entry("fuse-attention", 1, (1, 1), (0, 0), (2_000_000, 1_000_000), 0.0, exact=False)
     rows = [" ".join(row.split()) for row in passes_table([exact, more]).splitlines()[1:]]
     assert [row.split("0 -> 0 ")[1] for row in rows] == [
         "3.0 -> 2.0 0.0",
@@ -355,9 +356,9 @@ def test_a_full_disk_is_one_line_and_the_old_bundle_stays(meta_export, here, mon
 @pytest.mark.slow
 def test_an_older_bundle_is_replaced(meta_export, pictures):
     assert meta_export(*QUICK, "--out", "b")[0] == 0
-    assert Bundle.open("b").manifest["verification"] is None
+    assert Bundle.open("b").manifest.verification is None
     assert meta_export("--out", "b", *pictures)[0] == 0
-    assert Bundle.open("b").manifest["verification"]["passed"]
+    assert Bundle.open("b").manifest.verification["passed"]
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from types import ModuleType
 import cv2
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from PIL import Image
 from pycocotools import mask as coco
 from pycocotools.coco import COCO
@@ -394,13 +395,12 @@ def engine(tmp_path, monkeypatch, photo):
     from meta_deploy.bundle.bundle import write_bundle
     from meta_deploy.targets.tensorrt import cache as engine_cache
     from meta_deploy.targets.tensorrt.library import Here
-    from tests.bundles_by_hand import detector, manifest
+    from tests.bundles_by_hand import ENGINE, detector, manifest
     from tests.targets.gpu_stand_in import engine_bytes, install
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     install(monkeypatch, version="1.8.0")
-    section = {"library": "tensorrt-rtx", "version": "1.7.1", "gpu": None, "compute_capabilities": []}
-    content = manifest("instance-segmentation", (64, 64), target="tensorrt-rtx", engine=section)
+    content = manifest("instance-segmentation", (64, 64), target="tensorrt-rtx", engine=ENGINE)
     files = {"model.onnx": detector((64, 64)), "model.engine": b"old"}
     write_bundle(tmp_path / "bundle", content, files)
     built = []
@@ -409,7 +409,7 @@ def engine(tmp_path, monkeypatch, photo):
         progress("built in 1 s")
         built.append(bundle.path)
         plan = engine_bytes(bundle.read("model.onnx"), bundle.input)
-        engine_cache.store(bundle, Here.find(bundle.target).machine, plan, {**section, "version": "1.8.0"})
+        engine_cache.store(bundle, Here.find(bundle.target).machine, plan, replace(ENGINE, version="1.8.0"))
 
     builder = ModuleType("meta_deploy.targets.tensorrt.build")
     builder.rebuild = rebuild

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-from meta_deploy.bundle.bundle import InputSpec
 from meta_deploy.export import lowered_operators
 from meta_deploy.export.lowered_operators import MOST_BOXES, ROUNDS
 from meta_deploy.export.operators import TRANSLATIONS
@@ -19,6 +18,7 @@ from meta_deploy.export.trace import OPSET, quiet
 from meta_deploy.models.ops.boxes import nms
 from meta_deploy.models.ops.roi_align import pyramid_level, pyramid_roi_align
 from meta_deploy.targets.tensorrt.build import available, build_engine
+from tests.bundles_by_hand import input_spec
 
 SETS, BOXES = 400, 40
 STRIDES = [4, 8, 16, 32]
@@ -488,9 +488,9 @@ def test_tensorrt_builds_the_lowered_forms():
     size, boxes, rois = (96, 160), torch.zeros(2, 50, 4), torch.zeros(20, 4)
     index = torch.zeros(20, dtype=torch.int64)
     proto = translated("lowered", Nms(0.5, 0.05, 10), (boxes, boxes[..., 0]), ["boxes", "scores"])
-    spec = InputSpec("boxes", 1, 1, 1, size, size, size, 32)  # static: only that is looked at
+    spec = input_spec(size, name="boxes")  # static: only that is looked at
     assert build_engine(proto.SerializeToString(), "tensorrt-rtx", spec).plan
     names = [*(f"feature_{i}" for i in range(4)), "rois", "batch_index"]
     proto = translated("lowered", Pool(4, 7), (features(4, 2, size), rois, index), names)
-    layers = build_engine(proto.SerializeToString(), "tensorrt-rtx", spec).section()["layers"]
+    layers = build_engine(proto.SerializeToString(), "tensorrt-rtx", spec).section().layers
     assert layers is None or layers < 30

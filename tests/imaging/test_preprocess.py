@@ -4,16 +4,16 @@ import cv2
 import numpy as np
 import pytest
 
-from meta_deploy.bundle.bundle import InputSpec
+from meta_deploy.bundle.manifest import Edges, Fit, Preprocess
 from meta_deploy.imaging.preprocess import Preprocessor
+from tests.bundles_by_hand import input_spec
 
 MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
 
 
 def preprocessor(resize, largest=(64, 96), smallest=None, divisor=32, pad_value=0):
-    smallest = smallest or largest
-    spec = InputSpec("images", 1, 1, 8, smallest, largest, largest, divisor)
-    return Preprocessor(spec, {"resize": resize, "mean": MEAN, "std": STD, "pad_value": pad_value})
+    spec = input_spec(smallest or largest, largest, largest, batch=(1, 1, 8), divisor=divisor)
+    return Preprocessor(spec, Preprocess(resize=resize, mean=MEAN, std=STD, pad_value=pad_value))
 
 
 def noise(height, width, seed=0):
@@ -30,19 +30,17 @@ def mmcv_size(height, width, long, short):
     "size", [(480, 640), (640, 480), (427, 640), (1, 1), (3000, 17), (800, 1333), (33, 33)]
 )
 def test_edges_gives_the_sizes_of_mmcv(size):
-    placed = preprocessor({"mode": "edges", "long": 1333, "short": 800}, (1344, 1344), (32, 32)).place(*size)
+    placed = preprocessor(Edges(long=1333, short=800), (1344, 1344), (32, 32)).place(*size)
     assert placed.resized == tuple(max(1, edge) for edge in mmcv_size(*size, 1333, 800))
 
 
 def test_edges_never_exceeds_what_the_bundle_takes():
-    placed = preprocessor({"mode": "edges", "long": 1333, "short": 800}, (512, 1024), (32, 32)).place(
-        480, 640
-    )
+    placed = preprocessor(Edges(long=1333, short=800), (512, 1024), (32, 32)).place(480, 640)
     assert placed.resized == (512, 683)
 
 
 def test_fit_keeps_the_ratio_within_the_size():
-    place = preprocessor({"mode": "fit", "size": [64, 96]}).place
+    place = preprocessor(Fit(size=(64, 96))).place
     assert place(100, 100).resized == (64, 64)
     assert place(50, 100).resized == (48, 96)
     assert place(10_000, 1).resized == (64, 1)
@@ -51,7 +49,7 @@ def test_fit_keeps_the_ratio_within_the_size():
 
 def test_pixels_are_resized_normalized_and_padded():
     image = noise(40, 100)
-    batch, (placed,) = preprocessor({"mode": "fit", "size": [64, 96]}, pad_value=7)([image])
+    batch, (placed,) = preprocessor(Fit(size=(64, 96)), pad_value=7)([image])
     assert batch.shape == (1, 3, 64, 96)
     assert batch.dtype == np.float32
     assert placed.resized == (38, 96)
@@ -63,24 +61,24 @@ def test_pixels_are_resized_normalized_and_padded():
 
 def test_an_image_of_the_right_size_is_not_resampled():
     image = noise(64, 96)
-    batch, (placed,) = preprocessor({"mode": "fit", "size": [64, 96]})([image])
+    batch, (placed,) = preprocessor(Fit(size=(64, 96)))([image])
     np.testing.assert_allclose(batch[0], ((image - np.array(MEAN)) / STD).transpose(2, 0, 1), atol=1e-5)
     assert placed.scale == (1.0, 1.0)
 
 
 def test_the_scale_is_what_the_rounded_size_makes_it():
-    placed = preprocessor({"mode": "fit", "size": [64, 96]}).place(427, 640)
+    placed = preprocessor(Fit(size=(64, 96))).place(427, 640)
     assert placed.scale == (96 / 640, 64 / 427)
 
 
 def test_a_dynamic_input_is_padded_to_the_divisor_and_at_least_to_its_least_size():
-    dynamic = preprocessor({"mode": "fit", "size": [256, 256]}, (256, 256), (64, 64))
+    dynamic = preprocessor(Fit(size=(256, 256)), (256, 256), (64, 64))
     assert dynamic([noise(256, 130)])[0].shape == (1, 3, 256, 160)
     assert dynamic([noise(10, 256)])[0].shape == (1, 3, 64, 256)
 
 
 def test_a_batch_of_different_images_is_padded_to_a_common_size():
-    dynamic = preprocessor({"mode": "fit", "size": [256, 256]}, (256, 256), (32, 32))
+    dynamic = preprocessor(Fit(size=(256, 256)), (256, 256), (32, 32))
     images = [noise(256, 128), noise(100, 256, 1)]
     batch, placed = dynamic(images)
     assert batch.shape == (2, 3, 256, 256)
@@ -94,6 +92,6 @@ def test_the_input_image_is_left_as_it_was_even_with_odd_strides():
     image = noise(64, 96)
     before = image.copy()
     mirrored = image[:, ::-1]
-    run = preprocessor({"mode": "fit", "size": [32, 48]}, (32, 64))
+    run = preprocessor(Fit(size=(32, 48)), (32, 64))
     np.testing.assert_array_equal(run([mirrored])[0], run([mirrored.copy()])[0])
     np.testing.assert_array_equal(image, before)

@@ -195,15 +195,8 @@ class Bindings(ModuleType):
 
 def engine_bytes(model, spec):
     """An engine for the stand-in: an ONNX model for the inputs of an InputSpec."""
-    shapes = [
-        [batch, 3, *size]
-        for batch, size in (
-            (spec.batch_min, spec.size_min),
-            (spec.batch_opt, spec.size_opt),
-            (spec.batch_max, spec.size_max),
-        )
-    ]
-    return json.dumps({"profile": shapes}).encode() + b"\n" + model
+    profile = spec.profile
+    return json.dumps({"profile": [profile.min, profile.opt, profile.max]}).encode() + b"\n" + model
 
 
 class Library(ModuleType):

@@ -10,18 +10,19 @@ import textwrap
 import time
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from meta_deploy.bundle.bundle import InputSpec
-from meta_deploy.bundle.manifest import validate_engine
+from meta_deploy.bundle.manifest import read_engine
 from meta_deploy.errors import EngineError, InputError
 from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.targets.tensorrt import build as engine_module
 from meta_deploy.targets.tensorrt.build import Engine, Layer, available, build_engine, check_gpus, parse_log
+from tests.bundles_by_hand import input_spec
 from tests.small_graphs import model, value
 
 RTX = "tensorrt-rtx"
@@ -42,7 +43,7 @@ def ints(name, *numbers):
 
 
 def spec(batch=(1, 1, 1), sizes=((16, 16), (16, 16), (16, 16)), name="x"):
-    return InputSpec(name, *batch, *sizes, 1)
+    return input_spec(*sizes, batch=batch, name=name)
 
 
 def build(proto, inputs=None, **options):
@@ -112,37 +113,37 @@ def trt():
 def test_an_engine_of_float16_fuses_attention_and_its_section_says_so(half):
     engine = build(half)
     section = engine.section()
-    assert section["fused_attention"] == 1
-    assert section["fused_attention"] + section["generated_kernels"] < section["layers"] < 15
-    kinds = section["kernels"]
+    assert section.fused_attention == 1
+    assert section.fused_attention + section.generated_kernels < section.layers < 15
+    kinds = section.kernels
     assert kinds["correlation"] == {"fp16": 1}
-    assert sum(sum(types.values()) for types in kinds.values()) == section["layers"]
+    assert sum(sum(types.values()) for types in kinds.values()) == section.layers
     assert all(layer.name and layer.kind for layer in engine.layers)
-    assert 0 < section["activation_mb"] < 20  # of tensors and of the kernels' own
+    assert 0 < section.activation_mb < 20  # of tensors and of the kernels' own
     # The weights, at two bytes each, and what the builder lays out anew.
-    assert 2 * (32 * 27 + 32 + 32 * 96) / 1e6 <= section["weights_mb"] < section["plan_mb"] < 1
-    assert section["plan_mb"] == len(engine.plan) / 1e6
-    assert section["seconds"] > 0
+    assert 2 * (32 * 27 + 32 + 32 * 96) / 1e6 <= section.weights_mb < section.plan_mb < 1
+    assert section.plan_mb == len(engine.plan) / 1e6
+    assert section.seconds > 0
 
 
 @builds
 def test_an_engine_of_float32_does_not_fuse_attention_and_takes_more_layers(block, half):
     section = build(block).section()
-    assert section["fused_attention"] == 0
-    assert section["layers"] > build(half).section()["layers"]
-    assert {kind for types in section["kernels"].values() for kind in types} == {"fp32"}
-    assert section["tf32"] is False
+    assert section.fused_attention == 0
+    assert section.layers > build(half).section().layers
+    assert {kind for types in section.kernels.values() for kind in types} == {"fp32"}
+    assert section.tf32 is False
 
 
 @builds
 @pytest.mark.parametrize("gpus", [(), ("8.6", "8.9")])
 def test_a_section_is_what_a_manifest_wants_and_names_the_gpus(trt, half, gpus, tmp_path):
     section = build(half, compute_capabilities=gpus).section()
-    validate_engine(section, RTX, tmp_path)
-    assert section["library"] == RTX
-    assert section["version"] == trt.__version__
-    assert section["gpu"] is None
-    assert section["compute_capabilities"] == list(gpus)
+    assert read_engine(msgspec.to_builtins(section), tmp_path) == section
+    assert section.library == RTX
+    assert section.version == trt.__version__
+    assert section.gpu is None
+    assert section.compute_capabilities == gpus
 
 
 @builds
@@ -268,7 +269,7 @@ def test_what_is_no_model_is_an_error(file):
 def test_an_error_does_not_hang_over_to_the_next_build(half):
     with pytest.raises(EngineError):
         build_engine(b"no model", RTX, spec())
-    assert build(half).section()["layers"] > 0
+    assert build(half).section().layers > 0
 
 
 @builds
@@ -313,14 +314,13 @@ def test_a_library_is_available_where_it_can_be_found(monkeypatch):
 SLOW = """
     import sys, time
     from meta_deploy.targets.tensorrt.build import build_engine
-    from meta_deploy.bundle.bundle import InputSpec
+    from tests.bundles_by_hand import input_spec
 
     def progress(done, total):
         print(done, flush=True)
         time.sleep(0.2)  # each of some hundred steps
 
-    size = (16, 16)
-    spec = InputSpec("x", 1, 1, 1, size, size, size, 1)
+    spec = input_spec((16, 16), name="x")
     with open(sys.argv[1], "rb") as stream:
         build_engine(stream.read(), "tensorrt-rtx", spec, progress=progress)
 """
@@ -400,20 +400,20 @@ def engine_of(lines):
 
 def test_a_section_counts_what_is_launched():
     section = engine_of(LOG).section()
-    assert (section["layers"], section["generated_kernels"], section["fused_attention"]) == (4, 1, 1)
-    assert section["kernels"] == {
+    assert (section.layers, section.generated_kernels, section.fused_attention) == (4, 1, 1)
+    assert section.kernels == {
         "correlation": {"": 1},
         "kgen": {"bf16": 1, "fp32": 1},
         "runtime_fusion": {"fp16": 1},
     }
-    assert (section["activation_mb"], section["weights_mb"]) == (1.5, 0.25)
-    assert section["seconds"] == 1.23
+    assert (section.activation_mb, section.weights_mb) == (1.5, 0.25)
+    assert section.seconds == 1.23
 
 
 @pytest.mark.parametrize("missing", range(3))
 def test_what_a_log_does_not_tell_is_none_in_the_section_and_not_zero(missing, tmp_path):
     section = engine_of(line for i, line in enumerate(LOG) if i != missing).section()
     told = ["activation_mb", "weights_mb", "layers"]
-    assert [section[name] is None for name in told] == [i == missing for i in range(3)]
-    assert (section["generated_kernels"] is None) == (section["fused_attention"] is None) == (missing == 2)
-    validate_engine(section, RTX, tmp_path)
+    assert [getattr(section, name) is None for name in told] == [i == missing for i in range(3)]
+    assert (section.generated_kernels is None) == (section.fused_attention is None) == (missing == 2)
+    assert read_engine(msgspec.to_builtins(section), tmp_path) == section

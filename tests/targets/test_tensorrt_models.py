@@ -71,10 +71,10 @@ def engine(name, precision, kind=""):
 def test_a_model_builds_whole_and_its_attention_is_fused(name, precision):
     section, attention = engine(name, precision)
     assert attention == 44  # 12 in the ViT, 32 over stripes, both directions of which are one
-    assert section["fused_attention"] == (0 if precision == "fp32" else attention)
+    assert section.fused_attention == (0 if precision == "fp32" else attention)
     if precision == "fp16":
-        assert section["layers"] <= 1.1 * LAYERS[name]
-        assert section["activation_mb"] <= 1.1 * ACTIVATION_MB[name]
+        assert section.layers <= 1.1 * LAYERS[name]
+        assert section.activation_mb <= 1.1 * ACTIVATION_MB[name]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
@@ -82,9 +82,9 @@ def test_a_model_builds_whole_and_its_attention_is_fused(name, precision):
 def test_a_model_builds_for_any_batch(name, precision):
     section, attention = engine(name, precision, "batch")
     assert attention == 4 + 8
-    assert section["fused_attention"] == (0 if precision == "fp32" else attention)
+    assert section.fused_attention == (0 if precision == "fp32" else attention)
     known, _ = engine(name, precision, "shallow")
-    assert section["layers"] <= 1.1 * known["layers"]
+    assert section.layers <= 1.1 * known["layers"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
@@ -92,4 +92,4 @@ def test_a_model_builds_for_any_batch(name, precision):
 def test_a_model_builds_for_any_batch_and_size(name, precision):
     section, attention = engine(name, precision, "batch and size")
     assert attention == 4 + 16  # the directions of stripes are not stacked here
-    assert section["fused_attention"] == (0 if precision == "fp32" else attention)
+    assert section.fused_attention == (0 if precision == "fp32" else attention)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from meta_deploy.bundle.bundle import Bundle
-from meta_deploy.bundle.manifest import ENGINE_TARGETS
+from meta_deploy.bundle.manifest import ENGINE_TARGETS, TensorRTEngine
 from meta_deploy.errors import BackendError
 from meta_deploy.targets.backend import Backend
 from meta_deploy.targets.contract import Contract, Value
@@ -104,7 +104,7 @@ def _find_here(bundle: Bundle) -> Here:
 
 
 def _misfit(bundle: Bundle, machine: Machine) -> str | None:
-    assert bundle.engine is not None  # the manifest was validated
+    assert isinstance(bundle.engine, TensorRTEngine)  # the manifest was validated
     return machine.misfit(bundle.engine)
 
 
@@ -112,9 +112,9 @@ def _source(bundle: Bundle, machine: Machine) -> tuple[str, Callable[[], bytes]]
     """The sha256 of the engine to use, and what reads it."""
     reason = _misfit(bundle, machine)
     if reason is None:
-        if ENGINE not in bundle.manifest["files"]:
+        if ENGINE not in bundle.manifest.files:
             raise BackendError(f"bundle '{bundle.path}' holds no {ENGINE}; export it again")
-        return bundle.manifest["files"][ENGINE]["sha256"], lambda: bundle.read(ENGINE)
+        return bundle.manifest.files[ENGINE].sha256, lambda: bundle.read(ENGINE)
     found = engine_cache.find(bundle, machine)
     if found is None:
         raise BackendError(

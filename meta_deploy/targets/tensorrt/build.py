@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from meta_deploy.bundle.bundle import Bundle, InputSpec
+from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.bundle.files import atomic_write
+from meta_deploy.bundle.manifest import InputSpec, TensorRTEngine, TensorRTRTXEngine
 from meta_deploy.errors import BackendError, EngineError, InputError
 from meta_deploy.targets.tensorrt import cache as engine_cache
 from meta_deploy.targets.tensorrt.library import MODULES, TITLES, Here, load, logger
@@ -53,24 +54,23 @@ class Engine:
     layers: tuple[Layer, ...]
     memory_mb: dict[str, float]
 
-    def section(self) -> dict[str, Any]:
+    def section(self) -> TensorRTEngine:
         """The manifest's `engine`: what the runtime checks before it opens the plan, and what is inside."""
         launched = [layer for layer in self.layers if not layer.synchronizes]
-        return {
-            "library": self.library,
-            "version": self.version,
-            "gpu": self.gpu,
-            "compute_capabilities": list(self.compute_capabilities),
-            "tf32": False,
-            "layers": len(launched) or None,
-            "generated_kernels": sum(layer.generated for layer in launched) if launched else None,
-            "fused_attention": sum(layer.attention for layer in launched) if launched else None,
-            "kernels": _by_kind(launched),
-            "activation_mb": self.memory_mb.get("Activation"),
-            "weights_mb": self.memory_mb.get("Weights"),
-            "plan_mb": len(self.plan) / 1e6,
-            "seconds": round(self.seconds, 2),
-        }
+        made = TensorRTRTXEngine if self.library == "tensorrt-rtx" else TensorRTEngine
+        return made(
+            version=self.version,
+            gpu=self.gpu,
+            compute_capabilities=self.compute_capabilities,
+            layers=len(launched) or None,
+            generated_kernels=sum(layer.generated for layer in launched) if launched else None,
+            fused_attention=sum(layer.attention for layer in launched) if launched else None,
+            kernels=_by_kind(launched),
+            activation_mb=self.memory_mb.get("Activation"),
+            weights_mb=self.memory_mb.get("Weights"),
+            plan_mb=len(self.plan) / 1e6,
+            seconds=round(self.seconds, 2),
+        )
 
 
 def _by_kind(layers: Sequence[Layer]) -> dict[str, dict[str, int]]:
@@ -81,7 +81,7 @@ def _by_kind(layers: Sequence[Layer]) -> dict[str, dict[str, int]]:
     return {kind: dict(sorted(kinds[kind].items())) for kind in sorted(kinds)}
 
 
-def rebuild(bundle: Bundle, progress: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def rebuild(bundle: Bundle, progress: Callable[[str], None] = lambda line: None) -> TensorRTEngine:
     """Build a bundle's engine again, from its model.onnx, for this machine; it goes to the engine cache.
 
     Returns:
@@ -225,16 +225,8 @@ def _strongly_typed(trt: Any) -> int:
 
 
 def _profile(builder: Any, network: Any, spec: InputSpec) -> Any:
-    profile = builder.create_optimization_profile()
-    shapes = (
-        (batch, 3, *size)
-        for batch, size in (
-            (spec.batch_min, spec.size_min),
-            (spec.batch_opt, spec.size_opt),
-            (spec.batch_max, spec.size_max),
-        )
-    )
-    profile.set_shape(spec.name, *shapes)
+    profile, shapes = builder.create_optimization_profile(), spec.profile
+    profile.set_shape(spec.name, shapes.min, shapes.opt, shapes.max)
     return profile
 
 

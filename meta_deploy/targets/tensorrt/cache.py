@@ -14,9 +14,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.bundle.files import atomic_path
-from meta_deploy.bundle.manifest import validate_engine
+from meta_deploy.bundle.manifest import TensorRTEngine, read_engine
 from meta_deploy.errors import BundleError, InputError
 from meta_deploy.targets.tensorrt.library import Machine
 
@@ -67,25 +69,24 @@ def find(bundle: Bundle, machine: Machine) -> tuple[bytes, str] | None:
         return None
     data, record = found
     try:
-        validate_engine(record.get("engine"), machine.library, bundle.path)
+        engine = read_engine(record.get("engine"), bundle.path)
     except BundleError:
         return None
-    if machine.misfit(record["engine"]) is not None:
+    if not isinstance(engine, TensorRTEngine) or machine.misfit(engine) is not None:
         return None
     return data, record["sha256"]
 
 
-def store(bundle: Bundle, machine: Machine, engine: bytes, section: dict[str, Any]) -> Path:
+def store(bundle: Bundle, machine: Machine, engine: bytes, section: TensorRTEngine) -> Path:
     """Keep an engine built from this bundle's model.onnx on this machine; returns its file.
 
     `section` is what a manifest would hold as `engine`.
 
     Raises:
         InputError: it cannot be written, or the folder is not safe.
-        BundleError: the section is not one.
     """
-    validate_engine(section, machine.library, bundle.path)
-    return _write(_engine_key(bundle, machine), engine, {"engine": section, "bundle": str(bundle.path)})
+    record = {"engine": msgspec.to_builtins(section), "bundle": str(bundle.path)}
+    return _write(_engine_key(bundle, machine), engine, record)
 
 
 def find_kernels(sha256: str, machine: Machine) -> bytes | None:
@@ -101,10 +102,10 @@ def store_kernels(sha256: str, machine: Machine, kernels: bytes) -> None:
 
 
 def _engine_key(bundle: Bundle, machine: Machine) -> str:
-    files, spec = bundle.manifest["files"], bundle.manifest["input"]
+    files, profile = bundle.manifest.files, bundle.input.profile
     # A bundle without model.onnx has nothing that an engine could have been rebuilt from.
-    model = files[MODEL]["sha256"] if MODEL in files else None
-    return "engine-" + _hash([model, asdict(machine), spec["batch"], spec["size"]])
+    model = files[MODEL].sha256 if MODEL in files else None
+    return "engine-" + _hash([model, asdict(machine), *profile.min, *profile.opt, *profile.max])
 
 
 def _kernels_key(sha256: str, machine: Machine) -> str:

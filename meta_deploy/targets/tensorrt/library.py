@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from meta_deploy.bundle.manifest import TensorRTEngine
 from meta_deploy.errors import BackendError
 from meta_deploy.targets.tensorrt.cuda import Cuda
 
@@ -33,15 +34,15 @@ class Machine:
     def title(self) -> str:
         return f"{TITLES[self.library]} {self.version}"
 
-    def misfit(self, engine: dict[str, Any]) -> str | None:
+    def misfit(self, engine: TensorRTEngine) -> str | None:
         """Why an engine with this section of a manifest cannot run here, in a few words; None: it can."""
-        if engine["library"] != self.library or engine["version"] != self.version:
-            built = f"{TITLES[engine['library']]} {engine['version']}"
+        if engine.library != self.library or engine.version != self.version:
+            built = f"{TITLES[engine.library]} {engine.version}"
             return f"it was built with {built}, and here is {self.title}"
         # TensorRT's engines are for one GPU model; of TensorRT-RTX's the compute capability decides.
-        if self.library == "tensorrt" and engine["gpu"] not in (None, self.gpu):
-            return f"it was built on {engine['gpu']}, and here is {self.gpu}"
-        built_for = engine["compute_capabilities"]
+        if self.library == "tensorrt" and engine.gpu not in (None, self.gpu):
+            return f"it was built on {engine.gpu}, and here is {self.gpu}"
+        built_for = engine.compute_capabilities
         if built_for and self.compute_capability not in built_for:
             wanted = " and ".join(built_for)
             return (
