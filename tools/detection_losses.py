@@ -253,8 +253,8 @@ def mask_loss(
 def crop_masks(masks: Tensor, objects: Tensor, boxes: Tensor, size: int = 28) -> Tensor:
     """Crop each mask to its box and resize it to (size, size), as RoIAlign with 2x2 bilinear samples per bin.
 
-    The result is coverage in 0..1, which MMDetection rounds. Without rounding, masks pasted and cut at 0.5 are
-    within a fraction of a bin of the true edge.
+    The result is coverage in 0..1, which MMDetection rounds. Without rounding, masks pasted and cut at 0.5
+    are accurate to a fraction of a bin.
 
     Args:
         masks: (G, H, W) uint8, 0 or 1.
