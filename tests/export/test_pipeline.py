@@ -31,7 +31,7 @@ from meta_deploy.export.pipeline import (
 )
 from meta_deploy.export.verify import TOLERANCES
 from meta_deploy.graph.pipeline import PASSES, PIPELINES
-from meta_deploy.models.checkpoint.load import save_checkpoint
+from meta_deploy.models.checkpoint.save import save_checkpoint
 from meta_deploy.models.registry import config_from_dict
 from meta_deploy.runtime.predictor import Predictor
 from tests.tiny_models import SIZE, detector, exported, lively
