@@ -10,7 +10,10 @@ from meta_deploy.export.options import Options
 from meta_deploy.export.sources.checkpoint import input_spec
 from meta_deploy.export.trace import export_onnx
 from meta_deploy.graph.pipeline import COSTS, PIPELINES, run_passes
-from meta_deploy.models.registry import BackboneConfig, MaskRCNNConfig, UPerNetConfig, build_model
+from meta_deploy.models.backbones.meta import METAConfig
+from meta_deploy.models.heads.mask_rcnn import MaskRCNNConfig
+from meta_deploy.models.heads.upernet import UPerNetConfig
+from meta_deploy.models.registry import build_model
 
 SIZE = (96, 128)
 BACKBONE = {"embed_dim": 16, "depth": 4, "num_heads": 2, "inplanes": 4, "adapter_parts": 1, "pos_grid": 4}
@@ -19,7 +22,7 @@ BACKBONE = {"embed_dim": 16, "depth": 4, "num_heads": 2, "inplanes": 4, "adapter
 def detector(**backbone):
     return MaskRCNNConfig(
         "tiny-mask-rcnn",
-        BackboneConfig(**{**BACKBONE, **backbone}),
+        METAConfig(**{**BACKBONE, **backbone}),
         num_classes=5,
         fpn_channels=8,
         fc_channels=16,
@@ -32,7 +35,7 @@ def detector(**backbone):
 
 
 def segmenter(**backbone):
-    backbone = BackboneConfig(**{**BACKBONE, **backbone})
+    backbone = METAConfig(**{**BACKBONE, **backbone})
     return UPerNetConfig("tiny-upernet", backbone, num_classes=6, channels=8, input_size=SIZE)
 
 

@@ -15,7 +15,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from meta_deploy.export.pipeline import export
-from meta_deploy.models.checkpoint.load import load_model, save_checkpoint
+from meta_deploy.models.checkpoint.load import load_model
+from meta_deploy.models.checkpoint.save import save_checkpoint
 from meta_deploy.models.registry import get_config
 from tools.scenes import CALIBRATION_SEEDS, generate
 

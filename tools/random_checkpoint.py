@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from meta_deploy.models.checkpoint.load import save_checkpoint
+from meta_deploy.models.checkpoint.save import save_checkpoint
 from meta_deploy.models.registry import MODEL_NAMES, ModelConfig, build_model, get_config
 
 PICTURES = 4

@@ -8,7 +8,6 @@ Holds data loading, optimizer and schedule; the losses are in `detection_losses`
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import os
 import sys
@@ -19,11 +18,13 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from meta_deploy.models.registry import MaskRCNNConfig, build_model, get_config
+from meta_deploy.models.heads.mask_rcnn import MaskRCNNConfig
+from meta_deploy.models.registry import build_model, config_to_dict, get_config
 from meta_deploy.report.accuracy import coco_ap
 from tools.detection_losses import LossSettings, Truth, detection_losses
 from tools.scenes import CLASSES, TRAINING_SEEDS, VALIDATION_SEEDS, coco_dataset, generate
@@ -114,7 +115,7 @@ def save(data: dict[str, Any], path: Path) -> None:
 def save_checkpoint(path: Path, ema: dict[str, Tensor], config: MaskRCNNConfig) -> None:
     """Save a checkpoint for `meta-export --ckpt`: plain tensors, numbers and strings."""
     model = {name: value.clone().contiguous() for name, value in ema.items()}
-    save({"model": model, "config": dataclasses.asdict(config), "classes": list(CLASSES)}, path)
+    save({"model": model, "config": config_to_dict(config), "classes": list(CLASSES)}, path)
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------
@@ -157,8 +158,8 @@ def evaluate(
 
 
 def evaluation_model(config: MaskRCNNConfig, ema: dict[str, Tensor]) -> torch.nn.Module:
-    """The averaged model, with fewer proposals than the released one, since scenes hold few objects."""
-    quick = dataclasses.replace(config, rpn_pre_nms=200, proposals=100)
+    """The averaged model, with fewer proposals than the released one: since scenes hold few objects."""
+    quick = replace(config, rpn_pre_nms=200, proposals=100)
     model = build_model(quick).eval()
     model.load_state_dict(ema)
     return model

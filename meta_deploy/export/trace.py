@@ -17,7 +17,7 @@ from torch import nn
 
 from meta_deploy.bundle.manifest import InputSpec
 from meta_deploy.export.operators import TRANSLATIONS
-from meta_deploy.models.registry import MaskRCNNConfig, ModelConfig
+from meta_deploy.models.registry import ModelConfig
 
 OPSET = 20
 DIVISOR = 32
@@ -28,7 +28,7 @@ TRACED_SIZE = (9 * DIVISOR, 11 * DIVISOR)
 
 def output_names(config: ModelConfig) -> list[str]:
     """The outputs of the shipped graph, in order."""
-    if isinstance(config, MaskRCNNConfig):
+    if config.task == "instance-segmentation":
         return ["num_detections", "boxes", "scores", "labels", "masks"]
     return ["logits"]
 

@@ -20,7 +20,7 @@ from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.bundle.manifest import PassRow
 from meta_deploy.cli.export import StageDisplay, main, passes_table, verdict
 from meta_deploy.errors import BundleError
-from meta_deploy.models.checkpoint.load import save_checkpoint
+from meta_deploy.models.checkpoint.save import save_checkpoint
 from tests.tiny_models import detector, exported, lively
 
 CONFIG = detector()

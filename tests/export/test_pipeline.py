@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from meta_deploy.bundle.bundle import Bundle
+from meta_deploy.bundle.manifest import Edges, SizeRange, Thresholds
 from meta_deploy.errors import (
     BundleError,
     CheckpointError,
@@ -18,7 +19,6 @@ from meta_deploy.errors import (
     InputError,
     VerificationError,
 )
-from meta_deploy.bundle.manifest import Edges, SizeRange, Thresholds
 from meta_deploy.export import Progress, export, pipeline
 from meta_deploy.export.options import Options
 from meta_deploy.export.pipeline import choose_passes
@@ -28,7 +28,7 @@ from meta_deploy.export.sources.checkpoint import describe, input_spec, preproce
 from meta_deploy.graph.pipeline import PASSES
 from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.graph.precision import fp16 as fp16_module
-from meta_deploy.models.checkpoint.load import save_checkpoint
+from meta_deploy.models.checkpoint.save import save_checkpoint
 from meta_deploy.models.registry import config_from_dict
 from meta_deploy.runtime.predictor import Predictor
 from meta_deploy.targets import TARGETS

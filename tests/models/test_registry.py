@@ -1,24 +1,16 @@
 """The zoo: names, sizes, round trips through JSON, and configurations that are refused."""
 
-import dataclasses
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from meta_deploy.errors import InputError
-from meta_deploy.models.registry import (
-    MODEL_NAMES,
-    BackboneConfig,
-    MaskRCNNConfig,
-    UPerNetConfig,
-    build_model,
-    config_from_dict,
-    config_to_dict,
-    get_config,
-)
+from meta_deploy.models.backbones.meta import METAConfig
+from meta_deploy.models.heads.mask_rcnn import MaskRCNNConfig
+from meta_deploy.models.heads.upernet import UPerNetConfig
+from meta_deploy.models.registry import MODEL_NAMES, build_model, config_from_dict, config_to_dict, get_config
 
 VIT = {  # width, depth, heads
     "t": (192, 12, 3),
@@ -42,7 +34,6 @@ def test_names_are_five_sizes_of_two_heads():
 def test_configuration_round_trips_through_json(name):
     for config in (get_config(name), get_config(name, num_classes=3)):
         assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
-        assert config_from_dict(dataclasses.asdict(config)) == config
 
 
 @pytest.mark.parametrize("head", ["mask-rcnn", "upernet"])
@@ -77,9 +68,7 @@ def test_upernet_defaults_are_mmsegmentations():
 
 def test_number_of_classes_can_be_chosen():
     assert get_config("meta-nano-mask-rcnn", num_classes=8).num_classes == 8
-    assert dataclasses.replace(get_config("meta-nano-mask-rcnn", 8), num_classes=80) == get_config(
-        "meta-nano-mask-rcnn"
-    )
+    assert replace(get_config("meta-nano-mask-rcnn", 8), num_classes=80) == get_config("meta-nano-mask-rcnn")
 
 
 @pytest.mark.parametrize("name", MODEL_NAMES)
@@ -140,8 +129,8 @@ def test_an_unknown_name_is_refused_with_the_known_ones(name):
         ({"adapter_heads": 0}, "adapter_heads 0"),
         ({"adapter_heads": 16}, "16 adapter heads"),
         ({"stripe_width": 0}, "stripe_width 0"),
-        ({"window": -1}, "window -1 is negative"),
-        ({"embed_dim": "192"}, "embed_dim '192' is not of type int"),
+        ({"window": -1}, "window -1: expected `int` >= 0"),
+        ({"embed_dim": "192"}, "embed_dim '192': expected `int`, got `str`"),
         ({"depth": True}, "depth True"),
         ({"mlp_ratio": float("nan")}, "mlp_ratio nan"),
         ({"inplanes": 0}, "inplanes 0"),
@@ -152,9 +141,9 @@ def test_an_unknown_name_is_refused_with_the_known_ones(name):
 )
 def test_a_backbone_that_cannot_be_is_refused(changes, message):
     good = {"embed_dim": 192, "depth": 12, "num_heads": 3}
-    BackboneConfig(**good)
+    METAConfig(**good)
     with pytest.raises(InputError, match=message):
-        BackboneConfig(**{**good, **changes})
+        METAConfig(**{**good, **changes})
 
 
 @pytest.mark.parametrize(
@@ -231,9 +220,3 @@ def test_a_whole_number_may_stand_for_a_float():
     """JSON written by other tools has 4 for 4.0."""
     data = broken(lambda d: (d["backbone"].update(mlp_ratio=4), d.update(std=[58, 57, 57])))
     assert config_from_dict(data).backbone.mlp_ratio == 4
-
-
-def test_names_and_configurations_need_no_torch():
-    code = "import sys; from meta_deploy.models import registry; registry.get_config('meta-t-upernet'); "
-    code += "sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
