@@ -429,5 +429,5 @@ def test_what_comes_near_float16s_range_is_told_and_kept(quick, monkeypatch):
     monkeypatch.setattr(fp16_module, "overflowing", lambda maxima: {sorted(maxima)[0]: 6e4})
     lines = []
     bundle = quick(precision="fp16", progress=Progress(note=lines.append), check=False)
-    assert any("1 tensors come near float16's range (up to 6e+04) and stay in float32" in line for line in lines)
+    assert "1 tensors come near float16's range (up to 6e+04) and stay in float32" in lines
     assert list(bundle.manifest.conversion["overflow"].values()) == [6e4]
