@@ -10,7 +10,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from meta_deploy.graph.graph import constant_value, is_op, producer, sole_consumer, static_shape
-from meta_deploy.graph.passes.collapse_chains import Factors, chain_before, follow
+from meta_deploy.graph.moves import Factors, chain_before, follow
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,20 @@ def find_attention(graph: gs.Graph, softmax: gs.Node) -> Attention | None:
         return None
     scale = float(np.float32(scale * q_scale * k_scale * k_before))
     return Attention(q, k, v, scale, last) if scale and math.isfinite(scale) else None
+
+
+def packed_input(graph: gs.Graph, found: Attention) -> gs.Node | None:
+    """The Split that makes q, k and v, in this order and nothing else."""
+    split = producer(found.q, "Split")
+    qkv = (found.q, found.k, found.v)
+    if (
+        split is None
+        or len(split.outputs) != 3
+        or any(a is not b for a, b in zip(split.outputs, qkv, strict=True))
+    ):
+        return None
+    alone = all(sole_consumer(graph, tensor) for tensor in qkv)
+    return split if alone and static_shape(split.inputs[0]) else None
 
 
 def attention_count(proto: onnx.ModelProto) -> int:

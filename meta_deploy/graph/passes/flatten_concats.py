@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import onnx_graphsurgeon as gs
 
 from meta_deploy.graph.graph import fresh_names, is_op, producer, sole_consumer, static_shape, tidy
-from meta_deploy.graph.passes.collapse_chains import Move, add_move, chain_before, fewest
+from meta_deploy.graph.moves import Move, add_move, chain_before, fewest, permutation
 
 
 def flatten_concats(graph: gs.Graph) -> int:
@@ -50,7 +50,7 @@ def _parts(
         return None
     axis, perm = outer.attrs["axis"] % len(shape), None
     if (transpose := producer(tensor, "Transpose")) is not None:
-        perm = _perm(transpose, shape)
+        perm = permutation(transpose)
         axis, tensor = perm[axis], transpose.inputs[0]
         if not sole_consumer(graph, tensor):
             return None
@@ -77,15 +77,11 @@ def _transposes_added(graph: gs.Graph, part: gs.Tensor, perm: list[int]) -> int:
     moves: list[Move] = []
     for node, shape in zip(chain, rest, strict=True):
         reshape = "Reshape", shape, shape
-        moves.append(("Transpose", _perm(node, shape), shape) if node.op == "Transpose" else reshape)
+        moves.append(("Transpose", permutation(node), shape) if node.op == "Transpose" else reshape)
     last = (first, *rest)[-1]
     more = [*moves, ("Transpose", perm, [last[p] for p in perm])]
     before, after = (sum(op == "Transpose" for op, _, _ in fewest(first, plan)) for plan in (moves, more))
     return after - before
-
-
-def _perm(transpose: gs.Node, shape: Sequence[object]) -> list[int]:
-    return list(transpose.attrs.get("perm", range(len(shape))[::-1]))
 
 
 def _transposed(graph: gs.Graph, x: gs.Tensor, perm: list[int], fresh: Callable[[str], str]) -> gs.Tensor:

@@ -10,9 +10,27 @@ from collections.abc import Callable
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from meta_deploy.graph.graph import constant_value, is_op, sole_consumer, until_done
-from meta_deploy.graph.linear import FLOATS, Linear, by_input, linear_from, linear_of, set_weights
-from meta_deploy.graph.passes.fold_scales import by_output, channel_axis, representable, stand_in
+from meta_deploy.graph.graph import (
+    IdentitySet,
+    constant_value,
+    is_op,
+    is_output,
+    own_nodes,
+    sole_consumer,
+    stand_in,
+    until_done,
+)
+from meta_deploy.graph.linear import (
+    FLOATS,
+    Linear,
+    by_input,
+    by_output,
+    channel_axis,
+    linear_from,
+    linear_of,
+    representable,
+    set_weights,
+)
 
 Weights = tuple[np.ndarray, np.ndarray | None]  # weight, bias
 
@@ -33,7 +51,7 @@ def fold_batch_norm(graph: gs.Graph) -> int:
 @np.errstate(divide="ignore", over="ignore", invalid="ignore")  # what is not finite is declined
 def _fold_all(graph: gs.Graph, fresh: Callable[[str], str]) -> int:
     """One round: into linear maps before, from the first on, then of those left into linear maps after."""
-    inside = {id(node) for node in graph.nodes}  # and not in a branch or a loop's body
+    inside = own_nodes(graph)
     norms = [node for node in graph.nodes if is_op(node, "BatchNormalization")]
     left = [node for node in norms if not _fold_back(graph, node, fresh)]
     return len(norms) - len(left) + sum(_fold_on(graph, node, inside, fresh) for node in left[::-1])
@@ -66,9 +84,9 @@ def _fold_back(graph: gs.Graph, norm: gs.Node, fresh: Callable[[str], str]) -> b
     return True
 
 
-def _fold_on(graph: gs.Graph, norm: gs.Node, inside: set[int], fresh: Callable[[str], str]) -> bool:
+def _fold_on(graph: gs.Graph, norm: gs.Node, inside: IdentitySet, fresh: Callable[[str], str]) -> bool:
     out, affine = norm.outputs[0], _affine(norm)
-    if affine is None or not out.outputs or any(output is out for output in graph.outputs):
+    if affine is None or not out.outputs or is_output(graph, out):
         return False
     plans = []
     for reader in out.outputs:
@@ -81,16 +99,16 @@ def _fold_on(graph: gs.Graph, norm: gs.Node, inside: set[int], fresh: Callable[[
     for linear, weight, bias in plans:
         linear.node.inputs[0] = x
         set_weights(graph, linear, weight, bias, fresh)
-        inside.update(id(node) for node in linear.y.inputs)  # with a new bias there may be a new Add
+        inside.add(linear.y.inputs[0])  # with a new bias there may be a new Add
     return True
 
 
-def _reader(graph: gs.Graph, node: gs.Node, inside: set[int]) -> Linear | None:
+def _reader(graph: gs.Graph, node: gs.Node, inside: IdentitySet) -> Linear | None:
     """The linear map that a node is; an Add of its bias elsewhere is none of it."""
-    if id(node) not in inside:
+    if node not in inside:
         return None
     linear = linear_of(graph, node)
-    if linear is not None and linear.add is not None and id(linear.add) not in inside:
+    if linear is not None and linear.add is not None and linear.add not in inside:
         return linear_from(graph, node.outputs[0])
     return linear
 

@@ -12,23 +12,30 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from meta_deploy.graph.graph import (
+    IdentitySet,
     constant_value,
     is_batch,
     is_op,
+    is_output,
+    own_nodes,
     producer,
     sole_consumer,
+    stand_in,
     static_shape,
     until_done,
 )
 from meta_deploy.graph.linear import (
     FLOATS,
     Linear,
+    by_output,
+    channel_axis,
     has_input,
     linear_from,
     per_channel,
+    representable,
     set_weights,
 )
-from meta_deploy.graph.passes.collapse_chains import MOVES
+from meta_deploy.graph.moves import MOVES
 
 MAX_MOVES = 12  # from a linear map to its scale
 MAX_READERS = 64  # that are followed to see where else its channels go
@@ -52,7 +59,7 @@ def fold_scales(graph: gs.Graph) -> int:
 
 @np.errstate(over="ignore", invalid="ignore")  # what is not finite is declined
 def _fold_all(graph: gs.Graph, fresh: Callable[[str], str]) -> int:
-    inside = {id(node) for node in graph.nodes}  # and not in a branch or a loop's body
+    inside = own_nodes(graph)
     count = 0
     for node in list(graph.nodes):
         if is_op(node, "Mul", "Div"):
@@ -94,7 +101,7 @@ def _fold_shift(graph: gs.Graph, node: gs.Node, fresh: Callable[[str], str]) -> 
     return True
 
 
-def _fold_factor(graph: gs.Graph, node: gs.Node, inside: set[int], fresh: Callable[[str], str]) -> bool:
+def _fold_factor(graph: gs.Graph, node: gs.Node, inside: IdentitySet, fresh: Callable[[str], str]) -> bool:
     found = _operands(node)
     if found is None or not found[1].all() or not sole_consumer(graph, found[0]):
         return False
@@ -111,7 +118,7 @@ def _fold_factor(graph: gs.Graph, node: gs.Node, inside: set[int], fresh: Callab
 
 
 def _made_by(
-    graph: gs.Graph, x: gs.Tensor, scale: np.ndarray, inside: set[int]
+    graph: gs.Graph, x: gs.Tensor, scale: np.ndarray, inside: IdentitySet
 ) -> list[tuple[Linear, np.ndarray]]:
     """Linear maps with a factor for each channel: any one, so scaled, scales x and nothing else."""
     linear = linear_from(graph, x)
@@ -126,7 +133,7 @@ def _made_by(
     return [(source[0], np.where(source[1], scale.item(), 1.0)) for source in sources if source is not None]
 
 
-def _moved_from(graph: gs.Graph, x: gs.Tensor, inside: set[int]) -> tuple[Linear, np.ndarray] | None:
+def _moved_from(graph: gs.Graph, x: gs.Tensor, inside: IdentitySet) -> tuple[Linear, np.ndarray] | None:
     """The linear map that x is moved from, and for each of its channels whether x has it.
 
     What has one of these channels and is not x must not be read but by moves that lead to x.
@@ -173,20 +180,19 @@ def _channels_of_elements(linear: Linear) -> np.ndarray | None:
 
 
 def _reach_only(
-    graph: gs.Graph, y: gs.Tensor, channels: np.ndarray, x: gs.Tensor, chosen: np.ndarray, inside: set[int]
+    graph: gs.Graph, y: gs.Tensor, channels: np.ndarray, x: gs.Tensor, chosen: np.ndarray, inside: IdentitySet
 ) -> bool:
     """Whether the chosen channels of y get nowhere but to x, by moves alone."""
-    outputs = {id(output) for output in graph.outputs}
     stack, followed = [(y, channels)], 0
     while stack:
         tensor, held = stack.pop()
         if tensor is x or not chosen[_distinct(held)].any():
             continue
         followed += len(tensor.outputs)
-        if id(tensor) in outputs or followed > MAX_READERS:
+        if is_output(graph, tensor) or followed > MAX_READERS:
             return False
         for reader in tensor.outputs:
-            if id(reader) not in inside or not _is_move(reader):
+            if reader not in inside or not _is_move(reader):
                 return False
             parts = _parts(reader, held)
             if parts is None:
@@ -272,32 +278,3 @@ def _channelwise(value: np.ndarray, linear: Linear) -> np.ndarray | None:
         return None
     rank = linear.weight.ndim if linear.is_conv else axis + 1
     return per_channel(value, rank, axis, linear.out_channels)
-
-
-def channel_axis(linear: Linear) -> int | None:
-    """Which axis of its output a linear map's channels are; None where the graph does not tell."""
-    if linear.is_conv or linear.node.op == "Gemm":
-        return 1
-    return len(linear.y.shape) - 1 if linear.y.shape else None
-
-
-def by_output(linear: Linear, values: np.ndarray) -> np.ndarray:
-    """One value for each output channel, in a shape that multiplies the weight."""
-    weight, group = linear.weight, linear.group
-    if linear.node.op == "ConvTranspose":
-        full = np.repeat(values.reshape(group, -1), len(weight) // group, axis=0)
-        return full.reshape(*weight.shape[:2], *(1,) * (weight.ndim - 2))
-    return values.reshape(-1, *(1,) * (weight.ndim - 1))
-
-
-def representable(linear: Linear, *arrays: np.ndarray | None) -> bool:
-    """Whether new weights are finite in the type of the old."""
-    with np.errstate(over="ignore"):
-        return all(np.isfinite(a.astype(linear.weight.dtype)).all() for a in arrays if a is not None)
-
-
-def stand_in(node: gs.Node, x: gs.Tensor) -> None:
-    """Let what makes x make the output of a node that alone reads x; the node is dead then."""
-    out, maker = node.outputs[0], x.inputs[0]
-    node.outputs.clear()
-    maker.outputs[next(i for i, tensor in enumerate(maker.outputs) if tensor is x)] = out

@@ -12,8 +12,19 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from meta_deploy.graph.graph import constant_value, is_batch, is_op, producer, until_done
+from meta_deploy.graph.graph import (
+    IdentitySet,
+    constant_value,
+    is_batch,
+    is_op,
+    is_output,
+    own_nodes,
+    producer,
+    sole_consumer,
+    until_done,
+)
 from meta_deploy.graph.linear import has_input
+from meta_deploy.graph.moves import permutation
 
 
 @dataclass
@@ -76,14 +87,13 @@ def fuse_layer_norm(graph: gs.Graph) -> int:
 
 
 def _fuse_all(graph: gs.Graph, fresh: Callable[[str], str]) -> int:
-    outputs = {id(output) for output in graph.outputs}
-    inside = {id(node) for node in graph.nodes}  # and not in a branch or a loop's body
+    inside = own_nodes(graph)
     count = 0
     for node in list(graph.nodes):
-        norm = _match(node, outputs, inside) if is_op(node, "Sqrt") else None
+        norm = _match(graph, node, inside) if is_op(node, "Sqrt") else None
         if norm is None:
             continue
-        ends = _ends(norm, outputs, inside)
+        ends = _ends(graph, norm, inside)
         if norm.is_last or _source(norm) is not None or all(end.alone for end in ends):
             for end in ends:
                 _rewrite(graph, norm, end, fresh)
@@ -91,7 +101,7 @@ def _fuse_all(graph: gs.Graph, fresh: Callable[[str], str]) -> int:
     return count
 
 
-def _match(sqrt: gs.Node, outputs: set[int], inside: set[int]) -> Norm | None:
+def _match(graph: gs.Graph, sqrt: gs.Node, inside: IdentitySet) -> Norm | None:
     """The norm that a square root is in the middle of."""
     quotient = _quotient(sqrt.outputs[0])
     added = producer(sqrt.inputs[0], "Add")
@@ -112,7 +122,7 @@ def _match(sqrt: gs.Node, outputs: set[int], inside: set[int]) -> Norm | None:
             continue
         nodes = [sqrt, added, mean, square, *last, *(node for c in centred for node in c[2])]
         positive = 0 < float(epsilon.item()) < math.inf and epsilon.ndim <= len(x.shape)
-        if positive and _axes(mean, len(x.shape)) == axes and _is_apart(nodes, last[-1], outputs, inside):
+        if positive and _axes(mean, len(x.shape)) == axes and _is_apart(graph, nodes, last[-1], inside):
             return Norm(x, last[-1].outputs[0], axes, float(np.float32(epsilon.item())))
     return None
 
@@ -176,38 +186,39 @@ def _axes(mean: gs.Node, rank: int) -> list[int] | None:
     return sorted({axis % rank for axis in axes}) if axes else list(range(rank))
 
 
-def _is_apart(nodes: list[gs.Node], last: gs.Node, outputs: set[int], inside: set[int]) -> bool:
+def _is_apart(graph: gs.Graph, nodes: list[gs.Node], last: gs.Node, inside: IdentitySet) -> bool:
     """Whether nothing but these nodes reads what they make, the last one's output excepted."""
-    own = {id(node) for node in nodes}
+    own = IdentitySet(nodes)
     between = [tensor for node in nodes if node is not last for tensor in node.outputs]
-    read = all(id(t) not in outputs and all(id(node) in own for node in t.outputs) for t in between)
-    return read and own <= inside
+    read = all(not is_output(graph, t) and all(node in own for node in t.outputs) for t in between)
+    return read and all(node in inside for node in nodes)
 
 
-def _ends(norm: Norm, outputs: set[int], inside: set[int]) -> list[End]:
+def _ends(graph: gs.Graph, norm: Norm, inside: IdentitySet) -> list[End]:
     """A norm's output with scale and bias, one for each reader; as it is if one reader wants it so."""
-    ends = [_end(norm, node, outputs, inside) for node in norm.y.outputs if id(norm.y) not in outputs]
+    readers = [] if is_output(graph, norm.y) else norm.y.outputs
+    ends = [_end(graph, norm, node, inside) for node in readers]
     found = [end for end in ends if end is not None]
     found = found if found and len(found) == len(ends) else [End(norm.y)]
     for end in found:
         readers = end.tensor.outputs
-        moves = [node for node in readers if is_op(node, "Transpose") and id(node) in inside]
-        end.moves = [node for node in moves if _perm(node) == norm.to_last]
-        end.alone = 0 < len(end.moves) == len(readers) and id(end.tensor) not in outputs
+        moves = [node for node in readers if is_op(node, "Transpose") and node in inside]
+        end.moves = [node for node in moves if permutation(node) == norm.to_last]
+        end.alone = 0 < len(end.moves) == len(readers) and not is_output(graph, end.tensor)
     return found
 
 
-def _end(norm: Norm, node: gs.Node, outputs: set[int], inside: set[int]) -> End | None:
+def _end(graph: gs.Graph, norm: Norm, node: gs.Node, inside: IdentitySet) -> End | None:
     end = End(norm.y)
-    if is_op(node, "Mul") and id(node) in inside:
+    if is_op(node, "Mul") and node in inside:
         end.scale = _constant(norm, _other(node, end.tensor))
         if end.scale is None:
             return None
         end.tensor = node.outputs[0]
-        if len(end.tensor.outputs) != 1 or id(end.tensor) in outputs:
+        if not sole_consumer(graph, end.tensor):
             return end
         node = end.tensor.outputs[0]
-    if is_op(node, "Add") and id(node) in inside:
+    if is_op(node, "Add") and node in inside:
         end.bias = _constant(norm, _other(node, end.tensor))
         end.tensor = end.tensor if end.bias is None else node.outputs[0]
     return None if end.tensor is norm.y else end
@@ -231,11 +242,7 @@ def _source(norm: Norm) -> gs.Tensor | None:
     """What x is, but for the Transpose that moves the normalized axes from the end to their places."""
     move = producer(norm.x, "Transpose")
     inverse = np.argsort(norm.to_last).tolist()
-    return move.inputs[0] if move is not None and _perm(move) == inverse else None
-
-
-def _perm(move: gs.Node) -> list[int]:
-    return list(move.attrs.get("perm", range(len(move.outputs[0].shape or ()))[::-1]))
+    return move.inputs[0] if move is not None and permutation(move) == inverse else None
 
 
 def _rewrite(graph: gs.Graph, norm: Norm, end: End, fresh: Callable[[str], str]) -> None:

@@ -11,7 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from meta_deploy.graph.graph import constant_value, is_batch, is_op, until_done
+from meta_deploy.graph.graph import (
+    IdentitySet,
+    constant_value,
+    is_batch,
+    is_op,
+    is_output,
+    own_nodes,
+    replace,
+    until_done,
+)
 from meta_deploy.graph.linear import (
     FLOATS,
     Linear,
@@ -19,8 +28,10 @@ from meta_deploy.graph.linear import (
     has_input,
     linear_of,
     per_channel,
+    representable,
     set_weights,
 )
+from meta_deploy.graph.moves import permutation
 
 MIN_SCALE = 1e-3  # of a norm that others are computed from, relative to its largest
 MAX_RATIO = 1e3  # of another norm's scale to that
@@ -71,27 +82,26 @@ def share_norms(graph: gs.Graph) -> int:
 
 
 def _share_all(graph: gs.Graph, fresh: Callable[[str], str]) -> int:
-    outputs = {id(output) for output in graph.outputs}
-    inside = {id(node) for node in graph.nodes}  # and not in a branch or a loop's body
-    done: set[int] = set()
+    inside = own_nodes(graph)
+    done = IdentitySet[gs.Tensor]()
     count = 0
     for node in list(graph.nodes):
-        if not is_op(node, "LayerNormalization") or id(node.inputs[0]) in done:
+        if not is_op(node, "LayerNormalization") or node.inputs[0] in done:
             continue
-        done.add(id(node.inputs[0]))
+        done.add(node.inputs[0])
         for norms in _groups(node.inputs[0], inside):
-            left = _without_same(graph, norms, outputs, inside)
+            left = _without_same(graph, norms, inside)
             for norm in left if len(left) > 1 else []:
-                norm.readers = _readers(graph, norm, outputs, inside) if norm.scale is not None else None
+                norm.readers = _readers(graph, norm, inside) if norm.scale is not None else None
             count += len(norms) - len(left) + _fold(graph, left, fresh)
     return count
 
 
-def _groups(x: gs.Tensor, inside: set[int]) -> list[list[Norm]]:
+def _groups(x: gs.Tensor, inside: IdentitySet) -> list[list[Norm]]:
     """The norms of a tensor, by what else must be the same for them to be shared; of two at least."""
     groups: dict[Hashable, list[Norm]] = {}
-    for node in {id(node): node for node in x.outputs}.values():  # once, be x its own scale, too
-        if not is_op(node, "LayerNormalization") or id(node) not in inside or node.inputs[0] is not x:
+    for node in IdentitySet(x.outputs):  # once, be x its own scale, too
+        if not is_op(node, "LayerNormalization") or node not in inside or node.inputs[0] is not x:
             continue
         if any(not tensor.is_empty() for tensor in node.outputs[1:]) or x.shape is None:
             continue
@@ -125,12 +135,12 @@ def _identity(tensor: gs.Tensor) -> Hashable:
     return id(tensor) if value is None else (value.dtype.str, value.shape, value.tobytes())
 
 
-def _without_same(graph: gs.Graph, norms: list[Norm], outputs: set[int], inside: set[int]) -> list[Norm]:
+def _without_same(graph: gs.Graph, norms: list[Norm], inside: IdentitySet) -> list[Norm]:
     """Of norms that are the same one is left, which the others' readers read."""
     left: dict[Hashable, Norm] = {}
 
     def is_fixed(norm: Norm) -> bool:
-        return id(norm.y) in outputs or any(id(node) not in inside for node in norm.y.outputs)
+        return is_output(graph, norm.y) or any(node not in inside for node in norm.y.outputs)
 
     for norm in sorted(norms, key=is_fixed, reverse=True):
         kept = left.setdefault(norm.same_as(), norm)
@@ -138,39 +148,31 @@ def _without_same(graph: gs.Graph, norms: list[Norm], outputs: set[int], inside:
         if kept is not norm and is_fixed(norm):  # the name stays
             y.inputs.clear()
             graph.nodes.append(gs.Node("Identity", y.name, {}, [kept.y], [y]))
-            inside.add(id(graph.nodes[-1]))
+            inside.add(graph.nodes[-1])
         elif kept is not norm:
-            _read_instead(y, kept.y)
+            replace(graph, y, kept.y)
     return list(left.values())
 
 
-def _read_instead(old: gs.Tensor, new: gs.Tensor) -> None:
-    for node in list(old.outputs):
-        for i, tensor in enumerate(node.inputs):
-            if tensor is old:
-                node.inputs[i] = new
-
-
-def _readers(graph: gs.Graph, norm: Norm, outputs: set[int], inside: set[int]) -> list[Linear] | None:
+def _readers(graph: gs.Graph, norm: Norm, inside: IdentitySet) -> list[Linear] | None:
     """The linear maps over a norm's channels that are all that reads it, directly or behind a Transpose."""
     rank = len(norm.node.inputs[0].shape)
     readers: list[Linear] = []
     tensors = [(norm.y, rank - 1)]  # and where the channels are
     while tensors:
         tensor, axis = tensors.pop()
-        if id(tensor) in outputs:
+        if is_output(graph, tensor):
             return None
         for node in tensor.outputs:
-            if id(node) not in inside:
+            if node not in inside:
                 return None
             if is_op(node, "Transpose") and tensor is norm.y:
-                perm = list(node.attrs.get("perm", range(rank)[::-1]))
-                tensors.append((node.outputs[0], perm.index(axis)))
+                tensors.append((node.outputs[0], permutation(node).index(axis)))
                 continue
             linear = linear_of(graph, node)
             if linear is None or linear.x is not tensor or axis != (1 if linear.is_conv else rank - 1):
                 return None
-            if linear.add is not None and id(linear.add) not in inside:
+            if linear.add is not None and linear.add not in inside:
                 return None
             readers.append(linear)
     return readers
@@ -199,7 +201,7 @@ def _fold(graph: gs.Graph, norms: list[Norm], fresh: Callable[[str], str]) -> in
         return 0
     y = plan.kept.y if plan.kept is not None else _plain(graph, known[0].node, fresh)
     for norm, weights in plan.folded:
-        _read_instead(norm.y, y)
+        replace(graph, norm.y, y)
         for linear, weight, bias in weights:
             set_weights(graph, linear, weight, bias, fresh)
     return plan.gain
@@ -246,9 +248,7 @@ def _computed_from(norm: Norm, scale: np.ndarray, bias: np.ndarray) -> list[Weig
         moved = None
         if shift.any():
             moved = _applied(linear, weight, shift) + (0 if linear.bias is None else linear.bias)
-        with np.errstate(over="ignore"):
-            rounded = [a.astype(linear.weight.dtype) for a in (new, moved) if a is not None]
-        if not all(np.isfinite(a).all() for a in rounded):
+        if not representable(linear, new, moved):
             return None
         result.append((linear, new, moved))
     return result
