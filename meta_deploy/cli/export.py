@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -71,6 +72,13 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--passes", default="all", metavar="all|none|NAME,…", help="graph passes to run")
     p.add_argument(
+        "--explain",
+        nargs="?",
+        const="all",
+        metavar="PASS",
+        help="say which places close to its pattern a graph pass (default: each) left as they are, and why",
+    )
+    p.add_argument(
         "--operators",
         choices=("native", "lowered"),
         help="NMS and RoIAlign as ONNX has them, or in plain arithmetic (default: what the target runs)",
@@ -125,6 +133,7 @@ def export_command(args: argparse.Namespace) -> int:
             dynamic_batch=tuple(args.dynamic_batch) if args.dynamic_batch else None,
             dynamic_size=args.dynamic_size,
             passes=args.passes,
+            explain=args.explain is not None,
             out=args.out,
             check=not args.no_verify,
             allow_partial=args.allow_partial,
@@ -135,7 +144,9 @@ def export_command(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(document(bundle)))
     else:
-        print(summary(bundle, time.perf_counter() - started))
+        print(summary(bundle, time.perf_counter() - started), flush=True)
+    if args.explain is not None:
+        print(explanation(bundle.manifest["passes"], args.explain), file=sys.stderr)
     return 0
 
 
@@ -208,6 +219,32 @@ def pass_row(row: dict) -> str:
     least = "" if row["bytes_exact"] else ">"
     moved = f"{least}{row['bytes_before'] / 1e6:.1f} -> {least}{row['bytes_after'] / 1e6:.1f}"
     return f"{row['name']:<20}{row['changes']:>8}{nodes:>16}{moves:>19}{moved:>20}{row['seconds']:>9.1f}"
+
+
+def explanation(rows: list[dict], chosen: str) -> str:
+    """Which places passes declined and why, alike ones together; of all passes, or of the chosen one."""
+    paragraphs = []
+    for row in rows:
+        if chosen in ("all", row["name"]) and row["declined"]:
+            paragraphs.append("\n".join([f"{row['name']} left as they are:", *reason_lines(row["declined"])]))
+    return (
+        "\n".join(dict.fromkeys(paragraphs)) or "no pass left a place as it is that is close to its pattern"
+    )
+
+
+def reason_lines(declined: list[dict]) -> list[str]:
+    """A line for each reason, up to the names in it, with the first of the nodes."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for place in declined:
+        groups.setdefault((place["op"], re.sub(r"'[^']*'|[\d.]+(e\+\d+)?", "", place["reason"])), []).append(
+            place
+        )
+    lines = []
+    for (op, _), places in groups.items():
+        names = ", ".join(place["node"] for place in places[:3]) + (", …" if len(places) > 3 else "")
+        example = "for the first, " if len(places) > 1 else ""
+        lines.append(f"  {len(places)} {op} ({names}): {example}{places[0]['reason']}")
+    return lines
 
 
 def conversion_line(precision: str, conversion: dict) -> str:

@@ -76,6 +76,7 @@ def export(
     dynamic_batch: tuple[int, int, int] | None = None,
     dynamic_size: bool = False,
     passes: str = "all",
+    explain: bool = False,
     out: str | Path | None = None,
     check: bool = True,
     allow_partial: bool = False,
@@ -97,6 +98,7 @@ def export(
         dynamic_batch: (min, opt, max) images a call.
         dynamic_size: take any multiple of 32 up to the longer side of `input_size`.
         passes: "all", "none", or names of graph passes separated by commas.
+        explain: have the manifest say which places near its pattern a pass left as they are, and why.
         out: the bundle's folder; absent: named after the checkpoint, in the current folder.
         check: compare with PyTorch on images before anything is written.
         allow_partial: accept a checkpoint that lacks tensors.
@@ -139,7 +141,7 @@ def export(
         literal = export_onnx(loaded.model, spec, form)
     nodes_before = sum(node.op_type != "Constant" for node in literal.graph.node)
     with progress.stage("passes"):
-        graph, results = run_passes(literal, chosen_passes, COSTS[TARGETS[chosen].pipeline])
+        graph, results = run_passes(literal, chosen_passes, COSTS[TARGETS[chosen].pipeline], explain)
         # Graphs refer to themselves in circles, and for a large model each holds gigabytes.
         del literal
         gc.collect()

@@ -150,7 +150,7 @@ class IdentitySet(Generic[T]):
 
 
 def own_nodes(graph: gs.Graph) -> IdentitySet[gs.Node]:
-    """A graph's nodes as they are now. Those of branches and loops' bodies, which may read its tensors, are none."""
+    """A graph's nodes as they are now; not those of branches and loops' bodies, which read its tensors."""
     return IdentitySet(graph.nodes)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import onnx_graphsurgeon as gs
 
+from meta_deploy.graph.explain import declined, shown
 from meta_deploy.graph.graph import is_op, is_output, replace, sole_consumer, static_shape, until_done
 from meta_deploy.graph.moves import MOVES, add_move, chain_before, fewest, moves_of
 
@@ -44,6 +45,9 @@ def _collapse(graph: gs.Graph, last: gs.Node, fresh: Callable[[str], str]) -> in
     start, chain = chain_before(graph, end)
     moves = moves_of(start, chain)
     if moves is None:
+        if len(chain) > 1:
+            unknown = (t for t in (start, *(node.outputs[0] for node in chain)) if not static_shape(t))
+            declined(last, f"{shown(next(unknown, end))} is not of known shape, or without elements")
         return 0
     plan = fewest(static_shape(start) or [], moves)
     left = len(plan) or int(is_output(graph, end))  # an Identity keeps the name

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from meta_deploy.graph.explain import declined, read_elsewhere, shown
 from meta_deploy.graph.graph import (
     IdentitySet,
     constant_value,
@@ -84,7 +85,10 @@ def _distribute_all(graph: gs.Graph, cost: Cost) -> int:
 def _terms(graph: gs.Graph, fuse: Linear, cost: Cost) -> list[Term] | None:
     """The terms of the sum that a convolution reads, if it is worth taking it into them."""
     shape, out = static_shape(fuse.x), static_shape(fuse.y)
-    if shape is None or out is None or 0 in shape or producer(fuse.x, "Add") is None:
+    if producer(fuse.x, "Add") is None:
+        return None
+    if shape is None or out is None or 0 in shape:
+        declined(fuse.node, f"{shown(fuse.x if not shape or 0 in shape else fuse.y)} is not of known shape")
         return None
     inside = own_nodes(graph)
     if fuse.add is not None and fuse.add not in inside:
@@ -99,16 +103,33 @@ def _terms(graph: gs.Graph, fuse: Linear, cost: Cost) -> list[Term] | None:
         else:
             tensors.append(x)
     if not 1 < len(tensors) <= MOST_TERMS or len(IdentitySet(tensors)) < len(tensors):
+        if linear_from(graph, fuse.x) is None:
+            declined(fuse.node, _no_terms(graph, fuse, tensors))
         return None
     terms = [_cheapest(graph, x, fuse, cost) for x in tensors]
     shape, out = _one_image(fuse.x), _one_image(fuse.y)
     adds = (len(terms) - 1) * (cost.of(0, out, out, out) - cost.of(0, shape, shape, shape))
     saved = _conv_price(fuse, shape, out, cost) + _add_price(fuse, cost)
-    if sum(term.price for term in terms) + adds >= saved:
+    if (price := sum(term.price for term in terms) + adds) >= saved:
+        declined(fuse.node, f"taken apart it costs {price:.3g} multiply-adds, and as it is {saved:.3g}")
         return None
     kernel = fuse.weight[:, :, 0, 0].astype(np.float64)
     folded = [_folded(kernel, term.linear) for term in terms if term.linear is not None]
-    return terms if all(representable(fuse, *weights) for weights in folded) else None
+    if not all(representable(fuse, *weights) for weights in folded):
+        declined(fuse.node, "folded weights would overflow")
+        return None
+    return terms
+
+
+def _no_terms(graph: gs.Graph, fuse: Linear, tensors: list[gs.Tensor]) -> str:
+    """Why a sum is not taken apart into these."""
+    if len(tensors) > MOST_TERMS:
+        return f"the sum has {len(tensors)} terms, more than {MOST_TERMS}"
+    if len(tensors) > 1:
+        return "a term is in the sum twice"
+    if not sole_consumer(graph, fuse.x):
+        return read_elsewhere(graph, fuse.x, fuse.node)
+    return f"the terms of {shown(fuse.x)} are not all of its shape"
 
 
 def _cheapest(graph: gs.Graph, x: gs.Tensor, fuse: Linear, cost: Cost) -> Term:

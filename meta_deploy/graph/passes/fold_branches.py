@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from meta_deploy.graph.explain import declined, shown
 from meta_deploy.graph.graph import (
     IdentitySet,
     detach,
@@ -109,11 +110,16 @@ def _match(graph: gs.Graph, node: gs.Node, inside: IdentitySet, cost: Cost) -> t
     for part in parts:
         channels = static_shape(part)
         if channels is None or 0 in channels or isinstance(part, gs.Constant):
+            if concat is not None:
+                declined(node, f"{shown(part)} is constant, or not of known shape")
             return None
         weight = fuse.weight[:, start : start + channels[1]].astype(np.float64)
         branches.append(_terms(graph, part, weight, cost))
         start += channels[1]
-    if all(len(terms) == 1 for terms in branches) or math.prod(map(len, branches)) > MOST_PLANS:
+    if all(len(terms) == 1 for terms in branches):
+        return None
+    if (forms := math.prod(map(len, branches))) > MOST_PLANS:
+        declined(node, f"there are {forms} forms to choose from, more than {MOST_PLANS}")
         return None
     present = [[terms[0] for terms in branches]]
     best, price = present, _price(present, shape, cost)
@@ -122,7 +128,13 @@ def _match(graph: gs.Graph, node: gs.Node, inside: IdentitySet, cost: Cost) -> t
         for plan in ([list(terms)], [[t for t in terms if t.size == size] for size in sizes]):
             if (other := _price(plan, shape, cost)) < price:
                 best, price = plan, other
-    return None if best is present or not _representable(best, fuse) else (fuse, best)
+    if best is present:
+        declined(node, f"it is cheapest as it is: {price:.3g} multiply-adds")
+        return None
+    if not _representable(best, fuse):
+        declined(node, "folded weights would overflow")
+        return None
+    return fuse, best
 
 
 def _terms(graph: gs.Graph, x: gs.Tensor, kernel: np.ndarray, cost: Cost) -> list[Term]:

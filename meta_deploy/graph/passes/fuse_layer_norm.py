@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from meta_deploy.graph.explain import declined, made_by, read_elsewhere, shown
 from meta_deploy.graph.graph import (
     IdentitySet,
     constant_value,
@@ -81,8 +82,6 @@ def fuse_layer_norm(graph: gs.Graph) -> int:
     Returns:
         Places changed.
     """
-    if graph.opset < 17:
-        return 0
     return until_done(graph, _fuse_all)
 
 
@@ -94,37 +93,62 @@ def _fuse_all(graph: gs.Graph, fresh: Callable[[str], str]) -> int:
         if norm is None:
             continue
         ends = _ends(graph, norm, inside)
-        if norm.is_last or _source(norm) is not None or all(end.alone for end in ends):
+        if graph.opset < 17:
+            declined(node, f"LayerNormalization came with opset 17, and the graph is of opset {graph.opset}")
+        elif norm.is_last or _source(norm) is not None or all(end.alone for end in ends):
             for end in ends:
                 _rewrite(graph, norm, end, fresh)
             count += len(ends)
+        else:
+            axes = f"axes {norm.axes} of {shown(norm.x)} are not the last ones"
+            declined(node, f"{axes}, and no Transpose before or behind makes them so")
     return count
 
 
 def _match(graph: gs.Graph, sqrt: gs.Node, inside: IdentitySet) -> Norm | None:
-    """The norm that a square root is in the middle of."""
-    quotient = _quotient(sqrt.outputs[0])
+    """The norm around a square root; tells why not if it is the root of a mean of squares."""
     added = producer(sqrt.inputs[0], "Add")
-    if quotient is None or added is None:
-        return None
-    divided, last = quotient
-    for variance, constant in (added.inputs, added.inputs[::-1]):
-        mean, epsilon = producer(variance, "ReduceMean"), constant_value(constant)
-        square = producer(mean.inputs[0]) if mean is not None else None
-        squared = _squared(square) if square is not None else None
-        if mean is None or square is None or squared is None or epsilon is None or epsilon.size != 1:
+    for variance, constant in () if added is None else (added.inputs, added.inputs[::-1]):
+        mean = producer(variance, "ReduceMean")
+        square = None if mean is None else producer(mean.inputs[0])
+        squared = None if square is None else _squared(square)
+        if mean is None or square is None or squared is None:
             continue
-        centred = [c for tensor in (divided, *squared) if (c := _centred(tensor)) is not None]
-        if len(centred) < 1 + len(squared):
-            continue
-        x, axes, _ = centred[0]
-        if any(c[0] is not x or c[1] != axes for c in centred):
-            continue
-        nodes = [sqrt, added, mean, square, *last, *(node for c in centred for node in c[2])]
-        positive = 0 < float(epsilon.item()) < math.inf and epsilon.ndim <= len(x.shape)
-        if positive and _axes(mean, len(x.shape)) == axes and _is_apart(graph, nodes, last[-1], inside):
-            return Norm(x, last[-1].outputs[0], axes, float(np.float32(epsilon.item())))
+        found = _norm(graph, [sqrt, added, mean, square], squared, constant, inside)
+        if isinstance(found, Norm):
+            return found
+        declined(sqrt, found)
     return None
+
+
+def _norm(
+    graph: gs.Graph,
+    middle: list[gs.Node],
+    squared: list[gs.Tensor],
+    constant: gs.Tensor,
+    inside: IdentitySet,
+) -> Norm | str:
+    """The norm of these nodes (root, sum with epsilon, mean, square), or why they are of none."""
+    sqrt, _, mean, _ = middle
+    epsilon, quotient = constant_value(constant), _quotient(sqrt.outputs[0])
+    if epsilon is None or epsilon.size != 1 or not 0 < float(epsilon.item()) < math.inf:
+        return f"{shown(constant)} is added to the variance, which is no positive number"
+    if quotient is None:
+        return f"what is made of the root '{sqrt.outputs[0].name}' is not one division by it"
+    divided, last = quotient
+    parts = [_centred(tensor) for tensor in (divided, *squared)]
+    if reason := next((part for part in parts if isinstance(part, str)), None):
+        return reason
+    centred = [part for part in parts if not isinstance(part, str)]
+    x, axes, _ = centred[0]
+    if any(c[0] is not x or c[1] != axes for c in centred) or _axes(mean, len(x.shape)) != axes:
+        return f"mean and variance of {shown(x)} are not over the same axes of the same tensor"
+    if epsilon.ndim > len(x.shape):
+        return f"{shown(constant)} has more axes than {shown(x)}"
+    nodes = [*middle, *last, *(node for c in centred for node in c[2])]
+    if reason := _read_from_outside(graph, nodes, last[-1], inside):
+        return reason
+    return Norm(x, last[-1].outputs[0], axes, float(np.float32(epsilon.item())))
 
 
 def _quotient(std: gs.Tensor) -> tuple[gs.Tensor, list[gs.Node]] | None:
@@ -158,18 +182,18 @@ def _is_number(size: object) -> bool:
     return isinstance(size, (int, np.integer)) and int(size) > 0 and not is_batch(size)
 
 
-def _centred(tensor: gs.Tensor) -> tuple[gs.Tensor, list[int], list[gs.Node]] | None:
-    """(x, axes, nodes) where a tensor is x minus its mean over axes of sizes known, by these nodes."""
+def _centred(tensor: gs.Tensor) -> tuple[gs.Tensor, list[int], list[gs.Node]] | str:
+    """(x, axes, nodes) where these nodes make a tensor of x minus its mean over known axes; or why not."""
     sub = producer(tensor, "Sub")
     mean = producer(sub.inputs[1], "ReduceMean") if sub is not None else None
     if sub is None or mean is None or mean.inputs[0] is not sub.inputs[0]:
-        return None
+        return f"{made_by(tensor)}, and is not a tensor less its mean"
     x = sub.inputs[0]
     if not x.shape or x.dtype != np.float32:
-        return None
+        return f"{shown(x)} is not a float32 tensor of known rank"
     axes = _axes(mean, len(x.shape))
     if not axes or not all(_is_number(x.shape[axis]) for axis in axes):
-        return None
+        return f"the axes of {shown(mean)} are not kept, or they or their sizes in {shown(x)} not known"
     return x, axes, [sub, mean]
 
 
@@ -186,12 +210,17 @@ def _axes(mean: gs.Node, rank: int) -> list[int] | None:
     return sorted({axis % rank for axis in axes}) if axes else list(range(rank))
 
 
-def _is_apart(graph: gs.Graph, nodes: list[gs.Node], last: gs.Node, inside: IdentitySet) -> bool:
-    """Whether nothing but these nodes reads what they make, the last one's output excepted."""
+def _read_from_outside(
+    graph: gs.Graph, nodes: list[gs.Node], last: gs.Node, inside: IdentitySet
+) -> str | None:
+    """What else reads what these nodes make, the last one's output excepted; None if nothing does."""
+    if any(node not in inside for node in nodes):
+        return "a part of it is inside a branch or a loop"
     own = IdentitySet(nodes)
-    between = [tensor for node in nodes if node is not last for tensor in node.outputs]
-    read = all(not is_output(graph, t) and all(node in own for node in t.outputs) for t in between)
-    return read and all(node in inside for node in nodes)
+    for tensor in (tensor for node in nodes if node is not last for tensor in node.outputs):
+        if is_output(graph, tensor) or any(node not in own for node in tensor.outputs):
+            return read_elsewhere(graph, tensor, *nodes)
+    return None
 
 
 def _ends(graph: gs.Graph, norm: Norm, inside: IdentitySet) -> list[End]:

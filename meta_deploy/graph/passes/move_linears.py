@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from meta_deploy.graph.explain import declined, read_elsewhere, shown
 from meta_deploy.graph.graph import (
     IdentitySet,
     constant_value,
@@ -54,6 +55,7 @@ def _move_all(graph: gs.Graph, fresh: Callable[[str], str]) -> int:
         if linear.add is not None and linear.add not in inside:
             continue
         line = _line(graph, linear, inside)
+        _tell_stopped(graph, linear, line)
         place = _best_place(line)
         if place < line.place:
             _hoist(graph, linear, line.passable[place : line.place], fresh)
@@ -103,6 +105,23 @@ def _line(graph: gs.Graph, linear: Linear, inside: IdentitySet) -> Line:
         before if _is_known(before) else [],
         after if _is_known(after) and all(node in inside for node in after) else [],
     )
+
+
+def _tell_stopped(graph: gs.Graph, linear: Linear, line: Line) -> None:
+    """Tell what keeps a product from a move beside it whose shapes are not known, or that others read."""
+    x = line.passable[0].inputs[0] if line.place else linear.x
+    y = line.passable[-1].outputs[0] if len(line.passable) > line.place else linear.y
+    before = producer(x)
+    for move in (before, y.outputs[0] if sole_consumer(graph, y) else None):
+        if move is not None and is_op(move, *MOVES, "Pad", "Slice"):
+            unknown = [t for t in (move.inputs[0], move.outputs[0]) if not static_shape(t)]
+            if unknown:
+                declined(
+                    linear.node, f"{shown(move)} is in the way: {shown(unknown[0])} is not of known shape"
+                )
+    if before is not None and not sole_consumer(graph, x) and _keeps_channels(before):
+        reader = linear.node if x is linear.x else line.passable[0]
+        declined(linear.node, f"{shown(before)} is in the way: {read_elsewhere(graph, x, reader)}")
 
 
 def _is_known(chain: list[gs.Node]) -> bool:

@@ -15,6 +15,7 @@ from itertools import permutations, product
 import onnx_graphsurgeon as gs
 
 from meta_deploy.graph.attention import Attention, find_attention, packed_input
+from meta_deploy.graph.explain import declined, shown
 from meta_deploy.graph.graph import IdentitySet, is_op, own_nodes, replace, sole_consumer, until_done
 from meta_deploy.graph.moves import Factors, Move, add_move, chain_after, chain_before, follow
 
@@ -57,9 +58,16 @@ def _reorder(graph: gs.Graph, found: Attention, inside: IdentitySet, fresh: Call
         return False
     into, back = follow(start, before), follow(out, after)
     if into is None or back is None:
+        unknown = start if into is None else end
+        declined(
+            found.last, f"the moves between {shown(unknown)} and the attention do not fit in their factors"
+        )
         return False
     for axis in (BATCH_AXIS, TOKEN_AXIS):
-        if [into.sizes[f] for f in into.axes[axis]] != [back.sizes[f] for f in back.origin[axis]]:
+        cuts = [into.sizes[f] for f in into.axes[axis]], [back.sizes[f] for f in back.origin[axis]]
+        if cuts[0] != cuts[1]:
+            cut = f"axis {axis} of {shown(packed)} is made of factors {cuts[0]}"
+            declined(found.last, f"{cut}, and that of {shown(out)} taken apart as {cuts[1]}")
             return False
     best: list[list[Move]] | None = None
     for orders in _orders(into):

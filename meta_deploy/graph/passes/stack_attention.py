@@ -12,6 +12,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from meta_deploy.graph.attention import Attention, find_attention, packed_input
+from meta_deploy.graph.explain import declined, shown
 from meta_deploy.graph.graph import (
     IdentitySet,
     fresh_names,
@@ -50,11 +51,19 @@ def stack_attention(graph: gs.Graph) -> int:
         start, chain = chain_before(graph, packed)
         source = producer(start)
         if source is None or not sole_consumer(graph, packed) or not _waits_for_one([*chain, split]):
+            declined(node, f"more than moves lie between {shown(packed)} and the node that it comes from")
             continue
         shape, parts = static_shape(packed) or [], [part.shape for part in split.outputs]
         key = (id(source), *shape, split.attrs["axis"] % 4, str(parts), found.scale, packed.dtype)
         groups.setdefault(key, []).append((found, split))
     stacked = [group for group in groups.values() if len(group) > 1]
+    sources = [key[0] for key in groups]
+    for key, ((found, split), *others) in groups.items():
+        if not others and sources.count(key[0]) > 1:
+            packed = shown(split.inputs[0])
+            declined(
+                found.last, f"no other attention of the same source has the shapes and scale of {packed}"
+            )
     for group in stacked:
         _stack(graph, group, inside, fresh)
     if stacked:
