@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -137,6 +138,13 @@ def _add_onnx(group: argparse._ArgumentGroup) -> None:
 def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--passes", default="all", metavar="all|none|NAME,…", help="graph passes to run")
     group.add_argument(
+        "--explain",
+        nargs="?",
+        const="all",
+        metavar="PASS",
+        help="say which places close to its pattern a graph pass (default: each) left as they are, and why",
+    )
+    group.add_argument(
         "--calib-images",
         metavar="DIR",
         help="images, or .npz files of an ONNX file's inputs, to measure and verify on "
@@ -193,7 +201,9 @@ def export_command(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(document(bundle)))
     else:
-        print(summary(bundle, time.perf_counter() - started))
+        print(summary(bundle, time.perf_counter() - started), flush=True)
+    if args.explain is not None:
+        print(explanation(bundle.manifest["passes"], args.explain), file=sys.stderr)
     return 0
 
 
@@ -221,6 +231,7 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
         "mean": three("mean", args.mean),
         "std": three("std", args.std),
         "class_names": class_names(args.class_names),
+        "explain": args.explain is not None,
         "check": not args.no_verify,
     }
 
@@ -255,7 +266,7 @@ def class_names(path: str | None) -> list[str] | None:
     return names
 
 
-def document(bundle: Bundle) -> dict[str, object]:
+def document(bundle: Bundle) -> dict[str, Any]:
     """What --json prints."""
     from msgspec import to_builtins
 
@@ -318,6 +329,32 @@ def pass_row(row: dict) -> str:
     least = "" if row["bytes_exact"] else ">"
     moved = f"{least}{row['bytes_before'] / 1e6:.1f} -> {least}{row['bytes_after'] / 1e6:.1f}"
     return f"{row['name']:<20}{row['changes']:>8}{nodes:>16}{moves:>19}{moved:>20}{row['seconds']:>9.1f}"
+
+
+def explanation(rows: list[dict], chosen: str) -> str:
+    """Which places passes declined and why, alike ones together; of all passes, or of the chosen one."""
+    paragraphs = []
+    for row in rows:
+        if chosen in ("all", row["name"]) and row["declined"]:
+            paragraphs.append("\n".join([f"{row['name']} left as they are:", *reason_lines(row["declined"])]))
+    return (
+        "\n".join(dict.fromkeys(paragraphs)) or "no pass left a place as it is that is close to its pattern"
+    )
+
+
+def reason_lines(declined: list[dict]) -> list[str]:
+    """A line for each reason, up to the names in it, with the first of the nodes."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for place in declined:
+        groups.setdefault((place["op"], re.sub(r"'[^']*'|[\d.]+(e\+\d+)?", "", place["reason"])), []).append(
+            place
+        )
+    lines = []
+    for (op, _), places in groups.items():
+        names = ", ".join(place["node"] for place in places[:3]) + (", …" if len(places) > 3 else "")
+        example = "for the first, " if len(places) > 1 else ""
+        lines.append(f"  {len(places)} {op} ({names}): {example}{places[0]['reason']}")
+    return lines
 
 
 def verdict(verification: dict | None) -> str:
