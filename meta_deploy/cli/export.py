@@ -220,6 +220,11 @@ def source_of(args: argparse.Namespace) -> str:
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `export`."""
+    from meta_deploy.errors import InputError
+    from meta_deploy.graph.pipeline import PASSES
+
+    if args.explain not in (None, "all", *PASSES):
+        raise InputError(f"--explain '{args.explain}' is not a graph pass; choose from {', '.join(PASSES)}")
     same = ("model", "target", "precision", "operators", "calib_images", "batch", "dynamic_size", "scale")
     return {
         **{name: getattr(args, name) for name in (*same, "bgr", "passes", "out", "allow_partial")},

@@ -26,13 +26,13 @@ from tests.tiny_models import detector, exported, lively
 CONFIG = detector()
 KEYS = {
     *("bundle", "model", "target", "precision", "parameters", "nodes", "passes", "verification", "seconds"),
-    *("peak_rss_mb", "engine", "operators", "conversion"),
+    *("peak_rss_mb", "engine", "operators", "conversion", "task"),
 }
 STAGES = [
-    "loading the checkpoint",
+    "loading the model",
     "exporting to ONNX",
     "running graph passes",
-    "comparing with PyTorch",
+    "comparing with the original",
     "writing the bundle",
 ]
 QUICK = ("--no-verify", "--passes", "none")
@@ -41,11 +41,11 @@ QUICK = ("--no-verify", "--passes", "none")
 CHILD = """
 import sys, time
 import onnx
-from meta_deploy.export import pipeline
+from meta_deploy.export.sources import checkpoint
 from meta_deploy.bundle import bundle
 from meta_deploy.cli.export import main
 
-pipeline.export_onnx = lambda model, spec, operators: onnx.load({graph!r})
+checkpoint.export_onnx = lambda model, spec, operators: onnx.load({graph!r})
 if {slow_write!r}:
     fsync = bundle.os.fsync
     def slow(descriptor):
@@ -78,9 +78,9 @@ def here(tmp_path, monkeypatch):
 @pytest.fixture
 def meta_export(material, here, capfd, monkeypatch):
     """Run meta-export on the tiny checkpoint, its translation made before: exit code, stdout, stderr."""
-    from meta_deploy.export import pipeline
+    from meta_deploy.export.sources import checkpoint
 
-    monkeypatch.setattr(pipeline, "export_onnx", lambda *_: onnx.load(material / "literal.onnx"))
+    monkeypatch.setattr(checkpoint, "export_onnx", lambda *_: onnx.load(material / "literal.onnx"))
 
     def call(*options, ckpt=material / "tiny.pth"):
         capfd.readouterr()
@@ -430,7 +430,7 @@ def wait_for(process, text):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "moment", ["loading the checkpoint", "exporting to ONNX", "syncing", "syncing again"]
+    "moment", ["loading the model", "exporting to ONNX", "syncing", "syncing again"]
 )
 def test_killed_at_any_point_it_leaves_no_bundle_that_loads(material, here, moment):
     process = start(material, "--out", "b", *QUICK, slow_write=True)
@@ -458,7 +458,7 @@ def test_killed_at_any_point_it_leaves_no_bundle_that_loads(material, here, mome
 @pytest.mark.parametrize(
     ("moment", "number", "code", "said"),
     [
-        ("loading the checkpoint", signal.SIGINT, 130, "interrupted"),
+        ("loading the model", signal.SIGINT, 130, "interrupted"),
         ("syncing", signal.SIGINT, 130, "interrupted"),
         ("syncing", signal.SIGTERM, 143, "terminated"),
     ],
