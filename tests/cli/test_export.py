@@ -152,7 +152,7 @@ def test_the_default_folder_is_named_after_the_checkpoint_in_the_current_one(met
     code, out, _ = meta_export("--no-verify")
     assert code == 0
     assert [path.name for path in here.iterdir()] == ["tiny-onnxruntime-fp32"]
-    assert "not compared with PyTorch (--no-verify)" in out
+    assert "not compared with the original (--no-verify)" in out
 
 
 @pytest.mark.slow
@@ -238,10 +238,10 @@ def test_a_terminal_sees_the_stage_while_it_runs(monkeypatch):
         display.start("write")
         display.close()
     shown = read_all(ours)
-    assert "\r\033[Kcomparing with PyTorch…" in shown
-    assert "\r\033[Kcomparing with PyTorch 3/8 images" in shown
+    assert "\r\033[Kcomparing with the original…" in shown
+    assert "\r\033[Kcomparing with the original 3/8" in shown
     assert re.search(r"\r\033\[Ka note\r?\n", shown)
-    assert re.search(r"\r\033\[Kcomparing with PyTorch 1\.2 s\r?\n", shown)
+    assert re.search(r"\r\033\[Kcomparing with the original 1\.2 s\r?\n", shown)
     assert shown.endswith("\r\033[K")  # the cursor is left on a clean line
 
 
@@ -255,7 +255,15 @@ def test_a_terminal_sees_the_stage_while_it_runs(monkeypatch):
         (["--target", "cuda"], ["'cuda'", "tensorrt"]),
         (["--target", "tensorrt"], ["tensorrt", "cannot be imported", "pip install"]),
         (["--bf16"], ["precision bf16 is not written for onnxruntime", "--target tensorrt"]),
-        *[([f"--{p}"], [f"precision {p} is not written", "--fp16"]) for p in ("int8", "fp8")],
+        *[([f"--{p}"], [f"unrecognized arguments: --{p}"]) for p in ("int8", "fp8")],
+        (["--explain", "tidy"], ["'tidy' is not a graph pass", "clean-up"]),
+        (["--onnx", "x.onnx"], ["not allowed with argument --ckpt"]),
+        (["--mean", "0"], ["--mean is for an ONNX file"]),
+        (["--mean", "1", "2"], ["--mean takes one number or three, not 2"]),
+        (["--std", "0"], ["--std 0 is not above zero"]),
+        (["--scale", "nan"], ["'nan' is not a number"]),
+        (["--shape", "images"], ["'images' is not a name and a shape such as"]),
+        (["--class-names", "missing.txt"], ["cannot read 'missing.txt'"]),
         (["--gpu", "8.6"], ["--gpu and --workspace are for TensorRT"]),
         (["--workspace", "64"], ["--gpu and --workspace are for TensorRT"]),
         (["--gpu", "Ampere"], ["'Ampere' is not a compute capability such as 8.9"]),
@@ -291,7 +299,7 @@ def test_a_wrong_option_is_one_line(meta_export, here, options, patterns):
 def test_a_missing_option_is_one_line(here, capfd):
     with pytest.raises(SystemExit) as exit:
         main([])
-    refused((exit.value.code, *capfd.readouterr()), here, "--ckpt")
+    refused((exit.value.code, *capfd.readouterr()), here, "--ckpt", "--onnx")
 
 
 def test_a_broken_picture_is_named_before_the_work(meta_export, here):
@@ -382,12 +390,12 @@ def test_a_failed_verification_is_3_and_leaves_no_bundle(meta_export, pictures, 
 
 
 def test_a_fault_of_ours_is_1_and_says_how_to_report_it(meta_export, here, monkeypatch):
-    from meta_deploy.export import pipeline
+    from meta_deploy.export.sources import checkpoint
 
     def fails(*_):
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr(pipeline, "export_onnx", fails)
+    monkeypatch.setattr(checkpoint, "export_onnx", fails)
     code, out, err = meta_export("--no-verify")
     assert (code, out) == (1, "")
     assert "ZeroDivisionError: oops" in err.splitlines()[-1]
@@ -397,12 +405,12 @@ def test_a_fault_of_ours_is_1_and_says_how_to_report_it(meta_export, here, monke
 
 
 def test_ctrl_c_is_130(meta_export, here, monkeypatch):
-    from meta_deploy.export import pipeline
+    from meta_deploy.export.sources import checkpoint
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "export_onnx", interrupted)
+    monkeypatch.setattr(checkpoint, "export_onnx", interrupted)
     code, out, err = meta_export("--no-verify")
     assert (code, out) == (130, "")
     assert err.splitlines()[-1] == "meta-export: interrupted"
@@ -429,9 +437,7 @@ def wait_for(process, text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "moment", ["loading the model", "exporting to ONNX", "syncing", "syncing again"]
-)
+@pytest.mark.parametrize("moment", ["loading the model", "exporting to ONNX", "syncing", "syncing again"])
 def test_killed_at_any_point_it_leaves_no_bundle_that_loads(material, here, moment):
     process = start(material, "--out", "b", *QUICK, slow_write=True)
     wait_for(process, moment.split()[0] if moment.startswith("syncing") else moment)
@@ -503,7 +509,7 @@ def test_on_a_terminal_the_stages_update_in_place(material, here, pictures):
     assert process.returncode == 0, text
     for stage in STAGES:
         assert f"\r\033[K{stage}…" in text
-    assert "comparing with PyTorch 1/1 images" in text
+    assert "comparing with the original 1/1 images" in text
 
 
 def test_help_imports_little_and_nothing_heavy():

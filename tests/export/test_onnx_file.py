@@ -124,9 +124,7 @@ def test_a_fixed_batch_stays(here):
 def test_given_preprocessing_makes_it_take_images(here, photo):
     """numpy does what --scale, --mean, --std and --bgr say, in float64."""
     proto = network()
-    bundle = export(
-        saved(proto), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4), scale=1 / 255, bgr=True, out="b"
-    )
+    bundle = export(saved(proto), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4), scale=1 / 255, bgr=True, out="b")
     assert bundle.manifest.verification["samples"] == "images"
     pixels = photo[:8, :8]
     normal = (pixels[..., ::-1] / 255.0 - [0.4, 0.5, 0.6]) / [0.2, 0.3, 0.4]

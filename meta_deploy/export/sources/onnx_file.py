@@ -94,7 +94,7 @@ class OnnxSource(Source):
         return {**known, "inputs": tuple(map(_raw_input, self.inputs)), "image": self.image}
 
     def comparison(self, tolerance: Mapping[str, float]) -> Comparison:
-        """A file in a lower precision rounds in other places after the passes, so that one's tolerance holds."""
+        """A low-precision file rounds in other places after the passes: that precision's tolerance holds."""
         kinds = {tensor.data_type for tensor in tensors_of(self.proto.graph)}
         for name, kind in (("bf16", TensorProto.BFLOAT16), ("fp16", TensorProto.FLOAT16)):
             if kind in kinds and "maps" in tolerance:

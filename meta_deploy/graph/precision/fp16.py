@@ -42,5 +42,5 @@ class FP16(Precision):
 
 
 def overflowing(maxima: dict[str, float], headroom: float = HEADROOM) -> dict[str, float]:
-    """Those of some tensors' largest magnitudes that come within `headroom` times of what float16 can hold."""
+    """Those of tensors' largest magnitudes that come within `headroom` times of float16's limit."""
     return {name: value for name, value in maxima.items() if not value <= LARGEST / headroom}

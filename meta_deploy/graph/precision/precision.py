@@ -27,8 +27,8 @@ class Precision(ABC):
         measures: whether `convert` runs the graph on inputs first.
         tolerances: how near its results must be to the original's. `maps`: largest difference over the
             map's largest value; `maps_rms`: norm of the difference over the map's, where single values may be
-            far off; `agreement`: share of boxes (pixels, whole numbers) that both sides have; `proposals`: the
-            same for proposals. The others are means over matched boxes.
+            far off; `agreement`: share of boxes (pixels, whole numbers) that both sides have; `proposals`:
+            the same for proposals. The others are means over matched boxes.
     """
 
     name: ClassVar[str]

@@ -1,4 +1,4 @@
-"""The magnitudes that a graph's tensors reach on given inputs. Knows numbers and ONNX Runtime; decides nothing."""
+"""The magnitudes that a graph's tensors reach on given inputs. Knows ONNX Runtime; decides nothing."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def set_fill(node: ir.Node, kind: ir.DataType) -> None:
 
 
 def beyond(numbers: np.ndarray, kind: ir.DataType) -> bool:
-    """Whether a type cannot hold a constant: too large, or a single number that would lose digits or vanish."""
+    """Whether a type cannot hold a constant: too large, or one number that would lose digits or vanish."""
     numbers = np.abs(numbers)
     finite = numbers[np.isfinite(numbers)]
     limits = ml_dtypes.finfo(NUMPY[kind])
