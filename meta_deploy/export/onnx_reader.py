@@ -126,3 +126,13 @@ def _in_node(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
         yield from attribute.tensors
         for inner in (attribute.g, *attribute.graphs):
             yield from tensors_of(inner)
+
+
+def numpy_name(kind: int) -> str:
+    """numpy's name of an ONNX type, "string" and "unknown" for what it has none for."""
+    if kind == TensorProto.STRING:
+        return "string"
+    try:
+        return onnx.helper.tensor_dtype_to_np_dtype(kind).name
+    except (KeyError, TypeError):
+        return "unknown"

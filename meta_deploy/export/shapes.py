@@ -11,8 +11,8 @@ import onnx
 
 from meta_deploy.bundle.manifest import Profile
 from meta_deploy.errors import InputError
+from meta_deploy.export.onnx_reader import numpy_name
 from meta_deploy.export.options import Options
-from meta_deploy.export.sources.source import numpy_name
 
 ANY = 65536  # the upper end of a size that nothing bounds
 _ANY_BATCH, _ANY_EDGE, _ANY_LENGTH = (1, 2), (224, 448), (16, 24)  # what open sizes are tried at

@@ -23,11 +23,11 @@ from meta_deploy.bundle.manifest import (
     Stretch,
 )
 from meta_deploy.errors import InputError, VerificationError
-from meta_deploy.export.onnx_reader import read_onnx, tensors_of
+from meta_deploy.export.onnx_reader import numpy_name, read_onnx, tensors_of
 from meta_deploy.export.options import Options, check_size
 from meta_deploy.export.samples import ImageSamples, Samples, read_arrays
 from meta_deploy.export.shapes import ANY, OpenInput, choose_shapes, open_inputs
-from meta_deploy.export.sources.source import CLASS_NAMES, Source, numpy_name
+from meta_deploy.export.sources.source import CLASS_NAMES, Source
 from meta_deploy.export.verify import OnnxRun
 from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.tasks import Comparison, get_task

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 
 from meta_deploy.bundle.manifest import MANIFESTS, Manifest, Profile, TensorSpec, Thresholds
+from meta_deploy.export.onnx_reader import numpy_name
 from meta_deploy.export.samples import Samples
 from meta_deploy.tasks import Comparison, Task
 
@@ -101,13 +102,3 @@ def output_specs(proto: onnx.ModelProto) -> tuple[TensorSpec, ...]:
         ]
         specs.append(TensorSpec(name=output.name, dtype=numpy_name(tensor.elem_type), shape=tuple(sizes)))
     return tuple(specs)
-
-
-def numpy_name(kind: int) -> str:
-    """numpy's name of an ONNX type, "string" and "unknown" for what it has none for."""
-    if kind == onnx.TensorProto.STRING:
-        return "string"
-    try:
-        return onnx.helper.tensor_dtype_to_np_dtype(kind).name
-    except (KeyError, TypeError):
-        return "unknown"
