@@ -14,7 +14,7 @@ _WIDTHS = {192: "tiny", 384: "small", 768: "base", 1024: "large"}  # of ViTs
 _BOTTLENECKS = {4: 26, 6: 50, 23: 101, 36: 152}  # blocks in a ResNet's third stage -> layers in all
 _HEADS = ("rpn_head.", "roi_head.", "bbox_head.", "decode_head.", "panoptic_head.")
 
-# Heads, the most special first: any of these parts of names, title, classes beside a background.
+# A part of a name that only this head has, the most special first; the head's title.
 # fmt: off
 _HEAD_TITLES: tuple[tuple[str, str], ...] = (
     ("roi_head.semantic_head.", "HTC"),

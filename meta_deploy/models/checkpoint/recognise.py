@@ -63,8 +63,8 @@ def refuse_foreign(checkpoint: Checkpoint) -> NoReturn:
     """
     state, path = checkpoint.state, checkpoint.path
     if what := foreign_adapter(state) or foreign_detector(state):
-        models = ", ".join(f"{name}-..." for name in BACKBONES)
-        refuse(path, f"is {what}; not supported yet, give a checkpoint of one of our models ({models})")
+        titles = " or ".join(backbone.title for backbone in BACKBONES.values())
+        refuse(path, f"is {what}; not supported yet, give a checkpoint of a {titles} model")
     if (prefix := vit_prefix(state)) is not None:
         width = size_of(state, prefix + "patch_embed.proj.weight", 0)
         refuse(

@@ -187,6 +187,14 @@ def adapter(size):
 
 
 @pytest.mark.parametrize(
+    ("size", "count"),
+    [("nano", 749_984), ("t", 2_161_088), ("s", 5_221_952), ("b", 12_392_000), ("l", 22_907_968)],
+)
+def test_the_adapters_size_does_not_change(size, count):
+    assert adapter(size)[1] == count
+
+
+@pytest.mark.parametrize(
     ("size", "vit_adapter"),
     [
         pytest.param("t", 2.6e6, id="T against 2.6 M"),
