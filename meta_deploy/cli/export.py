@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from meta_deploy.cli.common import Parser, positive_int, run
+from meta_deploy.errors import InputError
 
 if TYPE_CHECKING:
     from meta_deploy.bundle.bundle import Bundle
@@ -187,7 +188,10 @@ def capabilities(text: str) -> tuple[str, ...]:
 
 def export_command(args: argparse.Namespace) -> int:
     from meta_deploy.export import Progress, export
+    from meta_deploy.graph.pipeline import PASSES
 
+    if args.explain not in (None, "all", *PASSES):
+        raise InputError(f"'{args.explain}' is not a graph pass; choose all, or one of {', '.join(PASSES)}")
     started = time.perf_counter()
     display = StageDisplay()
     try:

@@ -389,6 +389,22 @@ def test_a_failed_verification_is_3_and_leaves_no_bundle(meta_export, pictures, 
     assert list(here.iterdir()) == []
 
 
+@pytest.mark.slow
+def test_explain_says_what_a_pass_left_and_why(meta_export, here):
+    code, out, err = meta_export("--no-verify", "--json", "--explain", "fold-branches", "--out", "b")
+    assert code == 0
+    rows = {row["name"]: row for row in json.loads(out)["passes"]}
+    assert rows["fold-branches"]["declined"]
+    for place in rows["fold-branches"]["declined"]:
+        assert set(place) == {"node", "op", "reason"}
+    assert re.search(r"^fold-branches left as they are:\n  \d+ Conv \(", err, re.M)
+    assert "fold-scales left" not in err
+
+
+def test_a_pass_to_explain_that_is_none_is_refused(meta_export, here):
+    refused(meta_export("--explain", "fuse"), here, "'fuse' is not a graph pass", "fuse-attention")
+
+
 def test_a_fault_of_ours_is_1_and_says_how_to_report_it(meta_export, here, monkeypatch):
     from meta_deploy.export.sources import checkpoint
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import onnx_graphsurgeon as gs
 
+from meta_deploy.graph.explain import declined, shown
 from meta_deploy.graph.graph import (
     IdentitySet,
     constant_value,
@@ -48,29 +49,40 @@ def slices_to_split(graph: gs.Graph) -> int:
 
 
 def _match(graph: gs.Graph, x: gs.Tensor, inside: IdentitySet) -> tuple[int, list[gs.Tensor]] | None:
-    """The axis, and for each index of it the tensor that holds that entry."""
+    """The axis, and for each index of it the tensor with that entry; tells why not where some are taken."""
     shape = static_shape(x)
     if shape is None or 0 in shape or len(shape) < 2 or len(x.outputs) < 2:
         return None
     entries: dict[int, gs.Tensor] = {}
-    axes = set()
+    axes, others = set(), []
     for piece in x.outputs:
-        if not is_op(piece, "Slice") or piece not in inside or (cut := _entry(piece, shape)) is None:
-            return None
-        entry = _squeezed(piece.outputs[0], cut[0], len(shape), inside)
-        if entry is None or is_output(graph, piece.outputs[0]):
-            return None
+        cut = _entry(piece, shape) if is_op(piece, "Slice") and piece in inside else None
+        entry = None if cut is None else _squeezed(graph, piece.outputs[0], cut[0], len(shape), inside)
+        if cut is None or entry is None:
+            others.append(piece)
+            continue
         axes.add(cut[0])
         entries[cut[1]] = entry
-    axis = axes.pop()
-    if axes or len(x.outputs) != shape[axis] or sorted(entries) != list(range(shape[axis])):
+    if len(entries) < 2:
         return None
-    return axis, [entries[i] for i in range(shape[axis])]
+    axis = min(axes)
+    if others:
+        reason = f"{shown(others[0])} does something else with it"
+    elif len(axes) > 1:
+        reason = f"they are along axes {sorted(axes)}"
+    elif len(x.outputs) != shape[axis] or sorted(entries) != list(range(shape[axis])):
+        reason = f"{len(x.outputs)} of them take entries {sorted(entries)} of axis {axis}"
+    else:
+        return axis, [entries[i] for i in range(shape[axis])]
+    declined(next(iter(entries.values())).inputs[0], f"its fellows do not take {shown(x)} apart: {reason}")
+    return None
 
 
-def _squeezed(tensor: gs.Tensor, axis: int, rank: int, inside: IdentitySet) -> gs.Tensor | None:
+def _squeezed(
+    graph: gs.Graph, tensor: gs.Tensor, axis: int, rank: int, inside: IdentitySet
+) -> gs.Tensor | None:
     """A tensor without its axis, if nothing reads it but the Squeeze that removes that."""
-    squeeze = tensor.outputs[0] if len(tensor.outputs) == 1 else None
+    squeeze = tensor.outputs[0] if sole_consumer(graph, tensor) else None
     if squeeze is None or not is_op(squeeze, "Squeeze") or squeeze not in inside:
         return None
     axes = constant_value(squeeze.inputs[1]) if len(squeeze.inputs) == 2 else None
