@@ -45,12 +45,13 @@ from benchmarks.common import (
 )
 from meta_deploy.export.pipeline import input_spec, preprocess_rules
 from meta_deploy.export.trace import drop_outputs, export_onnx, output_names
-from meta_deploy.export.verify import TOLERANCES, Comparison
+from meta_deploy.export.verify import TOLERANCES
 from meta_deploy.graph.graph import to_proto
 from meta_deploy.graph.pipeline import PIPELINES, run_passes
 from meta_deploy.imaging.images import read_image
 from meta_deploy.imaging.preprocess import Preprocessor
 from meta_deploy.models.checkpoint.load import load_model
+from meta_deploy.tasks.comparison import DetectionComparison
 
 CASE = "meta-t-mask-rcnn@512"
 LITERAL, STOCK = "literal", "PyTorch's optimize=True"
@@ -202,7 +203,7 @@ def agreement(graphs: Graphs, batches: list[np.ndarray]) -> dict[str, dict[str, 
         except Exception as error:  # ONNX Runtime's errors share no base class
             print(f"{name}: {error}", file=sys.stderr)
             continue
-        comparison = Comparison(TOLERANCES["fp32"])
+        comparison = DetectionComparison(TOLERANCES["fp32"])
         for batch, wanted in zip(batches, expected, strict=True):
             comparison.add(wanted, dict(zip(names, session.run(names, {"images": batch}), strict=True)))
         stages = comparison.stages()

@@ -291,7 +291,7 @@ def test_a_full_disk_under_standard_output_is_one_line(here, bundles):
 
 
 def test_an_interrupt_is_one_line_and_leaves_no_half_file(here, infer, monkeypatch):
-    from meta_deploy.tasks.results import Detections
+    from meta_deploy.tasks.detection import Detections
 
     def interrupt(*_):
         raise KeyboardInterrupt

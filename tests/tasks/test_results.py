@@ -9,8 +9,10 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from meta_deploy.errors import InputError
+from meta_deploy.tasks.detection import Detections
 from meta_deploy.tasks.masks import Mask
-from meta_deploy.tasks.results import Detections, Segmentation, Timings, coco_category_ids
+from meta_deploy.tasks.results import Timings, coco_category_ids
+from meta_deploy.tasks.semantic_segmentation import Segmentation
 
 CLASSES = ("disc", "star")
 MASKS = np.zeros((2, 40, 60), bool)

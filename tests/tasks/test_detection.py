@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from meta_deploy.tasks.postprocess import detections, paste_mask, segmentation
 
 from meta_deploy.imaging.preprocess import Placement
-from meta_deploy.tasks.postprocess import detections, paste_mask, segmentation
 
 
 def mmdet_paste(mask, box, height, width):
