@@ -35,8 +35,7 @@ from meta_deploy.imaging.images import read_image
 from meta_deploy.imaging.preprocess import Preprocessor
 from meta_deploy.models.checkpoint.load import load_model
 from meta_deploy.report.accuracy import coco_ap
-from meta_deploy.targets.backend import open_backend
-from meta_deploy.targets.table import TARGETS
+from meta_deploy.targets import TARGETS, open_backend
 from meta_deploy.tasks import postprocess
 from meta_deploy.tasks.results import Detections, coco_category_ids
 
@@ -250,7 +249,7 @@ def opened(kind: str, precision: str, bundle: str | None, model: nn.Module) -> I
         yield TorchModel(model, precision, device, compiled=kind == "compile")
     else:
         with open_backend(Bundle.open(bundle), KINDS[kind].backend) as backend:
-            yield backend.infer
+            yield lambda images: backend.run({"images": images})
 
 
 # --- the GPU's memory ---------------------------------------------------------------------------------------

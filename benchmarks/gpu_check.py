@@ -31,9 +31,8 @@ from benchmarks import common
 from benchmarks.common import Case, checkpoint, machine, parser, photo_folder, photos, ratio, save, table
 from benchmarks.gpu_backends import KINDS
 from meta_deploy.export.verify import TOLERANCES
-from meta_deploy.targets.table import TARGETS
+from meta_deploy.targets import TARGETS
 from meta_deploy.targets.tensorrt.build import available
-from meta_deploy.targets.tensorrt.library import MODULES, TITLES
 
 CASES = ("meta-t-mask-rcnn@512", "meta-s-mask-rcnn@512", "meta-b-mask-rcnn@512")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
@@ -207,8 +206,8 @@ def export_all(case: Case, contenders: Sequence[Contender], args: Any) -> dict[i
 
 def export(case: Case, target: str, precision: str, batch: int, args: Any) -> Path | str:
     """Export one bundle; its path, or the reason why there is none. It is compared later, not here."""
-    if target in MODULES and not available(target):
-        return f"{TITLES[target]} is not installed; pip install -e '.[{target}]'"
+    if target.startswith("tensorrt") and not available(target):
+        return f"{TARGETS[target].title} is not installed; pip install -e '.[{target}]'"
     out = common.WORK / "gpu_check" / f"{case}-{target}-{precision}-batch-{batch}"
     if args.reuse and (out / "manifest.json").exists():
         return out

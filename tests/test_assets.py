@@ -13,7 +13,7 @@ from meta_deploy.imaging.images import read_image
 from meta_deploy.imaging.preprocess import Preprocessor
 from meta_deploy.models.checkpoint.load import load_model
 from meta_deploy.models.registry import config_to_dict, get_config
-from meta_deploy.targets.backend import open_backend
+from meta_deploy.targets import open_backend
 from tools.scenes import CLASSES, TEST_SEEDS
 
 ASSETS = Path(str(files("meta_deploy") / "assets"))
@@ -54,7 +54,7 @@ def test_the_bundle_answers_as_the_checkpoint(bundle):
         expected = model(torch.from_numpy(batch))
     count = int(expected["num_detections"][0])
     with open_backend(bundle) as backend:
-        actual = backend.infer(batch)
+        actual = backend.run({"images": batch})
     assert actual["num_detections"][0] == count > 0
     torch.testing.assert_close(
         torch.from_numpy(actual["boxes"])[0, :count], expected["boxes"][0, :count], atol=0.05, rtol=0

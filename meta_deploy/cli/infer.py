@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from meta_deploy.cli.common import EXIT_INPUT, Parser, fraction, positive_int, run, thread_count
+from meta_deploy.targets import BACKEND_NAMES
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -54,10 +55,10 @@ def parser() -> Parser:
     p.add_argument("--model", metavar="BUNDLE", help="the bundle to run (default: the demo bundle)")
     p.add_argument(
         "--backend",
-        choices=("auto", "onnxruntime", "cuda", "tensorrt"),
+        choices=BACKEND_NAMES,
         default="auto",
-        help="what runs the model (default: auto, the best that works of the bundle's TensorRT engine, a GPU "
-        "by ONNX Runtime, and the CPU; standard error says which)",
+        help="what runs the model (default: auto, the best that works here of what the bundle was made for; "
+        "standard error says which)",
     )
     p.add_argument(
         "--rebuild",
@@ -146,8 +147,7 @@ def _open(args: Namespace) -> Predictor:
     threshold = None if args.coco_json else args.score_threshold
     bundle, backend = args.model, args.backend
     if args.rebuild:
-        bundle = _rebuilt(DEMO_BUNDLE if args.model is None else args.model, args.backend)
-        backend = "tensorrt"
+        bundle, backend = _rebuilt(DEMO_BUNDLE if args.model is None else args.model, args.backend)
     return Predictor(bundle, backend, threshold, args.threads)
 
 
@@ -177,31 +177,19 @@ def _check(args: Namespace, sources: Sequence[Source], bundle: Bundle) -> None:
         )
 
 
-def _rebuilt(path: str | os.PathLike[str], backend: str) -> Bundle:
-    """The bundle, for which an engine that fits this machine is now kept."""
+def _rebuilt(path: str | os.PathLike[str], backend: str) -> tuple[Bundle, str]:
+    """The bundle, for which an engine that fits this machine is now kept, and the back end that runs it."""
     from meta_deploy.bundle.bundle import Bundle
-    from meta_deploy.bundle.manifest import ENGINE_TARGETS
     from meta_deploy.errors import InputError
-    from meta_deploy.targets.tensorrt.backend import misfit
+    from meta_deploy.targets import get_target
 
-    if backend not in ("auto", "tensorrt"):
-        raise InputError(f"--rebuild makes an engine, which --backend {backend} does not use; leave one out")
     bundle = Bundle.open(path)
-    if bundle.target not in ENGINE_TARGETS:
-        raise InputError(
-            f"there is nothing to rebuild: bundle '{path}' is made for {bundle.target}; leave out --rebuild"
-        )
-    reason = misfit(bundle)
-    if reason is None:
-        print("meta-infer: there is nothing to rebuild: the engine fits this machine", file=sys.stderr)
-        return bundle
-    try:
-        from meta_deploy.targets.tensorrt.build import rebuild
-    except ImportError as error:
-        raise InputError(f"cannot build an engine ({error}); pip install 'meta-deploy[export]'") from error
-    print(f"meta-infer: building an engine for this machine, since {reason}", file=sys.stderr)
-    rebuild(bundle, lambda line: print(f"meta-infer: {line}", file=sys.stderr))
-    return bundle
+    target = get_target(bundle.target)
+    best = target.automatic[0]
+    if backend not in ("auto", best):
+        raise InputError(f"--rebuild makes an engine, which --backend {backend} does not use; leave one out")
+    target.rebuild(bundle, lambda line: print(f"meta-infer: {line}", file=sys.stderr))
+    return bundle, best
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.errors import InputError
 from meta_deploy.imaging.images import ImageLike, read_image
 from meta_deploy.imaging.preprocess import Preprocessor
-from meta_deploy.targets.backend import open_backend
+from meta_deploy.targets import open_backend
 from meta_deploy.tasks import get_task
 from meta_deploy.tasks.results import Result, Timings
 
@@ -63,7 +63,7 @@ class Predictor:
 
     @property
     def backend(self) -> str:
-        """The back end in use: onnxruntime, cuda or tensorrt."""
+        """The back end in use, such as onnxruntime."""
         return self._backend.name
 
     @property

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from meta_deploy.bundle.bundle import Bundle
+from meta_deploy.bundle.manifest import Profile, RawInput, RawManifest, TensorSpec
 from meta_deploy.errors import BackendError
+from meta_deploy.targets.target import profiles
 
-# Type and dimensions of the input and of every output; what has the same name has the same size.
+# Type and dimensions of every output; what has the same name has the same size.
 _PROMISED: dict[str, tuple[str, tuple[str | int, ...]]] = {
-    "input": ("float32", ("batch", 3, "height", "width")),
     "num_detections": ("int32", ("batch",)),
     "boxes": ("float32", ("batch", "most", 4)),
     "scores": ("float32", ("batch", "most")),
@@ -24,6 +25,7 @@ _PROMISED: dict[str, tuple[str, tuple[str | int, ...]]] = {
     "masks": ("float32", ("batch", "most", "cells", "cells")),
     "logits": ("float32", ("batch", "classes", "rows", "columns")),
 }
+_IMAGES = ("batch", 3, "height", "width")
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,25 @@ class Value:
 
 
 class Contract:
-    """A bundle's promise about one of its model files."""
+    """A bundle's promise about one of its model files.
+
+    Attributes:
+        what: the file, for messages.
+        outputs: the names of the outputs that are promised, in order.
+    """
 
     def __init__(self, bundle: Bundle, file: str):
         self.what = f"{file} of bundle '{bundle.path}'"
-        self.outputs = bundle.output_names
-        self._spec = bundle.input
+        manifest = bundle.manifest
+        if isinstance(manifest, RawManifest):
+            self._inputs = {given.name: _raw(given) for given in manifest.inputs}
+            self._outputs = {given.name: _raw(given) for given in manifest.outputs}
+        else:
+            self._inputs = {manifest.input.name: Value(manifest.input.dtype, _IMAGES)}
+            self._outputs = {name: Value(*_PROMISED[name]) for name in manifest.output_names}
+        self._profiles = {profile.name: profile for profile in profiles(bundle)}
         self._classes = len(bundle.classes)
+        self.outputs = tuple(self._outputs)
 
     def check(self, inputs: Mapping[str, Value], outputs: Mapping[str, Value]) -> None:
         """Names, types, and dimensions where the model fixes them; more outputs than promised are fine.
@@ -49,48 +63,81 @@ class Contract:
         Raises:
             BackendError: one is not what the manifest says.
         """
-        if set(inputs) != {self._spec.name} or not set(outputs).issuperset(self.outputs):
+        if set(inputs) != set(self._inputs) or not set(outputs).issuperset(self.outputs):
             raise BackendError(
                 f"{self.what} takes {sorted(inputs)} and gives {sorted(outputs)}, not what its manifest "
                 "says; export it again"
             )
-        sizes = self._sizes()
-        values = {"input": inputs[self._spec.name], **{name: outputs[name] for name in self.outputs}}
-        for name, value in values.items():
-            dtype, shape = _PROMISED[name]
-            if value.dtype != dtype or not _agree(value.shape, shape, sizes):
-                shown = self._spec.name if name == "input" else name
+        sizes: dict[str, int | None] = {"classes": self._classes}
+        for name, promised in self._inputs.items():
+            profile = self._profiles[name]
+            # None: the model must not fix it.
+            ends = zip(profile.min, profile.max, strict=True)
+            sizes |= _named(promised.shape, [least if least == most else None for least, most in ends])
+        promises = [(inputs, self._inputs), (outputs, self._outputs)]
+        for values, promised_values in promises:
+            for name, promised in promised_values.items():
+                value = values[name]
+                if value.dtype != promised.dtype or not _agree(value.shape, promised.shape, sizes):
+                    raise BackendError(
+                        f"{self.what} has '{name}' as {value.dtype} {list(value.shape)}, not what its "
+                        "manifest says; export it again"
+                    )
+
+    def check_range(self, profiles: Mapping[str, Profile]) -> None:
+        """That every shape the manifest promises to take is one that the model takes. Raises BackendError."""
+        for name, promised in self._profiles.items():
+            given = profiles[name]
+            below = all(least <= wanted for least, wanted in zip(given.min, promised.min, strict=True))
+            above = all(most >= wanted for most, wanted in zip(given.max, promised.max, strict=True))
+            if not (below and above):
                 raise BackendError(
-                    f"{self.what} has '{shown}' as {value.dtype} {list(value.shape)}, not what its manifest "
-                    "says; export it again"
+                    f"{self.what} takes {given.min} to {given.max}, and its manifest says {promised.min} to "
+                    f"{promised.max}; export it again"
                 )
 
-    def check_range(self, least: Sequence[int], most: Sequence[int]) -> None:
-        """That every input the manifest promises is one that the model takes. Raises BackendError."""
-        smallest, largest = self._spec.profile.min, self._spec.profile.max
-        below = all(given <= wanted for given, wanted in zip(least, smallest, strict=True))
-        if not below or not all(given >= wanted for given, wanted in zip(most, largest, strict=True)):
-            raise BackendError(
-                f"{self.what} takes {tuple(least)} to {tuple(most)}, and its manifest says {smallest} to "
-                f"{largest}; export it again"
+    def check_inputs(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Names, types and shapes of what goes in. Raises BackendError."""
+        if set(arrays) != set(self._inputs):
+            raise BackendError(f"{self.what} takes {sorted(self._inputs)}, not {sorted(arrays)}")
+        for name, promised in self._inputs.items():
+            array, profile = arrays[name], self._profiles[name]
+            if array.dtype.name != promised.dtype:
+                raise BackendError(
+                    f"{self.what} takes '{name}' as {promised.dtype}, not {array.dtype}; convert it"
+                )
+            inside = len(array.shape) == len(profile.max) and all(
+                low <= size <= high
+                for low, size, high in zip(profile.min, array.shape, profile.max, strict=True)
             )
+            if not inside:
+                takes = f"{profile.min} to {profile.max}" if profile.min != profile.max else f"{profile.max}"
+                raise BackendError(
+                    f"{self.what} takes '{name}' of {takes}, not {array.shape}; resize it, or export the "
+                    "model for it"
+                )
 
-    def check_arrays(self, batch: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """The shapes of what came out for `batch` images. Raises BackendError as `check` does."""
-        sizes: dict[str, int | None] = {"batch": batch, "classes": self._classes}
-        for name, array in arrays.items():
-            if not _agree(array.shape, _PROMISED[name][1], sizes):
+    def check_outputs(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
+        """The shapes of what came out for `inputs`. Raises BackendError as `check` does."""
+        sizes: dict[str, int | None] = {"classes": self._classes}
+        for name, promised in self._inputs.items():
+            sizes |= _named(promised.shape, inputs[name].shape)
+        for name, array in outputs.items():
+            if not _agree(array.shape, self._outputs[name].shape, sizes):
                 raise BackendError(f"{self.what} gave {name} of shape {array.shape}; export it again")
 
-    def _sizes(self) -> dict[str, int | None]:
-        """The sizes known beforehand; None: the model must not fix it."""
-        spec = self._spec
-        return {
-            "batch": spec.batch.max if spec.static_batch else None,
-            "height": spec.size.max[0] if spec.size.min[0] == spec.size.max[0] else None,
-            "width": spec.size.max[1] if spec.size.min[1] == spec.size.max[1] else None,
-            "classes": self._classes,
-        }
+
+def _raw(given: RawInput | TensorSpec) -> Value:
+    """A raw graph's input or output. The names of its dimensions promise nothing, so each is its own."""
+    dims = [
+        size if isinstance(size, int) else f"{given.name}.{axis}" for axis, size in enumerate(given.shape)
+    ]
+    return Value(given.dtype, dims)
+
+
+def _named(dims: Sequence[Any], sizes: Sequence[int | None]) -> dict[str, int | None]:
+    """The sizes of those dimensions that have a name."""
+    return {dim: size for dim, size in zip(dims, sizes, strict=True) if isinstance(dim, str)}
 
 
 def _agree(shape: Sequence[Any], wanted: Sequence[str | int], sizes: dict[str, int | None]) -> bool:

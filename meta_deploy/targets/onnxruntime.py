@@ -11,11 +11,11 @@ import numpy as np
 
 from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.errors import BackendError
-from meta_deploy.targets.backend import Backend
+from meta_deploy.graph.prices import CPU
+from meta_deploy.targets.cache import make_folder
 from meta_deploy.targets.contract import Contract, Value
-from meta_deploy.targets.tensorrt import cache as engine_cache
+from meta_deploy.targets.target import MODEL, Arrays, Backend, Target, open_model_file
 
-MODEL = "model.onnx"
 _FATAL = 4
 # What has to be there for each name.
 _PROVIDERS = {
@@ -24,7 +24,31 @@ _PROVIDERS = {
     "tensorrt": "TensorrtExecutionProvider",
 }
 _TITLES = {"onnxruntime": "the CPU", "cuda": "CUDA", "tensorrt": "TensorRT"}
-_TYPES = {"tensor(float)": "float32", "tensor(int32)": "int32"}
+# Its names of types, where numpy's differ.
+_TYPES = {"float": "float32", "double": "float64"}
+
+
+class OnnxRuntime(Target):
+    """The graph itself, which ONNX Runtime optimizes further whenever it opens it."""
+
+    name = "onnxruntime"
+    title = "ONNX Runtime"
+    passes = (
+        *("clean-up", "fuse-layer-norm", "share-norms", "fold-batch-norm", "merge-siblings"),
+        *("fuse-attention", "move-linears", "slices-to-split", "collapse-chains"),
+        *("fold-branches", "distribute-sums", "fold-scales", "discarded-rows"),
+    )
+    prices = CPU
+    operators = ("native", "lowered")
+    precisions = ("fp32", "fp16")  # it has no bfloat16 kernels on a CPU
+    backends = ("onnxruntime", "openvino", "cuda", "tensorrt")
+    automatic = ("cuda", "onnxruntime")
+
+    def open(self, bundle: Bundle, backend: str, threads: int | None) -> Backend:
+        return open_model_file(bundle, backend, threads)
+
+
+TARGETS = (OnnxRuntime(),)
 
 
 def _library() -> Any:
@@ -53,7 +77,7 @@ def _providers(name: str) -> list[Any]:
         return [cuda, cpu]
     options = {
         "trt_engine_cache_enable": True,
-        "trt_engine_cache_path": str(engine_cache.make_folder("onnxruntime")),
+        "trt_engine_cache_path": str(make_folder("engines", "onnxruntime")),
         "trt_fp16_enable": False,  # the graph itself says what is in half precision
     }
     return [(_PROVIDERS["tensorrt"], options), cuda, cpu]
@@ -83,7 +107,6 @@ class OnnxRuntimeBackend(Backend):
         by = "on" if name == "onnxruntime" else "with"
         self.runs_on = f"ONNX Runtime {ort.__version__} {by} {_TITLES[name]}"
         self._contract = Contract(bundle, MODEL)
-        self._input = bundle.input.name
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = _FATAL  # errors arrive as exceptions, warnings are not the user's
@@ -107,18 +130,19 @@ class OnnxRuntimeBackend(Backend):
         self._contract.check(_values(session.get_inputs()), _values(session.get_outputs()))
         self._session: Any = session
 
-    def infer(self, images: np.ndarray) -> dict[str, np.ndarray]:
+    def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
         session = self._session
         if session is None:
             raise BackendError("the back end is closed; open the predictor again")
+        self._contract.check_inputs(inputs)
         try:
-            values = session.run(list(self._contract.outputs), {self._input: images})
+            values = session.run(list(self._contract.outputs), dict(inputs))
         except Exception as error:
             if reason := _reason(error):
                 raise BackendError(f"ONNX Runtime cannot run {self._contract.what}: {reason}") from error
             raise
         outputs = dict(zip(self._contract.outputs, values, strict=True))
-        self._contract.check_arrays(len(images), outputs)
+        self._contract.check_outputs(inputs, outputs)
         return outputs
 
     def close(self) -> None:
@@ -126,4 +150,5 @@ class OnnxRuntimeBackend(Backend):
 
 
 def _values(given: Any) -> dict[str, Value]:
-    return {value.name: Value(_TYPES.get(value.type, value.type), value.shape) for value in given}
+    kinds = [value.type.removeprefix("tensor(").removesuffix(")") for value in given]
+    return {v.name: Value(_TYPES.get(kind, kind), v.shape) for v, kind in zip(given, kinds, strict=True)}

@@ -448,8 +448,3 @@ def test_rebuild_without_a_gpu_builds_nothing(here, infer, engine, monkeypatch):
     sys.modules["cuda.bindings.runtime"].fail("cudaSetDevice", "cudaErrorNoDevice")
     one_line(*infer("a.jpg", "--rebuild", model=bundle), "no NVIDIA GPU")
     assert not built
-
-
-def test_rebuild_without_what_builds_says_what_to_install(here, infer, engine, monkeypatch):
-    monkeypatch.setitem(sys.modules, "meta_deploy.targets.tensorrt.build", None)
-    one_line(*infer("a.jpg", "--rebuild", model=engine[0]), "pip install 'meta-deploy[")

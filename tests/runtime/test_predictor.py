@@ -8,7 +8,7 @@ import pytest
 from meta_deploy import Detections, Predictor, Segmentation
 from meta_deploy.bundle.bundle import Bundle, write_bundle
 from meta_deploy.errors import BackendError, BundleError, ImageError, InputError
-from meta_deploy.targets.backend import open_backend
+from meta_deploy.targets import open_backend
 from tests.bundles_by_hand import detector, manifest, segmenter
 
 
@@ -144,7 +144,7 @@ def test_a_back_end_that_is_not_there_is_an_error_and_never_another_one(detector
 def test_auto_is_the_cpu_where_there_is_no_gpu(detector_bundle):
     with open_backend(detector_bundle) as backend:
         assert backend.name in ("onnxruntime", "cuda")
-        outputs = backend.infer(np.ones((1, 3, 64, 64), np.float32))
+        outputs = backend.run({"images": np.ones((1, 3, 64, 64), np.float32)})
     assert set(outputs) == {"num_detections", "boxes", "scores", "labels", "masks"}
 
 
@@ -225,7 +225,7 @@ def test_a_model_with_other_types_is_refused(tmp_path):
 
     model = changed(segmenter((64, 64)), double)
     bundle = write_bundle(tmp_path / "b", manifest("semantic-segmentation", (64, 64)), {"model.onnx": model})
-    with pytest.raises(BackendError, match=r"tensor\(double\)"):
+    with pytest.raises(BackendError, match="'logits' as float64"):
         open_backend(bundle)
 
 
@@ -238,15 +238,41 @@ def test_outputs_of_other_shapes_than_promised_are_an_error(bundles):
     with open_backend(Bundle.open(bundles / "detector"), "onnxruntime") as backend:
         backend._session = Session()
         with pytest.raises(BackendError, match=r"gave labels of shape \(1, 6\)"):
-            backend.infer(np.ones((1, 3, 64, 64), np.float32))
+            backend.run({"images": np.ones((1, 3, 64, 64), np.float32)})
 
 
-def test_what_the_library_cannot_run_is_one_sentence(bundles):
+def test_what_the_library_cannot_run_is_one_sentence(tmp_path):
+    def one_size_alone(_, graph):
+        from onnx import helper, numpy_helper
+
+        graph.node[0].output[0] = "pooled"
+        graph.node.append(helper.make_node("Reshape", ["pooled", "shape"], ["logits"]))
+        graph.initializer.append(numpy_helper.from_array(np.array([1, 3, 16, 16]), "shape"))
+
+    model = changed(segmenter((64, 64), dynamic=True), one_size_alone)
+    content = manifest("semantic-segmentation", (64, 64), dynamic=True)
+    bundle = write_bundle(tmp_path / "b", content, {"model.onnx": model})
     with (
-        open_backend(Bundle.open(bundles / "segmenter"), "onnxruntime") as backend,
+        open_backend(bundle, "onnxruntime") as backend,
         pytest.raises(BackendError, match="cannot run model") as caught,
     ):
-        backend.infer(np.ones((1, 3, 32, 32), np.float32))
+        backend.run({"images": np.ones((1, 3, 32, 32), np.float32)})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        ({"image": np.ones((1, 3, 64, 64), np.float32)}, r"takes \['images'\], not \['image'\]"),
+        ({}, r"takes \['images'\], not \[\]"),
+        ({"images": np.ones((1, 3, 64, 64))}, "takes 'images' as float32, not float64"),
+        ({"images": np.ones((3, 64, 64), np.float32)}, r"'images' of \(1, 3, 64, 64\), not \(3, 64, 64\)"),
+        ({"images": np.ones((2, 3, 64, 64), np.float32)}, r"'images' of \(1, 3, 64, 64\), not \(2, 3, 64, "),
+    ],
+)
+def test_inputs_that_are_not_the_manifests_are_one_sentence(detector_bundle, inputs, said):
+    with open_backend(detector_bundle) as backend, pytest.raises(BackendError, match=said) as caught:
+        backend.run(inputs)
     assert "\n" not in str(caught.value)
 
 
@@ -264,7 +290,7 @@ def test_values_that_are_not_finite_are_an_error(bundles, photo, tmp_path):
     with Predictor(bundles / "segmenter") as predictor:
         logits = np.zeros((1, 3, 16, 16), np.float32)
         logits[0, 1, 2, 3] = np.nan
-        predictor._backend.infer = lambda _: {"logits": logits}
+        predictor._backend.run = lambda _: {"logits": logits}
         with pytest.raises(BackendError, match="not finite"):
             predictor(photo)
 

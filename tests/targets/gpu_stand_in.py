@@ -195,8 +195,13 @@ class Bindings(ModuleType):
 
 def engine_bytes(model, spec):
     """An engine for the stand-in: an ONNX model for the inputs of an InputSpec."""
-    profile = spec.profile
-    return json.dumps({"profile": [profile.min, profile.opt, profile.max]}).encode() + b"\n" + model
+    return engine_of(model, spec.profile)
+
+
+def engine_of(model, *profiles):
+    """An engine for the stand-in: an ONNX model for inputs of these profiles."""
+    shapes = {profile.name: [profile.min, profile.opt, profile.max] for profile in profiles}
+    return json.dumps({"profiles": shapes}).encode() + b"\n" + model
 
 
 class Library(ModuleType):
@@ -238,7 +243,7 @@ class Engine:
         import onnxruntime
 
         header, model = data.split(b"\n", 1)
-        self.profile = json.loads(header)["profile"]
+        self.profiles = json.loads(header)["profiles"]
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
@@ -261,7 +266,12 @@ class Engine:
         return "in" if name in self.inputs else "out"
 
     def get_tensor_dtype(self, name):
-        kinds = {"tensor(float)": "FLOAT", "tensor(int32)": "INT32", "tensor(double)": "DOUBLE"}
+        kinds = {
+            "tensor(float)": "FLOAT",
+            "tensor(int32)": "INT32",
+            "tensor(int64)": "INT64",
+            "tensor(double)": "DOUBLE",
+        }
         return SimpleNamespace(name=kinds[self.values[name].type])
 
     def get_tensor_shape(self, name):
@@ -269,7 +279,7 @@ class Engine:
 
     def get_tensor_profile_shape(self, name, index):
         assert index == 0
-        return self.profile
+        return self.profiles[name]
 
     def create_execution_context(self, config=None):
         if self.library.refuse == "context":
@@ -306,7 +316,7 @@ class RuntimeCache:
 class Context:
     def __init__(self, engine, config):
         self.engine, self.library = engine, engine.library
-        self.addresses, self.shape, self.shapes = {}, None, {}
+        self.addresses, self.given, self.shapes = {}, {}, {}
         self.library.graph_strategy = config.cuda_graph_strategy if config else None
         self.library.bindings.contexts += 1
 
@@ -314,16 +324,21 @@ class Context:
         self.library.bindings.contexts -= 1
 
     def set_input_shape(self, name, shape):
-        least, _, most = self.engine.profile
+        least, _, most = self.engine.profiles[name]
         inside = all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True))
         if self._refused("shape") or not inside:
             return False
-        self.shape = tuple(shape)
-        outputs = self._compute(np.zeros(shape, np.float32))
-        self.shapes = {name: self.shape, **{name: array.shape for name, array in outputs.items()}}
+        self.given[name], self.shapes = tuple(shape), {}
         return True
 
+    def _dtype(self, name):
+        return {"FLOAT": np.float32, "INT64": np.int64}[self.engine.get_tensor_dtype(name).name]
+
     def get_tensor_shape(self, name):
+        if not self.shapes:  # one input may have been set and another not yet
+            arrays = {name: np.zeros(shape, self._dtype(name)) for name, shape in self.given.items()}
+            outputs = {name: array.shape for name, array in self._compute(arrays).items()}
+            self.shapes = {**self.given, **outputs}
         return self.shapes[name]
 
     def set_tensor_address(self, name, address):
@@ -335,23 +350,25 @@ class Context:
         if self._refused("run") or (self._refused("capture") and stream in bindings.recording):
             return False
         assert set(self.addresses) == set(self.engine.values)
-        (name,), addresses, shape = self.engine.inputs, dict(self.addresses), self.shape
+        addresses, given = dict(self.addresses), dict(self.given)
 
         def kernels():
             memory = bindings.device
-            size = 4 * int(np.prod(shape))
-            images = memory[addresses[name]][:size].view(np.float32).reshape(shape)
-            for output, array in self._compute(images).items():
+            inputs = {}
+            for name, shape in given.items():
+                dtype = np.dtype(self._dtype(name))
+                size = dtype.itemsize * int(np.prod(shape))
+                inputs[name] = memory[addresses[name]][:size].view(dtype).reshape(shape)
+            for output, array in self._compute(inputs).items():
                 flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
                 memory[addresses[output]][: flat.size] = flat
 
         bindings.put(stream, kernels)
         return True
 
-    def _compute(self, images):
-        (name,) = self.engine.inputs
+    def _compute(self, inputs):
         names = [name for name in self.engine.values if name not in self.engine.inputs]
-        return dict(zip(names, self.engine.session.run(names, {name: images}), strict=True))
+        return dict(zip(names, self.engine.session.run(names, inputs), strict=True))
 
     def _refused(self, what):
         if self.library.refuse == what:

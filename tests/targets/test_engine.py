@@ -17,12 +17,12 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from meta_deploy.bundle.manifest import read_engine
+from meta_deploy.bundle.manifest import Profile, read_engine
 from meta_deploy.errors import EngineError, InputError
 from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.targets.tensorrt import build as engine_module
-from meta_deploy.targets.tensorrt.build import Engine, Layer, available, build_engine, check_gpus, parse_log
-from tests.bundles_by_hand import input_spec
+from meta_deploy.targets.tensorrt.build import Engine, available, build_engine, check_gpus
+from meta_deploy.targets.tensorrt.build_log import Layer, parse_log
 from tests.small_graphs import model, value
 
 RTX = "tensorrt-rtx"
@@ -42,12 +42,12 @@ def ints(name, *numbers):
     return numpy_helper.from_array(np.array(numbers, np.int64), name)
 
 
-def spec(batch=(1, 1, 1), sizes=((16, 16), (16, 16), (16, 16)), name="x"):
-    return input_spec(*sizes, batch=batch, name=name)
+def profiles(batch=(1, 1, 1), sizes=((16, 16), (16, 16), (16, 16)), name="x"):
+    return [Profile(name, *((n, 3, *size) for n, size in zip(batch, sizes, strict=True)))]
 
 
 def build(proto, inputs=None, **options):
-    return build_engine(proto.SerializeToString(), RTX, inputs or spec(), **options)
+    return build_engine(proto.SerializeToString(), RTX, inputs or profiles(), **options)
 
 
 @pytest.fixture(scope="module")
@@ -185,18 +185,18 @@ def test_a_workspace_that_is_too_small_is_an_error_with_tensorrts_reason(half):
 
 @builds
 def test_a_dynamic_batch_and_size_become_the_profile(trt, dynamic, monkeypatch):
-    profiles = []
+    given = []
     plain = trt.IOptimizationProfile.set_shape
     monkeypatch.setattr(
         trt.IOptimizationProfile,
         "set_shape",
-        lambda profile, *shapes: (profiles.append(shapes), plain(profile, *shapes))[1],
+        lambda profile, *shapes: (given.append(shapes), plain(profile, *shapes))[1],
     )
-    build(dynamic, spec((1, 2, 4), ((32, 64), (64, 96), (96, 128))))
-    assert profiles == [("x", (1, 3, 32, 64), (2, 3, 64, 96), (4, 3, 96, 128))]
-    build(dynamic, spec((1, 2, 4)))
-    build(dynamic, spec(sizes=((32, 64), (64, 96), (96, 128))))
-    assert profiles[1:] == [
+    build(dynamic, profiles((1, 2, 4), ((32, 64), (64, 96), (96, 128))))
+    assert given == [("x", (1, 3, 32, 64), (2, 3, 64, 96), (4, 3, 96, 128))]
+    build(dynamic, profiles((1, 2, 4)))
+    build(dynamic, profiles(sizes=((32, 64), (64, 96), (96, 128))))
+    assert given[1:] == [
         ("x", (1, 3, 16, 16), (2, 3, 16, 16), (4, 3, 16, 16)),
         ("x", (1, 3, 32, 64), (1, 3, 64, 96), (1, 3, 96, 128)),
     ]
@@ -262,13 +262,13 @@ def test_what_parses_and_has_no_kernel_is_named_too():
 @pytest.mark.parametrize("file", [b"", b"no model"])
 def test_what_is_no_model_is_an_error(file):
     with pytest.raises(EngineError, match="TensorRT"):
-        build_engine(file, RTX, spec())
+        build_engine(file, RTX, profiles())
 
 
 @builds
 def test_an_error_does_not_hang_over_to_the_next_build(half):
     with pytest.raises(EngineError):
-        build_engine(b"no model", RTX, spec())
+        build_engine(b"no model", RTX, profiles())
     assert build(half).section().layers > 0
 
 
@@ -289,7 +289,7 @@ def test_gpus_that_can_be_built_for_are_taken():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("gpus", [(), ("8.6",)])
 def test_tensorrt_is_not_for_a_machine_without_it_or_a_gpu(gpus):
-    for refuse in (lambda: check_gpus("tensorrt", gpus), lambda: build_engine(b"", "tensorrt", spec())):
+    for refuse in (lambda: check_gpus("tensorrt", gpus), lambda: build_engine(b"", "tensorrt", profiles())):
         with pytest.raises(InputError, match="--target tensorrt-rtx, which builds anywhere"):
             refuse()
 
@@ -314,15 +314,16 @@ def test_a_library_is_available_where_it_can_be_found(monkeypatch):
 SLOW = """
     import sys, time
     from meta_deploy.targets.tensorrt.build import build_engine
-    from tests.bundles_by_hand import input_spec
+    from meta_deploy.bundle.manifest import Profile
 
     def progress(done, total):
         print(done, flush=True)
         time.sleep(0.2)  # each of some hundred steps
 
-    spec = input_spec((16, 16), name="x")
+    shape = (1, 8, 16, 16)
+    profiles = [Profile("x", shape, shape, shape)]
     with open(sys.argv[1], "rb") as stream:
-        build_engine(stream.read(), "tensorrt-rtx", spec, progress=progress)
+        build_engine(stream.read(), "tensorrt-rtx", profiles, progress=progress)
 """
 
 

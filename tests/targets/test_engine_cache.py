@@ -10,6 +10,7 @@ from msgspec import structs
 
 from meta_deploy.bundle.bundle import write_bundle
 from meta_deploy.errors import InputError
+from meta_deploy.targets import cache as user_cache
 from meta_deploy.targets.tensorrt import cache as engine_cache
 from meta_deploy.targets.tensorrt.library import Machine
 from tests.bundles_by_hand import ENGINE, manifest
@@ -152,4 +153,4 @@ def test_the_folder_is_in_the_users_cache(monkeypatch, tmp_path):
     for unset in ("", "relative"):
         monkeypatch.setenv("XDG_CACHE_HOME", unset)
         monkeypatch.setenv("HOME", str(tmp_path))
-        assert engine_cache.cache_root() == tmp_path / ".cache" / "meta-deploy" / "engines"
+        assert user_cache.root("engines") == tmp_path / ".cache" / "meta-deploy" / "engines"

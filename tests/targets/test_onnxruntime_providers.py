@@ -4,7 +4,7 @@ import onnxruntime
 import pytest
 
 from meta_deploy.errors import BackendError, InputError
-from meta_deploy.targets.backend import open_backend
+from meta_deploy.targets import open_backend
 
 CPU, CUDA, TENSORRT = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt"))
 

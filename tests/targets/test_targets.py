@@ -1,5 +1,8 @@
-"""Which target, precision and operators can be written here, and what is said of those that cannot."""
+"""What each target says of itself holds; which one is chosen, and what is said of those that cannot be."""
 
+import os
+import re
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -7,10 +10,13 @@ import pytest
 
 from meta_deploy.errors import BackendError, InputError
 from meta_deploy.export.operators import TRANSLATIONS
-from meta_deploy.graph.pipeline import COSTS, PIPELINES
-from meta_deploy.targets import table as targets
-from meta_deploy.targets.table import PRECISIONS, TARGETS, choose_operators, choose_target
-from meta_deploy.targets.tensorrt.library import MODULES
+from meta_deploy.export.verify import TOLERANCES
+from meta_deploy.graph.pipeline import PASSES
+from meta_deploy.targets import BACKEND_NAMES, TARGET_NAMES, TARGETS, choose_target, get_target
+from meta_deploy.targets.target import BuildOptions
+from meta_deploy.targets.tensorrt import target as tensorrt
+
+ENGINES = ("tensorrt", "tensorrt-rtx")
 
 
 @pytest.fixture
@@ -27,10 +33,56 @@ def machine(monkeypatch):
                 raise BackendError("no GPU")
             return SimpleNamespace(machine=SimpleNamespace(gpu=gpu))
 
-        monkeypatch.setattr(targets, "load", load)
-        monkeypatch.setattr(targets, "Here", SimpleNamespace(find=find))
+        monkeypatch.setattr(tensorrt, "load", load)
+        monkeypatch.setattr(tensorrt, "Here", SimpleNamespace(find=find))
 
     return call
+
+
+# --- the objects ---
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_target_names_only_what_there_is(name):
+    target = TARGETS[name]
+    assert target.name == name
+    assert target.title
+    assert set(target.required_passes) <= set(target.passes) <= set(PASSES)
+    assert set(target.operators) <= set(TRANSLATIONS)
+    assert set(target.precisions) <= set(TOLERANCES)
+    for some in (target.lowered_by_build, target.float32_operators, target.gpu_only):
+        assert set(some) <= set(target.precisions)
+    assert set(target.automatic) <= set(target.backends) <= set(BACKEND_NAMES)
+
+
+def test_the_choices_are_the_targets_and_their_back_ends_and_auto():
+    assert ("auto", *TARGETS) == TARGET_NAMES
+    assert len(TARGETS) == len(set(TARGETS)) == 4
+    assert set(BACKEND_NAMES) == {"auto", *(name for target in TARGETS.values() for name in target.backends)}
+
+
+@pytest.mark.parametrize(("command", "option"), [("infer", "--backend"), ("export", "--target")])
+def test_help_offers_the_choices_at_once(command, option):
+    script = f"""
+import sys
+from meta_deploy.cli.{command} import main
+try:
+    main(["--help"])
+except SystemExit:
+    pass
+print(sorted(name for name in sys.modules if name in ("numpy", "torch", "onnx", "openvino", "onnxruntime")))
+"""
+    before = os.times()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    after = os.times()
+    assert done.stdout.endswith("\n[]\n")
+    offered = re.search(rf"{option} {{([^}}]*)}}", " ".join(done.stdout.split()))[1]
+    assert tuple(offered.split(",")) == (BACKEND_NAMES if command == "infer" else TARGET_NAMES)
+    # Processor time, which others on the machine do not add to.
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 0.3
+
+
+# --- which one ---
 
 
 @pytest.mark.parametrize(
@@ -45,68 +97,70 @@ def machine(monkeypatch):
 )
 def test_auto_takes_tensorrt_where_it_can_run_and_says_why(machine, installed, gpu, chosen, reason):
     machine(installed, gpu)
-    assert choose_target("auto", "fp32") == (chosen, reason)
+    assert choose_target("auto", "fp32") == (TARGETS[chosen], reason)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_what_is_asked_for_is_taken(machine, target):
-    machine(("tensorrt", "tensorrt-rtx"))
-    assert choose_target(target, "fp16") == (target, "asked for")
+def test_what_is_asked_for_is_taken(target):
+    assert choose_target(target, "fp16") == (TARGETS[target], "asked for")
 
 
-@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
-def test_a_library_that_is_not_here_is_told_at_once(machine, target):
+@pytest.mark.parametrize("target", ENGINES)
+def test_a_library_that_is_not_here_is_told_before_the_work(machine, target):
     machine()
     with pytest.raises(InputError, match=f"{target} cannot be imported"):
-        choose_target(target, "fp32")
+        get_target(target).check(BuildOptions())
+
+
+def test_a_precision_that_is_not_written_is_refused_with_what_is():
+    """It is not ignored: a bundle that says bf16 would hold bf16."""
+    wanted = (
+        "precision bf16 is not written for onnxruntime; use --target openvino, tensorrt or tensorrt-rtx, "
+        "or --fp32 or fp16"
+    )
+    with pytest.raises(InputError, match=wanted):
+        choose_target("onnxruntime", "bf16")
 
 
 @pytest.mark.parametrize(
-    ("target", "precision", "remedy"),
-    [
-        ("onnxruntime", "bf16", "use --target tensorrt-rtx"),
-        ("onnxruntime", "int8", "use --fp16"),
-        ("tensorrt-rtx", "fp8", "use --bf16"),
-    ],
-)
-def test_a_precision_that_is_not_written_is_refused_with_what_is(machine, target, precision, remedy):
-    """It is not ignored: a bundle that says int8 would hold int8."""
-    machine(("tensorrt", "tensorrt-rtx"))
-    with pytest.raises(InputError, match=f"precision {precision} is not written for {target}; {remedy}"):
-        choose_target(target, precision)
-
-
-@pytest.mark.parametrize(
-    ("target", "precision", "named"), [("cuda", "fp32", "cuda"), ("auto", "fp64", "fp64")]
+    ("target", "precision", "named"),
+    [("cuda", "fp32", "cuda"), ("auto", "fp64", "fp64"), ("onnxruntime", "int8", "int8")],
 )
 def test_an_unknown_one_is_named_with_the_choices(target, precision, named):
     with pytest.raises(InputError, match=f"'{named}' is not a .*; choose .*"):
         choose_target(target, precision)
 
 
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("option", [{"gpus": ("8.6",)}, {"workspace_mb": 64}])
+def test_an_option_that_a_target_does_not_take_is_refused(name, option):
+    with pytest.raises(InputError, match=f"--gpu and --workspace are for TensorRT.*{name}"):
+        get_target(name).check(BuildOptions(**option))
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_what_is_not_bound_to_a_machine_is_not_rebuilt(name):
+    bundle = SimpleNamespace(path="b")
+    with pytest.raises(InputError, match=f"nothing to rebuild: bundle 'b' is made for {name}"):
+        get_target(name).rebuild(bundle)
+
+
 def test_operators_are_the_targets_own_choice_or_one_that_it_runs():
-    assert [choose_operators(target, None) for target in TARGETS] == ["native", "lowered", "lowered"]
-    assert choose_operators("tensorrt", "native") == "native"
-    assert choose_operators("onnxruntime", "lowered") == "lowered"
+    chosen = {name: target.choose_operators(None) for name, target in TARGETS.items()}
+    assert chosen == {"onnxruntime": "native", "openvino": "native", **dict.fromkeys(ENGINES, "lowered")}
+    assert get_target("tensorrt").choose_operators("native") == "native"
+    assert get_target("onnxruntime").choose_operators("lowered") == "lowered"
     with pytest.raises(
         InputError, match="tensorrt-rtx does not run native operators; use --operators lowered"
     ):
-        choose_operators("tensorrt-rtx", "native")
-
-
-def test_a_target_names_only_what_there_is():
-    for target in TARGETS.values():
-        assert target.pipeline in PIPELINES
-        assert target.pipeline in COSTS
-        assert set(target.operators) <= set(TRANSLATIONS)
-        assert set(target.float32_operators) <= set(target.precisions) <= set(PRECISIONS)
+        get_target("tensorrt-rtx").choose_operators("native")
 
 
 def test_a_broken_tensorrt_is_one_that_is_not_there(tmp_path, monkeypatch):
-    for module in MODULES.values():
+    for module in ("tensorrt", "tensorrt_rtx"):
         (tmp_path / f"{module}.py").write_text("raise RuntimeError('driver too old')")
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(BackendError, match="driver too old"):
-        choose_target("tensorrt-rtx", "fp32")
-    assert choose_target("auto", "fp32")[0] == "onnxruntime"
+        get_target("tensorrt-rtx").check(BuildOptions())
+    assert choose_target("auto", "fp32")[0].name == "onnxruntime"

@@ -4,6 +4,7 @@ import gc
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from meta_deploy import Predictor
 from meta_deploy.bundle.bundle import Bundle, write_bundle
 from meta_deploy.bundle.manifest import TensorRTEngine
 from meta_deploy.errors import BackendError, BundleError
-from meta_deploy.targets.backend import open_backend
+from meta_deploy.targets import open_backend
 from meta_deploy.targets.tensorrt import cache as engine_cache
 from meta_deploy.targets.tensorrt.backend import gpu_name, misfit
 from meta_deploy.targets.tensorrt.library import Here
@@ -78,10 +79,14 @@ def images(batch=1, size=SIZE, seed=0):
     return np.random.default_rng(seed).random((batch, 3, *size), np.float32)
 
 
+def run(backend, given):
+    return backend.run({"images": given})
+
+
 def same(bundle, backend, given):
     with open_backend(bundle, "onnxruntime", 1) as reference:
-        wanted = reference.infer(given)
-    outputs = backend.infer(given)
+        wanted = run(reference, given)
+    outputs = run(backend, given)
     assert list(outputs) == list(bundle.output_names)
     for name, array in outputs.items():
         assert array.dtype == wanted[name].dtype
@@ -116,9 +121,9 @@ def test_a_segmenter_of_any_size(gpu, make):
 
 def test_outputs_stay_as_they_were_when_the_next_image_comes(gpu, make):
     with open_backend(make(gpu), "tensorrt") as backend:
-        first = backend.infer(images(seed=1))
+        first = run(backend, images(seed=1))
         scores = first["scores"].copy()
-        backend.infer(np.zeros((1, 3, *SIZE), np.float32))
+        run(backend, np.zeros((1, 3, *SIZE), np.float32))
     np.testing.assert_array_equal(first["scores"], scores)
 
 
@@ -133,10 +138,10 @@ def test_images_that_are_not_contiguous_are_copied_right(gpu, make):
 )
 def test_inputs_outside_the_range_are_one_sentence(gpu, make, shape):
     with open_backend(make(gpu), "tensorrt") as backend:
-        with pytest.raises(BackendError, match=r"takes images of \(1, 3, 64, 64\), not \(") as caught:
-            backend.infer(np.zeros(shape, np.float32))
+        with pytest.raises(BackendError, match=r"takes 'images' of \(1, 3, 64, 64\), not \(") as caught:
+            run(backend, np.zeros(shape, np.float32))
         assert "\n" not in str(caught.value)
-        assert backend.infer(images())["scores"].shape == (1, 5)
+        assert run(backend, images())["scores"].shape == (1, 5)
 
 
 def test_through_the_predictor(gpu, make, photo):
@@ -165,7 +170,7 @@ def test_a_static_engine_of_tensorrt_runs_as_a_graph(monkeypatch, make):
 
 def test_a_dynamic_engine_and_tensorrt_rtx_record_no_graph(gpu, make):
     with open_backend(make(gpu, dynamic=gpu.rtx is False, batch=2), "tensorrt") as backend:
-        backend.infer(images(2))
+        run(backend, images(2))
         assert "cudaStreamBeginCapture" not in gpu.bindings.calls
         assert gpu.graph_strategy == (1 if gpu.rtx else None)
 
@@ -194,7 +199,7 @@ def test_many_threads_get_their_own_answers(gpu, make):
     values = np.linspace(0, 1, 40, dtype=np.float32)
     with open_backend(make(gpu), "tensorrt") as backend, ThreadPoolExecutor(4) as pool:
         given = (np.full((1, 3, *SIZE), value, np.float32) for value in values)
-        first = [float(outputs["scores"][0, 0]) for outputs in pool.map(backend.infer, given)]
+        first = [float(outputs["scores"][0, 0]) for outputs in pool.map(partial(run, backend), given)]
     np.testing.assert_array_equal(np.float32(first), values)
 
 
@@ -233,7 +238,7 @@ def test_closed_is_closed_and_twice_is_fine(gpu, make):
     backend.close()
     assert gpu.bindings.held() == {}
     with pytest.raises(BackendError, match="closed"):
-        backend.infer(images())
+        run(backend, images())
 
 
 def test_a_back_end_that_is_forgotten_gives_all_back(gpu, make):
@@ -290,7 +295,7 @@ def test_an_error_in_the_middle_of_a_run_leaves_a_back_end_that_can_be_used_or_c
     with open_backend(bundle, "tensorrt") as backend:
         gpu.bindings.fail(function, nth=nth)
         with pytest.raises(BackendError) as caught:
-            backend.infer(images())
+            run(backend, images())
         one_line(caught.value, "illegal memory access", function, "start the program again")
         assert not any(gpu.bindings.streams.values())  # nothing is left that could still write
         same(bundle, backend, images(seed=3))
@@ -335,7 +340,7 @@ def test_a_run_that_tensorrt_refuses_is_one_line(monkeypatch, make):
     with open_backend(make(library), "tensorrt") as backend:
         library.refuse = "run"
         with pytest.raises(BackendError, match=r"TensorRT-RTX 1\.7\.1 cannot run .*: cannot run; "):
-            backend.infer(images())
+            run(backend, images())
 
 
 # --- which engine -------------------------------------------------------------------------------------------
@@ -458,7 +463,7 @@ def test_auto_takes_the_engine_then_the_cpu_and_says_why(monkeypatch, make):
         assert backend.name in ("cuda", "onnxruntime")
         reason = "CUDA reports 'out of memory' (cudaErrorMemoryAllocation in cudaMalloc)"
         assert backend.note == f"{reason}, and on a CPU a bundle made for onnxruntime is several times faster"
-        backend.infer(images())
+        run(backend, images())
     with open_backend(bundle) as backend:
         assert (backend.name, backend.note) == ("tensorrt", "")
 
@@ -550,7 +555,7 @@ def test_the_real_library_without_a_gpu_is_one_line_and_auto_falls_back(make, ca
     with open_backend(bundle) as backend:
         assert backend.name == "onnxruntime"
         assert backend.note
-        backend.infer(images())
+        run(backend, images())
     assert capfd.readouterr() == ("", "")
 
 

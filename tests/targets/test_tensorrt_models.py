@@ -13,10 +13,10 @@ import pytest
 from meta_deploy.export.pipeline import input_spec
 from meta_deploy.export.trace import drop_outputs, export_onnx, output_names
 from meta_deploy.graph.attention import attention_count
-from meta_deploy.graph.pipeline import COSTS, PIPELINES, run_passes
+from meta_deploy.graph.pipeline import run_passes
 from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.models.registry import build_model, get_config
-from meta_deploy.targets.table import TARGETS
+from meta_deploy.targets import TARGETS
 from meta_deploy.targets.tensorrt.build import build_engine
 
 RTX = "tensorrt-rtx"
@@ -44,7 +44,7 @@ def graph(name, kind=""):
         config = replace(config, backbone=replace(config.backbone, depth=4, adapter_parts=1))
     spec = input_spec(config.input_size, 1, (1, 2, 4) if "batch" in kind else None, "size" in kind)
     literal = export_onnx(build_model(config).eval(), spec, "lowered")
-    proto, _ = run_passes(literal, list(PIPELINES["tensorrt"]), COSTS["tensorrt"])
+    proto, _ = run_passes(literal, list(TARGETS[RTX].passes), TARGETS[RTX].prices)
     return drop_outputs(proto, output_names(config)), spec
 
 
@@ -63,7 +63,7 @@ def engine(name, precision, kind=""):
         proto, _ = PRECISIONS[precision].convert(proto, (), TARGETS[RTX].float32_operators[precision])
     assert not {node.op_type for node in proto.graph.node} & {"NonMaxSuppression", "RoiAlign", "NonZero"}
     onnx.checker.check_model(proto)
-    return build_engine(proto.SerializeToString(), RTX, spec).section(), attention_count(proto)
+    return build_engine(proto.SerializeToString(), RTX, [spec.profile]).section(), attention_count(proto)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
@@ -84,7 +84,7 @@ def test_a_model_builds_for_any_batch(name, precision):
     assert attention == 4 + 8
     assert section.fused_attention == (0 if precision == "fp32" else attention)
     known, _ = engine(name, precision, "shallow")
-    assert section.layers <= 1.1 * known["layers"]
+    assert section.layers <= 1.1 * known.layers
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])

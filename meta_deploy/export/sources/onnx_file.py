@@ -30,7 +30,8 @@ from meta_deploy.export.shapes import ANY, OpenInput, choose_shapes, open_inputs
 from meta_deploy.export.sources.source import CLASS_NAMES, Source
 from meta_deploy.export.verify import OnnxRun
 from meta_deploy.graph.precision import PRECISIONS
-from meta_deploy.tasks import Comparison, get_task
+from meta_deploy.tasks import get_task
+from meta_deploy.tasks.comparison import Comparison
 
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 UNNAMED_CLASSES = 1000
@@ -157,7 +158,7 @@ class OnnxSource(Source):
         return InputSpec(
             name=given.name,
             batch=BatchRange(min=low[0], opt=opt[0], max=min(high[0], 4096)),
-            size=SizeRange(min=low[2:], opt=opt[2:], max=high[2:]),
+            size=SizeRange(min=(low[2], low[3]), opt=(opt[2], opt[3]), max=(high[2], high[3])),
             divisor=divisor,
         )
 
@@ -167,13 +168,21 @@ class OnnxSource(Source):
         options, size = self.options, self.image.size.opt
         scale = options.scale if options.scale is not None else 1.0
         raw = self.task.name == "raw"
-        usual = ((0.0,) * 3, (1.0,) * 3) if raw or options.takes_images else (IMAGENET_MEAN, IMAGENET_STD)
-        mean = [m / scale for m in options.mean] if options.mean is not None else usual[0]
-        std = [s / scale for s in options.std or (1.0,) * 3] if options.takes_images else usual[1]
+        usual = (
+            ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+            if raw or options.takes_images
+            else (IMAGENET_MEAN, IMAGENET_STD)
+        )
+        mean, std = usual
+        if options.mean is not None:
+            mean = (options.mean[0] / scale, options.mean[1] / scale, options.mean[2] / scale)
+        if options.takes_images:
+            given = options.std or (1.0, 1.0, 1.0)
+            std = (given[0] / scale, given[1] / scale, given[2] / scale)
         return Preprocess(
             resize=Stretch(size=size) if raw else Fit(size=size),
-            mean=tuple(mean),
-            std=tuple(std),
+            mean=mean,
+            std=std,
             channels="bgr" if options.bgr else "rgb",
         )
 

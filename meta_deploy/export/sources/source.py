@@ -14,7 +14,8 @@ import onnx
 from meta_deploy.bundle.manifest import MANIFESTS, Manifest, Profile, TensorSpec, Thresholds
 from meta_deploy.export.onnx_reader import numpy_name
 from meta_deploy.export.samples import Samples
-from meta_deploy.tasks import Comparison, Task
+from meta_deploy.tasks.comparison import Comparison
+from meta_deploy.tasks.task import Task
 
 CLASS_NAMES = "meta_deploy.classes"  # of the metadata that a graph ships with, in JSON
 

@@ -31,7 +31,7 @@ def is_constant(value: ir.Value) -> bool:
 def set_constant(value: ir.Value, numbers: np.ndarray, name: str | None = None) -> None:
     """Make a value a constant of these numbers."""
     tensor = ir.tensor(numbers, name=name)
-    value.const_value, value.dtype, value.shape = tensor, tensor.dtype, tensor.shape
+    value.const_value, value.dtype, value.shape = tensor, tensor.dtype, ir.Shape(numbers.shape)
 
 
 def numbers_of(value: ir.Value) -> np.ndarray:

@@ -9,7 +9,7 @@ import contextlib
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 
 from meta_deploy.bundle.bundle import Bundle
-from meta_deploy.bundle.manifest import ENGINE_TARGETS, TensorRTEngine
+from meta_deploy.bundle.manifest import Profile, TensorRTEngine
 from meta_deploy.errors import BackendError
-from meta_deploy.targets.backend import Backend
 from meta_deploy.targets.contract import Contract, Value
+from meta_deploy.targets.target import Backend
 from meta_deploy.targets.tensorrt import cache as engine_cache
 from meta_deploy.targets.tensorrt.cuda import Cuda
 from meta_deploy.targets.tensorrt.library import Here, Machine, errors, logger
+from meta_deploy.targets.tensorrt.target import ENGINE
 
-ENGINE = "model.engine"
 # TensorRT's names of types, where numpy has the same.
 _TYPES = {
     "FLOAT": "float32",
@@ -59,15 +59,16 @@ class TensorRTBackend(Backend):
             load = partial(_deserialize, read, here, contract.what)
             engine = stack.enter_context(_ENGINES.borrow((sha256, here.machine.title), load))
             contract.check(*_values(engine, here.trt))
-            contract.check_range(*_profile(engine, bundle.input.name))
+            contract.check_range(_profiles(engine, here.trt))
             self._contract = contract
             self._runner = _Runner(engine, here, sha256, contract, stack)
             # Also runs when the last reference goes, and before the interpreter ends.
             self._free = weakref.finalize(self, stack.pop_all().close)
 
-    def infer(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        outputs = self._runner.run(images)
-        self._contract.check_arrays(len(images), outputs)
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self._contract.check_inputs(inputs)
+        outputs = self._runner.run(inputs)
+        self._contract.check_outputs(inputs, outputs)
         return outputs
 
     def close(self) -> None:
@@ -95,7 +96,7 @@ def misfit(bundle: Bundle) -> str | None:
 
 
 def _find_here(bundle: Bundle) -> Here:
-    if bundle.target not in ENGINE_TARGETS:
+    if not isinstance(bundle.engine, TensorRTEngine):
         raise BackendError(
             f"bundle '{bundle.path}' is made for {bundle.target} and holds no engine; "
             "export it with --target tensorrt or tensorrt-rtx"
@@ -191,13 +192,15 @@ def _values(engine: Any, trt: Any) -> tuple[dict[str, Value], dict[str, Value]]:
     return inputs, outputs
 
 
-def _profile(engine: Any, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The least and the largest shape of an input; an engine of ours has one optimization profile."""
-    shape = tuple(map(int, engine.get_tensor_shape(name)))
-    if min(shape, default=0) >= 0:
-        return shape, shape
-    least, _, most = engine.get_tensor_profile_shape(name, 0)
-    return tuple(map(int, least)), tuple(map(int, most))
+def _profiles(engine: Any, trt: Any) -> dict[str, Profile]:
+    """The shapes that each input takes; an engine of ours has one optimization profile."""
+    found = {}
+    for name in _names(engine):
+        if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
+            shape = engine.get_tensor_shape(name)
+            shapes = [shape] * 3 if min(shape, default=0) >= 0 else engine.get_tensor_profile_shape(name, 0)
+            found[name] = Profile(name, *(tuple(map(int, shape)) for shape in shapes))
+    return found
 
 
 @dataclass(frozen=True)
@@ -245,9 +248,8 @@ class _Runner:
     def __init__(self, engine: Any, here: Here, sha256: str, contract: Contract, stack: contextlib.ExitStack):
         self.lock = threading.Lock()
         self._trt, self._cuda, self._machine, self._what = here.trt, here.cuda, here.machine, contract.what
-        (self._input,) = (name for name in _names(engine) if self._takes(engine, name))
-        self._least, self._most = _profile(engine, self._input)
-        self._shape: tuple[int, ...] = ()
+        self._profiles = _profiles(engine, here.trt)
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self._graph: Any = None
         self._stream = self._cuda.stream_create()
         stack.callback(_quietly, self._cuda.stream_destroy, self._stream)
@@ -258,35 +260,33 @@ class _Runner:
         stack.callback(self._drop)
         if kernels is not None:
             stack.callback(kernels.keep)
-        self._outputs = [name for name in _names(engine) if name != self._input]
-        self._set_shape(self._most)
+        self._outputs = [name for name in _names(engine) if name not in self._profiles]
+        largest = {name: profile.max for name, profile in self._profiles.items()}
+        self._set_shapes(largest)
         self._buffers = {name: self._allocate(engine, name, stack) for name in _names(engine)}
         # Whatever went wrong before: nothing on the stream may use memory that is freed next.
         stack.callback(self._destroy_graph)
         stack.callback(_quietly, self._cuda.synchronize, self._stream)
         stack.callback(_quietly, self._cuda.activate)
-        self._run(np.zeros(self._most, np.float32))
-        if self._least == self._most and not self._own_graphs:
+        self._run({name: np.zeros(shape, self._buffers[name].dtype) for name, shape in largest.items()})
+        static = all(profile.min == profile.max for profile in self._profiles.values())
+        if static and not self._own_graphs:
             self._capture()
         self._promised = contract.outputs
 
-    def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Outputs by name for float32 (B, 3, H, W). Raises BackendError: closed, sizes, or CUDA's errors."""
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name, for inputs of shapes that the engine takes. Raises BackendError: closed, CUDA."""
         with self.lock:
             if self._context is None:
                 raise BackendError(_CLOSED)
-            self._check(images.shape)
             self._cuda.activate()
             try:
-                self._run(images)
+                self._run(inputs)
             except BaseException:
                 # What was begun may still write to the buffers that the next run uses.
                 _quietly(self._cuda.synchronize, self._stream)
                 raise
             return {name: self._buffers[name].view(self._shape_of(name)).copy() for name in self._promised}
-
-    def _takes(self, engine: Any, name: str) -> bool:
-        return engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT
 
     def _make_context(self, engine: Any, config: Any) -> Any:
         if self._own_graphs:
@@ -314,21 +314,12 @@ class _Runner:
         self._require(lambda: self._context.set_tensor_address(name, device), "run")
         return _Buffer(dtype, device, host)
 
-    def _check(self, shape: tuple[int, ...]) -> None:
-        inside = len(shape) == len(self._most) and all(
-            low <= size <= high for low, size, high in zip(self._least, shape, self._most, strict=True)
-        )
-        if not inside:
-            takes = f"{self._least} to {self._most}" if self._least != self._most else f"{self._most}"
-            raise BackendError(
-                f"{self._what} takes images of {takes}, not {shape}; resize them or export it for such"
-            )
-
-    def _set_shape(self, shape: tuple[int, ...]) -> None:
-        if shape != self._shape:
-            self._shape = ()  # should the next line fail, what the context holds is not known
-            self._require(lambda: self._context.set_input_shape(self._input, shape), "take the shape of")
-            self._shape = shape
+    def _set_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        if shapes != self._shapes:
+            self._shapes = {}  # should the next lines fail, what the context holds is not known
+            for name, shape in shapes.items():
+                self._require(partial(self._context.set_input_shape, name, shape), "take the shape of")
+            self._shapes = dict(shapes)
 
     def _shape_of(self, name: str) -> tuple[int, ...]:
         shape = tuple(int(size) for size in self._context.get_tensor_shape(name))
@@ -338,12 +329,13 @@ class _Runner:
             )
         return shape
 
-    def _run(self, images: np.ndarray) -> None:
+    def _run(self, inputs: Mapping[str, np.ndarray]) -> None:
         """Copy in, compute, copy out, wait."""
-        self._set_shape(images.shape)
-        given = self._buffers[self._input]
-        np.copyto(given.view(images.shape), images)
-        self._cuda.to_device(given.device, given.host, given.size(images.shape), self._stream)
+        self._set_shapes({name: array.shape for name, array in inputs.items()})
+        for name, array in inputs.items():
+            given = self._buffers[name]
+            np.copyto(given.view(array.shape), array)
+            self._cuda.to_device(given.device, given.host, given.size(array.shape), self._stream)
         if self._graph is None:
             self._enqueue()
         else:

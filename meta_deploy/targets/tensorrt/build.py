@@ -1,4 +1,4 @@
-"""An ONNX file built into a TensorRT engine, and what is in it, read back from the build's log.
+"""An ONNX file built into a TensorRT engine.
 
 One module for both TensorRTs (`tensorrt` 10 and 11, `tensorrt_rtx`); precision is what the graph says. Knows
 TensorRT's builder and no model; needs neither onnx nor torch, so that a serving machine can rebuild.
@@ -12,22 +12,19 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.bundle.files import atomic_write
-from meta_deploy.bundle.manifest import InputSpec, TensorRTEngine, TensorRTRTXEngine
+from meta_deploy.bundle.manifest import Profile, TensorRTEngine, TensorRTRTXEngine
 from meta_deploy.errors import BackendError, EngineError, InputError
+from meta_deploy.targets import cache
+from meta_deploy.targets.target import MODEL, profiles
 from meta_deploy.targets.tensorrt import cache as engine_cache
-from meta_deploy.targets.tensorrt.library import MODULES, TITLES, Here, load, logger
-
-# Of the log's Datatype, as ours are called.
-_TYPES = {"Half": "fp16", "Float": "fp32", "BFloat16": "bf16", "FP8": "fp8", "Int8": "int8"}
-
-
-# --- building -----------------------------------------------------------------------------------------------
+from meta_deploy.targets.tensorrt.build_log import Layer, parse_log
+from meta_deploy.targets.tensorrt.library import Here, load, logger, module_name, title
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class Engine:
 
     Attributes:
         plan: the serialized engine.
-        library: a key of `MODULES`.
+        library: tensorrt or tensorrt-rtx.
         version: of that library, which alone can run the plan.
         compute_capabilities: that it was built for, such as "8.9"; empty for all that the library has.
         gpu: the one GPU model that can run it, None where there is no such bond.
@@ -93,7 +90,7 @@ def rebuild(bundle: Bundle, progress: Callable[[str], None] = lambda line: None)
     """
     here = Here.find(bundle.target)
     progress(f"building an engine for {here.machine.title} on {here.machine.gpu}")
-    engine = build_engine(bundle.read(engine_cache.MODEL), bundle.target, bundle.input)
+    engine = build_engine(bundle.read(MODEL), bundle.target, profiles(bundle))
     section = engine.section()
     engine_cache.store(bundle, here.machine, engine.plan, section)
     progress(f"built in {engine.seconds:.0f} s")
@@ -102,27 +99,27 @@ def rebuild(bundle: Bundle, progress: Callable[[str], None] = lambda line: None)
 
 def available(library: str) -> bool:
     """Whether a TensorRT can be imported, without importing it."""
-    return importlib.util.find_spec(MODULES[library]) is not None
+    return importlib.util.find_spec(module_name(library)) is not None
 
 
 def build_engine(
     model: bytes,
     library: str,
-    spec: InputSpec,
+    profiles: Sequence[Profile],
     *,
     compute_capabilities: Sequence[str] = (),
     workspace_mb: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Engine:
-    """Build an engine for every input that `spec` allows.
+    """Build an engine for every shape of its inputs that `profiles` allow.
 
     Ctrl-C stops the build between two of its steps. What the graph asks for beyond one type (bfloat16, INT8)
     is in the graph: networks are strongly typed.
 
     Args:
         model: an ONNX file's bytes.
-        library: a key of `MODULES`.
-        spec: the input's smallest, usual and largest dimensions: the optimization profile.
+        library: tensorrt or tensorrt-rtx.
+        profiles: of each input, its least, usual and largest shape.
         compute_capabilities: GPUs to build for, such as ("8.6", "8.9"), for TensorRT-RTX; none for all that
             it knows. `tensorrt` builds for the GPU that is here.
         workspace_mb: the most scratch memory a layer may use, in MB; None for TensorRT's own limit.
@@ -154,15 +151,15 @@ def build_engine(
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_mb << 20)
         config.clear_flag(trt.BuilderFlag.TF32)  # float32 is what is verified
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # else the log names no kernels
-        if not (spec.static_batch and spec.static_size):
-            config.add_optimization_profile(_profile(builder, network, spec))
+        if any(profile.min != profile.max for profile in profiles):
+            config.add_optimization_profile(_profile(builder, profiles))
         with _timing_cache(trt, config, library):
             began = time.perf_counter()
             plan = _build(trt, builder, network, config, progress)
             seconds = time.perf_counter() - began
         if plan is None:
             reason = "; ".join(dict.fromkeys(errors)) or "it gives no reason"
-            raise EngineError(f"{TITLES[library]} cannot build the graph: {reason}")
+            raise EngineError(f"{title(library)} cannot build the graph: {reason}")
     layers, memory = parse_log(lines)
     return Engine(
         plan=bytes(plan),
@@ -224,9 +221,10 @@ def _strongly_typed(trt: Any) -> int:
     return 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
 
 
-def _profile(builder: Any, network: Any, spec: InputSpec) -> Any:
-    profile, shapes = builder.create_optimization_profile(), spec.profile
-    profile.set_shape(spec.name, shapes.min, shapes.opt, shapes.max)
+def _profile(builder: Any, profiles: Sequence[Profile]) -> Any:
+    profile = builder.create_optimization_profile()
+    for given in profiles:
+        profile.set_shape(given.name, given.min, given.opt, given.max)
     return profile
 
 
@@ -320,16 +318,13 @@ def _timing_cache(trt: Any, config: Any, library: str) -> Iterator[None]:
     path = None
     known = b""
     with contextlib.suppress(OSError, InputError):
-        path = engine_cache.make_folder() / f"timing-{trt.__version__}.cache"
+        path = cache.make_folder(engine_cache.FOLDER) / f"timing-{trt.__version__}.cache"
         known = path.read_bytes()
     config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
     yield
     if path is not None:
         with contextlib.suppress(OSError, InputError), atomic_write(path) as stream:
             stream.write(bytes(config.get_timing_cache().serialize()))
-
-
-# --- what TensorRT says -------------------------------------------------------------------------------------
 
 
 def _parse_errors(parser: Any) -> str:
@@ -341,69 +336,4 @@ def _parse_errors(parser: Any) -> str:
     return (
         f"TensorRT's parser does not take {where}: {' '.join(first.desc().split())}{more}; "
         "export with other --passes, or for --target onnxruntime"
-    )
-
-
-# --- reading the log ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A step of an engine.
-
-    Attributes:
-        name: what the builder calls it.
-        kind: its LayerType, such as kgen (a generated kernel), gemm or correlation (a convolution).
-        kernel: its TacticName; empty where a library's kernel does it.
-        type: of its first output, such as fp16; empty where it has none.
-    """
-
-    name: str
-    kind: str
-    kernel: str
-    type: str = ""
-
-    @property
-    def synchronizes(self) -> bool:
-        """One stream waits for another; nothing is computed."""
-        return self.kind.startswith(("signal", "wait"))
-
-    @property
-    def generated(self) -> bool:
-        """A kernel made for this graph's elementwise and moving operators, bound by memory's speed.
-
-        Matrix products and convolutions with something after them have such names too, but no such kernel.
-        """
-        return self.kernel.startswith("__myl_")
-
-    @property
-    def attention(self) -> bool:
-        """Both matrix products and the softmax between in one kernel."""
-        return self.kernel.startswith("_gemm_mha")
-
-
-def parse_log(lines: Iterable[str]) -> tuple[tuple[Layer, ...], dict[str, float]]:
-    """The layers and the memory in MB (Activation, Weights) that a verbose build's log tells.
-
-    The layers are one message, a line each; memory is a line for each kind. The last of each counts. Empty
-    where it does not tell, as it may be in another version of TensorRT.
-    """
-    layers: tuple[Layer, ...] = ()
-    memory: dict[str, float] = {}
-    for line in lines:
-        if line.startswith("Layers:"):
-            layers = tuple(map(_layer, re.findall(r"^Name: .*$", line, re.MULTILINE)))
-        elif found := re.match(r"Total (Activation|Weights) Memory: (\d+) bytes", line):
-            memory[found[1]] = int(found[2]) / 1e6
-    return layers, memory
-
-
-def _layer(line: str) -> Layer:
-    fields = (re.search(pattern, line) for pattern in (r"^Name: ([^,]*)", r"LayerType: ([^,]*)"))
-    name, kind = (found[1] if found else "" for found in fields)
-    made = re.search(r"Outputs: \[.*?Datatype: (\w+)", line)
-    # Behind inputs and outputs, among whose names there may be anything.
-    kernel = re.search(r".*TacticName: ([^,]*)", line)
-    return Layer(
-        name, kind, kernel[1].strip() if kernel else "", _TYPES.get(made[1], made[1].lower()) if made else ""
     )

@@ -16,9 +16,17 @@ from meta_deploy.bundle.manifest import TensorRTEngine
 from meta_deploy.errors import BackendError
 from meta_deploy.targets.tensorrt.cuda import Cuda
 
-MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 _LONGEST_REASON = 300
+
+
+def module_name(library: str) -> str:
+    """What Python calls a library: tensorrt or tensorrt-rtx."""
+    return library.replace("-", "_")
+
+
+def title(library: str) -> str:
+    """What people call it."""
+    return "TensorRT-RTX" if library == "tensorrt-rtx" else "TensorRT"
 
 
 @dataclass(frozen=True)
@@ -32,12 +40,12 @@ class Machine:
 
     @property
     def title(self) -> str:
-        return f"{TITLES[self.library]} {self.version}"
+        return f"{title(self.library)} {self.version}"
 
     def misfit(self, engine: TensorRTEngine) -> str | None:
         """Why an engine with this section of a manifest cannot run here, in a few words; None: it can."""
         if engine.library != self.library or engine.version != self.version:
-            built = f"{TITLES[engine.library]} {engine.version}"
+            built = f"{title(engine.library)} {engine.version}"
             return f"it was built with {built}, and here is {self.title}"
         # TensorRT's engines are for one GPU model; of TensorRT-RTX's the compute capability decides.
         if self.library == "tensorrt" and engine.gpu not in (None, self.gpu):
@@ -74,11 +82,11 @@ class Here:
 def load(target: str) -> Any:
     """Import the library of a target, tensorrt or tensorrt-rtx. Raises BackendError where it is not."""
     try:
-        return importlib.import_module(MODULES[target])
+        return importlib.import_module(module_name(target))
     except Exception as error:  # a broken installation raises anything; OSError: a native library is missing
         reason = " ".join(str(error).split())
         raise BackendError(
-            f"{TITLES[target]} cannot be imported ({reason}); pip install {target}, or use onnxruntime"
+            f"{title(target)} cannot be imported ({reason}); pip install {target}, or use onnxruntime"
         ) from error
 
 

@@ -1,0 +1,255 @@
+"""OpenVINO on the CPU: an IR (model.xml, model.bin) in place of the ONNX file, compiled where it is opened.
+
+Knows OpenVINO's models and properties; must not know tasks beyond what the manifest promises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from meta_deploy.bundle.bundle import Bundle
+from meta_deploy.bundle.manifest import Engine, OpenVINOModel, Profile
+from meta_deploy.errors import BackendError, EngineError, InputError
+from meta_deploy.graph.prices import CPU
+from meta_deploy.targets import cache
+from meta_deploy.targets.contract import Contract, Value
+from meta_deploy.targets.target import MODEL, Arrays, Backend, BuildOptions, Built, Runner, Target
+
+XML, WEIGHTS = "model.xml", "model.bin"
+DEVICE = "CPU"
+_HINTS: dict[str, Any] = {"fp32": "f32", "fp16": "f32", "bf16": "bf16"}  # what a precision computes in
+_WORDS = {"f32": "float32", "bf16": "bfloat16"}
+_NO_NODES = ("Constant", "Parameter", "Result")
+_CACHE, _CAPABILITIES = "openvino", "OPTIMIZATION_CAPABILITIES"
+_LONGEST_REASON = 300
+
+
+class OpenVINO(Target):
+    """An IR. Computes in float32, which is what is verified; --fp16 halves the weights alone, --bf16 computes
+    in bfloat16 where the processor does."""
+
+    name = "openvino"
+    title = "OpenVINO"
+    passes = (
+        *("clean-up", "fuse-layer-norm", "share-norms", "fold-batch-norm", "merge-siblings"),
+        *("move-linears", "slices-to-split", "collapse-chains"),
+        *("fold-branches", "distribute-sums", "fold-scales", "discarded-rows"),
+    )
+    prices = CPU
+    operators = ("native", "lowered")
+    precisions = ("fp32", "fp16", "bf16")
+    lowered_by_build = ("fp16", "bf16")
+    backends = ("openvino",)
+    automatic = ("openvino",)
+    builds = True
+
+    def check(self, options: BuildOptions) -> None:
+        super().check(options)
+        _check_hint(_core(), _HINTS[options.precision])
+
+    def build(
+        self,
+        model: bytes,
+        profiles: Sequence[Profile],
+        options: BuildOptions,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Built:
+        core = _core()
+        with (
+            _told("convert the graph", "use --target onnxruntime", EngineError),
+            tempfile.TemporaryDirectory() as folder,
+        ):
+            graph = core.read_model(model, b"")
+            path = Path(folder) / XML
+            _library().save_model(graph, path, compress_to_fp16=options.precision == "fp16")
+            files = {name: (path.parent / name).read_bytes() for name in (XML, WEIGHTS)}
+        section = OpenVINOModel(
+            version=_version(),
+            precision_hint=_HINTS[options.precision],
+            nodes=sum(op.get_type_name() not in _NO_NODES for op in graph.get_ops()),
+        )
+        return Built(files, section)
+
+    def runner(self, files: Mapping[str, bytes], profiles: Sequence[Profile], precision: str) -> Runner:
+        return _Model(compile_model(files[XML], files[WEIGHTS], _HINTS[precision]), _HINTS[precision])
+
+    def describe(self, section: Engine) -> str:
+        assert isinstance(section, OpenVINOModel)
+        computes = _WORDS[section.precision_hint]
+        return f"model of OpenVINO {section.version}: {section.nodes:,} nodes, computes in {computes}"
+
+    def open(self, bundle: Bundle, backend: str, threads: int | None) -> Backend:
+        return OpenVINOBackend(bundle, threads)
+
+
+TARGETS = (OpenVINO(),)
+
+
+class OpenVINOBackend(Backend):
+    """A bundle's IR, or model.onnx of a bundle that was made for another target."""
+
+    name = "openvino"
+
+    def __init__(self, bundle: Bundle, threads: int | None = None):
+        """`threads` is the CPU's; None leaves it to OpenVINO, which takes all cores.
+
+        Raises:
+            BackendError: OpenVINO is not installed, cannot load the model or compute in its precision here,
+                or the model is not the manifest's.
+            BundleError: a file is missing or altered.
+        """
+        own = isinstance(bundle.engine, OpenVINOModel)
+        hint = bundle.engine.precision_hint if isinstance(bundle.engine, OpenVINOModel) else "f32"
+        self._contract = Contract(bundle, XML if own else MODEL)
+        model = bundle.read(XML if own else MODEL)
+        weights = bundle.read(WEIGHTS) if own else b""
+        with _told(f"load {self._contract.what}", "export it again"):
+            compiled = compile_model(model, weights, hint, threads, kept=True)
+        inputs = {port.node.get_friendly_name(): _value(port) for port in compiled.inputs}
+        # Outputs that were found to be the same as another tensor have the names of both.
+        outputs = {name: _value(port) for port in compiled.outputs for name in port.get_names()}
+        self._contract.check(inputs, outputs)
+        self._model: _Model | None = _Model(compiled, hint)
+        self.runs_on = self._model.runs_on
+
+    def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
+        model = self._model
+        if model is None:
+            raise BackendError("the back end is closed; open the predictor again")
+        self._contract.check_inputs(inputs)
+        with _told(f"run {self._contract.what}", "export it again, or use another back end"):
+            found = model(inputs)
+        outputs = {name: found[name] for name in self._contract.outputs}
+        self._contract.check_outputs(inputs, outputs)
+        return outputs
+
+    def close(self) -> None:
+        self._model = None
+
+
+class _Model:
+    """A compiled model as a function of arrays by name. Each thread that runs it has a request of its own."""
+
+    def __init__(self, compiled: Any, hint: str):
+        self._compiled = compiled
+        self._idle: list[Any] = []  # requests that nobody uses; taking and giving back are atomic
+        device = compiled.get_property("EXECUTION_DEVICES")
+        self.runs_on = f"OpenVINO {_version()} on the {device[0]} in {_WORDS[hint]}"
+
+    def __call__(self, inputs: Arrays) -> dict[str, np.ndarray]:
+        try:
+            request = self._idle.pop()
+        except IndexError:
+            request = self._compiled.create_infer_request()
+        # A request that failed is not used again.
+        found = request.infer({name: np.ascontiguousarray(array) for name, array in inputs.items()})
+        outputs = {name: found[port] for port in self._compiled.outputs for name in port.get_names()}
+        self._idle.append(request)
+        return outputs
+
+
+@functools.cache
+def _library() -> Any:
+    """OpenVINO, without its telemetry: importing it sends a report and writes to the home folder.
+
+    Raises:
+        BackendError: it is not installed.
+    """
+    # Without that package it takes a stub of its own. One that the program has loaded already stays.
+    hidden = "openvino_telemetry" not in sys.modules
+    if hidden:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    try:
+        import openvino
+    except Exception as error:  # a broken installation raises anything
+        reason = " ".join(str(error).split())
+        raise BackendError(f"OpenVINO cannot be imported ({reason}); pip install openvino") from error
+    finally:
+        if hidden:
+            del sys.modules["openvino_telemetry"]
+    return openvino
+
+
+@functools.cache
+def _core() -> Any:
+    """The one Core of this process."""
+    return _library().Core()
+
+
+def _version() -> str:
+    """As the package's: 2026.4.1 of 2026.4.1-22982-…"""
+    return _library().__version__.split("-")[0]
+
+
+@contextlib.contextmanager
+def _told(what: str, remedy: str, error_type: type[InputError] = BackendError) -> Iterator[None]:
+    """OpenVINO's errors, which are RuntimeErrors of several lines, as one line of ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        lines = (line.strip() for line in str(error).splitlines())
+        # Some say where in OpenVINO's sources, and not what.
+        reason = " ".join(line for line in lines if not line.startswith(("Exception from", "Check '")))
+        raise error_type(f"OpenVINO cannot {what}: {reason[:_LONGEST_REASON]}; {remedy}") from error
+
+
+def _check_hint(core: Any, hint: str) -> None:
+    """Raises BackendError where the processor does not compute in this: OpenVINO would take float32."""
+    if hint == "bf16" and "BF16" not in core.get_property(DEVICE, _CAPABILITIES):
+        raise BackendError("this processor does not compute in bfloat16; use --fp16 or --fp32")
+
+
+def compile_model(
+    model: bytes, weights: bytes, hint: str, threads: int | None = None, kept: bool = False
+) -> Any:
+    """A model compiled for this processor; `kept`: taken from the user's cache folder, and put there.
+
+    Raises:
+        BackendError: OpenVINO is not installed or cannot compute in this precision here.
+        RuntimeError: what OpenVINO raises for a model that it cannot load.
+    """
+    core = _core()
+    _check_hint(core, hint)
+    # One stream: all threads work on one image, for the shortest time of each.
+    settings = {"INFERENCE_PRECISION_HINT": hint, "NUM_STREAMS": 1}
+    if threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    processor = core.get_property(DEVICE, "FULL_DEVICE_NAME"), *core.get_property(DEVICE, _CAPABILITIES)
+    digests = [hashlib.sha256(data).hexdigest() for data in (model, weights)]
+    key = cache.key(digests, _library().__version__, processor, settings)
+    compiled = _import(core, key, settings) if kept else None
+    if compiled is None:
+        compiled = core.compile_model(core.read_model(model, weights), DEVICE, settings)
+        if kept:
+            with contextlib.suppress(InputError):  # it only saves time
+                cache.write(_CACHE, key, compiled.export_model().getvalue(), {"settings": settings})
+    taken = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+    if taken != hint:
+        raise BackendError(f"OpenVINO computes in {taken} here, and {hint} was verified; export it again")
+    return compiled
+
+
+def _import(core: Any, key: str, settings: dict[str, Any]) -> Any:
+    """The compiled model that is kept under this key; None without a sound one."""
+    found = cache.read(_CACHE, key)
+    if found is None:
+        return None
+    try:
+        return core.import_model(found[0], DEVICE, settings)
+    except RuntimeError:
+        return None
+
+
+def _value(port: Any) -> Value:
+    """A model's input or output."""
+    shape = [dim.get_length() if dim.is_static else None for dim in port.get_partial_shape()]
+    return Value(np.dtype(port.get_element_type().to_dtype()).name, shape)

@@ -1,0 +1,127 @@
+"""TensorRT and TensorRT-RTX as targets: an engine beside the graph it was built from.
+
+Says what is done; building and running are the other modules'. Imports no library before it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from meta_deploy.bundle.bundle import Bundle
+from meta_deploy.bundle.manifest import Engine, Profile, TensorRTEngine
+from meta_deploy.errors import BackendError
+from meta_deploy.graph.prices import GPU
+from meta_deploy.targets.target import MODEL, Backend, BuildOptions, Built, Target, open_model_file
+from meta_deploy.targets.tensorrt.library import Here, load
+
+ENGINE = "model.engine"
+
+
+class TensorRT(Target):
+    """Either library. Engines of `tensorrt` are bound to a GPU model; `tensorrt-rtx` builds without one."""
+
+    passes = (
+        *("clean-up", "fuse-layer-norm", "share-norms", "fold-batch-norm", "merge-siblings"),
+        *("slices-to-split", "collapse-chains", "move-linears", "collapse-chains"),
+        *("fold-scales", "order-tokens", "stack-attention"),
+        *("fold-branches", "distribute-sums", "flatten-concats", "collapse-chains"),
+    )
+    required_passes = ("clean-up",)  # the parser does not take all that PyTorch exports
+    prices = GPU
+    precisions = ("fp32", "fp16", "bf16")
+    # A map is sampled at coordinates of its own type, and float16 is too coarse for coordinates.
+    float32_operators = {"fp16": ("GridSample",), "bf16": ("GridSample", "ConvTranspose")}  # noqa: RUF012
+    rounds_each_operator = True
+    backends = ("tensorrt", "cuda", "onnxruntime", "openvino")
+    automatic = ("tensorrt", "cuda", "onnxruntime")
+    builds = True
+    gpu_only = ("bf16",)
+    last_resort = "on a CPU a bundle made for onnxruntime is several times faster"
+
+    def __init__(self, name: str, title: str, operators: tuple[str, ...]):
+        self.name, self.title, self.operators = name, title, operators
+
+    def offer(self) -> tuple[bool, str]:
+        try:
+            load(self.name)
+        except BackendError:
+            return False, ""
+        try:
+            return True, f"installed, for {Here.find(self.name).machine.gpu}"
+        except BackendError:
+            return False, f"{self.title} is installed, and no GPU can be used"
+
+    def check(self, options: BuildOptions) -> None:
+        from meta_deploy.targets.tensorrt.build import check_gpus
+
+        try:
+            load(self.name)
+        except BackendError as error:
+            elsewhere = "" if self.name == "tensorrt-rtx" else "; --target tensorrt-rtx needs no GPU"
+            raise BackendError(f"{error}{elsewhere}") from error
+        check_gpus(self.name, options.gpus)
+
+    def build(
+        self,
+        model: bytes,
+        profiles: Sequence[Profile],
+        options: BuildOptions,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Built:
+        from meta_deploy.targets.tensorrt.build import build_engine
+
+        engine = build_engine(
+            model,
+            self.name,
+            profiles,
+            compute_capabilities=options.gpus,
+            workspace_mb=options.workspace_mb,
+            progress=progress,
+        )
+        section = msgspec.structs.replace(engine.section(), attention=options.attention)
+        return Built({MODEL: model, ENGINE: engine.plan}, section)
+
+    def describe(self, section: Engine) -> str:
+        assert isinstance(section, TensorRTEngine)
+        gpus = section.gpu or ", ".join(section.compute_capabilities) or "all GPUs that it knows"
+        line = f"engine of {section.library} {section.version} for {gpus}: "
+        if section.layers is None:
+            return f"{line}{section.plan_mb:.1f} MB (its log does not tell what is inside)"
+        return (
+            f"{line}{section.layers} layers, {section.fused_attention} of {section.attention} attentions "
+            f"fused, {section.activation_mb:.0f} MB activations, {section.weights_mb:.0f} MB weights; it has "
+            "not run here"
+        )
+
+    def open(self, bundle: Bundle, backend: str, threads: int | None) -> Backend:
+        if backend == "tensorrt":
+            from meta_deploy.targets.tensorrt.backend import TensorRTBackend
+
+            return TensorRTBackend(bundle)
+        if backend in ("onnxruntime", "openvino") and bundle.precision in self.gpu_only:
+            raise BackendError(
+                f"bundle '{bundle.path}' is {bundle.precision}, and on a CPU its graph does not run in that; "
+                "use --backend tensorrt on a GPU, or export with --fp16 or --fp32 for a CPU"
+            )
+        return open_model_file(bundle, backend, threads)
+
+    def rebuild(self, bundle: Bundle, log: Callable[[str], None] = lambda line: None) -> None:
+        from meta_deploy.targets.tensorrt.backend import misfit
+        from meta_deploy.targets.tensorrt.build import rebuild
+
+        reason = misfit(bundle)
+        if reason is None:
+            log("there is nothing to rebuild: the engine fits this machine")
+        else:
+            log(f"building an engine for this machine, since {reason}")
+            rebuild(bundle, log)
+
+
+TARGETS = (
+    # The lowered form has static shapes, which a CUDA graph needs.
+    TensorRT("tensorrt", "TensorRT", ("lowered", "native")),
+    # It has no NonMaxSuppression, and its RoiAlign does not build without a GPU.
+    TensorRT("tensorrt-rtx", "TensorRT-RTX", ("lowered",)),
+)
