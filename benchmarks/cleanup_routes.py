@@ -43,15 +43,16 @@ from benchmarks.common import (
     save,
     table,
 )
-from meta_deploy.export.pipeline import input_spec, preprocess_rules
-from meta_deploy.export.trace import drop_outputs, export_onnx, output_names
-from meta_deploy.export.verify import TOLERANCES
+from meta_deploy.export.options import Options
+from meta_deploy.export.sources.checkpoint import input_spec, preprocess_rules
+from meta_deploy.export.trace import drop_outputs, export_onnx
 from meta_deploy.graph.graph import to_proto
 from meta_deploy.graph.pipeline import PIPELINES, run_passes
+from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.imaging.images import read_image
 from meta_deploy.imaging.preprocess import Preprocessor
 from meta_deploy.models.checkpoint.load import load_model
-from meta_deploy.tasks.comparison import DetectionComparison
+from meta_deploy.tasks import get_task
 
 CASE = "meta-t-mask-rcnn@512"
 LITERAL, STOCK = "literal", "PyTorch's optimize=True"
@@ -131,12 +132,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.routes.remove("onnxslim")
 
     loaded = load_model(checkpoint(args.case))
-    spec = input_spec(args.case.size, 1, None, args.case.dynamic)
+    spec = input_spec(args.case.size, Options(dynamic_size=args.case.dynamic))
     graphs, seconds = make_graphs(partial(export_onnx, loaded.model, spec), args.routes, args.stock)
     preprocess = Preprocessor(spec, preprocess_rules(loaded.config, spec))
     batches = [preprocess([read_image(path)])[0] for path in photos(args.photos, 4)]
     same = agreement(graphs, batches)
-    keep = output_names(loaded.config)
+    keep = list(get_task(loaded.config.task).outputs)
     shipped = {name: drop_outputs(graph, keep) for name, graph in graphs.items() if same[name]}
     opening, times = latency(shipped, batches[0], args.rounds)
     rows = [
@@ -203,7 +204,7 @@ def agreement(graphs: Graphs, batches: list[np.ndarray]) -> dict[str, dict[str, 
         except Exception as error:  # ONNX Runtime's errors share no base class
             print(f"{name}: {error}", file=sys.stderr)
             continue
-        comparison = DetectionComparison(TOLERANCES["fp32"])
+        comparison = get_task("instance-segmentation").comparison(PRECISIONS["fp32"].tolerances)
         for batch, wanted in zip(batches, expected, strict=True):
             comparison.add(wanted, dict(zip(names, session.run(names, {"images": batch}), strict=True)))
         stages = comparison.stages()

@@ -29,14 +29,15 @@ from torch.utils._pytree import tree_map
 from benchmarks.common import interleave
 from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.errors import MetaDeployError
-from meta_deploy.export.pipeline import input_spec, preprocess_rules
-from meta_deploy.export.verify import TOLERANCES, Comparison
+from meta_deploy.export.options import Options
+from meta_deploy.export.sources.checkpoint import input_spec, preprocess_rules
+from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.imaging.images import read_image
 from meta_deploy.imaging.preprocess import Preprocessor
 from meta_deploy.models.checkpoint.load import load_model
 from meta_deploy.report.accuracy import coco_ap
 from meta_deploy.targets import TARGETS, open_backend
-from meta_deploy.tasks import postprocess
+from meta_deploy.tasks import get_task, postprocess
 from meta_deploy.tasks.results import Detections, coco_category_ids
 
 CUDA_BROKEN = 3  # exit code: what failed took CUDA with it, for this process
@@ -107,7 +108,7 @@ class Exam:
         loaded = load_model(checkpoint)
         self.model, self.config = loaded.model, loaded.config
         self.classes = tuple(loaded.class_names)
-        spec = input_spec(size, 1, None, False)
+        spec = input_spec(size, Options())
         preprocessor = Preprocessor(spec, preprocess_rules(loaded.config, spec))
         self.images, self.placements = preprocessor([read_image(path) for path in photos])
         self.expected = self._reference(reference)
@@ -141,7 +142,9 @@ class Exam:
 
     def judge(self, answers: Arrays, precision: str) -> dict[str, Any]:
         """Compare with PyTorch by an export's tolerances; also AP with PyTorch's results as ground truth."""
-        comparison = Comparison(TOLERANCES[precision], self.config.score_threshold)
+        comparison = get_task(self.config.task).comparison(
+            PRECISIONS[precision].tolerances, self.config.score_threshold
+        )
         comparison.add(self.expected, answers)
         stage = comparison.stages()["detections"]
         records = [

@@ -30,12 +30,12 @@ import torch
 from benchmarks import common
 from benchmarks.common import Case, checkpoint, machine, parser, photo_folder, photos, ratio, save, table
 from benchmarks.gpu_backends import KINDS
-from meta_deploy.export.verify import TOLERANCES
+from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.targets import TARGETS
 from meta_deploy.targets.tensorrt.build import available
 
 CASES = ("meta-t-mask-rcnn@512", "meta-s-mask-rcnn@512", "meta-b-mask-rcnn@512")
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+PRECISION_NAMES = (*PRECISIONS, "int8")
 BASE = "pytorch fp32"  # what others are so many times faster than
 _LONGEST_CELL = 120
 _SHORT_OF_MEMORY = re.compile(
@@ -81,7 +81,9 @@ def _parser(gpu: dict[str, Any] | None) -> Any:
         "--case", nargs="+", type=Case.parse, default=[*map(Case.parse, CASES)], help=f"default: {CASES}"
     )
     p.add_argument("--batch", nargs="+", type=int, default=[1, 8], metavar="N", help="default: 1 8")
-    p.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="default: all")
+    p.add_argument(
+        "--precision", nargs="+", choices=PRECISION_NAMES, default=PRECISION_NAMES, help="default: all"
+    )
     p.add_argument("--backend", nargs="+", choices=[*KINDS], default=[*KINDS], help="default: all")
     p.add_argument("--count", type=int, default=16, help="photos (default: %(default)s)")
     p.add_argument("--runs", type=int, default=50, help="timed runs of each (default: %(default)s)")
@@ -119,7 +121,7 @@ def choose(
 ) -> tuple[list[Contender], list[str]]:
     """The contenders to check here, and a line for each that is left out and why."""
     notes = []
-    written = {name for target in TARGETS.values() for name in target.precisions} & set(TOLERANCES)
+    written = {name for target in TARGETS.values() for name in target.precisions} & set(PRECISIONS)
     for precision in precisions:
         if precision not in written:
             notes.append(f"{precision} is left out: no target's bundles have it yet")

@@ -44,9 +44,9 @@ from benchmarks.common import (
 from meta_deploy.bundle.manifest import Profile
 from meta_deploy.errors import EngineError
 from meta_deploy.export.operators import TRANSLATIONS
-from meta_deploy.export.pipeline import input_spec, preprocess_rules
+from meta_deploy.export.options import Options
+from meta_deploy.export.sources.checkpoint import input_spec, preprocess_rules
 from meta_deploy.export.trace import OPSET, quiet
-from meta_deploy.export.verify import TOLERANCES
 from meta_deploy.graph.graph import to_graph
 from meta_deploy.graph.pipeline import run_passes
 from meta_deploy.graph.precision import PRECISIONS
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for case in args.case or map(Case.parse, CASES):
         with tempfile.TemporaryDirectory() as folder:
             graphs = measured(case, Path(folder), args)
-        goals = {ERROR: TOLERANCES["fp32"]["maps"], **GOALS.get(str(case), {})}
+        goals = {ERROR: PRECISIONS["fp32"].tolerances["maps"], **GOALS.get(str(case), {})}
         results[str(case)] = {"graphs": graphs, "goals": goals, "missed": missed(graphs, goals)}
         print(f"{case}\n\n{side_by_side(graphs, goals)}\n")
         for line in results[str(case)]["missed"]:
@@ -150,7 +150,7 @@ def measured(case: Case, folder: Path, args: Any) -> dict[str, Measures]:
 def subject(case: Case, folder: Path | None) -> tuple[nn.Module, Tensor]:
     """The module to export, and an image for it."""
     loaded = load_model(checkpoint(case))
-    spec = input_spec(case.size or loaded.config.input_size, 1, None, False)
+    spec = input_spec(case.size or loaded.config.input_size, Options())
     preprocess = Preprocessor(spec, preprocess_rules(loaded.config, spec))
     batch, _ = preprocess([read_image(photos(folder, 1)[0])])
     return Features(loaded.model).eval(), torch.from_numpy(batch)

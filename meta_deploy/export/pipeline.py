@@ -58,7 +58,8 @@ def run(path: str | Path, options: Options, progress: Progress) -> Bundle:
     passes = choose_passes(options.passes, target)
     check_options(path, options)
     target.check(build_options)
-    needed = options.check or precision.measures
+    lowered = precision.name not in ("fp32", *target.lowered_by_build)
+    needed = options.check or (lowered and precision.measures)
     files = find_files(options.calib_images) if needed or options.calib_images is not None else []
     folder = check_out_dir(options.out or f"{Path(path).stem}-{target.name}-{precision.name}")
 
@@ -76,7 +77,7 @@ def run(path: str | Path, options: Options, progress: Progress) -> Bundle:
         graph, rows = run_passes(graph, passes, target.prices, explain=options.explain)
         gc.collect()  # a graph refers to itself in circles, and a large model's holds gigabytes
     conversion = None
-    if precision.name not in ("fp32", *target.lowered_by_build):
+    if lowered:
         with progress.stage("precision"):
             graph, conversion = precision.convert(
                 graph, samples, target.float32_operators.get(precision.name, ()), progress.note
