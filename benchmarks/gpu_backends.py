@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_map
 
 from benchmarks.common import interleave
 from meta_deploy.bundle.bundle import Bundle
+from meta_deploy.bundle.manifest import MANIFESTS, ModelInfo, Thresholds
 from meta_deploy.errors import MetaDeployError
 from meta_deploy.export.options import Options
 from meta_deploy.export.sources.checkpoint import input_spec, preprocess_rules

@@ -283,7 +283,7 @@ class Report:
             entry["file" if isinstance(shown, Arrays) else "overlay"] = str(overlay) if overlay else None
             self._entries.append(json.dumps(entry))
         elif frame.index is None:
-            self._line(f"{_title(frame.source, shown)}: {shown.timings.total:.1f} ms, {shown!r}")
+            self._line(f"{_title(frame.source, shown)}: {shown!r}; {shown.timings.total:.1f} ms")
         else:
             if self._video is None:
                 self._video = _VideoLine(frame.source)

@@ -96,7 +96,8 @@ class Predictor:
             As for one image.
         """
         results: list[Result] = []
-        size = 1 if self.bundle.task == "raw" else self.bundle.input.batch.max
+        most = self.bundle.input.batch.max
+        size = 1 if self.bundle.task == "raw" else most
         for start in range(0, len(images), size):
             results.extend(self._group(images[start : start + size]))
         return results

@@ -1,55 +1,16 @@
-"""Outputs come back to the original image as MMDetection and MMSegmentation bring them back."""
+"""Boxes and masks come back to the original image as MMDetection brings them back."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from meta_deploy.tasks.postprocess import detections, paste_mask, segmentation
 
+from meta_deploy.bundle.bundle import Bundle
+from meta_deploy.bundle.manifest import Thresholds
+from meta_deploy.errors import BackendError, BundleError
 from meta_deploy.imaging.preprocess import Placement
-
-
-def mmdet_paste(mask, box, height, width):
-    """MMDetection's _do_paste_mask (skip_empty=True, as on the CPU), whole image, before the threshold."""
-    x0, y0, x1, y1 = (torch.tensor(float(edge)) for edge in box)
-    x0_int, y0_int = (torch.clamp(edge.floor() - 1, min=0).int().item() for edge in (x0, y0))
-    x1_int = torch.clamp(x1.ceil() + 1, max=width).int().item()
-    y1_int = torch.clamp(y1.ceil() + 1, max=height).int().item()
-    if x1_int <= x0_int or y1_int <= y0_int:
-        return np.zeros((height, width), np.float32)
-    img_y = (torch.arange(y0_int, y1_int, dtype=torch.float32) + 0.5 - y0) / (y1 - y0) * 2 - 1
-    img_x = (torch.arange(x0_int, x1_int, dtype=torch.float32) + 0.5 - x0) / (x1 - x0) * 2 - 1
-    grid = torch.stack(torch.meshgrid(img_y, img_x, indexing="ij")[::-1], dim=-1)
-    pasted = F.grid_sample(torch.from_numpy(mask)[None, None], grid[None], align_corners=False)[0, 0]
-    whole = np.zeros((height, width), np.float32)
-    whole[y0_int:y1_int, x0_int:x1_int] = pasted.numpy()
-    return whole
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.integers(0, 2**31),
-    st.floats(-20, 80),
-    st.floats(-20, 60),
-    st.floats(0.5, 120),
-    st.floats(0.5, 120),
-    st.sampled_from([0.5, 0.3]),
-)
-def test_masks_are_pasted_as_mmdetection_pastes_them(seed, x0, y0, width, height, threshold):
-    mask = np.random.default_rng(seed).random((28, 28), np.float32)
-    box = np.array([x0, y0, x0 + width, y0 + height], np.float32)
-    reference = mmdet_paste(mask, box, 64, 96)
-    ours = paste_mask(mask, box, (64, 96), threshold).full()
-    sure = np.abs(reference - threshold) > 1e-4
-    np.testing.assert_array_equal(ours[sure], reference[sure] >= threshold)
-
-
-def test_a_full_mask_fills_its_box():
-    ours = paste_mask(np.ones((28, 28), np.float32), np.array([10, 5, 30, 25]), (64, 96), 0.5)
-    assert ours.area == 20 * 20
-    assert ours.full()[5:25, 10:30].all()
+from meta_deploy.tasks import get_task
+from tests.bundles_by_hand import manifest
 
 
 def outputs(boxes, scores, labels=None, count=None, masks=None):
@@ -66,6 +27,13 @@ def outputs(boxes, scores, labels=None, count=None, masks=None):
     return result
 
 
+def detections(outputs, index, placement, score, mask_threshold):
+    task = "instance-segmentation" if "masks" in outputs else "detection"
+    thresholds = Thresholds(score=0.0, mask=mask_threshold)
+    bundle = Bundle(Path("b"), manifest(task, (64, 64), thresholds=thresholds))
+    return get_task(task).decode(bundle, outputs, index, placement, (64, 64), score)
+
+
 HALF = Placement((100, 200), (50, 100))
 
 
@@ -78,8 +46,8 @@ def test_boxes_go_back_through_the_scale_of_each_axis():
 
 
 def test_boxes_are_clipped_to_the_image_and_empty_ones_dropped():
-    boxes = [[-5, -5, 300, 300], [10, 10, 10, 20], [120, 10, 140, 20], [30, 30, 20, 40], [np.nan] * 4]
-    found = detections(outputs(boxes, [0.9] * 5), 0, HALF, 0.5, 0.5)
+    boxes = [[-5, -5, 300, 300], [10, 10, 10, 20], [120, 10, 140, 20], [30, 30, 20, 40]]
+    found = detections(outputs(boxes, [0.9] * 4), 0, HALF, 0.5, 0.5)
     np.testing.assert_array_equal(found.boxes, [[0, 0, 200, 100]])
 
 
@@ -96,7 +64,8 @@ def test_no_detection_is_an_empty_result(count):
         outputs([[0, 0, 9, 9]], [0.9], count=count, masks=np.ones((1, 28, 28))), 0, HALF, 0, 0.5
     )
     assert found.boxes.shape == (0, 4)
-    assert found.masks == ()
+    assert found.segments == ()
+    assert found.masks.shape == (0, 100, 200)
 
 
 def test_a_clipped_box_does_not_squeeze_its_mask():
@@ -105,30 +74,19 @@ def test_a_clipped_box_does_not_squeeze_its_mask():
     mask[:, :, :14] = 1
     found = detections(outputs([[-20, 0, 20, 40]], [0.9], masks=mask), 0, HALF, 0.5, 0.5)
     np.testing.assert_array_equal(found.boxes, [[0, 0, 40, 80]])
-    assert found.masks[0].area <= 80  # at most the column at the edge
+    assert found.segments[0].area <= 80  # at most the column at the edge
 
 
-@pytest.mark.parametrize(
-    ("original", "resized", "padded"),
-    [
-        ((100, 150), (64, 96), (64, 96)),
-        ((37, 21), (64, 36), (64, 64)),
-        ((64, 64), (64, 64), (64, 64)),
-        ((1, 1), (64, 64), (64, 64)),
-    ],
-)
-def test_class_maps_are_those_of_torch_interpolate(original, resized, padded):
-    logits = np.random.default_rng(0).normal(size=(5, padded[0] // 4, padded[1] // 4)).astype(np.float32)
-    up = F.interpolate(torch.from_numpy(logits)[None].double(), padded, mode="bilinear", align_corners=False)
-    up = up[:, :, : resized[0], : resized[1]]
-    scores = F.interpolate(up, original, mode="bilinear", align_corners=False)[0].numpy()
-    ours = segmentation(logits, Placement(original, resized), padded)
-    assert ours.shape == original
-    best = np.sort(scores, axis=0)
-    sure = best[-1] - best[-2] > 1e-4
-    assert sure.mean() > 0.99
-    np.testing.assert_array_equal(ours[sure], scores.argmax(0)[sure])
+@pytest.mark.parametrize("name", ["boxes", "scores", "masks"])
+def test_values_that_are_not_finite_are_an_error_within_the_count_only(name):
+    given = outputs([[0, 0, 9, 9], [0, 0, 9, 9]], [0.9, 0.8], count=1, masks=np.ones((2, 28, 28)))
+    given[name][0, 1] = np.nan
+    assert len(detections(given, 0, HALF, 0.5, 0.5)) == 1
+    given[name][0, 0] = np.inf
+    with pytest.raises(BackendError, match="not finite"):
+        detections(given, 0, HALF, 0.5, 0.5)
 
 
-def test_equal_logits_give_the_first_class():
-    assert (segmentation(np.zeros((3, 16, 16), np.float32), HALF, (64, 64)) == 0).all()
+def test_more_classes_than_names_are_an_error():
+    with pytest.raises(BundleError, match="gives 4 classes, and its manifest names 3"):
+        detections(outputs([[0, 0, 9, 9]], [0.9], [3]), 0, HALF, 0.5, 0.5)
