@@ -1,21 +1,25 @@
-"""From picture to result: the parts of a call, pictures a second, and the same against PyTorch.
+"""Inference from image to result: the parts of a call, images per second, and the model against PyTorch.
 
     python benchmarks/inference.py [CASE ...] [--threads N ...] [--photos DIR] [--count N]
 
-CASE is as for export_time.py, and is exported first. Against PyTorch eager, and against the graph as traced,
-without our passes, the model alone is timed, picture by picture in turns; ratios are medians of the turns'.
+CASE is as for export_time.py and is exported first. The model alone is also timed against PyTorch eager,
+against the traced graph without passes, and against OpenVINO with a bundle made for it (where it is
+installed), interleaved image by image; ratios are medians over the rounds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import cv2
+import msgspec
 import numpy as np
 import onnx
 import torch
@@ -33,14 +37,17 @@ from benchmarks.common import (
     save,
     table,
 )
-from meta_deploy.bundle.bundle import Bundle
+from meta_deploy.bundle.bundle import Bundle, write_bundle
+from meta_deploy.errors import BackendError
 from meta_deploy.export.trace import drop_outputs, export_onnx
+from meta_deploy.graph.pipeline import run_passes
 from meta_deploy.imaging.images import expand, read_image
 from meta_deploy.imaging.preprocess import Preprocessor
 from meta_deploy.models.checkpoint.load import load_model
 from meta_deploy.runtime.predictor import Predictor
 from meta_deploy.runtime.stream import predict
-from meta_deploy.targets import open_backend
+from meta_deploy.targets import TARGETS, open_backend
+from meta_deploy.targets.target import Backend, BuildOptions
 
 CASES = ("demo", "meta-t-mask-rcnn@512", "meta-t-mask-rcnn@512+dynamic")
 
@@ -73,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def end_to_end(bundle: Bundle, pictures: list[Path], threads: int, rounds: int) -> dict[str, Any]:
-    """From files to results: plainly, one call a picture, and with files read ahead as meta-infer does."""
+    """From files to results: one call per image, and with files read ahead as in meta-infer."""
     results: list[Any] = []
     sources = expand(map(str, pictures))
     with Predictor(bundle, threads=threads) as predictor:
@@ -103,23 +110,52 @@ def end_to_end(bundle: Bundle, pictures: list[Path], threads: int, rounds: int) 
 def against(
     bundle: Bundle, literal: onnx.ModelProto, model: torch.nn.Module, pictures: list[Path], threads: int
 ) -> dict[str, Any]:
-    """The model alone: the bundle's, the literal graph's, and PyTorch's milliseconds, picture by picture."""
+    """Milliseconds of the model alone, image by image: the bundle, the traced graph, and PyTorch."""
     preprocess = Preprocessor(bundle.input, bundle.preprocess)
     batches = [preprocess([read_image(path)])[0] for path in pictures]
     plain = open_session(literal, threads)
-    with torch.inference_mode(), open_backend(bundle, "onnxruntime", threads) as ours:
-        contenders = {
+    with (
+        torch.inference_mode(),
+        open_backend(bundle, "onnxruntime", threads) as ours,
+        for_openvino(bundle, literal, threads) as openvino,
+    ):
+        contenders: dict[str, Callable[[int], Any]] = {
             "bundle": lambda turn: ours.run({"images": batches[turn]}),
             "literal": lambda turn: plain.run(None, {"images": batches[turn]}),
             "PyTorch": lambda turn: model(torch.from_numpy(batches[turn])),
         }
+        if openvino is not None:
+            contenders["OpenVINO"] = lambda turn: openvino.run({"images": batches[turn]})
         interleave(contenders, 1)  # to warm up
         times = interleave(contenders, len(batches))
+    over = {}
+    if "OpenVINO" in times:
+        over["OpenVINO / bundle"] = ratio(times["OpenVINO"], times["bundle"])
     return {
         **{f"{name} ms": float(np.median(values)) for name, values in times.items()},
         "literal / bundle": ratio(times["literal"], times["bundle"]),
         "PyTorch / bundle": ratio(times["PyTorch"], times["bundle"]),
+        **over,
     }
+
+
+@contextlib.contextmanager
+def for_openvino(bundle: Bundle, literal: onnx.ModelProto, threads: int) -> Iterator[Backend | None]:
+    """The same model as a bundle for OpenVINO, opened; None where OpenVINO is not installed."""
+    target = TARGETS["openvino"]
+    try:
+        target.check(BuildOptions())
+    except BackendError as error:
+        print(f"{error}: left out", file=sys.stderr)
+        yield None
+        return
+    graph, _ = run_passes(literal, list(target.passes), target.prices)
+    built = target.build(graph.SerializeToString(), [bundle.input.profile], BuildOptions())
+    manifest = msgspec.structs.replace(bundle.manifest, target=target.name, engine=built.engine)
+    with tempfile.TemporaryDirectory() as folder:
+        made = write_bundle(Path(folder) / "openvino", manifest, built.files)
+        with open_backend(made, "openvino", threads) as backend:
+            yield backend
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from meta_deploy.errors import BundleError
 
@@ -222,6 +222,14 @@ Engine: TypeAlias = TensorRTEngine | TensorRTRTXEngine | OpenVINOModel
 _LIBRARIES = tuple(engine.__struct_config__.tag for engine in get_args(Engine))
 
 
+class DeclinedPlace(Struct, frozen=True, kw_only=True):
+    """A node that a pass left as it is although it is near the pass' pattern, and why."""
+
+    node: str
+    op: str
+    reason: str
+
+
 class PassRow(Struct, frozen=True, kw_only=True):
     """What a graph pass did: changes, and nodes, moves (Transpose, Reshape) and bytes moved around it."""
 
@@ -235,6 +243,7 @@ class PassRow(Struct, frozen=True, kw_only=True):
     bytes_after: Count = 0
     bytes_exact: bool = False
     seconds: float = 0.0
+    declined: tuple[DeclinedPlace, ...] | UnsetType = UNSET  # there only where the export was to explain
 
 
 class Nodes(Struct, frozen=True, kw_only=True):

@@ -80,7 +80,7 @@ class OpenVINO(Target):
         return Built(files, section)
 
     def runner(self, files: Mapping[str, bytes], profiles: Sequence[Profile], precision: str) -> Runner:
-        return _Model(_compile(files[XML], files[WEIGHTS], _HINTS[precision]), _HINTS[precision])
+        return _Model(compile_model(files[XML], files[WEIGHTS], _HINTS[precision]), _HINTS[precision])
 
     def describe(self, section: Engine) -> str:
         assert isinstance(section, OpenVINOModel)
@@ -113,7 +113,7 @@ class OpenVINOBackend(Backend):
         model = bundle.read(XML if own else MODEL)
         weights = bundle.read(WEIGHTS) if own else b""
         with _told(f"load {self._contract.what}", "export it again"):
-            compiled = _compile(model, weights, hint, threads, kept=True)
+            compiled = compile_model(model, weights, hint, threads, kept=True)
         inputs = {port.node.get_friendly_name(): _value(port) for port in compiled.inputs}
         # Outputs that were found to be the same as another tensor have the names of both.
         outputs = {name: _value(port) for port in compiled.outputs for name in port.get_names()}
@@ -208,7 +208,9 @@ def _check_hint(core: Any, hint: str) -> None:
         raise BackendError("this processor does not compute in bfloat16; use --fp16 or --fp32")
 
 
-def _compile(model: bytes, weights: bytes, hint: str, threads: int | None = None, kept: bool = False) -> Any:
+def compile_model(
+    model: bytes, weights: bytes, hint: str, threads: int | None = None, kept: bool = False
+) -> Any:
     """A model compiled for this processor; `kept`: taken from the user's cache folder, and put there.
 
     Raises:

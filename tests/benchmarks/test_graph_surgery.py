@@ -8,8 +8,7 @@ from torch import nn
 
 from benchmarks import graph_surgery
 from benchmarks.common import Case
-from benchmarks.graph_surgery import CASES, ERROR, GOALS, ORT, missed, side_by_side
-from meta_deploy.graph.pipeline import PIPELINES
+from benchmarks.graph_surgery import CASES, ERROR, GOALS, ORT, OURS, missed, side_by_side
 from meta_deploy.targets.tensorrt.build import available
 
 
@@ -54,7 +53,7 @@ def test_every_graph_is_measured(small, tmp_path, capsys):
     path = tmp_path / "numbers.json"
     assert graph_surgery.main(["--case", "small@16", "--rounds", "1", "--json", str(path)]) == 0
     graphs = json.loads(path.read_text())["cases"]["small@16x16"]["graphs"]
-    assert {"stock", *(f"ours: {target}" for target in PIPELINES)} <= set(graphs)
+    assert {"stock", *(f"ours: {target}" for target in OURS)} <= set(graphs)
     stock, ours = graphs["stock"], graphs["ours: onnxruntime"]
     for measures in graphs.values():
         assert measures["nodes"] > measures["Transpose+Reshape"] >= 0

@@ -328,17 +328,17 @@ class Context:
         inside = all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True))
         if self._refused("shape") or not inside:
             return False
-        self.given[name] = tuple(shape)
-        if set(self.given) == set(self.engine.inputs):  # only then are the outputs' shapes known
-            arrays = {name: np.zeros(shape, self._dtype(name)) for name, shape in self.given.items()}
-            outputs = {name: array.shape for name, array in self._compute(arrays).items()}
-            self.shapes = {**self.given, **outputs}
+        self.given[name], self.shapes = tuple(shape), {}
         return True
 
     def _dtype(self, name):
         return {"FLOAT": np.float32, "INT64": np.int64}[self.engine.get_tensor_dtype(name).name]
 
     def get_tensor_shape(self, name):
+        if not self.shapes:  # one input may have been set and another not yet
+            arrays = {name: np.zeros(shape, self._dtype(name)) for name, shape in self.given.items()}
+            outputs = {name: array.shape for name, array in self._compute(arrays).items()}
+            self.shapes = {**self.given, **outputs}
         return self.shapes[name]
 
     def set_tensor_address(self, name, address):

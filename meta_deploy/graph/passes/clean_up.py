@@ -17,7 +17,15 @@ from onnx_ir.passes.common import (
 )
 from onnxscript import optimizer
 
-from meta_deploy.graph.graph import fresh_names, import_numbered, is_op, static_shape, to_proto
+from meta_deploy.graph.graph import (
+    IdentitySet,
+    fresh_names,
+    import_numbered,
+    is_op,
+    static_shape,
+    take_over,
+    to_proto,
+)
 
 _DOMAIN = "meta_deploy.pins"
 _RANDOM = (
@@ -56,7 +64,7 @@ def clean_up(graph: gs.Graph) -> int:
     cleaned.cleanup(remove_unused_graph_inputs=False)
     _unpin(cleaned, outputs)
     cleaned.toposort()
-    graph.__dict__.update(cleaned.__dict__)
+    take_over(graph, cleaned)
     return before - len(graph.nodes)
 
 
@@ -86,16 +94,16 @@ def _unpin(graph: gs.Graph, outputs: list[gs.Tensor]) -> None:
     """The inverse: what reaches each pin gets the output's name, by an Identity if it has to keep another."""
     pins = [tensor.inputs[0] for tensor in graph.outputs]
     reached = [pin.inputs[0] for pin in pins]
-    kept = {id(tensor) for tensor in graph.inputs}
-    kept |= {id(t) for t, output in zip(reached, outputs, strict=True) if t.name == output.name}
+    named = [t for t, output in zip(reached, outputs, strict=True) if t.name == output.name]
+    kept = IdentitySet([*graph.inputs, *named])
     for index, (tensor, output) in enumerate(zip(reached, outputs, strict=True)):
         if tensor.name != output.name:
-            if id(tensor) in kept:
+            if tensor in kept:
                 copy = gs.Variable(output.name, output.dtype, output.shape)
                 graph.nodes.append(gs.Node("Identity", output.name, {}, [tensor], [copy]))
                 tensor = copy
             tensor.name = output.name
-            kept.add(id(tensor))
+            kept.add(tensor)
         graph.outputs[index] = tensor
     for pin in pins:
         pin.inputs.clear()

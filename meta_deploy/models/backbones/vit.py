@@ -3,12 +3,15 @@
 State-dict names follow timm, so that DeiT, AugReg and DINO weights load as they are.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from meta_deploy.models.backbones.windows import merge, partition
 from meta_deploy.models.init import zero_bias
+from meta_deploy.models.shapes import State, size_of
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -122,6 +125,15 @@ def resize_pos_embed(pos_embed: Tensor, size: tuple[int, int]) -> Tensor:
     if size == (grid, grid):
         return x
     return F.interpolate(x, size=size, mode="bicubic", align_corners=False)
+
+
+def pos_grid_of(state: State, prefix: str) -> int | None:
+    """Side of the square position grid in a state dict, class and distillation token not counted."""
+    tokens = size_of(state, prefix + "pos_embed", 1)
+    for extra in (0, 1, 2):
+        if tokens and math.isqrt(max(tokens - extra, 0)) ** 2 == tokens - extra:
+            return math.isqrt(tokens - extra)
+    return None
 
 
 class VisionTransformer(nn.Module):

@@ -3,19 +3,17 @@
 import dataclasses
 
 import numpy as np
-import onnx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from meta_deploy.graph.graph import to_graph, to_proto
 from meta_deploy.graph.passes.collapse_chains import collapse_chains
 from meta_deploy.graph.passes.slices_to_split import slices_to_split
-from tests.small_graphs import model, run, value
-
-node = helper.make_node
-TYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
+from tests.graph import rewriting
+from tests.graph.rewriting import RANDOM, TYPES, node, ops, rewritten, same
+from tests.small_graphs import model, value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,42 +113,9 @@ class Cut:
         return {self.n("x"): x, **({self.n("starts"): np.array([0])} if self.computed else {})}
 
 
-def rewritten(proto):
-    graph = to_graph(proto)
-    changes = slices_to_split(graph)
-    return to_proto(graph), changes
-
-
-def ops(proto):
-    return [n.op_type for n in proto.graph.node]
-
-
 def agree(cut, changes, proto=None):
-    """The new model, after asserting the changes made, equal outputs, and that a second run does nothing."""
     proto = proto or cut.proto()
-    after, made = rewritten(proto)
-    assert made == changes
-    onnx.checker.check_model(after, full_check=True)
-    same(proto, after, cut.feeds())
-    again, more = rewritten(after)
-    assert more == 0
-    assert [n.SerializeToString() for n in again.graph.node] == [
-        n.SerializeToString() for n in after.graph.node
-    ]
-    if changes:
-        graph = to_graph(after)
-        collapse_chains(graph)
-        same(proto, to_proto(graph), cut.feeds())
-    else:
-        assert ops(after) == ops(proto)
-    return after
-
-
-def same(proto, after, feeds):
-    expected, actual = run(proto, **feeds), run(after, **feeds)
-    assert list(actual) == list(expected)
-    for name, array in expected.items():
-        np.testing.assert_array_equal(actual[name], array, strict=True)
+    return rewriting.agree(slices_to_split, proto, cut.feeds(), changes, collapse=True, tolerance=0)
 
 
 def test_three_slices_become_one_split():
@@ -474,7 +439,7 @@ def cuts(draw):
     )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(RANDOM, max_examples=300)
 @given(cuts())
 def test_random_cuts_give_the_same_entries(cut):
     proto = cut.proto()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import io
 import json
 import os
@@ -20,18 +19,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from meta_deploy.errors import CheckpointError, InputError
-from meta_deploy.models.checkpoint.load import (
-    Checkpoint,
-    infer_config,
-    load_model,
-    load_vit_weights,
-    read_checkpoint,
-    save_checkpoint,
-)
+from meta_deploy.models.checkpoint.configure import infer_config
+from meta_deploy.models.checkpoint.load import load_model, load_vit_weights
+from meta_deploy.models.checkpoint.read import Checkpoint, read_checkpoint
+from meta_deploy.models.checkpoint.save import save_checkpoint
 from meta_deploy.models.class_names import ADE20K_CLASSES, COCO_CATEGORY_IDS, COCO_CLASSES
 from meta_deploy.models.registry import MODEL_NAMES, build_model, config_to_dict, get_config
 
@@ -42,9 +38,9 @@ def small(head="mask-rcnn", num_classes=3, backbone=None, **options):
     narrow = {"fpn_channels": 16, "fc_channels": 24, "mask_channels": 8} if head == "mask-rcnn" else {}
     narrow = narrow or {"channels": 16}
     sizes = {"depth": 4, "mlp_ratio": 1.0, "adapter_ratio": 0.125, "adapter_parts": 2, "inplanes": 4}
-    return dataclasses.replace(
+    return replace(
         config,
-        backbone=dataclasses.replace(config.backbone, **{**sizes, **(backbone or {})}),
+        backbone=replace(config.backbone, **{**sizes, **(backbone or {})}),
         **{**narrow, **options},
     )
 
@@ -624,14 +620,14 @@ def test_the_configuration_is_told_from_names_and_shapes(name, altered):
     if "adapter_ratio" in altered and get_config(name).backbone.embed_dim % 96:
         altered = {**altered, "adapter_ratio": 0.25}
     config = get_config(name, 7)
-    config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, **altered))
+    config = replace(config, backbone=replace(config.backbone, **altered))
     inferred = infer_config(on_meta(config))
     if "adapter_ratio" in altered:  # a ratio is known up to the integer that it gives
         ratio = inferred.backbone.adapter_ratio
         width = config.backbone.embed_dim
         assert int(width * ratio) == int(width * altered["adapter_ratio"])
-        backbone = dataclasses.replace(inferred.backbone, adapter_ratio=altered["adapter_ratio"])
-        inferred = dataclasses.replace(inferred, backbone=backbone)
+        backbone = replace(inferred.backbone, adapter_ratio=altered["adapter_ratio"])
+        inferred = replace(inferred, backbone=backbone)
     assert inferred == config
 
 
@@ -708,9 +704,7 @@ def test_an_embedded_configuration_of_the_named_model_is_used(path, model):
 
 
 def test_a_named_model_overrides_other_embedded_settings_and_says_so(path):
-    own = dataclasses.replace(
-        get_config("meta-nano-mask-rcnn", 5), name="mine", score_threshold=0.3, max_detections=7
-    )
+    own = replace(get_config("meta-nano-mask-rcnn", 5), name="mine", score_threshold=0.3, max_detections=7)
     save_checkpoint(path, build(own), own)
     notes: list[str] = []
     loaded = load_model(path, "meta-nano-mask-rcnn", log=notes.append)
