@@ -27,7 +27,7 @@ def coco_tiny() -> Path:
 
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory) -> Path:
-    """Bundles: detector, detector-batch (4), detector-dynamic, segmenter, *-dynamic, all 64x64; raw, raw-image."""
+    """All 64x64: detector, detector-batch (4), detector-dynamic, segmenter, *-dynamic, raw, raw-image."""
     folder = tmp_path_factory.mktemp("bundles")
     size = (64, 64)
     instances, semantic = "instance-segmentation", "semantic-segmentation"
