@@ -1,9 +1,9 @@
-"""Check a group of back ends on the same photos: compare them with PyTorch, then time them interleaved.
+"""A group of back ends on the same photos: opened side by side, held against PyTorch, timed in turns.
 
     python benchmarks/gpu_backends.py JOB.json ROWS.jsonl
 
-gpu_check.py runs this in its own process, since a GPU library may crash the process. Knows how to open each
-back end and what its results must be; exports nothing and prints no table.
+A process of its own for gpu_check.py, as what a GPU's library does may end a process. Knows how each back end
+is opened and what it must answer; exports nothing and prints no table.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ from meta_deploy.imaging.preprocess import Preprocessor
 from meta_deploy.models.checkpoint.load import load_model
 from meta_deploy.report.accuracy import coco_ap
 from meta_deploy.targets import TARGETS, open_backend
-from meta_deploy.tasks import get_task, postprocess
-from meta_deploy.tasks.results import Detections, coco_category_ids
+from meta_deploy.tasks import get_task
+from meta_deploy.tasks.detection import Detections
+from meta_deploy.tasks.results import coco_category_ids
 
 CUDA_BROKEN = 3  # exit code: what failed took CUDA with it, for this process
 LEAST_ROUNDS = 3
@@ -58,10 +59,10 @@ class Kind:
     """A back end.
 
     Attributes:
-        title: its name in tables.
-        target: the target of its bundles; None: PyTorch itself.
-        backend: its name for `open_backend`.
-        on: "gpu", "cpu", or "any" for PyTorch, which uses the GPU if there is one.
+        title: in tables.
+        target: that its bundles are exported for; None: PyTorch itself.
+        backend: of `open_backend`.
+        on: "gpu", "cpu", or "any" for where PyTorch is: the GPU if there is one.
     """
 
     title: str
@@ -70,11 +71,11 @@ class Kind:
     on: str
 
     def on_gpu(self, torch_gpu: bool) -> bool:
-        """Whether it runs on a GPU. `torch_gpu`: whether PyTorch has one."""
+        """Whether it computes on a GPU; `torch_gpu`: PyTorch does."""
         return self.on == "gpu" or (self.on == "any" and torch_gpu)
 
     def precisions(self, torch_gpu: bool) -> tuple[str, ...]:
-        """The precisions that it supports on this machine."""
+        """Those that it has, here."""
         if self.target is not None:
             return TARGETS[self.target].precisions
         return tuple(_TYPES) if torch_gpu else ("fp32",)  # on a CPU lower ones are slower
@@ -95,22 +96,35 @@ KINDS = {
 
 
 class Exam:
-    """The photos, and PyTorch's results for them in float32 on the CPU.
+    """The photos, and what the PyTorch model says of them, in float32 on the CPU.
 
     Attributes:
-        model: the PyTorch model.
-        images: the preprocessed photos, (N, 3, H, W) float32.
+        model: the reference.
+        images: (N, 3, H, W), as the network takes them.
     """
 
     def __init__(
         self, checkpoint: str, size: Sequence[int], photos: Sequence[str], reference: Path | None = None
     ) -> None:
-        """`reference`: file in which PyTorch's results are kept for the next process, if any."""
+        """`reference`: where its answers are kept for the next process, if anywhere."""
         loaded = load_model(checkpoint)
         self.model, self.config = loaded.model, loaded.config
         self.classes = tuple(loaded.class_names)
         spec = input_spec(size, Options())
-        preprocessor = Preprocessor(spec, preprocess_rules(loaded.config, spec))
+        rules = preprocess_rules(loaded.config, spec)
+        preprocessor = Preprocessor(spec, rules)
+        self.task = get_task(self.config.task)
+        manifest = MANIFESTS[self.config.task](
+            model=ModelInfo(name=self.config.name),
+            target="pytorch",
+            precision="fp32",
+            outputs=(),
+            input=spec,
+            preprocess=rules,
+            classes=self.classes,
+            thresholds=Thresholds(score=self.config.score_threshold),
+        )
+        self.bundle = Bundle(Path(checkpoint), manifest)
         self.images, self.placements = preprocessor([read_image(path) for path in photos])
         self.expected = self._reference(reference)
         self.truth = coco_truth(self.detections(self.expected), self.classes)
@@ -127,14 +141,14 @@ class Exam:
         return arrays
 
     def batches(self, size: int) -> list[np.ndarray]:
-        """All photos in batches; the last one is filled up with the first photos."""
+        """Every photo once, the last batch filled up from the first photos."""
         count = len(self.images)
         return [
             self.images[[i % count for i in range(start, start + size)]] for start in range(0, count, size)
         ]
 
     def sit(self, infer: Infer, size: int) -> Arrays:
-        """A back end's outputs for all photos, run in batches of `size`."""
+        """A back end's answers to every photo, in batches of `size`."""
         answers = [infer(batch) for batch in self.batches(size)]
         return {
             name: np.concatenate([answer[name] for answer in answers])[: len(self.images)]
@@ -142,10 +156,8 @@ class Exam:
         }
 
     def judge(self, answers: Arrays, precision: str) -> dict[str, Any]:
-        """Compare with PyTorch by an export's tolerances; also AP with PyTorch's results as ground truth."""
-        comparison = get_task(self.config.task).comparison(
-            PRECISIONS[precision].tolerances, self.config.score_threshold
-        )
+        """Whether answers agree with the reference as an export's must, and their AP with it as the truth."""
+        comparison = self.task.comparison(PRECISIONS[precision].tolerances, self.config.score_threshold)
         comparison.add(self.expected, answers)
         stage = comparison.stages()["detections"]
         records = [
@@ -162,20 +174,16 @@ class Exam:
         }
 
     def detections(self, answers: Arrays) -> list[Detections]:
-        """Outputs as `Detections`, as the predictor makes them."""
-        made = []
-        for i, placement in enumerate(self.placements):
-            found = postprocess.detections(answers, i, placement, self.config.score_threshold, 0.5)
-            made.append(
-                Detections(
-                    placement.original, found.boxes, found.scores, found.labels, self.classes, found.masks
-                )
-            )
-        return made
+        """As the predictor makes them."""
+        size, score = self.bundle.input.size.max, self.config.score_threshold
+        return [
+            self.task.decode(self.bundle, answers, i, placement, size, score)
+            for i, placement in enumerate(self.placements)
+        ]
 
 
 def coco_truth(found: Sequence[Detections], classes: Sequence[str]) -> dict[str, Any]:
-    """Detections as COCO ground truth; an image's id is its index."""
+    """Detections as what should have been found; an image's id is its place."""
     from pycocotools import mask as rle
 
     ids = coco_category_ids(classes)
@@ -196,12 +204,13 @@ def coco_truth(found: Sequence[Detections], classes: Sequence[str]) -> dict[str,
 
 
 class TorchModel:
-    """The PyTorch model on a device in a precision, optionally compiled. Arrays in, arrays out.
+    """The reference model on a device, in a precision, perhaps compiled.
 
-    Weights are in that precision, under autocast. Boxes stay in float32, since half precision is too coarse.
+    Weights are of that precision, and autocast keeps in float32 what PyTorch thinks must be; so are boxes,
+    which half precision cannot place. Arrays in and out, as of every back end.
 
     Attributes:
-        device_ms: the model's time in each call, from CUDA events, without copies; empty on a CPU.
+        device_ms: of each call so far the model's time by CUDA's events, copies apart; empty on a CPU.
     """
 
     def __init__(self, model: nn.Module, precision: str, device: str, compiled: bool = False) -> None:
@@ -247,7 +256,7 @@ def _arrays(outputs: dict[str, torch.Tensor]) -> Arrays:
 
 @contextlib.contextmanager
 def opened(kind: str, precision: str, bundle: str | None, model: nn.Module) -> Iterator[Infer]:
-    """Open a back end; gives the function to call."""
+    """A back end ready to be called."""
     if bundle is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         yield TorchModel(model, precision, device, compiled=kind == "compile")
@@ -260,9 +269,9 @@ def opened(kind: str, precision: str, bundle: str | None, model: nn.Module) -> I
 
 
 class Memory:
-    """GPU memory of one back end in MB, counted from before it is opened.
+    """MB of the GPU that one back end takes, from its opening on.
 
-    For PyTorch, the peak of its tensors; for others, how much less memory is free after they ran.
+    Of PyTorch it is the most that its tensors held; of others what less is free after they ran.
     """
 
     def __init__(self, kind: str) -> None:
@@ -298,7 +307,7 @@ class Memory:
 
 
 def main(job_file: str, rows_file: str) -> int:
-    """Write JSON lines: `at` before a back end is opened, then its record."""
+    """Write a line for what happens: `at` before a back end is opened, then what was found out about it."""
     job = json.loads(Path(job_file).read_text())
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # as in every other one
     torch.backends.cudnn.benchmark = True
@@ -336,7 +345,7 @@ def main(job_file: str, rows_file: str) -> int:
 def check(
     contender: dict[str, Any], exam: Exam, batch: int, stack: contextlib.ExitStack
 ) -> tuple[Infer, dict[str, Any]]:
-    """Open a back end and compare it with PyTorch; it stays open as long as `stack`."""
+    """Open a back end and hold it against the reference; it stays open as long as `stack`."""
     memory = Memory(contender["kind"])
     with contextlib.ExitStack() as own:
         opening = opened(contender["kind"], contender["precision"], contender["bundle"], exam.model)
@@ -349,15 +358,15 @@ def check(
 
 
 class _FailedError(Exception):
-    """A back end failed while it was timed."""
+    """A back end gave up while it was timed."""
 
 
 def timed(
     calls: dict[str, Infer], batches: Sequence[np.ndarray], runs: int, seconds: float
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Interleaved milliseconds of each back end's calls; and, for those that failed, why.
+    """Milliseconds of each call, in turns over the batches; and why those failed that have none.
 
-    `runs` rounds, or as many as fit into `seconds`.
+    As many rounds as `runs`, or, of slow ones, as fit into `seconds`.
     """
     failures: dict[str, str] = {}
 
@@ -379,7 +388,7 @@ def timed(
 
 
 def usable() -> bool:
-    """Whether CUDA still works in this process; True without CUDA."""
+    """Whether CUDA still works in this process, where it is there at all."""
     try:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -390,7 +399,7 @@ def usable() -> bool:
 
 
 def one_line(error: Exception) -> str:
-    """An error as the reason in a row."""
+    """An error as the reason of a row."""
     text = " ".join(str(error).split())
     if not isinstance(error, MetaDeployError):
         text = f"{type(error).__name__}: {text}"

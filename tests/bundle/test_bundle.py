@@ -191,9 +191,10 @@ def paths(part, before=()):
     [
         ({"preprocess": None}, "one of 'image' and 'preprocess' without the other"),
         ({"image": None}, "one of 'image' and 'preprocess' without the other"),
-        ({"image": input_spec((64, 64), name="y")}, "an 'image' that is not its one input"),
-        ({"image": input_spec((32, 32), name="pixels")}, "an 'image' that is not its one input"),
-        ({"inputs": raw_manifest().inputs}, "an 'image' that is not its one input"),
+        ({"image": input_spec((64, 64), name="y")}, "an 'image' that its one input does not take"),
+        ({"image": input_spec((32, 32), name="pixels")}, "an 'image' that its one input does not take"),
+        ({"inputs": raw_manifest().inputs[:1]}, "an 'image' that its one input does not take"),
+        ({"inputs": raw_manifest().inputs}, "an 'image' that its one input does not take"),
         ({"inputs": ()}, "for 'inputs'"),
         (
             {"outputs": ({"name": "y", "dtype": "bool", "shape": [None]},)},

@@ -13,7 +13,7 @@ from meta_deploy.errors import InputError, VerificationError
 from meta_deploy.export import export
 from meta_deploy.export.onnx_reader import read_onnx
 from meta_deploy.export.sources.source import CLASS_NAMES
-from tests.bundles_by_hand import detector, segmenter
+from tests.bundles_by_hand import CLASSES, detector, segmenter
 from tests.small_graphs import model, value
 
 node = helper.make_node
@@ -148,7 +148,7 @@ def test_what_cannot_take_images_says_so(here):
 def test_a_model_with_our_outputs_keeps_its_task(here, graph, task, photo):
     size = (64, 64)
     proto = onnx.load_from_string(graph(size))
-    names = ["disc", "star"] if task == "instance-segmentation" else None
+    names = CLASSES if task == "instance-segmentation" else None
     bundle = export(saved(proto), class_names=names, out="b")
     assert bundle.task == task
     with Predictor(bundle) as predictor:
@@ -289,8 +289,8 @@ def test_external_data_beside_the_file_is_read(here):
 @pytest.mark.parametrize("location", ["../weights.bin", "/etc/hostname", "", "link.bin", "sub/../../x"])
 def test_external_data_elsewhere_is_not(here, location):
     (here / "in").mkdir()
-    (here / "weights.bin").write_bytes(bytes(4096))
     path = external(here / "in", location)
+    (here / "weights.bin").write_bytes(bytes(4096))
     os.symlink(here / "weights.bin", here / "in" / "link.bin")
     with pytest.raises(InputError, match="outside of its own folder"):
         read_onnx(path)

@@ -8,8 +8,11 @@ from onnx import numpy_helper
 from PIL import Image
 
 from meta_deploy.errors import CheckpointError, ImageError, VerificationError
-from meta_deploy.export.pipeline import preprocess_rules
-from meta_deploy.export.verify import verify
+from meta_deploy.export.samples import ImageSamples
+from meta_deploy.export.sources.checkpoint import CheckpointSource, preprocess_rules
+from meta_deploy.export.verify import OnnxRun, verify
+from meta_deploy.graph.precision import PRECISIONS
+from meta_deploy.tasks import get_task
 from tests.tiny_models import exported
 
 
@@ -25,14 +28,22 @@ def images(tmp_path_factory):
     return paths
 
 
+class Source(CheckpointSource):
+    """A tiny model as if it were loaded."""
+
+    def __init__(self, e):
+        self.loaded, self.spec, self.task = e, e.spec, get_task(e.config.task)
+        self.original, self.reference = "PyTorch", f"PyTorch {torch.__version__} float32"
+        self.score_threshold = getattr(e.config, "score_threshold", 0.0)
+
+
 def run_verify(kind, images, fault=lambda graph: None, progress=lambda done, total: None):
     e = exported(kind)
     graph = onnx.ModelProto()
     graph.CopyFrom(e.graph)
     fault(graph.graph)
-    return verify(
-        e.model, graph, images, e.spec, preprocess_rules(e.config, e.spec), "fp32", progress=progress
-    )
+    samples = ImageSamples(images, e.spec, preprocess_rules(e.config, e.spec))
+    return verify(Source(e), OnnxRun(graph), samples, PRECISIONS["fp32"].tolerances, progress)
 
 
 def scaled(factor, at, consumer="Conv"):

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from meta_deploy.export.verify import TOLERANCES
+from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.models.ops.boxes import INVALID
 from meta_deploy.tasks import get_task
 from meta_deploy.tasks.comparison import MATCH_IOU, PADDING, Boxes, box_ious, match
@@ -35,7 +35,7 @@ def outputs(seed=0, found=8, K=K, batch=2, side=60):
 
 def compare(expected, actual, threshold=SCORE_THRESHOLD):
     task = "instance-segmentation" if "boxes" in expected else "semantic-segmentation"
-    comparison = get_task(task).comparison(TOLERANCES["fp32"], threshold)
+    comparison = get_task(task).comparison(PRECISIONS["fp32"].tolerances, threshold)
     comparison.add(expected, actual)
     return comparison.stages()
 
@@ -230,7 +230,7 @@ def test_padding_is_no_box():
 
 def test_detections_without_masks_are_compared_too():
     bare = {name: array for name, array in outputs().items() if name != "masks"}
-    comparison = get_task("detection").comparison(TOLERANCES["fp32"], SCORE_THRESHOLD)
+    comparison = get_task("detection").comparison(PRECISIONS["fp32"].tolerances, SCORE_THRESHOLD)
     comparison.add(bare, {**bare, "boxes": bare["boxes"] + 3})
     stages = comparison.stages()
     assert failed(stages) == ["detections"]
@@ -241,7 +241,7 @@ def test_detections_without_masks_are_compared_too():
 
 
 def compare_raw(expected, actual, precision="fp32"):
-    comparison = get_task("raw").comparison(TOLERANCES[precision])
+    comparison = get_task("raw").comparison(PRECISIONS[precision].tolerances)
     for one, other in zip(expected, actual, strict=True):
         comparison.add(one, other)
     return comparison.stages()

@@ -36,6 +36,7 @@ from meta_deploy.tasks.raw import read_arrays
 
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 UNNAMED_CLASSES = 1000
+BATCH_OF_ANY = 8  # the most images a call where the file takes any number
 
 
 class OnnxSource(Source):
@@ -155,10 +156,11 @@ class OnnxSource(Source):
         if ANY in high[2:]:
             raise InputError(f"'{self.path}' takes images of any size; give --input-size H W")
         divisor = 32 if low[2:] != high[2:] else 1
-        check_size(opt[2:], divisor, min(high[0], 4096), self.options.dynamic_size)
+        most = high[0] if high[0] != ANY else BATCH_OF_ANY
+        check_size(opt[2:], divisor, most, self.options.dynamic_size)
         return InputSpec(
             name=given.name,
-            batch=BatchRange(min=low[0], opt=opt[0], max=min(high[0], 4096)),
+            batch=BatchRange(min=low[0], opt=opt[0], max=most),
             size=SizeRange(min=(low[2], low[3]), opt=(opt[2], opt[3]), max=(high[2], high[3])),
             divisor=divisor,
         )
