@@ -43,6 +43,8 @@ def test_what_is_saved_numpy_reads_back(tmp_path):
         for name, array in OUTPUTS.items():
             assert stored[name].dtype == array.dtype
             np.testing.assert_array_equal(stored[name], array)
+    Arrays({"text": np.array(["a", "bc"], object)}).save(tmp_path / "text.npz")
+    assert read_arrays(tmp_path / "text.npz")["text"].tolist() == ["a", "bc"]
     with pytest.raises(InputError, match=r"use \.npz"):
         Arrays(OUTPUTS).save(tmp_path / "out.npy")
 
