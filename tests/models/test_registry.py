@@ -1,7 +1,8 @@
-"""The zoo: names, sizes, round trips through JSON, and configurations that are refused."""
+"""Models by name: sizes, round trips through JSON, and configurations that are refused."""
 
 import json
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,7 +31,14 @@ def parameters(config):
 
 def test_there_is_a_model_of_each_size_for_each_head():
     assert {"mask-rcnn", "upernet"} <= set(HEADS)
-    assert set(MODEL_NAMES) == {f"meta-{s}-{h}" for s in ("nano", *VIT) for h in HEADS}
+    metas = {name for name in MODEL_NAMES if name.startswith("meta-")}
+    assert metas == {f"meta-{s}-{h}" for s in ("nano", *VIT) for h in HEADS}
+
+
+@pytest.mark.parametrize("folder", ["backbones", "heads"])
+def test_what_is_registered_does_not_import_the_registry(folder):
+    for path in Path(str(files("meta_deploy") / "models" / folder)).glob("*.py"):
+        assert "models.registry" not in path.read_text(), path.name
 
 
 @pytest.mark.parametrize("name", MODEL_NAMES)
