@@ -134,7 +134,6 @@ _PARTS = ("psp_modules", "bottleneck", "lateral_convs", "fpn_convs", "fpn_bottle
 
 register(
     Head(
-        title="UPerNet",
         config=UPerNetConfig,
         model=build,
         recognise=any_starts_with(*(f"decode_head.{part}." for part in _PARTS)),
