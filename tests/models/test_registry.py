@@ -243,6 +243,7 @@ def test_what_is_no_configuration_is_refused(data):
         (lambda d: d["backbone"].update(depth=7), "backbone configuration: depth 7 is not a multiple of 4"),
         (lambda d: d.update(std=[1.0, 2.0, "3"]), "std[2] '3': expected `float`, got `str`"),
         (lambda d: d.update(surprise=1), "object contains unknown field `surprise`"),
+        (lambda d: d.update({"a\n - at `$.b": 1}), "object contains unknown field `a - at `$.b`"),
     ],
 )
 def test_the_message_has_the_path_and_value_of_the_bad_field(change, says):
