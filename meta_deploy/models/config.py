@@ -66,6 +66,7 @@ def explain(error: msgspec.ValidationError, data: Any, part: str = "model", name
             value = value[key or int(index)]
     except (LookupError, TypeError):  # no path, but a name in the data that reads like one
         what, path = text, ""
+    what = re.sub(r"Invalid (enum )?value .*", "not known to this version", what)
     where = [(name + path.rstrip("`")).lstrip("."), "" if isinstance(value, Mapping) else reprlib.repr(value)]
     words = " ".join(filter(None, where)) + ": " if any(where) else ""
     return f"Bad {part} configuration: {words}{what[0].lower() + what[1:]}."
