@@ -346,9 +346,8 @@ def test_any_convolution_takes_it_in(term, out):
 def test_a_grouped_convolution_stays(term, bias):
     terms = (dataclasses.replace(term, bias=bias), Conv(channels=7))
     after = agree(Case(Sum(terms), 1, bias).proto(), FREE, 1)
-    assert sorted(ops(after).items()) == sorted(
-        {**ops(Case(Sum(terms), 1, bias).proto()), "Add": 1 + (bias in ("add", "first"))}.items()
-    )
+    before = Counter(ops(Case(Sum(terms), 1, bias).proto()))
+    assert Counter(ops(after)) == {**before, "Add": 1 + (bias in ("add", "first"))}
 
 
 @pytest.mark.parametrize("tree", ["left", "right", "balanced"])
@@ -580,8 +579,8 @@ def test_a_term_that_something_else_reads_stays(kind, term):
     case = Case(Sum((Conv(channels=8), term)), 1, **{kind: "t1"})
     made = ops(case.proto())
     after = agree(case.proto(), FREE, 1)
-    assert ops(after).count("Conv") == made["Conv"]  # one of its own more, and the last less
-    assert ops(after).count("Resize") == made["Resize"]
+    assert ops(after).count("Conv") == made.count("Conv")  # one of its own more, and the last less
+    assert ops(after).count("Resize") == made.count("Resize")
     agree(dataclasses.replace(case, out=4).proto(), FEW_NODES, 0)
 
 
@@ -655,7 +654,7 @@ def test_a_batch_of_any_size_is_priced_as_one_image(term, bias, cost):
 def test_sizes_that_hang_on_the_batch_are_left():
     """As constants they could not be written."""
     case = Case(Sum((Conv(channels=8), Resized())), 1)
-    assert ops(agree(case.proto(), FREE, 1))["Conv"] == 2
+    assert ops(agree(case.proto(), FREE, 1)).count("Conv") == 2
     proto = case.proto()
     target = next(n for n in proto.graph.node if n.op_type == "Resize")
     proto.graph.node.insert(0, node("Shape", ["full"], ["whole"]))

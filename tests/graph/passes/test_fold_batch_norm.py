@@ -165,7 +165,7 @@ def test_the_linear_map_before_takes_it(maker):
 
 
 @pytest.mark.parametrize("opset", [9, 11, 13, 14, 15, 17, 20])
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_every_opset_type_and_batch(opset, dtype, dynamic):
     maker = Map("Gemm", rank=2) if dtype == "float64" else Map()  # ONNX Runtime has no such convolution

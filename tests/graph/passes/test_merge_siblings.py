@@ -568,7 +568,7 @@ def test_names_and_order_do_not_matter(case, cost, random, prefix):
     order = list(range(len(case.maps)))
     random.shuffle(order)
     other = dataclasses.replace(case, prefix=prefix, order=tuple(order)).proto()
-    actual, made = merged(other, cost, random.randint(1, 1000))
+    actual, made = merged(other, cost, shuffle=random.randint(1, 1000))
     assert made == changes
     assert form(actual) == form(expected)
     same(other, actual)

@@ -276,7 +276,7 @@ def test_a_product_before_windows_are_joined_goes_behind(bias, size, end):
 
 
 @pytest.mark.parametrize("opset", [13, 17, 18, 20])
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("make", [windowed, merged])
 def test_every_opset_and_type(opset, dtype, make):
     check(make(opset=opset, dtype=dtype, size=(3, 4)), 1)
