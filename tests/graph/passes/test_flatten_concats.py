@@ -324,10 +324,6 @@ def test_concats_in_a_branch_of_an_if_are_left():
         same(proto, after, {"x": np.float32([1, 2]), "c": np.array(c)})
 
 
-def test_an_empty_graph_has_nothing_to_flatten():
-    assert rewritten(model([], [value("x", [3])], [value("x", [3])]))[1] == 0
-
-
 # --- random trees ---
 
 

@@ -504,10 +504,6 @@ def test_somebody_elses_operator_of_that_name_stays():
     assert rewritten(proto)[1] == 0
 
 
-def test_an_empty_graph_has_no_place_to_change():
-    assert rewritten(model([], [value("x", [3])], [value("x", [3])]))[1] == 0
-
-
 # --- random norms ---
 
 

@@ -681,10 +681,6 @@ def test_convolutions_in_a_branch_of_an_if_are_left():
         declined(proto, values={**feeds(proto), "c": np.array(c)})
 
 
-def test_an_empty_graph_has_nothing_to_fold():
-    declined(model([], [value("x", [3])], [value("x", [3])]))
-
-
 # --- random branches ---
 
 

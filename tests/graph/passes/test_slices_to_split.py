@@ -378,10 +378,6 @@ def test_somebody_elses_operator_of_that_name_is_left():
     assert rewritten(slices_to_split, proto)[1] == 0
 
 
-def test_an_empty_graph_has_no_place_to_change():
-    assert rewritten(slices_to_split, model([], [value("x", [3])], [value("x", [3])]))[1] == 0
-
-
 # --- random cuts ---
 
 
