@@ -38,11 +38,12 @@ def to_graph(proto: onnx.ModelProto) -> gs.Graph:
     Where the first input's first axis has a name, that and its multiples are multiples of `BATCH` in all
     shapes of variables.
     """
-    return import_numbered(ir.to_proto(normalized(proto)))
+    return from_model(normalized(proto))
 
 
-def import_numbered(proto: onnx.ModelProto) -> gs.Graph:
-    """A model as a graph, with a number for its batch; changes the model's shapes."""
+def from_model(model: ir.Model) -> gs.Graph:
+    """A model of onnx-ir as a graph, with a number for its batch."""
+    proto = ir.to_proto(model)
     first = proto.graph.input[0].type.tensor_type.shape.dim[:1] if proto.graph.input else []
     name = next((dim.dim_param for dim in first), "")
     dims = list(_dims(proto.graph))
@@ -114,6 +115,11 @@ def to_proto(graph: gs.Graph) -> onnx.ModelProto:
     proto = gs.export_onnx(graph)
     name_batch(proto)
     return proto
+
+
+def to_model(graph: gs.Graph) -> ir.Model:
+    """The inverse of `from_model`."""
+    return ir.from_proto(to_proto(graph))
 
 
 def producer(tensor: gs.Tensor, op: str | None = None) -> gs.Node | None:

@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass
 
 import onnx
 import onnx_graphsurgeon as gs
+import onnx_ir as ir
 
 from meta_deploy.graph.explain import Declined, explaining
-from meta_deploy.graph.graph import to_graph, to_proto
+from meta_deploy.graph.graph import from_model, normalized, to_proto
 from meta_deploy.graph.passes.clean_up import clean_up
 from meta_deploy.graph.passes.collapse_chains import collapse_chains
 from meta_deploy.graph.passes.discarded_rows import discarded_rows
@@ -117,12 +118,13 @@ def run_passes(
     Returns:
         The new graph and a line per pass.
     """
-    graph = to_graph(proto)
+    literal = [normalized(proto)]  # is the graph only before the first pass
+    graph = from_model(literal[0])
     results = []
     nodes, moves, moved, exact = _measured(graph)
     for name in names:
         start = time.perf_counter()
-        changes = _run(name, graph, cost)
+        changes = _run(name, graph, cost, literal.pop() if literal else None)
         seconds = round(time.perf_counter() - start, 2)
         was = nodes, moves, moved, exact
         nodes, moves, moved, exact = _measured(graph)
@@ -137,7 +139,10 @@ def run_passes(
     return to_proto(graph), results
 
 
-def _run(name: str, graph: gs.Graph, cost: Cost) -> int:
+def _run(name: str, graph: gs.Graph, cost: Cost, model: ir.Model | None = None) -> int:
+    """Run a pass; `model` is the graph's, where that is at hand."""
+    if name == "clean-up":
+        return clean_up(graph, model)
     return PRICED[name](graph, cost) if name in PRICED else PASSES[name](graph)
 
 

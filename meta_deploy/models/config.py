@@ -58,11 +58,16 @@ def explain(error: msgspec.ValidationError, data: Any, part: str = "model", name
         part: "model" or "backbone".
         name: the path of `data` itself.
     """
-    what, _, path = str(error).partition(" - at `$")
-    path = path.rstrip("`")
-    for key, index in re.findall(r"\.(\w+)|\[(\d+)\]", path):
-        data = data[key or int(index)]
-    where = [(name + path).lstrip("."), "" if isinstance(data, Mapping) else reprlib.repr(data)]
+    text = " ".join(str(error).split())
+    what, _, path = text.partition(" - at `$")
+    value = data
+    try:
+        for key, index in re.findall(r"\.(\w+)|\[(\d+)\]", path):
+            value = value[key or int(index)]
+    except (LookupError, TypeError):  # no path, but a name in the data that reads like one
+        what, path = text, ""
+    what = re.sub(r"Invalid (enum )?value .*", "not known to this version", what)
+    where = [(name + path.rstrip("`")).lstrip("."), "" if isinstance(value, Mapping) else reprlib.repr(value)]
     words = " ".join(filter(None, where)) + ": " if any(where) else ""
     return f"Bad {part} configuration: {words}{what[0].lower() + what[1:]}."
 

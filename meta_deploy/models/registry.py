@@ -12,7 +12,7 @@ import msgspec
 from torch import nn
 
 from meta_deploy.errors import InputError
-from meta_deploy.models.backbones.backbone import BACKBONES, Backbone, BackboneModule
+from meta_deploy.models.backbones.backbone import BACKBONES, Backbone
 from meta_deploy.models.config import explain, import_all
 from meta_deploy.models.heads.head import HEADS, Head
 from meta_deploy.models.heads.head import HeadConfig as ModelConfig
@@ -50,12 +50,8 @@ def get_config(name: str, num_classes: int | None = None) -> ModelConfig:
 
 def build_model(config: ModelConfig) -> nn.Module:
     """The PyTorch model of a configuration, freshly initialized, in evaluation mode."""
-    return HEADS[config.head].model(config, build_backbone(config)).eval()
-
-
-def build_backbone(config: ModelConfig) -> BackboneModule:
-    """The backbone of a model's configuration, freshly initialized."""
-    return backbone_of(config).model(config.backbone)
+    backbone = backbone_of(config).model(config.backbone)
+    return HEADS[config.head].model(config, backbone).eval()
 
 
 def backbone_of(config: ModelConfig) -> Backbone:

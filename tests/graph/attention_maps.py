@@ -5,11 +5,10 @@ from itertools import permutations, product
 
 import numpy as np
 from hypothesis import strategies as st
-from onnx import TensorProto, helper, numpy_helper
 
 from meta_deploy.graph.graph import BATCH
-from tests.graph.rewriting import TYPES, both_branches, node, shuffled
-from tests.small_graphs import FLOAT, any_batch, model, value
+from tests.graph.rewriting import Writer, node
+from tests.small_graphs import any_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,28 +85,14 @@ class Map:
         return sum(each) if self.source in ("split", "chain") else each[0]
 
 
-class Builder:
+class Builder(Writer):
     """Writes the model of a map."""
-
-    def __init__(self, case):
-        self.case, self.n = case, case.n
-        self.nodes, self.initializers, self.names = [], [], set()
-
-    def constant(self, array, dtype=np.int64):
-        name = self.n(f"c{len(self.initializers)}")
-        self.initializers.append(numpy_helper.from_array(np.asarray(array, dtype), name))
-        return name
-
-    def add(self, op, inputs, out, **attrs):
-        self.nodes.append(node(op, inputs, [self.n(out)], **attrs))
-        self.names.add(out)
-        return self.n(out)
 
     def scaled(self, x, scale, out):
         if scale is None:
             return x
         op, number, first = scale
-        c = self.constant(number, self.case.dtype)
+        c = self.floats(number)
         return self.add(op, [c, x] if first else [x, c], out)
 
     def partition(self, i, s, x, size):
@@ -116,13 +101,13 @@ class Builder:
         h, w = s.rows, s.columns
         high, wide = -(-H // h), -(-W // w)
         if (high * h, wide * w) != (H, W):
-            pads = self.constant((0, 0, 0, 0, 0, high * h - H, wide * w - W, 0))
+            pads = self.integers((0, 0, 0, 0, 0, high * h - H, wide * w - W, 0))
             x = self.add("Pad", [x, pads], f"padded{i}")
         groups = (s.heads, 3 * s.d) if s.axis in (3, -1) else (3 * s.heads, s.d)
-        x = self.add("Reshape", [x, self.constant((B, high, h, wide, w, *groups))], f"cut{i}")
+        x = self.add("Reshape", [x, self.integers((B, high, h, wide, w, *groups))], f"cut{i}")
         batch, tokens = ([(0, 1, 3)[a] for a in s.order[0]], [(2, 4)[a] for a in s.order[1]])
         x = self.add("Transpose", [x], f"turned{i}", perm=(*batch, *tokens, 5, 6))
-        x = self.add("Reshape", [x, self.constant((max(B * high * wide, -1), h * w, *groups))], f"tokens{i}")
+        x = self.add("Reshape", [x, self.integers((max(B * high * wide, -1), h * w, *groups))], f"tokens{i}")
         return self.add("Transpose", [x], f"packed{i}", perm=(0, 2, 1, 3))
 
     def merge(self, i, s, x, size):
@@ -132,33 +117,32 @@ class Builder:
         high, wide = -(-H // h), -(-W // w)
         x = self.add("Transpose", [x], f"back{i}", perm=(0, 2, 1, 3))
         batch, tokens = [(B, high, wide)[a] for a in order[0]], [(h, w)[a] for a in order[1]]
-        x = self.add("Reshape", [x, self.constant((*batch, *tokens, s.channels()))], f"uncut{i}")
+        x = self.add("Reshape", [x, self.integers((*batch, *tokens, s.channels()))], f"uncut{i}")
         where = [order[0].index(a) for a in range(3)], [3 + order[1].index(a) for a in range(2)]
         perm = (where[0][0], where[0][1], where[1][0], where[0][2], where[1][1], 5)
         x = self.add("Transpose", [x], f"unturned{i}", perm=perm)
         padded = (high * h, wide * w) != (H, W)
         out = f"merged{i}" if padded else f"end{i}"
-        x = self.add("Reshape", [x, self.constant((B, high * h, wide * w, s.channels()))], out)
+        x = self.add("Reshape", [x, self.integers((B, high * h, wide * w, s.channels()))], out)
         if padded:
-            x = self.add("Slice", [x, *map(self.constant, ((0, 0), (H, W), (1, 2)))], f"end{i}")
+            x = self.add("Slice", [x, *map(self.integers, ((0, 0), (H, W), (1, 2)))], f"end{i}")
         return x
 
     def attention(self, i, s, start):
         case, size = self.case, self.case.batch if self.case.sizes else -1
         packed = self.partition(i, s, start, size)
-        parts = [self.constant(s.parts)] if s.parts else []
+        parts = [self.integers(s.parts)] if s.parts else []
         count = {"num_outputs": 3} if case.opset >= 18 and not parts else {}
         q, k, v = (self.n(f"{name}{i}") for name in "qkv")
         outputs = [k, q, v] if s.mixed else [q, k, v]
         self.nodes.append(node("Split", [packed, *parts], outputs, axis=s.axis, **count))
-        self.names.update(f"{name}{i}" for name in "qkv")
         q, k = self.scaled(q, s.q_scale, f"q_scaled{i}"), self.scaled(k, s.k_before, f"k_before{i}")
         if s.three:
             n = s.rows * s.columns
             windows = max(size * -(-case.height // s.rows) * -(-case.width // s.columns), -1)
-            k = self.add("Reshape", [k, self.constant((max(windows * s.heads, -1), n, s.d))], f"flat{i}")
+            k = self.add("Reshape", [k, self.integers((max(windows * s.heads, -1), n, s.d))], f"flat{i}")
             k = self.add("Transpose", [k], f"flat_kt{i}", perm=(0, 2, 1))
-            kt = self.add("Reshape", [k, self.constant((windows, s.heads, s.d, n))], f"kt{i}")
+            kt = self.add("Reshape", [k, self.integers((windows, s.heads, s.d, n))], f"kt{i}")
         else:
             kt = self.add("Transpose", [k], f"kt{i}", perm=(0, 1, 3, 2))
         kt = self.scaled(kt, s.k_scale, f"k_scaled{i}")
@@ -167,7 +151,7 @@ class Builder:
         if s.mask:
             n = s.rows * s.columns
             numbers = np.random.default_rng(1).standard_normal((n, n))
-            products = self.add("Add", [products, self.constant(numbers, case.dtype)], f"masked{i}")
+            products = self.add("Add", [products, self.floats(numbers)], f"masked{i}")
         softmax = {} if s.softmax is None else {"axis": s.softmax}
         weights = self.add("Softmax", [products], f"weights{i}", **softmax)
         out = self.add("MatMul", [weights, v], f"out{i}")
@@ -184,9 +168,8 @@ class Builder:
         if case.source in ("own", "next", "row"):
             return [self.add(("Neg", "Relu", "Abs")[i % 3], [x], f"start{i}") for i in range(count)]
         names = [f"start{i}" for i in range(count)]
-        sizes = self.constant([3 * s.heads * s.d for s in case.stripes])
+        sizes = self.integers([3 * s.heads * s.d for s in case.stripes])
         self.nodes.append(node("Split", [x, sizes], [self.n(name) for name in names], axis=3))
-        self.names.update(names)
         return [self.n(name) for name in names]
 
     def proto(self):
@@ -201,27 +184,9 @@ class Builder:
             ends.append(self.attention(i, s, start))
         if case.joined:
             ends = [self.add("Concat", ends, "y", axis=3)]
-        inputs = [value(self.n("x"), [case.batch if case.sizes else "b", *self.shape()], TYPES[case.dtype])]
-        outputs = [*ends]
-        if case.reader:
-            outputs.append(self.add("Neg", [self.n(case.reader)], "read"))
-        if case.output:
-            outputs.insert(0, self.n(case.output))
-        if case.branch:
-            self.nodes.append(both_branches([self.n(case.branch)], self.n("c"), self.n("branch")))
-            outputs.append(self.n("branch"))
-        if case.branch:
-            inputs.append(value(self.n("c"), [], TensorProto.BOOL))
-        infos = [helper.make_empty_tensor_value_info(name) for name in dict.fromkeys(outputs)]
-        for info in infos:
-            kind = FLOAT if info.name == self.n("branch") else TYPES[case.dtype]
-            info.type.tensor_type.elem_type = kind
-        nodes = shuffled(self.nodes, case.shuffle)
-        imports = [helper.make_opsetid("", case.opset)]
-        return model(nodes, inputs, infos, self.initializers, opset_imports=imports)
-
-    def shape(self):
-        return self.case.height, self.case.width, self.case.channels()
+        self.input("x", [case.batch if case.sizes else "b", case.height, case.width, case.channels()])
+        others = [self.n(name) if name else "" for name in (case.reader, case.output, case.branch)]
+        return self.model(ends, *others, case.shuffle)
 
 
 SCALES = (None, ("Mul", 0.5, False), ("Mul", -2.0, True), ("Div", 4.0, False))

@@ -264,3 +264,56 @@ def price(proto, cost):
             macs = math.prod(ys[0]) * x[-1]
         total += cost.of(macs, *read, *ys)
     return total
+
+
+class Writer:
+    """A model that is being written, of a case that has a dtype, an opset, and `n` that gives names."""
+
+    def __init__(self, case, seed=5):
+        self.case, self.n, self.kind = case, case.n, TYPES[case.dtype]
+        self.nodes, self.initializers, self.inputs = [], [], []
+        self.rng = np.random.default_rng(seed)
+
+    def input(self, name, shape, kind=None):
+        self.inputs.append(value(self.n(name), list(shape), kind or self.kind))
+        return self.n(name)
+
+    def constant(self, name, array, dtype=None):
+        """A constant of the case's type, or another; a name that is there already stays as it is."""
+        name = self.n(name)
+        if all(name != known.name for known in self.initializers):
+            array = np.asarray(array, dtype or self.case.dtype)
+            self.initializers.append(numpy_helper.from_array(array, name))
+        return name
+
+    def numbers(self, name, shape):
+        return self.constant(name, self.rng.standard_normal(shape))
+
+    def floats(self, array):
+        return self.constant(f"c{len(self.initializers)}", array)
+
+    def integers(self, values):
+        return self.constant(f"c{len(self.initializers)}", values, np.int64)
+
+    def add(self, op, inputs, out, **attrs):
+        self.nodes.append(node(op, inputs, [self.n(out)], **attrs))
+        return self.n(out)
+
+    def model(self, outputs, reader="", output="", branch="", shuffle=0):
+        """The model, where another node reads a tensor, one is an output as well, one is read in an If."""
+        outputs, inputs, nodes = list(outputs), list(self.inputs), list(self.nodes)
+        if reader:
+            nodes.append(node("Neg", [reader], [self.n("read")]))
+            outputs.append(self.n("read"))
+        if output and output not in outputs:
+            outputs.insert(0, output)
+        if branch:
+            inputs.append(value(self.n("c"), [], TensorProto.BOOL))
+            nodes.append(both_branches([branch], self.n("c"), self.n("branch")))
+            outputs.append(self.n("branch"))
+        infos = [helper.make_empty_tensor_value_info(name) for name in dict.fromkeys(outputs)]
+        for info in infos:
+            info.type.tensor_type.elem_type = FLOAT if info.name == self.n("branch") else self.kind
+        imports = [helper.make_opsetid("", self.case.opset)]
+        nodes = shuffled(nodes, shuffle)
+        return model(nodes, inputs, infos, self.initializers, opset_imports=imports)

@@ -8,6 +8,7 @@ import pytest
 from meta_deploy.graph.graph import to_graph, to_proto
 from meta_deploy.graph.pipeline import PASSES, PIPELINES, run_passes
 from tests.graph.rewriting import ops
+from tests.small_graphs import model, value
 from tests.tiny_models import OTHERS, exported, other, pictures
 
 
@@ -150,6 +151,13 @@ def test_names_and_order_of_nodes_do_not_matter(name, seed):
     assert sorted(ops(one)) == sorted(ops(two))
     expected, actual = run(one, feeds), run(two, {"t0": feeds["x"]})
     np.testing.assert_allclose(next(iter(actual.values())), next(iter(expected.values())), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_an_empty_graph_stays_empty(name):
+    after, (result,) = run_passes(model([], [value("x", [3])], [value("x", [3])]), [name])
+    assert result.changes == 0
+    assert [output.name for output in after.graph.output] == ["x"]
 
 
 def scrambled(proto, seed):

@@ -1,7 +1,8 @@
-"""The zoo: names, sizes, round trips through JSON, and configurations that are refused."""
+"""Models by name: sizes, round trips through JSON, and configurations that are refused."""
 
 import json
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,7 +31,14 @@ def parameters(config):
 
 def test_there_is_a_model_of_each_size_for_each_head():
     assert {"mask-rcnn", "upernet"} <= set(HEADS)
-    assert set(MODEL_NAMES) == {f"meta-{s}-{h}" for s in ("nano", *VIT) for h in HEADS}
+    metas = {name for name in MODEL_NAMES if name.startswith("meta-")}
+    assert metas == {f"meta-{s}-{h}" for s in ("nano", *VIT) for h in HEADS}
+
+
+@pytest.mark.parametrize("folder", ["backbones", "heads"])
+def test_what_is_registered_does_not_import_the_registry(folder):
+    for path in Path(str(files("meta_deploy") / "models" / folder)).glob("*.py"):
+        assert "models.registry" not in path.read_text(), path.name
 
 
 @pytest.mark.parametrize("name", MODEL_NAMES)
@@ -234,7 +242,11 @@ def test_what_is_no_configuration_is_refused(data):
         (lambda d: d["backbone"].update(depth=0), "backbone.depth 0: expected `int` >= 1"),
         (lambda d: d["backbone"].update(depth=7), "backbone configuration: depth 7 is not a multiple of 4"),
         (lambda d: d.update(std=[1.0, 2.0, "3"]), "std[2] '3': expected `float`, got `str`"),
+        (lambda d: d.update(head="atss"), "head 'atss': not known to this version"),
+        (lambda d: d.update(task="panoptic"), "task 'panoptic': not known to this version"),
+        (lambda d: d["backbone"].update(type="swin"), "backbone.type 'swin': not known to this version"),
         (lambda d: d.update(surprise=1), "object contains unknown field `surprise`"),
+        (lambda d: d.update({"a\n - at `$.b": 1}), "object contains unknown field `a - at `$.b`"),
     ],
 )
 def test_the_message_has_the_path_and_value_of_the_bad_field(change, says):

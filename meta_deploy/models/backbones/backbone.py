@@ -53,7 +53,8 @@ class Backbone:
         width: `BackboneConfig.width` from a state dict.
         measure: configuration and state dict -> the settings that shapes tell.
         by_task: task -> settings that go before those of the size.
-        vit: what stands before the names of a plain ViT inside of it; None where there is none.
+        vit: what stands before the names of a plain ViT inside of it, whose weights can then come from a
+            checkpoint of their own (the configuration has `layer_scale` for them); None where there is none.
     """
 
     title: str

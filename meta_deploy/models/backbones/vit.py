@@ -42,6 +42,7 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, C)."""
         B, N, C = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, head_dim)
@@ -49,7 +50,7 @@ class SelfAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with GELU between them."""
+    """Two linear layers with GELU between them: (..., C) -> (..., C)."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -61,7 +62,7 @@ class Mlp(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned factor per channel (CaiT, Touvron et al. 2021)."""
+    """A learned factor per channel, the last axis (CaiT, Touvron et al., ICCV 2021, eq. 3)."""
 
     def __init__(self, dim: int, initial: float = 1e-5) -> None:
         super().__init__()
@@ -87,6 +88,7 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C), H and W in patches."""
         B, H, W, C = x.shape
         y = self.norm1(x)
         if self.window:

@@ -24,7 +24,7 @@ from meta_deploy.models.heads.head import HEADS
 from meta_deploy.models.registry import ModelConfig, backbone_of, config_to_dict, get_config
 from meta_deploy.models.shapes import State, known, without_prefix
 
-GUESSED = "attention heads, windows, stripe width and thresholds, which shapes don't tell, are the zoo's"
+GUESSED = "what shapes don't tell (attention heads, windows, thresholds) is that model's"
 
 
 def choose_config(
@@ -141,7 +141,7 @@ def config_around_vit(checkpoint: Checkpoint, model_name: str | None, allow_part
     Raises:
         CheckpointError: no model is named, a partial load is not allowed, or this is no plain ViT.
     """
-    if model_name is None or not allow_partial:
+    if model_name is None or not allow_partial or backbone_of(get_config(model_name)).vit is None:
         refuse_foreign(checkpoint)
     config = get_config(model_name)
     layer_scale = any(name.endswith((".ls1.gamma", ".gamma_1")) for name in checkpoint.state)

@@ -164,7 +164,7 @@ def load_vit_weights(model: nn.Module, checkpoint: Checkpoint | str | os.PathLik
         checkpoint = read_checkpoint(checkpoint)
     vit = next((m for m in model.modules() if isinstance(m, VisionTransformer)), None)
     if vit is None:
-        raise InputError(f"{type(model).__name__} has no ViT to load weights into; give a model of the zoo.")
+        raise InputError(f"{type(model).__name__} has no ViT to load weights into; give a model with a ViT.")
     prefix = vit_prefix(checkpoint.state)
     if prefix is None:
         refuse_foreign(checkpoint)

@@ -1,4 +1,4 @@
-"""Feature pyramid network (Lin et al. 2017), state-dict names as in MMDetection."""
+"""Feature pyramid network (Lin et al., CVPR 2017), state-dict names as in MMDetection."""
 
 from collections.abc import Sequence
 
@@ -20,6 +20,7 @@ class ConvModule(nn.Module):
         self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) -> (B, out_channels, H, W)."""
         x = self.conv(x)
         if self.bn is not None:
             x = self.bn(x)

@@ -54,7 +54,6 @@ class Head:
     """A head's entry. State dicts are those of the whole model.
 
     Attributes:
-        title: its name in messages.
         config: the configuration of a model with this head.
         model: configuration and backbone -> module. `module(images, stages=False)` maps (B, 3, H, W) to a
             dict of the task's outputs; with `stages`, also of what verification compares on the way.
@@ -65,7 +64,6 @@ class Head:
         by_size: size of the backbone -> settings for it.
     """
 
-    title: str
     config: type[HeadConfig]
     model: Callable[[Any, BackboneModule], nn.Module]
     recognise: Callable[[State], bool]

@@ -1,4 +1,4 @@
-"""Mask R-CNN (He et al. 2017) with FPN, in the semantics of MMDetection 2.x's test path.
+"""Mask R-CNN (He et al., ICCV 2017) with FPN, in the semantics of MMDetection 2.x's test path.
 
 State-dict names of neck and heads are MMDetection's. Boxes are clipped to the (padded) input, the one size
 that the network knows; MMDetection clips to the picture inside it, which the runtime does afterwards.
@@ -223,7 +223,6 @@ def measure(config: MaskRCNNConfig, state: State) -> dict[str, Any]:
 
 register(
     Head(
-        title="Mask R-CNN",
         config=MaskRCNNConfig,
         model=MaskRCNN,
         recognise=any_starts_with("rpn_head.", "roi_head."),

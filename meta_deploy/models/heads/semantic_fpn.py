@@ -92,7 +92,6 @@ def measure(config: SemanticFPNConfig, state: State) -> dict[str, Any]:
 
 register(
     Head(
-        title="Semantic FPN",
         config=SemanticFPNConfig,
         model=build,
         recognise=any_starts_with("decode_head.scale_heads."),

@@ -125,7 +125,7 @@ def measure(config: UPerNetConfig, state: State) -> dict[str, Any]:
     scales = count_of(state, "decode_head.psp_modules.")
     if scales not in (None, len(config.pool_scales)):
         raise InputError(
-            f"{scales} pooling scales, and shapes don't tell which (the zoo's are {config.pool_scales})"
+            f"{scales} pooling scales, and shapes don't tell which ({config.name} has {config.pool_scales})"
         )
     return known(channels=size_of(state, "decode_head.conv_seg.weight", 1))
 
@@ -134,7 +134,6 @@ _PARTS = ("psp_modules", "bottleneck", "lateral_convs", "fpn_convs", "fpn_bottle
 
 register(
     Head(
-        title="UPerNet",
         config=UPerNetConfig,
         model=build,
         recognise=any_starts_with(*(f"decode_head.{part}." for part in _PARTS)),

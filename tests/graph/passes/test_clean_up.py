@@ -195,13 +195,6 @@ def test_a_loop_works_as_before():
     assert run(after, x=floats(3), n=np.array(0))["all"].shape == (0, 3)
 
 
-def test_an_empty_graph_stays_empty():
-    proto = model([], [value("x", [3])], [value("x", [3])])
-    after, changes = cleaned(proto)
-    assert changes == 0
-    assert [o.name for o in after.graph.output] == ["x"]
-
-
 def test_an_output_that_is_an_input_stays():
     after = unharmed(model([node("Identity", ["x"], ["y"])], [value("x", [3])]), x=floats(3))
     assert [o.name for o in after.graph.output] == ["y"]

@@ -459,10 +459,6 @@ def test_dead_moves_do_not_matter():
     assert collapsed(after)[1] == 0
 
 
-def test_an_empty_graph_stays_empty():
-    assert collapsed(model([], [value("x", [3])], [value("x", [3])]))[1] == 0
-
-
 # --- random chains ---
 
 

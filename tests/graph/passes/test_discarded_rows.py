@@ -281,10 +281,6 @@ def test_without_shapes_it_declines():
     assert discarded_rows(graph) == 0
 
 
-def test_an_empty_graph_has_no_place_to_change():
-    assert rewritten(model([], [value("x", [3])], [value("x", [3])]))[1] == 0
-
-
 @st.composite
 def heads(draw):
     middle = draw(st.lists(st.sampled_from(("Conv", "Relu", "Sigmoid", "ConvTranspose")), max_size=4))

@@ -16,7 +16,20 @@ from meta_deploy.graph.graph import tidy
 from meta_deploy.graph.passes.distribute_sums import distribute_sums
 from meta_deploy.graph.prices import CPU, GPU, Cost
 from tests.graph import rewriting
-from tests.graph.rewriting import RANDOM, TYPES, contents, feeds, form, loop, node, ops, price, same, sizes_of
+from tests.graph.rewriting import (
+    RANDOM,
+    TYPES,
+    Writer,
+    contents,
+    feeds,
+    form,
+    loop,
+    node,
+    ops,
+    price,
+    same,
+    sizes_of,
+)
 from tests.small_graphs import model, value, without_size
 
 FREE = Cost(node=0, value=0)  # only multiply-adds count
@@ -110,13 +123,8 @@ class Case:
         return Builder(self).proto()
 
 
-class Builder:
+class Builder(Writer):
     """Writes the model of a case."""
-
-    def __init__(self, case):
-        self.case, self.n, self.kind = case, case.n, TYPES[case.dtype]
-        self.nodes, self.initializers, self.inputs = [], [], []
-        self.rng = np.random.default_rng(5)
 
     def proto(self):
         case = self.case
@@ -126,43 +134,8 @@ class Builder:
         )
         if case.end:
             self.nodes.append(node(case.end, [y], [self.n("end")]))
-        outputs = [self.n("end")] if case.end else [y]
-        if case.reader:
-            self.nodes.append(node("Neg", [self.n(case.reader)], [self.n("read")]))
-            outputs.append(self.n("read"))
-        if case.output and self.n(case.output) not in outputs:
-            outputs.insert(0, self.n(case.output))
-        if case.branch:
-            outputs.append(self.branch())
-        outputs = [value(name, None, self.kind) for name in outputs]
-        for out in outputs:
-            out.type.tensor_type.ClearField("shape")
-        imports = [helper.make_opsetid("", case.opset)]
-        return model(self.nodes, self.inputs, outputs, self.initializers, opset_imports=imports)
-
-    def branch(self):
-        condition, read = self.n("c"), self.n(self.case.branch)
-        self.inputs.append(value(condition, [], TensorProto.BOOL))
-        sides = []
-        for op in ("Neg", "Identity"):
-            out = value(self.n(op), None, self.kind)
-            out.type.tensor_type.ClearField("shape")
-            sides.append(helper.make_graph([node(op, [read], [out.name])], op, [], [out]))
-        y = self.n("chosen")
-        self.nodes.append(node("If", [condition], [y], then_branch=sides[0], else_branch=sides[1]))
-        return y
-
-    def input(self, name, shape, kind=None):
-        self.inputs.append(value(self.n(name), list(shape), kind or self.kind))
-        return self.n(name)
-
-    def constant(self, name, values, dtype=None):
-        array = np.asarray(values, dtype or self.case.dtype)
-        self.initializers.append(numpy_helper.from_array(array, self.n(name)))
-        return self.n(name)
-
-    def numbers(self, name, shape):
-        return self.constant(name, self.rng.standard_normal(shape))
+        others = [self.n(name) if name else "" for name in (case.reader, case.output, case.branch)]
+        return self.model([self.n("end")] if case.end else [y], *others)
 
     def sum(self, total, shape, name):
         terms = []
@@ -346,9 +319,8 @@ def test_any_convolution_takes_it_in(term, out):
 def test_a_grouped_convolution_stays(term, bias):
     terms = (dataclasses.replace(term, bias=bias), Conv(channels=7))
     after = agree(Case(Sum(terms), 1, bias).proto(), FREE, 1)
-    assert sorted(ops(after).items()) == sorted(
-        {**ops(Case(Sum(terms), 1, bias).proto()), "Add": 1 + (bias in ("add", "first"))}.items()
-    )
+    before = Counter(ops(Case(Sum(terms), 1, bias).proto()))
+    assert Counter(ops(after)) == {**before, "Add": 1 + (bias in ("add", "first"))}
 
 
 @pytest.mark.parametrize("tree", ["left", "right", "balanced"])
@@ -580,8 +552,8 @@ def test_a_term_that_something_else_reads_stays(kind, term):
     case = Case(Sum((Conv(channels=8), term)), 1, **{kind: "t1"})
     made = ops(case.proto())
     after = agree(case.proto(), FREE, 1)
-    assert ops(after).count("Conv") == made["Conv"]  # one of its own more, and the last less
-    assert ops(after).count("Resize") == made["Resize"]
+    assert ops(after).count("Conv") == made.count("Conv")  # one of its own more, and the last less
+    assert ops(after).count("Resize") == made.count("Resize")
     agree(dataclasses.replace(case, out=4).proto(), FEW_NODES, 0)
 
 
@@ -655,7 +627,7 @@ def test_a_batch_of_any_size_is_priced_as_one_image(term, bias, cost):
 def test_sizes_that_hang_on_the_batch_are_left():
     """As constants they could not be written."""
     case = Case(Sum((Conv(channels=8), Resized())), 1)
-    assert ops(agree(case.proto(), FREE, 1))["Conv"] == 2
+    assert ops(agree(case.proto(), FREE, 1)).count("Conv") == 2
     proto = case.proto()
     target = next(n for n in proto.graph.node if n.op_type == "Resize")
     proto.graph.node.insert(0, node("Shape", ["full"], ["whole"]))
@@ -674,10 +646,6 @@ def test_somebody_elses_operator_of_that_name_is_left(op):
     next(n for n in reversed(proto.graph.node) if n.op_type == op).domain = "own"
     proto.opset_import.append(helper.make_opsetid("own", 1))
     assert rewritten(proto, FREE)[1] == 0
-
-
-def test_an_empty_graph_has_no_place_to_change():
-    assert rewritten(model([], [value("x", [3])], [value("x", [3])]), FREE)[1] == 0
 
 
 @pytest.mark.parametrize("rank", [3, 5])

@@ -324,10 +324,6 @@ def test_concats_in_a_branch_of_an_if_are_left():
         same(proto, after, {"x": np.float32([1, 2]), "c": np.array(c)})
 
 
-def test_an_empty_graph_has_nothing_to_flatten():
-    assert rewritten(model([], [value("x", [3])], [value("x", [3])]))[1] == 0
-
-
 # --- random trees ---
 
 
@@ -412,5 +408,5 @@ def test_names_and_order_do_not_matter(tree, shuffle, prefix):
     expected, changes = rewritten(Tree(spec, shape).proto)
     proto = Tree(spec, shape, prefix=prefix).proto
     actual, made = rewritten(proto, shuffle=shuffle)
-    assert (made, ops(actual), parts(actual)) == (changes, ops(expected), parts(expected))
+    assert (made, Counter(ops(actual)), parts(actual)) == (changes, Counter(ops(expected)), parts(expected))
     same(proto, actual)

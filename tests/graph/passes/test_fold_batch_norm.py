@@ -165,7 +165,7 @@ def test_the_linear_map_before_takes_it(maker):
 
 
 @pytest.mark.parametrize("opset", [9, 11, 13, 14, 15, 17, 20])
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_every_opset_type_and_batch(opset, dtype, dynamic):
     maker = Map("Gemm", rank=2) if dtype == "float64" else Map()  # ONNX Runtime has no such convolution
@@ -502,10 +502,6 @@ def test_somebody_elses_operator_of_that_name_stays():
             n.domain = "own"
     proto.opset_import.append(helper.make_opsetid("own", 1))
     assert rewritten(proto)[1] == 0
-
-
-def test_an_empty_graph_has_no_place_to_change():
-    assert rewritten(model([], [value("x", [3])], [value("x", [3])]))[1] == 0
 
 
 # --- random norms ---

@@ -183,7 +183,7 @@ def agree(proto, cost=GPU, changes=None):
 
 
 def declined(proto, cost=FEW_NODES, values=None, runs=True):
-    rewriting.agree(fold_branches, proto, values, 0, cost, runs=runs)
+    rewriting.agree(fold_branches, proto, values, 0, cost, valid=False, runs=runs)
 
 
 def convs(proto):
@@ -468,7 +468,7 @@ def test_tokens_in_another_order_are_left(perm):
     proto = Case((Fuse((TOKENS,)),), batch=4, size=(4, 4)).proto()
     made_by(proto, "0/0/2").attribute[0].ints[:] = perm
     if perm == (0, 3, 1, 2):
-        assert ops(agree(proto, GPU, 1))["MatMul"] == 0
+        assert "MatMul" not in ops(agree(proto, GPU, 1))
     else:
         declined(proto)
 
@@ -679,10 +679,6 @@ def test_convolutions_in_a_branch_of_an_if_are_left():
     proto = branch_of(proto, taken, ["z"])
     for c in (True, False):
         declined(proto, values={**feeds(proto), "c": np.array(c)})
-
-
-def test_an_empty_graph_has_nothing_to_fold():
-    declined(model([], [value("x", [3])], [value("x", [3])]))
 
 
 # --- random branches ---

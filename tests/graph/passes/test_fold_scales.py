@@ -737,10 +737,6 @@ def test_somebody_elses_operator_of_that_name_stays():
         agree(proto, 0, runs=False)
 
 
-def test_an_empty_graph_has_no_place_to_change():
-    assert rewritten(fold_scales, model([], [value("x", [3])], [value("x", [3])]))[1] == 0
-
-
 # --- random ways ---
 
 

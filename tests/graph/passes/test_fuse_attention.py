@@ -377,10 +377,6 @@ def test_a_domain_already_there_is_named_once():
     assert [o.domain for o in after.opset_import].count(DOMAIN) == 1
 
 
-def test_an_empty_graph_has_no_place_to_change():
-    assert rewritten(model([], [value("x", [3])], [value("x", [3])]))[1] == 0
-
-
 # --- random attention ---
 
 SCALES = st.one_of(

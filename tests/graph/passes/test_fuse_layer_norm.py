@@ -479,10 +479,6 @@ def test_somebody_elses_operator_of_that_name_is_left(op):
     assert rewritten(proto)[1] == 0
 
 
-def test_an_empty_graph_has_no_place_to_change():
-    assert rewritten(model([], [value("x", [3])], [value("x", [3])]))[1] == 0
-
-
 def test_work_is_linear_in_the_number_of_norms():
     def work(count):
         nodes, constants = [], [numpy_helper.from_array(np.full((), 1e-5, np.float32), "eps")]

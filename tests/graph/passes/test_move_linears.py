@@ -20,18 +20,16 @@ from meta_deploy.models.backbones.vit import Block
 from tests.graph.rewriting import (
     MOVES,
     RANDOM,
-    TYPES,
+    Writer,
     agree_among_moves,
-    both_branches,
     contents,
     moves_of,
     node,
     ops,
     put_inside,
     rewritten,
-    shuffled,
 )
-from tests.small_graphs import FLOAT, model, run, value
+from tests.small_graphs import model, run, value
 
 # --- products among moves ---
 
@@ -91,84 +89,62 @@ class Line:
         return feeds
 
 
-class Builder:
+class Builder(Writer):
     """Writes the model of a line."""
 
     def __init__(self, line):
-        self.line, self.n = line, line.n
-        self.nodes, self.initializers, self.inputs, self.outputs = [], [], [], []
-        self.rng = np.random.default_rng(1)
-        self.tensors, self.weight = [self.n("x")], None
+        super().__init__(line, seed=1)
+        self.tensors, self.weight = [self.input("x", line.sizes or line.shape)], None
 
-    def constant(self, array, dtype=np.int64, name=None):
-        name = name or self.n(f"c{len(self.initializers)}")
-        self.initializers.append(numpy_helper.from_array(np.asarray(array, dtype), name))
-        return name
-
-    def numbers(self, *shape):
-        return self.constant(self.rng.standard_normal(shape), self.line.dtype)
-
-    def add(self, op, inputs, **attrs):
-        self.tensors.append(self.n(f"t{len(self.tensors)}"))
-        self.nodes.append(node(op, inputs, [self.tensors[-1]], **attrs))
+    def go_on(self, op, inputs, **attrs):
+        self.tensors.append(self.add(op, inputs, f"t{len(self.tensors)}", **attrs))
 
     def step(self, step):
         op, *values = step
         x = self.tensors[-1]
         if op in ("Reshape", "Squeeze", "Unsqueeze"):
-            self.add(op, [x, self.constant(values[0])])
+            self.go_on(op, [x, self.integers(values[0])])
         elif op == "Transpose":
-            self.add(op, [x], **({"perm": values[0]} if values[0] else {}))
+            self.go_on(op, [x], **({"perm": values[0]} if values[0] else {}))
         elif op == "Flatten":
-            self.add(op, [x], axis=values[0])
+            self.go_on(op, [x], axis=values[0])
         elif op == "Pad":
             pads, axes, number, mode = values
-            inputs = [x, self.constant(pads)]
+            inputs = [x, self.integers(pads)]
             if number is not None or axes is not None:
-                inputs.append("" if number is None else self.constant(number, self.line.dtype))
-            self.add(op, [*inputs, *([self.constant(axes)] if axes is not None else [])], mode=mode)
+                inputs.append("" if number is None else self.floats(number))
+            self.go_on(op, [*inputs, *([self.integers(axes)] if axes is not None else [])], mode=mode)
         elif op == "Slice":
-            self.add(op, [x, *(self.constant(v) for v in values if v is not None)])
+            self.go_on(op, [x, *(self.integers(v) for v in values if v is not None)])
         else:
-            self.add(op, [x])
+            self.go_on(op, [x])
 
     def product(self, product, channels):
         x = self.tensors[-1]
         if product.weight == "shared" and self.weight:
             weight = self.weight
         elif product.weight in ("constant", "shared", "computed"):
-            weight = self.numbers(channels, product.out)
+            weight = self.floats(self.rng.standard_normal((channels, product.out)))
         elif product.weight == "three":
-            weight = self.numbers(1, channels, product.out)
+            weight = self.floats(self.rng.standard_normal((1, channels, product.out)))
         else:
-            weight = self.n(f"w{len(self.tensors)}")
-            self.inputs.append(value(weight, [channels, product.out], TYPES[self.line.dtype]))
+            weight = self.input(f"w{len(self.tensors)}", [channels, product.out])
         if product.weight == "computed":
-            self.nodes.append(node("Softmax", [x], [self.n(f"soft{len(self.tensors)}")], axis=-1))
-            weight = self.nodes[-1].output[0]
+            weight = self.add("Softmax", [x], f"soft{len(self.tensors)}", axis=-1)
         self.weight = weight
-        self.add("Gemm" if product.gemm else "MatMul", [weight, x] if product.left else [x, weight])
+        self.go_on("Gemm" if product.gemm else "MatMul", [weight, x] if product.left else [x, weight])
         if product.bias is not None:
             shape = self.shape() if product.bias == ("map",) else product.bias
-            operands = [self.tensors[-1], self.numbers(*shape)]
-            self.add("Add", operands[::-1] if product.first else operands)
+            operands = [self.tensors[-1], self.floats(self.rng.standard_normal(shape))]
+            self.go_on("Add", operands[::-1] if product.first else operands)
 
     def shape(self):
         """Of the last tensor, by shape inference."""
-        inputs = [value(self.n("x"), list(self.line.sizes or self.line.shape), TYPES[self.line.dtype])]
-        proto = self.model([*inputs, *self.inputs], [self.tensors[-1]])
+        proto = self.model(self.tensors[-1:])
         return [d.dim_value for d in proto.graph.output[0].type.tensor_type.shape.dim]
 
-    def model(self, inputs, outputs):
-        outputs = [helper.make_empty_tensor_value_info(name) for name in outputs]
-        for out in outputs:
-            out.type.tensor_type.elem_type = FLOAT if out.name == self.n("branch") else TYPES[self.line.dtype]
-        nodes = shuffled(self.nodes, self.line.shuffle)
-        imports = [helper.make_opsetid("", self.line.opset)]
-        return model(nodes, inputs, outputs, self.initializers, opset_imports=imports)
-
     def proto(self):
-        line, channels = self.line, self.line.shape[-1]
+        line, channels = self.case, self.case.shape[-1]
         for product in line.products:
             for step in product.before:
                 self.step(step)
@@ -178,19 +154,10 @@ class Builder:
             for step in product.after:
                 self.step(step)
             channels = product.out if not product.after else self.shape()[-1]
-        inputs = [value(self.n("x"), list(line.shape), TYPES[line.dtype]), *self.inputs]
-        outputs = [self.tensors[-1]]
-        if line.reader is not None:
-            self.nodes.append(node("Neg", [self.tensors[line.reader]], [self.n("read")]))
-            outputs.append(self.n("read"))
-        if line.output is not None and self.tensors[line.output] not in outputs:
-            outputs.insert(0, self.tensors[line.output])
-        if line.branch is not None:
-            self.nodes.append(both_branches([self.tensors[line.branch]], self.n("c"), self.n("branch")))
-            outputs.append(self.n("branch"))
-        if line.branch is not None:
-            inputs.append(value(self.n("c"), [], TensorProto.BOOL))
-        return self.model(inputs, outputs)
+        self.inputs[0] = value(self.n("x"), list(line.shape), self.kind)
+        places = (line.reader, line.output, line.branch)
+        others = ["" if place is None else self.tensors[place] for place in places]
+        return self.model(self.tensors[-1:], *others, line.shuffle)
 
 
 def check(line, changes=None):
@@ -276,7 +243,7 @@ def test_a_product_before_windows_are_joined_goes_behind(bias, size, end):
 
 
 @pytest.mark.parametrize("opset", [13, 17, 18, 20])
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("make", [windowed, merged])
 def test_every_opset_and_type(opset, dtype, make):
     check(make(opset=opset, dtype=dtype, size=(3, 4)), 1)
@@ -531,10 +498,6 @@ def test_somebody_elses_operator_of_that_name_is_left():
                 n.domain = "own"
         proto.opset_import.append(helper.make_opsetid("own", 1))
         assert rewritten(move_linears, proto)[1] == 0, op
-
-
-def test_an_empty_graph_has_nothing_to_move():
-    assert rewritten(move_linears, model([], [value("x", [3])], [value("x", [3])]))[1] == 0
 
 
 # --- random lines ---

@@ -229,10 +229,6 @@ def test_without_shapes_it_declines():
     assert rewritten(order_tokens, proto)[1] == 0
 
 
-def test_an_empty_graph_has_nothing_to_order():
-    assert rewritten(order_tokens, model([], [value("x", [3])], [value("x", [3])]))[1] == 0
-
-
 # --- random attentions ---
 
 

@@ -655,10 +655,6 @@ def test_somebody_elses_operator_of_that_name_is_left():
     assert rewritten(proto)[1] == 0
 
 
-def test_an_empty_graph_has_no_place_to_change():
-    assert rewritten(model([], [value("x", [3])], [value("x", [3])]))[1] == 0
-
-
 def test_norms_written_out_with_one_mean_are_shared():
     """Two scales of one norm, as after a clean-up: two operators for one pass, one for the other."""
     rng = np.random.default_rng(0)

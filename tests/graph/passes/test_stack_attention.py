@@ -17,7 +17,7 @@ from meta_deploy.graph.pipeline import run_passes
 from meta_deploy.models.backbones.mea import CrossShapedAttention
 from tests.graph.attention_maps import TENSORS, Map, Stripes, factor, maps, of_any_batch
 from tests.graph.rewriting import RANDOM, agree_among_moves, node, ops, put_inside, rewritten
-from tests.small_graphs import model, run, value
+from tests.small_graphs import model, run
 
 HORIZONTAL, VERTICAL = Stripes(2, 4), Stripes(4, 2)  # of a map of 4 x 4
 SQUARE = Map((HORIZONTAL, VERTICAL), 1, 4, 4)
@@ -191,10 +191,6 @@ def test_reshapes_that_are_alike_are_done_once():
     collapsed, _ = rewritten(collapse_chains, same.proto())
     after = check(same, 2, collapsed)
     assert ops(after).count("Reshape") < ops(collapsed).count("Reshape")
-
-
-def test_an_empty_graph_has_nothing_to_stack():
-    assert rewritten(stack_attention, model([], [value("x", [3])], [value("x", [3])]))[1] == 0
 
 
 # Read by others, these keep an attention as it is; or its moves, so that it starts from one of its own.
