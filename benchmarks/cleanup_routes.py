@@ -1,10 +1,10 @@
-"""Ways to clean up a literal graph, compared: nodes, seconds, whether it still says the same, and its speed.
+"""Compare ways to clean up a traced graph: seconds, nodes, agreement with the original, and speed.
 
     python benchmarks/cleanup_routes.py [CASE] [--routes NAME ...] [--stock] [--rounds N]
 
-Every route starts from the graph as traced, which still has the intermediate stages as outputs, and gives
-back a graph. The graphs are compared with the literal one by those outputs, and timed without them, as they
-ship. onnxslim is no dependency of ours: without it its row is left out.
+Every route takes the traced graph, which has the intermediate stages as outputs, and returns a graph. These
+outputs are compared with the traced graph's; for timing they are removed, as in a bundle. onnxslim is
+optional: without it, its row is left out.
 """
 
 from __future__ import annotations
@@ -43,14 +43,16 @@ from benchmarks.common import (
     save,
     table,
 )
-from meta_deploy.export.pipeline import input_spec, preprocess_rules
-from meta_deploy.export.trace import drop_outputs, export_onnx, output_names
-from meta_deploy.export.verify import TOLERANCES, Comparison
+from meta_deploy.export.options import Options
+from meta_deploy.export.sources.checkpoint import input_spec, preprocess_rules
+from meta_deploy.export.trace import drop_outputs, export_onnx
 from meta_deploy.graph.graph import to_proto
 from meta_deploy.graph.pipeline import PIPELINES, run_passes
+from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.imaging.images import read_image
 from meta_deploy.imaging.preprocess import Preprocessor
 from meta_deploy.models.checkpoint.load import load_model
+from meta_deploy.tasks import get_task
 
 CASE = "meta-t-mask-rcnn@512"
 LITERAL, STOCK = "literal", "PyTorch's optimize=True"
@@ -68,7 +70,7 @@ def all_passes(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def lifted(proto: onnx.ModelProto) -> ir.Model:
-    """Functions inlined, constants lifted: graph-surgeon and onnxslim read constant lists of floats wrong."""
+    """Inline functions and lift constants, since graph-surgeon and onnxslim misread `value_floats`."""
     model = ir.from_proto(proto)
     ir_passes.InlinePass()(model)
     ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
@@ -130,12 +132,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.routes.remove("onnxslim")
 
     loaded = load_model(checkpoint(args.case))
-    spec = input_spec(args.case.size, 1, None, args.case.dynamic)
+    spec = input_spec(args.case.size, Options(dynamic_size=args.case.dynamic))
     graphs, seconds = make_graphs(partial(export_onnx, loaded.model, spec), args.routes, args.stock)
     preprocess = Preprocessor(spec, preprocess_rules(loaded.config, spec))
     batches = [preprocess([read_image(path)])[0] for path in photos(args.photos, 4)]
     same = agreement(graphs, batches)
-    keep = output_names(loaded.config)
+    keep = list(get_task(loaded.config.task).outputs)
     shipped = {name: drop_outputs(graph, keep) for name, graph in graphs.items() if same[name]}
     opening, times = latency(shipped, batches[0], args.rounds)
     rows = [
@@ -158,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def make_graphs(
     trace: Callable[[], onnx.ModelProto], routes: list[str], stock: bool
 ) -> tuple[Graphs, dict[str, float]]:
-    """Every route's graph and seconds; the literal one's are those of tracing."""
+    """Each route's graph and seconds; for the traced graph, the seconds of tracing."""
     graphs, seconds = {}, {}
 
     def make(name: str, call: Callable[[], onnx.ModelProto]) -> None:
@@ -179,7 +181,7 @@ def make_graphs(
 
 
 def timed(call: Callable[[], Any]) -> tuple[Any, float]:
-    """What a call gives, and its seconds."""
+    """A call's result and its seconds."""
     began = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):
         result = call()
@@ -187,9 +189,9 @@ def timed(call: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def agreement(graphs: Graphs, batches: list[np.ndarray]) -> dict[str, dict[str, float]]:
-    """How far each graph is from the literal one, both in ONNX Runtime, by the measures of verification.
+    """How close each graph is to the traced one on ONNX Runtime, by the measures of verification.
 
-    Nothing for a graph that ONNX Runtime refuses.
+    Empty for a graph that ONNX Runtime refuses.
     """
     literal = open_session(graphs[LITERAL])
     names = [output.name for output in literal.get_outputs()]
@@ -202,7 +204,7 @@ def agreement(graphs: Graphs, batches: list[np.ndarray]) -> dict[str, dict[str, 
         except Exception as error:  # ONNX Runtime's errors share no base class
             print(f"{name}: {error}", file=sys.stderr)
             continue
-        comparison = Comparison(TOLERANCES["fp32"])
+        comparison = get_task("instance-segmentation").comparison(PRECISIONS["fp32"].tolerances)
         for batch, wanted in zip(batches, expected, strict=True):
             comparison.add(wanted, dict(zip(names, session.run(names, {"images": batch}), strict=True)))
         stages = comparison.stages()
@@ -214,7 +216,7 @@ def agreement(graphs: Graphs, batches: list[np.ndarray]) -> dict[str, dict[str, 
 def latency(
     graphs: Graphs, batch: np.ndarray, rounds: int
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Seconds to open each graph's session, and milliseconds of its runs, interleaved."""
+    """Seconds to open each graph's session, and milliseconds of its interleaved runs."""
     sessions, loads = {}, {}
     for name, graph in graphs.items():
         sessions[name], loads[name] = timed(partial(open_session, graph))

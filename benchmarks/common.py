@@ -1,6 +1,6 @@
-"""What the benchmarks share: photos, checkpoints, exports, timing side by side, tables, JSON files.
+"""What the benchmarks share: photos, checkpoints, exports, interleaved timing, tables, JSON files.
 
-Knows the commands and the machine; what is measured is the scripts' affair.
+Knows the commands and the machine, not what a script measures.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ _PACKAGES = (
 
 @dataclass(frozen=True)
 class Case:
-    """A model as exported: a zoo model with random weights at some input size, or the demo model.
+    """A model to export: a named model with random weights at an input size, or the demo model.
 
-    Written MODEL@SIDE or MODEL@HxW, with `+dynamic` behind it where any size up to that is taken; or `demo`.
+    Written as MODEL@SIDE or MODEL@HxW, followed by `+dynamic` for any size up to that; or as `demo`.
     """
 
     model: str
@@ -77,13 +77,13 @@ class Case:
 
     @property
     def options(self) -> list[str]:
-        """Of meta-export."""
+        """The options of meta-export for this case."""
         size = ["--input-size", *map(str, self.size)] if self.size else []
         return size + (["--dynamic-size"] if self.dynamic else [])
 
 
 def checkpoint(case: Case) -> Path:
-    """A case's weights, made where they are not there yet, or older than the tool that makes them."""
+    """A case's weights. They are made if missing, or if older than the tool that makes them."""
     if case.model == DEMO:
         return ASSETS / "meta-nano-mask-rcnn.pth"
     tool = ROOT / "tools" / "random_checkpoint.py"
@@ -95,7 +95,7 @@ def checkpoint(case: Case) -> Path:
 
 
 def photos(folder: Path | None = None, count: int | None = None) -> list[Path]:
-    """`count` of a folder's pictures, spread over it (None: all); without a folder COCO's, else our own."""
+    """`count` images spread evenly over a folder (None: all); default folder: `photo_folder()`."""
     folder = folder or photo_folder()
     paths = sorted(path for path in folder.iterdir() if path.suffix in (".jpg", ".png"))
     step = max(1.0, len(paths) / (count or len(paths)))
@@ -103,7 +103,7 @@ def photos(folder: Path | None = None, count: int | None = None) -> list[Path]:
 
 
 def photo_folder() -> Path:
-    """Real photos where there are any, else the scenes that ship with the package."""
+    """COCO photos if present, else the images in the package."""
     return PHOTOS if PHOTOS.is_dir() else ASSETS / "images"
 
 
@@ -112,7 +112,7 @@ def photo_folder() -> Path:
 
 @dataclass(frozen=True)
 class Run:
-    """A command that ran: its JSON document (None where it failed), seconds, and the most memory it held."""
+    """A finished command: exit code, JSON document (None if it failed), seconds, peak memory."""
 
     code: int
     document: dict[str, Any] | None
@@ -121,7 +121,7 @@ class Run:
 
 
 def run_command(name: str, *arguments: object) -> Run:
-    """Run `meta-NAME ARGUMENTS --json` in a process of its own; its notes go to our standard error."""
+    """Run `meta-NAME ARGUMENTS --json` in its own process; its standard error is passed through."""
     command = [sys.executable, "-m", f"meta_deploy.cli.{name}", *map(str, arguments), "--json"]
     began = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
@@ -136,17 +136,17 @@ def run_command(name: str, *arguments: object) -> Run:
 
 
 def export(case: Case, *options: object) -> tuple[Path, Run]:
-    """Export a case; the bundle's folder, and how it went."""
+    """Export a case; returns the bundle's folder and the finished command."""
     out = WORK / str(case).replace("+", "-")
     return out, run_command("export", "--ckpt", checkpoint(case), *case.options, *options, "--out", out)
 
 
 def open_session(proto: onnx.ModelProto, threads: int = 0) -> onnxruntime.InferenceSession:
-    """A graph in ONNX Runtime on the CPU, as the runtime's back end opens it; 0 threads: its own choice."""
+    """A CPU session with the settings of the runtime's back end; 0 threads: ONNX Runtime's choice."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
-    # Else the workers of one contender take time from the next one.
+    # Otherwise one contender's idle workers slow down the next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(
         proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
@@ -154,9 +154,10 @@ def open_session(proto: onnx.ModelProto, threads: int = 0) -> onnxruntime.Infere
 
 
 def interleave(contenders: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each call, `rounds` for each contender, which is given the number of the round.
+    """Time the contenders in turns: `rounds` calls of each, in milliseconds.
 
-    In every round each runs once, another one first each time: what the machine does meanwhile befalls all.
+    Every round runs each contender once, starting with a different one, so that other load on the machine
+    affects all alike. A contender is called with the number of the round.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
@@ -169,7 +170,7 @@ def interleave(contenders: dict[str, Callable[[int], Any]], rounds: int) -> dict
 
 
 def ratio(times: Sequence[float], base: Sequence[float]) -> float:
-    """The median over the rounds of one contender's time over another's."""
+    """One contender's time relative to another's: the median of the ratios of all rounds."""
     return float(np.median(np.divide(times, base)))
 
 
@@ -177,7 +178,7 @@ def ratio(times: Sequence[float], base: Sequence[float]) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """The machine and versions that the numbers were measured with."""
     versions = {}
     for package in _PACKAGES:
         try:
@@ -198,7 +199,7 @@ def machine() -> dict[str, Any]:
 
 
 def gpu() -> dict[str, Any] | None:
-    """The first NVIDIA GPU that CUDA shows, by nvidia-smi: name, driver, memory; None where there is none."""
+    """The first NVIDIA GPU visible to CUDA, from nvidia-smi: name, driver, memory. None without one."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible in ("", "-1"):
         return None
@@ -225,7 +226,7 @@ def _cpu() -> str:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of one kind as Markdown."""
+    """Rows with the same keys as a Markdown table."""
     cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
@@ -248,10 +249,10 @@ def _cell(value: Any) -> str:
 
 
 def parser(doc: str, name: str) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+    """A parser with the options that all benchmarks share."""
     p = argparse.ArgumentParser(description=doc.splitlines()[0])
     p.add_argument(
-        "--photos", type=Path, metavar="DIR", help="default: coco-tiny/val, else the bundled scenes"
+        "--photos", type=Path, metavar="DIR", help="default: COCO photos if present, else the package's"
     )
     p.add_argument(
         "--json",
@@ -263,7 +264,7 @@ def parser(doc: str, name: str) -> argparse.ArgumentParser:
 
 
 def save(path: Path, **parts: Any) -> None:
-    """Write a benchmark's numbers."""
+    """Write a benchmark's numbers as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(parts, indent=1, default=str) + "\n")
     print(f"numbers in {path}", file=sys.stderr)

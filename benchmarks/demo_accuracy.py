@@ -1,4 +1,4 @@
-"""Box and mask AP of a bundle of the demo model on unseen scenes, through the runtime that users call.
+"""Box and mask AP of a demo model's bundle on unseen scenes, run through `Predictor`.
 
 python benchmarks/demo_accuracy.py [BUNDLE] [--scenes 200] [--json accuracy.json]
 """
@@ -21,7 +21,7 @@ from tools.scenes import CLASSES, TEST_SEEDS, coco_dataset, generate
 
 
 def measure(bundle: Path, seeds: range, backend: str = "auto", threads: int | None = None) -> dict[str, Any]:
-    """AP of a bundle on the scenes of `seeds`, with the mean milliseconds an image of the whole call."""
+    """AP of a bundle on the scenes of `seeds`, and the mean milliseconds per image."""
     results: list[dict[str, Any]] = []
     seconds = 0.0
     # Every detection that the graph gives counts for AP, also those too unsure to be shown.
@@ -44,7 +44,7 @@ def measure(bundle: Path, seeds: range, backend: str = "auto", threads: int | No
 
 
 def table(report: dict[str, Any]) -> str:
-    """A Markdown table: one row for everything, one a class."""
+    """A Markdown table with a row for all classes and one per class."""
     box, mask = report["box"], report["mask"]
     rows = ["| | box AP | AP50 | AP75 | mask AP | AP50 | AP75 |", "|---|---|---|---|---|---|---|"]
     values = " | ".join(f"{part[key]:.3f}" for part in (box, mask) for key in ("AP", "AP50", "AP75"))

@@ -1,9 +1,9 @@
-"""Seconds and memory of an export, how well it agrees with PyTorch, and meta-infer over a folder with it.
+"""Seconds and memory of an export, its agreement with PyTorch, and meta-infer with it on a folder.
 
     python benchmarks/export_time.py [CASE ...] [--photos DIR] [--no-infer]
 
-CASE is MODEL@SIDE, MODEL@HxW, either with +dynamic, or demo. Weights are random and lively
-(tools/random_checkpoint.py). Exit code 1 if a command failed or a goal was missed.
+CASE is MODEL@SIDE or MODEL@HxW, optionally followed by +dynamic, or demo. Weights come from
+tools/random_checkpoint.py. Exit code 1 if a command failed or a goal was missed.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def export_numbers(case: Case, bundle: Path, run: Run) -> dict[str, Any]:
-    """One export, for the JSON file."""
+    """The numbers of one export for the JSON file."""
     numbers: dict[str, Any] = {"exit_code": run.code, "seconds": run.seconds, "peak_mb": run.peak_mb}
     if run.document is None:
         return numbers
@@ -70,7 +70,7 @@ def export_numbers(case: Case, bundle: Path, run: Run) -> dict[str, Any]:
 
 
 def infer_numbers(run: Run) -> dict[str, Any]:
-    """One run over the folder, for the JSON file."""
+    """The numbers of one run over the folder for the JSON file."""
     numbers: dict[str, Any] = {"exit_code": run.code, "seconds": run.seconds, "peak_mb": run.peak_mb}
     if run.document is None:
         return numbers
@@ -86,7 +86,7 @@ def infer_numbers(run: Run) -> dict[str, Any]:
 
 
 def cost_rows(exports: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """What an export costs. Seconds are those of the whole command, imports and all."""
+    """The cost of each export. Seconds are for the whole command, including imports."""
     rows = []
     for name, numbers in exports.items():
         stages, nodes = numbers.get("stages", {}), numbers.get("nodes", {})
@@ -110,7 +110,7 @@ def cost_rows(exports: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def agreement_rows(exports: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The export's own verification: ONNX Runtime against PyTorch."""
+    """The export's own comparison of ONNX Runtime with PyTorch."""
     rows = []
     for name, numbers in exports.items():
         if not (verification := numbers.get("verification")):
@@ -134,7 +134,7 @@ def agreement_rows(exports: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def infer_rows(inferences: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """meta-infer over the folder, overlays written."""
+    """meta-infer on the folder, with overlays."""
     rows = []
     for name, numbers in inferences.items():
         rows.append(

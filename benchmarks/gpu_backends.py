@@ -28,16 +28,19 @@ from torch.utils._pytree import tree_map
 
 from benchmarks.common import interleave
 from meta_deploy.bundle.bundle import Bundle
+from meta_deploy.bundle.manifest import MANIFESTS, ModelInfo, Thresholds
 from meta_deploy.errors import MetaDeployError
-from meta_deploy.export.pipeline import input_spec, preprocess_rules
-from meta_deploy.export.verify import TOLERANCES, Comparison
+from meta_deploy.export.options import Options
+from meta_deploy.export.sources.checkpoint import input_spec, preprocess_rules
+from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.imaging.images import read_image
 from meta_deploy.imaging.preprocess import Preprocessor
 from meta_deploy.models.checkpoint.load import load_model
 from meta_deploy.report.accuracy import coco_ap
 from meta_deploy.targets import TARGETS, open_backend
-from meta_deploy.tasks import postprocess
-from meta_deploy.tasks.results import Detections, coco_category_ids
+from meta_deploy.tasks import get_task
+from meta_deploy.tasks.detection import Detections
+from meta_deploy.tasks.results import coco_category_ids
 
 CUDA_BROKEN = 3  # exit code: what failed took CUDA with it, for this process
 LEAST_ROUNDS = 3
@@ -107,8 +110,21 @@ class Exam:
         loaded = load_model(checkpoint)
         self.model, self.config = loaded.model, loaded.config
         self.classes = tuple(loaded.class_names)
-        spec = input_spec(size, 1, None, False)
-        preprocessor = Preprocessor(spec, preprocess_rules(loaded.config, spec))
+        spec = input_spec(size, Options())
+        rules = preprocess_rules(loaded.config, spec)
+        preprocessor = Preprocessor(spec, rules)
+        self.task = get_task(self.config.task)
+        manifest = MANIFESTS[self.config.task](
+            model=ModelInfo(name=self.config.name),
+            target="pytorch",
+            precision="fp32",
+            outputs=(),
+            input=spec,
+            preprocess=rules,
+            classes=self.classes,
+            thresholds=Thresholds(score=self.config.score_threshold),
+        )
+        self.bundle = Bundle(Path(checkpoint), manifest)
         self.images, self.placements = preprocessor([read_image(path) for path in photos])
         self.expected = self._reference(reference)
         self.truth = coco_truth(self.detections(self.expected), self.classes)
@@ -141,7 +157,7 @@ class Exam:
 
     def judge(self, answers: Arrays, precision: str) -> dict[str, Any]:
         """Whether answers agree with the reference as an export's must, and their AP with it as the truth."""
-        comparison = Comparison(TOLERANCES[precision], self.config.score_threshold)
+        comparison = self.task.comparison(PRECISIONS[precision].tolerances, self.config.score_threshold)
         comparison.add(self.expected, answers)
         stage = comparison.stages()["detections"]
         records = [
@@ -159,15 +175,11 @@ class Exam:
 
     def detections(self, answers: Arrays) -> list[Detections]:
         """As the predictor makes them."""
-        made = []
-        for i, placement in enumerate(self.placements):
-            found = postprocess.detections(answers, i, placement, self.config.score_threshold, 0.5)
-            made.append(
-                Detections(
-                    placement.original, found.boxes, found.scores, found.labels, self.classes, found.masks
-                )
-            )
-        return made
+        size, score = self.bundle.input.size.max, self.config.score_threshold
+        return [
+            self.task.decode(self.bundle, answers, i, placement, size, score)
+            for i, placement in enumerate(self.placements)
+        ]
 
 
 def coco_truth(found: Sequence[Detections], classes: Sequence[str]) -> dict[str, Any]:

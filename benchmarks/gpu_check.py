@@ -1,11 +1,11 @@
-"""Every installed back end on this machine's GPU: does it answer as PyTorch does, how fast, in what memory?
+"""Check every installed back end on this machine's GPU: agreement with PyTorch, speed, memory.
 
     python benchmarks/gpu_check.py [--case CASE ...] [--batch N ...] [--precision P ...] [--backend NAME ...]
 
 CASE is a Mask R-CNN and a size, MODEL@SIDE or MODEL@HxW. Bundles are exported first. Detections on photos are
-held against those of PyTorch in float32 on the CPU; then the model is timed, from array to array, in turns.
-Without a GPU the back ends of the CPU are checked. What cannot run is a row with its reason. Exit code 1: a
-back end's results are wrong.
+compared with PyTorch's in float32 on the CPU; then the models are timed from array to array, interleaved.
+Without a GPU, the CPU back ends are checked. A back end that cannot run gets a row with the reason. Exit code
+1 if a back end's results are wrong.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ import torch
 from benchmarks import common
 from benchmarks.common import Case, checkpoint, machine, parser, photo_folder, photos, ratio, save, table
 from benchmarks.gpu_backends import KINDS
-from meta_deploy.export.verify import TOLERANCES
+from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.targets import TARGETS
 from meta_deploy.targets.tensorrt.build import available
 
 CASES = ("meta-t-mask-rcnn@512", "meta-s-mask-rcnn@512", "meta-b-mask-rcnn@512")
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+PRECISION_NAMES = (*PRECISIONS, "int8")
 BASE = "pytorch fp32"  # what others are so many times faster than
 _LONGEST_CELL = 120
 _SHORT_OF_MEMORY = re.compile(
@@ -81,7 +81,9 @@ def _parser(gpu: dict[str, Any] | None) -> Any:
         "--case", nargs="+", type=Case.parse, default=[*map(Case.parse, CASES)], help=f"default: {CASES}"
     )
     p.add_argument("--batch", nargs="+", type=int, default=[1, 8], metavar="N", help="default: 1 8")
-    p.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="default: all")
+    p.add_argument(
+        "--precision", nargs="+", choices=PRECISION_NAMES, default=PRECISION_NAMES, help="default: all"
+    )
     p.add_argument("--backend", nargs="+", choices=[*KINDS], default=[*KINDS], help="default: all")
     p.add_argument("--count", type=int, default=16, help="photos (default: %(default)s)")
     p.add_argument("--runs", type=int, default=50, help="timed runs of each (default: %(default)s)")
@@ -102,7 +104,7 @@ def _parser(gpu: dict[str, Any] | None) -> Any:
 
 
 def find_gpu() -> dict[str, Any] | None:
-    """The GPU by nvidia-smi, or by PyTorch where only that sees it."""
+    """The GPU from nvidia-smi, or from PyTorch if only that sees it."""
     found = common.gpu()
     if found is None and torch.cuda.is_available():
         return {"name": torch.cuda.get_device_name(0)}
@@ -110,16 +112,16 @@ def find_gpu() -> dict[str, Any] | None:
 
 
 def slug(name: str) -> str:
-    """A name as part of a file's: lower case, with dashes."""
+    """A name for use in a file name: lower case, with dashes."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def choose(
     kinds: Iterable[str], precisions: Iterable[str], gpu: bool, torch_gpu: bool
 ) -> tuple[list[Contender], list[str]]:
-    """What is to be checked here, and in a line each what is left out and why."""
+    """The contenders to check here, and a line for each that is left out and why."""
     notes = []
-    written = {name for target in TARGETS.values() for name in target.precisions} & set(TOLERANCES)
+    written = {name for target in TARGETS.values() for name in target.precisions} & set(PRECISIONS)
     for precision in precisions:
         if precision not in written:
             notes.append(f"{precision} is left out: no target's bundles have it yet")
@@ -140,7 +142,7 @@ def choose(
 
 
 def check(case: Case, contenders: Sequence[Contender], args: Any) -> dict[str, dict[int, Record]]:
-    """All about one model: for each contender and batch size its record."""
+    """Check one model: a record for each contender and batch size."""
     pictures = photos(args.photos, args.count)
     records: dict[str, dict[int, Record]] = {str(contender): {} for contender in contenders}
     bundles = export_all(case, contenders, args)
@@ -165,9 +167,9 @@ def check(case: Case, contenders: Sequence[Contender], args: Any) -> dict[str, d
 
 
 def groups(contenders: Sequence[Contender], torch_gpu: bool) -> list[list[Contender]]:
-    """Those that are timed in turns: what computes on the CPU is slow, and would keep a GPU waiting.
+    """Contenders to time together: CPU and GPU apart, since slow CPU runs would keep a GPU waiting.
 
-    First the group of PyTorch, which the others' times are compared with.
+    PyTorch's group comes first, since the others' times are compared with it.
     """
     on_gpu = [one for one in contenders if KINDS[one.kind].on_gpu(torch_gpu)]
     on_cpu = [one for one in contenders if one not in on_gpu]
@@ -181,7 +183,7 @@ Bundles = dict[Contender, Path | str | None]  # a reason where there is none; No
 
 
 def export_all(case: Case, contenders: Sequence[Contender], args: Any) -> dict[int, Bundles]:
-    """The bundles for every batch size, each as a path, or as the reason why there is none."""
+    """The bundles for every batch size: paths, or the reason why there is none."""
     wanted = {
         (target, contender.precision, batch)
         for contender in contenders
@@ -205,7 +207,7 @@ def export_all(case: Case, contenders: Sequence[Contender], args: Any) -> dict[i
 
 
 def export(case: Case, target: str, precision: str, batch: int, args: Any) -> Path | str:
-    """One bundle, or the reason why there is none. What ran and how is compared later, and not here too."""
+    """Export one bundle; its path, or the reason why there is none. It is compared later, not here."""
     if target.startswith("tensorrt") and not available(target):
         return f"{TARGETS[target].title} is not installed; pip install -e '.[{target}]'"
     out = common.WORK / "gpu_check" / f"{case}-{target}-{precision}-batch-{batch}"
@@ -220,7 +222,7 @@ def export(case: Case, target: str, precision: str, batch: int, args: Any) -> Pa
 
 
 def last_line(output: str, code: int) -> str:
-    """What a command that failed said last."""
+    """The last line of a failed command's output."""
     lines = [line.strip() for line in re.split(r"[\r\n]", output) if line.strip()]
     return lines[-1] if lines and code > 0 else ended(code)
 
@@ -235,9 +237,9 @@ def ended(code: int) -> str:
 def run_group(
     job: dict[str, Any], group: Sequence[Contender], bundles: Bundles, folder: Path
 ) -> dict[str, Record]:
-    """Check contenders side by side; one that ends the process is left out, and the others begin again.
+    """Check contenders together. One that crashes the process is left out, and the others start again.
 
-    One for which the GPU's memory does not do beside the others is checked alone.
+    One that does not fit into the GPU's memory next to the others is checked alone.
     """
     records = {str(one): {"reason": bundle} for one, bundle in bundles.items() if isinstance(bundle, str)}
     todo = [one for one in group if str(one) not in records]
@@ -264,7 +266,7 @@ def run_group(
 def run_process(
     job: dict[str, Any], todo: Sequence[Contender], bundles: Bundles, folder: Path
 ) -> tuple[int, dict[str, Record], str | None]:
-    """gpu_backends.py in its process: its exit code, what it found, and whom it was opening when it ended."""
+    """Run gpu_backends.py: its exit code, its records, and the contender it was checking when it ended."""
     entries = [
         {
             "id": str(one),
@@ -285,7 +287,7 @@ def run_process(
 
 
 def read_rows(lines: Iterable[str]) -> tuple[dict[str, Record], str | None]:
-    """A record for each contender; the one that was being checked at the end, if its record is not there."""
+    """A record per contender, and the contender being checked at the end if it has no record."""
     records: dict[str, Record] = {}
     at, finds = None, None
     for line in map(json.loads, lines):
@@ -297,9 +299,9 @@ def read_rows(lines: Iterable[str]) -> tuple[dict[str, Record], str | None]:
 
 
 def compare_times(records: dict[str, Record], base: list[float] | None) -> list[float] | None:
-    """Put medians, and how often faster than PyTorch eager in float32, in the place of the single times.
+    """Replace the single times by medians and speedups over PyTorch eager in float32.
 
-    `base` are the times of that one in an earlier group, where it was in one; returns them for the next.
+    `base` are PyTorch eager's times from an earlier group, if it was in one; returned for the next group.
     """
     times = {name: record.pop("times") for name, record in records.items() if record.get("times")}
     beside = times.get(BASE)
@@ -321,7 +323,7 @@ def compare_times(records: dict[str, Record], base: list[float] | None) -> list[
 
 
 def rows(records: dict[str, dict[int, Record]], batches: Sequence[int]) -> list[dict[str, Any]]:
-    """The table: memory at the largest batch, agreement and AP at the worst."""
+    """The rows of the table: memory at the largest batch, agreement and AP at the worst."""
     made = []
     for name, of_batch in records.items():
         kind, precision = name.split(" ")
@@ -348,7 +350,7 @@ def _least(values: Iterable[float | None]) -> float | None:
 
 
 def result(of_batch: dict[int, Record]) -> str:
-    """ok, or what is the matter, at which batch size."""
+    """ok, or what is wrong at which batch size."""
     told: dict[str, list[int]] = {}
     for batch, record in of_batch.items():
         told.setdefault(verdict(record), []).append(batch)
@@ -358,7 +360,7 @@ def result(of_batch: dict[int, Record]) -> str:
 
 
 def verdict(record: Record) -> str:
-    """Of one batch size; cut to what a table's cell takes, as the file has all of it."""
+    """The result at one batch size, cut to fit a table cell; the JSON file has all of it."""
     if is_wrong(record):
         figures = record["figures"]
         off = [
@@ -380,12 +382,12 @@ def _holds(name: str, figure: float, limit: float) -> bool:
 
 
 def is_wrong(record: Record) -> bool:
-    """It ran, and its answers are not the reference's."""
+    """Whether it ran and its results do not agree with PyTorch."""
     return record.get("passed") is False
 
 
 def exit_code(cases: dict[str, dict[str, dict[int, Record]]]) -> int:
-    """1 if a back end's results were wrong; what could not run is no fault of its results."""
+    """1 if a back end's results were wrong; a back end that could not run does not count."""
     records = (
         r for contenders in cases.values() for batches in contenders.values() for r in batches.values()
     )

@@ -1,12 +1,12 @@
-"""What graph passes are worth: PyTorch's own export, the same after onnxslim, and ours for each target.
+"""What the graph passes are worth: PyTorch's own export, the same after onnxslim, and ours for each target.
 
     python benchmarks/graph_surgery.py [--case CASE ...] [--no-engines] [--no-time] [--rounds N]
 
-CASE is MODEL@SIDE, also a large one such as meta-b-mask-rcnn@1024; backbone and feature pyramid are exported.
-Counted are nodes, bytes moved, and layers and memory of TensorRT-RTX's engines, which need no GPU to build;
-timed are ONNX Runtime and OpenVINO on the CPU, in turns, as ratios to PyTorch's export on ONNX Runtime. A
-graph with operators of ONNX Runtime's own runs nowhere else. What is not installed is left out. Exit code 1:
-a goal is missed, or a graph of ours computes something else.
+CASE is MODEL@SIDE; backbone and feature pyramid are exported. Counts nodes, bytes moved, and the layers and
+memory of TensorRT-RTX engines, which need no GPU to build. Times ONNX Runtime and OpenVINO on the CPU,
+interleaved, relative to PyTorch's export on ONNX Runtime. Graphs with ONNX Runtime's own operators run only
+there. Tools that are not installed are left out. Exit code 1 if a goal is missed or one of our graphs gives
+other results.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from benchmarks.common import (
 from meta_deploy.bundle.manifest import Profile
 from meta_deploy.errors import EngineError
 from meta_deploy.export.operators import TRANSLATIONS
-from meta_deploy.export.pipeline import input_spec, preprocess_rules
+from meta_deploy.export.options import Options
+from meta_deploy.export.sources.checkpoint import input_spec, preprocess_rules
 from meta_deploy.export.trace import OPSET, quiet
-from meta_deploy.export.verify import TOLERANCES
 from meta_deploy.graph.graph import to_graph
 from meta_deploy.graph.pipeline import run_passes
-from meta_deploy.graph.precision.convert import convert
+from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.graph.traffic import bytes_moved
 from meta_deploy.imaging.images import read_image
 from meta_deploy.imaging.preprocess import Preprocessor
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for case in args.case or map(Case.parse, CASES):
         with tempfile.TemporaryDirectory() as folder:
             graphs = measured(case, Path(folder), args)
-        goals = {ERROR: TOLERANCES["fp32"]["maps"], **GOALS.get(str(case), {})}
+        goals = {ERROR: PRECISIONS["fp32"].tolerances["maps"], **GOALS.get(str(case), {})}
         results[str(case)] = {"graphs": graphs, "goals": goals, "missed": missed(graphs, goals)}
         print(f"{case}\n\n{side_by_side(graphs, goals)}\n")
         for line in results[str(case)]["missed"]:
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measured(case: Case, folder: Path, args: Any) -> dict[str, Measures]:
-    """Every graph's measures. The graphs are files: of a large model one at a time is in memory."""
+    """Each graph's measures. Graphs are kept in files, so that only one large graph is in memory."""
     model, images = subject(case, args.photos)
     files: dict[str, Path] = {}
     graphs: dict[str, Measures] = {}
@@ -148,16 +148,16 @@ def measured(case: Case, folder: Path, args: Any) -> dict[str, Measures]:
 
 
 def subject(case: Case, folder: Path | None) -> tuple[nn.Module, Tensor]:
-    """What is exported, and a picture for it."""
+    """The module to export, and an image for it."""
     loaded = load_model(checkpoint(case))
-    spec = input_spec(case.size or loaded.config.input_size, 1, None, False)
+    spec = input_spec(case.size or loaded.config.input_size, Options())
     preprocess = Preprocessor(spec, preprocess_rules(loaded.config, spec))
     batch, _ = preprocess([read_image(photos(folder, 1)[0])])
     return Features(loaded.model).eval(), torch.from_numpy(batch)
 
 
 def make_graphs(model: nn.Module, images: Tensor) -> Iterator[tuple[str, onnx.ModelProto, float]]:
-    """Each graph's name, the graph, and the seconds that it took; ours without those of tracing."""
+    """Each graph with its name and the seconds it took; ours without tracing."""
     program = traced(model, images)
     stock, seconds = clocked(partial(translate, program, optimize=True, opset=STOCK_OPSET))
     yield STOCK, stock, seconds
@@ -178,7 +178,7 @@ def make_graphs(model: nn.Module, images: Tensor) -> Iterator[tuple[str, onnx.Mo
 
 
 def traced(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
-    """The model as PyTorch's exporter takes it in."""
+    """The model as an exported program."""
     with torch.no_grad(), quiet():
         return torch.export.export(model, (images,), strict=False)
 
@@ -186,7 +186,7 @@ def traced(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
 def translate(
     program: torch.export.ExportedProgram, optimize: bool = False, opset: int = OPSET
 ) -> onnx.ModelProto:
-    """The program in ONNX: as our export has it translated, or with PyTorch's own optimizer."""
+    """The program in ONNX: translated as in our export, or with PyTorch's own optimizer."""
     with quiet():
         exported = torch.onnx.export(
             program,
@@ -202,7 +202,7 @@ def translate(
 
 
 def clocked(call: Callable[[], Any]) -> tuple[Any, float]:
-    """What a call gives, and its seconds; what it prints goes to standard error."""
+    """A call's result and its seconds; what it prints goes to standard error."""
     began = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):
         result = call()
@@ -213,7 +213,7 @@ def clocked(call: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def counted(proto: onnx.ModelProto) -> Measures:
-    """Nodes, local functions inlined and without constants, and the bytes that they move."""
+    """Nodes (functions inlined, constants not counted) and the bytes they move."""
     graph = to_graph(proto)
     moved = bytes_moved(graph)
     return {
@@ -224,7 +224,7 @@ def counted(proto: onnx.ModelProto) -> Measures:
 
 
 def errors(files: dict[str, Path], images: np.ndarray) -> dict[str, float | None]:
-    """Each graph's largest difference to the stock graph's outputs, over the largest value of that output."""
+    """Each graph's largest difference from the stock graph's outputs, relative to their largest values."""
 
     def outputs(path: Path) -> list[np.ndarray]:
         return open_session(onnx.load(path), THREADS).run(None, {"images": images})
@@ -239,7 +239,7 @@ def errors(files: dict[str, Path], images: np.ndarray) -> dict[str, float | None
 
 
 def built(name: str, path: Path) -> Measures:
-    """What engines of the graph in float16 and float32 consist of."""
+    """Layers, memory and build time of the graph's engines in float16 and float32."""
     proto = onnx.load(path)
     if not available(ENGINES):
         print("tensorrt-rtx is not installed: no engines", file=sys.stderr)
@@ -249,7 +249,7 @@ def built(name: str, path: Path) -> Measures:
     result: Measures = {}
     for precision in ("fp16", "fp32"):
         try:
-            engine = engine_measures(convert(proto, "fp16")[0] if precision == "fp16" else proto)
+            engine = engine_measures(PRECISIONS[precision].convert(proto)[0])
         except EngineError as error:
             print(f"{name} in {precision} does not build: {error}", file=sys.stderr)
             continue
@@ -259,7 +259,7 @@ def built(name: str, path: Path) -> Measures:
 
 
 def engine_measures(proto: onnx.ModelProto) -> Measures:
-    """What TensorRT-RTX's engine of a graph with one static input consists of. Raises EngineError."""
+    """Layers, memory and build time of a TensorRT-RTX engine, for one static input. Raises EngineError."""
     images = proto.graph.input[0]
     shape = tuple(dim.dim_value for dim in images.type.tensor_type.shape.dim)
     profile = Profile(images.name, shape, shape, shape)
@@ -274,12 +274,12 @@ def engine_measures(proto: onnx.ModelProto) -> Measures:
 
 
 def standard(proto: onnx.ModelProto) -> bool:
-    """Whether all operators are ONNX's own."""
+    """Whether all operators are standard ONNX."""
     return all(node.domain in ("", "ai.onnx") for node in proto.graph.node)
 
 
 def timed(files: dict[str, Path], images: np.ndarray, rounds: int) -> dict[str, Measures]:
-    """Times on ONNX Runtime and OpenVINO, all in turns, over those of the stock graph on ONNX Runtime."""
+    """Interleaved times on ONNX Runtime and OpenVINO, relative to the stock graph on ONNX Runtime."""
     runs: dict[str, Callable[[int], Any]] = {}
     openvino = importlib.util.find_spec("openvino") is not None
     if not openvino:
@@ -311,7 +311,7 @@ def timed(files: dict[str, Path], images: np.ndarray, rounds: int) -> dict[str, 
 
 
 def side_by_side(graphs: dict[str, Measures], goals: dict[str, float]) -> str:
-    """A row a measure, a column a graph, and the goal."""
+    """A table with a row per measure, a column per graph, and the goals."""
     names = list(dict.fromkeys(name for measures in graphs.values() for name in measures))
     rows = []
     for name in names:
@@ -325,7 +325,7 @@ def _or_dash(value: Any) -> Any:
 
 
 def missed(graphs: dict[str, Measures], goals: dict[str, float]) -> list[str]:
-    """The goals that none of our graphs reaches, of what was measured; the error's is for every one."""
+    """The goals that none of our graphs meets; the goal for the error holds for every graph."""
     ours = [measures for graph, measures in graphs.items() if graph.startswith("ours")]
     lines = []
     for name, limit in goals.items():

@@ -1,10 +1,10 @@
-"""From picture to result: the parts of a call, pictures a second, and the same against PyTorch.
+"""Inference from image to result: the parts of a call, images per second, and the model against PyTorch.
 
     python benchmarks/inference.py [CASE ...] [--threads N ...] [--photos DIR] [--count N]
 
-CASE is as for export_time.py, and is exported first. Against PyTorch eager, against the graph as traced,
-without our passes, and against OpenVINO with a model made for it (where it is installed), the model alone is
-timed, picture by picture in turns; ratios are medians of the turns'.
+CASE is as for export_time.py and is exported first. The model alone is also timed against PyTorch eager,
+against the traced graph without passes, and against OpenVINO with a bundle made for it (where it is
+installed), interleaved image by image; ratios are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def end_to_end(bundle: Bundle, pictures: list[Path], threads: int, rounds: int) -> dict[str, Any]:
-    """From files to results: plainly, one call a picture, and with files read ahead as meta-infer does."""
+    """From files to results: one call per image, and with files read ahead as in meta-infer."""
     results: list[Any] = []
     sources = expand(map(str, pictures))
     with Predictor(bundle, threads=threads) as predictor:
@@ -110,7 +110,7 @@ def end_to_end(bundle: Bundle, pictures: list[Path], threads: int, rounds: int) 
 def against(
     bundle: Bundle, literal: onnx.ModelProto, model: torch.nn.Module, pictures: list[Path], threads: int
 ) -> dict[str, Any]:
-    """The model alone: the bundle's, the literal graph's, and PyTorch's milliseconds, picture by picture."""
+    """Milliseconds of the model alone, image by image: the bundle, the traced graph, and PyTorch."""
     preprocess = Preprocessor(bundle.input, bundle.preprocess)
     batches = [preprocess([read_image(path)])[0] for path in pictures]
     plain = open_session(literal, threads)

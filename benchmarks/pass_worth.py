@@ -1,9 +1,9 @@
-"""What each graph pass is worth: the target's pipeline without it, against the whole pipeline.
+"""What each graph pass is worth: the target's pipeline without it, compared with the whole pipeline.
 
     python benchmarks/pass_worth.py [CASE] [--rounds N] [--no-engines] [--no-time]
 
-Backbone and feature pyramid, as in graph_surgery.py. For tensorrt what counts is the layers of the float16
-engine that TensorRT-RTX builds, for onnxruntime the time on the CPU, in turns, over the whole pipeline's.
+Backbone and feature pyramid, as in graph_surgery.py. For tensorrt, counts the layers of a TensorRT-RTX engine
+in float16; for onnxruntime, measures the time on the CPU, interleaved, relative to the whole pipeline's.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from benchmarks.graph_surgery import (
 )
 from meta_deploy.errors import EngineError
 from meta_deploy.graph.pipeline import COSTS, PIPELINES, run_passes
-from meta_deploy.graph.precision.convert import convert
+from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.targets.tensorrt.build import available
 
 WHOLE = "whole pipeline"
@@ -73,9 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def engine(proto: onnx.ModelProto) -> dict[str, Any]:
-    """Layers and memory of the float16 engine; none where it does not build."""
+    """Layers and memory of the float16 engine; empty if it does not build."""
     try:
-        built = engine_measures(convert(proto, "fp16")[0])
+        built = engine_measures(PRECISIONS["fp16"].convert(proto)[0])
     except EngineError as error:
         print(f"does not build: {error}", file=sys.stderr)
         return {}
@@ -84,7 +84,7 @@ def engine(proto: onnx.ModelProto) -> dict[str, Any]:
 
 
 def slowdown(files: dict[str, Path], images: Any, rounds: int) -> dict[str, float]:
-    """Each graph's time on ONNX Runtime over that of the whole pipeline's."""
+    """Each graph's time on ONNX Runtime relative to the whole pipeline's."""
     sessions = {name: open_session(onnx.load(path), THREADS) for name, path in files.items()}
     runs = {
         name: lambda turn, session=session: session.run(None, {"images": images})

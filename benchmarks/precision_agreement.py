@@ -1,7 +1,7 @@
-"""How well a lower precision finds what float32 finds: its detections' AP with float32's as the truth.
+"""How well a lower precision finds what float32 finds: AP of its detections with float32's as ground truth.
 
-The graphs that go into TensorRT engines, on the CPU: products in float32, what each node makes rounded to its
-type, as a GPU's tensor cores do it. Both precisions of one graph, so that nothing else differs.
+Runs the graphs of TensorRT engines on the CPU, with products in float32 and each node's result rounded to its
+type, as a GPU's tensor cores do. Both precisions start from the same graph, so that nothing else differs.
 
 python benchmarks/precision_agreement.py [--case CASE ...] [--precision fp16 bf16] [--count 40]
 """
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.common import WORK, Case, export, machine, parser, photos, save, table
 from meta_deploy.bundle.bundle import Bundle, write_bundle
-from meta_deploy.graph.precision.convert import emulated
+from meta_deploy.graph.precision.emulate import emulated
 from meta_deploy.report.accuracy import coco_ap
 from meta_deploy.runtime.predictor import Predictor
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def exported(case: Case, precision: str) -> Bundle:
-    """A bundle whose model.onnx answers as an engine of that precision would."""
+    """A bundle whose model.onnx rounds like an engine of that precision."""
     folder, _ = export(case, "--target", "tensorrt-rtx", f"--{precision}", "--no-verify")
     bundle = Bundle.open(folder)
     if precision == "fp32":
@@ -58,15 +58,16 @@ def exported(case: Case, precision: str) -> Bundle:
 
 
 def detections(bundle: Bundle, paths: Sequence[Path]) -> list[list[dict[str, Any]]]:
-    """COCO results of each photo, all that the model itself counts as found."""
+    """COCO results of each photo, at the model's own score threshold."""
     with Predictor(bundle, backend="onnxruntime") as predictor:
         return [predictor(path).to_coco(i) for i, path in enumerate(paths, 1)]
 
 
 def row(case: Case, precision: str, truth: list[list[dict]], found: list[list[dict]]) -> dict[str, Any]:
-    """AP of box and mask: every detection of float32 as an object to find, and the sure ones alone.
+    """Box and mask AP with all of float32's detections as ground truth, and with the confident ones only.
 
-    Where a model finds as many as it may, and at its least score, rounding decides which are last.
+    Where a model reaches its maximum number of detections or its score threshold, rounding decides which are
+    last.
     """
     results = [entry for entries in found for entry in entries]
     report = coco_ap(as_truth(truth), results)
@@ -101,7 +102,7 @@ def as_truth(results: list[list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def image(number: int, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """COCO's record of a photo; where nothing was found in it, its size does not matter."""
+    """A photo's COCO record; its size does not matter if nothing was found in it."""
     height, width = results[0]["segmentation"]["size"] if results else (1, 1)
     return {"id": number, "height": height, "width": width}
 

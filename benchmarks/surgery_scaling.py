@@ -1,10 +1,10 @@
-"""Seconds of every graph pass on graphs of more and more nodes: a pass has to take time in line with them.
+"""Seconds of every graph pass on graphs of growing size: time should grow in proportion to the nodes.
 
     python benchmarks/surgery_scaling.py [--nodes N ...] [--targets NAME ...]
 
-The graph is made up: blocks of norm, attention, convolution and what moves data between them, as an exporter
-writes them, each with weights of its own. Each size runs in a process of its own, whose peak memory counts.
-Exit code 1: the goal is missed, which is for the largest of the default sizes.
+The graph is synthetic: blocks of norm, attention, convolution and the data movement between them, as an
+exporter writes them, each with its own weights. Each size runs in its own process, for its peak memory. Exit
+code 1 if the goal, which is for the largest default size, is missed.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Blocks:
         return self.op("Add", self.op("MatMul", x, weight), self.weight(outer))
 
     def attention(self, x: str) -> str:
-        """Tokens to tokens, q, k and v cut out of one projection as an exporter does."""
+        """Attention on tokens, with q, k and v sliced from one projection as exporters write it."""
         each = DIM // HEADS
         packed = self.linear(self.norm(x), DIM, 3 * DIM)
         packed = self.op("Reshape", packed, self.ints(1, TOKENS, 3, HEADS, each))
@@ -89,7 +89,7 @@ class Blocks:
         return self.op("Add", x, self.linear(y, DIM, DIM))
 
     def convolutions(self, x: str) -> str:
-        """Tokens to tokens by way of a picture, in two parts."""
+        """Convolutions on tokens arranged as an image, split into two halves."""
         picture = self.op("Transpose", self.norm(x), perm=[0, 2, 1])
         picture = self.op("Reshape", picture, self.ints(1, DIM, SIDE, SIDE))
         half = DIM // 2
@@ -115,7 +115,7 @@ class Blocks:
 
 
 def made_up(nodes: int, seed: int = 0) -> onnx.ModelProto:
-    """A graph of about so many nodes, and no fewer."""
+    """A synthetic graph of at least `nodes` nodes."""
     blocks = Blocks(seed)
     x = "x"
     while len(blocks.nodes) < nodes:
@@ -152,14 +152,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def alone(nodes: int, target: str) -> dict[str, Any]:
-    """`run` in a process of its own."""
+    """`run` in its own process."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(run, nodes, target).result()
 
 
 def run(nodes: int, target: str) -> dict[str, Any]:
-    """A pipeline over a graph of so many nodes: seconds in all and of each pass, and peak memory of all."""
+    """Run a pipeline on a graph of `nodes` nodes: seconds in total and per pass, and peak memory."""
     from meta_deploy.export.pipeline import peak_rss_mb
     from meta_deploy.graph.pipeline import COSTS, PIPELINES, run_passes
 
@@ -175,9 +175,9 @@ def run(nodes: int, target: str) -> dict[str, Any]:
 
 
 def side_by_side(runs: dict[int, dict[str, Any]]) -> str:
-    """A row a pass, a column a size, the power of the nodes that seconds grow with, the largest's changes.
+    """A row per pass, a column per size, the exponent of growth, and the changes in the largest graph.
 
-    A pass is named twice where it runs twice. What is not in a pass is to read, count and write the graph.
+    A pass that runs twice has two rows. The time outside of passes is for reading, counting and writing.
     """
     sizes = list(runs)
     columns = {size: [(p["name"], p["seconds"]) for p in runs[size]["passes"]] for size in sizes}

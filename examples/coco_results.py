@@ -1,4 +1,4 @@
-"""Average precision of a bundle on COCO annotations, and the results as a file that COCO's tools read.
+"""Evaluate a bundle on COCO annotations: print AP and write the results as COCO JSON.
 
 python examples/coco_results.py annotations.json images/ [BUNDLE]
 """
@@ -16,7 +16,7 @@ def main(annotations: str, images: str, bundle: str | None = None) -> None:
     category = {entry["name"]: entry["id"] for entry in truth["categories"]}
 
     results = []
-    # AP counts every detection, also those too unsure to be shown.
+    # AP needs all detections, including those with low scores.
     with Predictor(bundle, score_threshold=0.0) as predictor:
         if unknown := set(predictor.bundle.classes) - set(category):
             sys.exit(f"The annotations have no category '{min(unknown)}', which the bundle knows.")

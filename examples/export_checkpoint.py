@@ -1,4 +1,4 @@
-"""Turn a checkpoint into a bundle, and say how near it is to PyTorch. Needs the [export] extra.
+"""Export a checkpoint and print how well it agrees with PyTorch. Needs the [export] extra.
 
 python examples/export_checkpoint.py model.pth my-bundle
 """
@@ -12,9 +12,9 @@ from meta_deploy.export import export
 def main(checkpoint: str, out: str) -> None:
     try:
         bundle = export(checkpoint, target="onnxruntime", out=out)
-    except InputError as error:  # a checkpoint that cannot be used, a folder that cannot be written
+    except InputError as error:  # an unusable checkpoint, an output folder that cannot be written
         sys.exit(f"bad input: {error}")
-    except VerificationError as error:  # the graph does not answer as the model does; nothing was written
+    except VerificationError as error:  # the graph does not match the model; nothing was written
         sys.exit(f"not the same model: {error}")
 
     manifest = bundle.manifest

@@ -1,4 +1,4 @@
-"""Find the objects in a folder of images, several threads on one predictor: the model is in memory once.
+"""Find the objects in a folder of images with several threads that share one predictor.
 
 python examples/predict_folder_threads.py photos/ [THREADS [BUNDLE]]
 """
@@ -15,7 +15,7 @@ from meta_deploy.errors import ImageError
 def main(folder: str, threads: str = "4", bundle: str | None = None) -> None:
     paths = sorted(path for path in Path(folder).iterdir() if path.is_file())
 
-    # Each call runs on one core, so that the calls share the cores and not each call all of them.
+    # One core per call, so that concurrent calls do not compete for all cores.
     with Predictor(bundle, threads=1, score_threshold=0.3) as predictor:
 
         def find(path: Path) -> Detections | ImageError:

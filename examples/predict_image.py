@@ -1,4 +1,4 @@
-"""Find the objects in one image: print them, and write an overlay.
+"""Find the objects in one image, print them and write an overlay.
 
 python examples/predict_image.py photo.jpg [BUNDLE]
 """
@@ -17,7 +17,7 @@ def main(image: str, bundle: str | None = None) -> None:
         print(f"{name:<10} {score:.2f}  ({x0}, {y0}) to ({x1}, {y1}), {segment.sum()} pixels")
     found.save("overlay.jpg")
     ms = found.timings
-    print(f"overlay.jpg; {ms.pre:.1f} ms before the model, {ms.model:.1f} in it, {ms.post:.1f} after")
+    print(f"overlay.jpg; {ms.pre:.1f} ms preprocessing, {ms.model:.1f} model, {ms.post:.1f} postprocessing")
 
 
 if __name__ == "__main__":

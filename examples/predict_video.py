@@ -1,4 +1,4 @@
-"""Follow what is in a video, frame by frame; the next frame is decoded while one is computed.
+"""Count the objects in a video, frame by frame; the next frame is decoded while the model runs.
 
 python examples/predict_video.py clip.mp4 [BUNDLE]
 """

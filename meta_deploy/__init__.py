@@ -10,10 +10,11 @@ __version__ = "0.1.0"
 _LAZY = {
     "Predictor": "meta_deploy.runtime.predictor",
     "Bundle": "meta_deploy.bundle.bundle",
-    "Detections": "meta_deploy.tasks.results",
-    "Segmentation": "meta_deploy.tasks.results",
+    "Detections": "meta_deploy.tasks.detection",
+    "Segmentation": "meta_deploy.tasks.semantic_segmentation",
+    "Arrays": "meta_deploy.tasks.raw",
 }
-__all__ = ["Bundle", "Detections", "Predictor", "Segmentation", "__version__"]
+__all__ = ["Arrays", "Bundle", "Detections", "Predictor", "Segmentation", "__version__"]
 
 
 def __getattr__(name: str):

@@ -12,8 +12,11 @@ from meta_deploy.bundle.manifest import (
     Manifest,
     ModelInfo,
     Preprocess,
+    RawInput,
+    RawManifest,
     Size,
     SizeRange,
+    Stretch,
     TensorRTRTXEngine,
     TensorSpec,
     Thresholds,
@@ -126,3 +129,57 @@ def segmenter(size: tuple[int, int], dynamic: bool = False) -> bytes:
     )
     model = h.make_model(graph, opset_imports=[h.make_opsetid("", 17)], ir_version=8)
     return model.SerializeToString()
+
+
+def raw_manifest(of_images: bool = False, **changes) -> RawManifest:
+    """Of `doubler`, or with `of_images` of `average`, which takes one of 64x64, stretched and in BGR."""
+    size = (1, 3, 64, 64)
+    fields = {
+        "model": ModelInfo(name="doubler"),
+        "inputs": (
+            RawInput(name="x", dtype="float32", shape=("n", 3), min=(1, 3), opt=(2, 3), max=(4, 3)),
+            RawInput(name="k", dtype="int64", shape=(2,), min=(2,), opt=(2,), max=(2,)),
+        ),
+        "outputs": (
+            TensorSpec(name="a/y", dtype="float32", shape=("n", 3)),
+            TensorSpec(name="more", dtype="bool", shape=(2,)),
+        ),
+        "target": "onnxruntime",
+        "precision": "fp32",
+    }
+    if of_images:
+        fields |= {
+            "model": ModelInfo(name="average"),
+            "inputs": (RawInput(name="pixels", dtype="float32", shape=size, min=size, opt=size, max=size),),
+            "outputs": (TensorSpec(name="mean", dtype="float32", shape=(1, 3)),),
+            "image": input_spec((64, 64), name="pixels"),
+            "preprocess": Preprocess(
+                resize=Stretch(size=(64, 64)), mean=(0.0, 10.0, 20.0), std=(255.0,) * 3, channels="bgr"
+            ),
+        }
+    return RawManifest(**fields | changes)
+
+
+def raw_model(of_images: bool = False) -> bytes:
+    """`doubler`: a/y = 2 x, more = k > 5. `average`: the mean of each channel."""
+    from onnx import TensorProto as T
+    from onnx import helper as h
+
+    if of_images:
+        nodes = [h.make_node("ReduceMean", ["pixels"], ["mean"], axes=[2, 3], keepdims=0)]
+        inputs = [h.make_tensor_value_info("pixels", T.FLOAT, [1, 3, 64, 64])]
+        outputs = [h.make_tensor_value_info("mean", T.FLOAT, [1, 3])]
+        constants = []
+    else:
+        nodes = [h.make_node("Add", ["x", "x"], ["a/y"]), h.make_node("Greater", ["k", "five"], ["more"])]
+        inputs = [
+            h.make_tensor_value_info("x", T.FLOAT, ["n", 3]),
+            h.make_tensor_value_info("k", T.INT64, [2]),
+        ]
+        outputs = [
+            h.make_tensor_value_info("a/y", T.FLOAT, ["n", 3]),
+            h.make_tensor_value_info("more", T.BOOL, [2]),
+        ]
+        constants = [h.make_tensor("five", T.INT64, [], [5])]
+    graph = h.make_graph(nodes, "raw", inputs, outputs, constants)
+    return h.make_model(graph, opset_imports=[h.make_opsetid("", 17)], ir_version=8).SerializeToString()

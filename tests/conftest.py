@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from meta_deploy.bundle.bundle import Bundle, write_bundle
-from tests.bundles_by_hand import detector, manifest, segmenter
+from tests.bundles_by_hand import detector, manifest, raw_manifest, raw_model, segmenter
 
 COCO = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco-tiny"
 
@@ -27,7 +27,7 @@ def coco_tiny() -> Path:
 
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory) -> Path:
-    """Bundles, all 64x64: detector, detector-batch (4), detector-dynamic, segmenter, *-dynamic."""
+    """Bundles of 64x64: detector, detector-batch (4), segmenter, *-dynamic, raw-image; and raw."""
     folder = tmp_path_factory.mktemp("bundles")
     size = (64, 64)
     instances, semantic = "instance-segmentation", "semantic-segmentation"
@@ -37,6 +37,8 @@ def bundles(tmp_path_factory) -> Path:
         "detector-dynamic": (manifest(instances, size, True, 4), detector(size, True)),
         "segmenter": (manifest(semantic, size), segmenter(size)),
         "segmenter-dynamic": (manifest(semantic, size, True), segmenter(size, True)),
+        "raw": (raw_manifest(), raw_model()),
+        "raw-image": (raw_manifest(of_images=True), raw_model(of_images=True)),
     }
     for name, (content, model) in made.items():
         write_bundle(folder / name, content, {"model.onnx": model})

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.demo_accuracy import measure
 from meta_deploy.bundle.bundle import Bundle
-from meta_deploy.export.verify import TOLERANCES
+from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.imaging.images import read_image
 from meta_deploy.imaging.preprocess import Preprocessor
 from meta_deploy.models.checkpoint.load import load_model
@@ -44,7 +44,10 @@ def test_the_bundle_is_of_the_checkpoints_model(bundle):
 def test_the_bundle_passed_todays_verification(bundle):
     verification = bundle.manifest.verification
     assert verification["passed"]
-    assert verification["stages"]["maps"]["tolerance"]["max_relative_error"] <= TOLERANCES["fp32"]["maps"]
+    assert (
+        verification["stages"]["maps"]["tolerance"]["max_relative_error"]
+        <= PRECISIONS["fp32"].tolerances["maps"]
+    )
 
 
 def test_the_bundle_answers_as_the_checkpoint(bundle):

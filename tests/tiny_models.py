@@ -5,11 +5,16 @@ import functools
 import numpy as np
 import onnxruntime
 import torch
+from torch import nn
 
-from meta_deploy.export.pipeline import input_spec
-from meta_deploy.export.trace import export_onnx
+from meta_deploy.export.options import Options
+from meta_deploy.export.sources.checkpoint import input_spec
+from meta_deploy.export.trace import export_onnx, quiet
 from meta_deploy.graph.pipeline import COSTS, PIPELINES, run_passes
-from meta_deploy.models.registry import BackboneConfig, MaskRCNNConfig, UPerNetConfig, build_model
+from meta_deploy.models.backbones.meta import METAConfig
+from meta_deploy.models.heads.mask_rcnn import MaskRCNNConfig
+from meta_deploy.models.heads.upernet import UPerNetConfig
+from meta_deploy.models.registry import build_model
 
 SIZE = (96, 128)
 BACKBONE = {"embed_dim": 16, "depth": 4, "num_heads": 2, "inplanes": 4, "adapter_parts": 1, "pos_grid": 4}
@@ -18,7 +23,7 @@ BACKBONE = {"embed_dim": 16, "depth": 4, "num_heads": 2, "inplanes": 4, "adapter
 def detector(**backbone):
     return MaskRCNNConfig(
         "tiny-mask-rcnn",
-        BackboneConfig(**{**BACKBONE, **backbone}),
+        METAConfig(**{**BACKBONE, **backbone}),
         num_classes=5,
         fpn_channels=8,
         fc_channels=16,
@@ -31,7 +36,7 @@ def detector(**backbone):
 
 
 def segmenter(**backbone):
-    backbone = BackboneConfig(**{**BACKBONE, **backbone})
+    backbone = METAConfig(**{**BACKBONE, **backbone})
     return UPerNetConfig("tiny-upernet", backbone, num_classes=6, channels=8, input_size=SIZE)
 
 
@@ -91,7 +96,8 @@ class Exported:
     ):
         self.config = config
         self.model = lively(config)
-        self.spec = input_spec(size or config.input_size, batch, dynamic_batch, dynamic_size)
+        options = Options(batch=batch, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
+        self.spec = input_spec(size or config.input_size, options)
         self.literal = export_onnx(self.model, self.spec, operators)
         pipeline = "onnxruntime" if operators == "native" else "tensorrt"
         self.graph, self.passes = run_passes(self.literal, list(PIPELINES[pipeline]), COSTS[pipeline])
@@ -169,3 +175,88 @@ def _partners(expected, actual):
 
 
 NEAR = {"boxes": 0.05, "scores": 1e-3, "labels": 0, "masks": 5e-3, "proposals": 0.05, "proposal_logits": 1e-3}
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2))
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1))
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(torch.relu(x + self.body(x)))
+
+
+class Shifted(nn.Module):
+    """A block of windowed attention, shifted, with a bias for each place and a mask (as in Swin)."""
+
+    def __init__(self, bias=True):
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(16), nn.Linear(16, 48), nn.Linear(16, 16)
+        self.bias = nn.Parameter(torch.randn(4, 16, 16)) if bias else None
+
+    def forward(self, x):
+        B, H, W, C = x.shape
+        t = torch.roll(self.norm(x), (-2, -2), (1, 2))
+        t = t.view(B, H // 4, 4, W // 4, 4, C).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, C)
+        q, k, v = self.qkv(t).reshape(-1, 16, 3, 4, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        weights = (q * 0.5) @ k.transpose(-2, -1)
+        if self.bias is not None:
+            weights = weights + self.bias
+        t = self.out((weights.softmax(-1) @ v).transpose(1, 2).reshape(-1, 16, C))
+        t = t.view(B, H // 4, W // 4, 4, 4, C).permute(0, 1, 3, 2, 4, 5).reshape(B, H, W, C)
+        return x + torch.roll(t, (2, 2), (1, 2))
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class Packed(nn.Module):
+    """Attention as a ViT of timm has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x):
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, 4, C // 4).permute(2, 0, 3, 1, 4).unbind(0)
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return x + self.out(y.transpose(1, 2).reshape(B, N, C))
+
+
+OTHERS = {
+    "residual": (Residual, (2, 3, 32, 32)),
+    "encoder": (Encoder, (2, 7, 16)),
+    "packed": (Packed, (2, 7, 16)),
+    "shifted windows": (Shifted, (2, 8, 12, 16)),
+    "shifted windows, no bias": (lambda: Shifted(bias=False), (2, 8, 12, 16)),
+}
+
+
+@functools.cache
+def other(name, opset=20, dynamic=False):
+    make, shape = OTHERS[name]
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    with quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            make().eval(),
+            (x,),
+            dynamo=True,
+            optimize=False,
+            opset_version=opset,
+            input_names=["x"],
+            dynamic_shapes=({0: torch.export.Dim("b", min=1)},) if dynamic else None,
+            verbose=False,
+        )
+    return program.model_proto, {"x": x.numpy()}

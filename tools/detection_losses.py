@@ -1,6 +1,6 @@
-"""Training losses of Mask R-CNN, as MMDetection 2.x has them: target assignment, sampling, the five losses.
+"""Training losses of Mask R-CNN as in MMDetection 2.x: target assignment, sampling, the five losses.
 
-Knows the reference model's parts; knows nothing of data, optimizers or schedules.
+Knows the model's parts, but no data, optimizers or schedules.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROI_STDS = (0.1, 0.1, 0.2, 0.2)
 
 @dataclass(frozen=True)
 class Truth:
-    """What is in one image: boxes (G, 4) float32 xyxy in pixels, labels (G,) int64, masks (G, H, W) uint8."""
+    """An image's objects: boxes (G, 4) float32 xyxy in pixels, labels (G,) int64, masks (G, H, W) uint8."""
 
     boxes: Tensor
     labels: Tensor
@@ -30,9 +30,9 @@ class Truth:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """How many anchors, RoIs and masks an image gives to the losses, and what each loss weighs.
+    """How many anchors, RoIs and masks per image enter the losses, and each loss's weight.
 
-    The assignment thresholds are MMDetection's; the numbers of RoIs are for a small model on small pictures.
+    The assignment thresholds are MMDetection's; the numbers of RoIs suit a small model on small images.
     """
 
     anchors: int = 256
@@ -51,9 +51,9 @@ def assign(overlaps: Tensor, positive: float, negative: float, low_quality: floa
 
     Args:
         overlaps: IoU (G, N) of G objects with N candidates.
-        positive: a candidate with at least this IoU takes the object it overlaps most.
-        negative: a candidate with less than this IoU everywhere is background.
-        low_quality: when given, the best candidates of each object (ties included) take that object if their
+        positive: a candidate with at least this IoU is assigned to the object it overlaps most.
+        negative: a candidate with less than this IoU with every object is background.
+        low_quality: if given, the best candidates of each object (ties included) are assigned to it if their
             IoU is at least this.
 
     Returns:
@@ -74,13 +74,13 @@ def assign(overlaps: Tensor, positive: float, negative: float, low_quality: floa
 
 
 def sample(assigned: Tensor, count: int, positives: float) -> tuple[Tensor, Tensor]:
-    """Draw at most `count` candidates at random, at most the fraction `positives` of them positive.
+    """Sample at most `count` candidates, of which at most the fraction `positives` is positive.
 
     Args:
         assigned: (N,), from `assign`.
 
     Returns:
-        Indices of the positive and of the negative candidates; negatives fill up what positives leave.
+        Indices of the positive and of the negative candidates; negatives fill the rest.
     """
     positive = _choose((assigned >= 0).nonzero().squeeze(1), int(count * positives))
     negative = _choose((assigned == NEGATIVE).nonzero().squeeze(1), count - len(positive))
@@ -94,7 +94,7 @@ def _choose(indices: Tensor, count: int) -> Tensor:
 def detection_losses(
     model: torch.nn.Module, images: Tensor, truths: list[Truth], settings: LossSettings
 ) -> dict[str, Tensor]:
-    """The losses of a batch; their sum is what to minimize.
+    """The losses of a batch, to be summed.
 
     Args:
         model: the Mask R-CNN, in training mode.
@@ -157,14 +157,14 @@ def rpn_losses(
 
 @dataclass(frozen=True)
 class SampledRois:
-    """RoIs of one image: boxes (R, 4); the first P are positive and show the objects (P,), by index."""
+    """RoIs of one image: boxes (R, 4), of which the first P are positive; objects (P,) are their indices."""
 
     boxes: Tensor
     objects: Tensor
 
 
 def sample_rois(proposals: Tensor, truth: Truth, settings: LossSettings) -> SampledRois:
-    """Choose RoIs (R, 4) from proposals (N, 4) and the true boxes themselves."""
+    """Sample RoIs (R, 4) from the proposals (N, 4) and the ground-truth boxes."""
     candidates = torch.cat([truth.boxes, proposals])
     assigned = assign(box_iou(truth.boxes, candidates), 0.5, 0.5)
     positive, negative = sample(assigned, settings.rois, settings.roi_positives)
@@ -178,7 +178,7 @@ def roi_losses(
     truths: list[Truth],
     settings: LossSettings,
 ) -> dict[str, Tensor]:
-    """Losses of the second stage: classes and boxes averaged over all RoIs, masks over the positive ones.
+    """Losses of the second stage: class and box averaged over all RoIs, mask over the positive ones.
 
     Args:
         features: the FPN's maps; proposals: one (N, 4) per image.
@@ -214,8 +214,8 @@ def pool_by_image(
 ) -> Tensor:
     """Pool the RoIs of each image from that image's maps: (P, 4) per image -> (sum of P, C, S, S).
 
-    Taken apart once by `unbind`, the maps get their gradient in one piece; picking image after image out of
-    the batch would make a gradient of the whole batch's size for every pick.
+    The batch is split once with `unbind`. Indexing it image by image would make a gradient of the whole
+    batch's size each time.
     """
     by_image = zip(*(feature.unbind(0) for feature in features[:4]), strict=True)
     return torch.cat(
@@ -251,14 +251,14 @@ def mask_loss(
 
 
 def crop_masks(masks: Tensor, objects: Tensor, boxes: Tensor, size: int = 28) -> Tensor:
-    """The part of each mask inside its box, at (size, size), as RoIAlign with 2x2 bilinear samples a bin.
+    """Crop each mask to its box and resize it to (size, size), as RoIAlign with 2x2 bilinear samples per bin.
 
-    Kept as coverage in 0..1 where MMDetection rounds it: the half-way line, at which masks are cut when they
-    are pasted, then lies on the true edge to a fraction of a bin.
+    The result is coverage in 0..1, which MMDetection rounds. Without rounding, masks pasted and cut at 0.5
+    are accurate to a fraction of a bin.
 
     Args:
         masks: (G, H, W) uint8, 0 or 1.
-        objects: (P,) which mask each box crops.
+        objects: (P,) index of the mask for each box.
         boxes: (P, 4) xyxy in pixels.
 
     Returns:

@@ -1,9 +1,9 @@
-"""Write what ships with the package: example pictures, the demo checkpoint, and the bundle exported from it.
+"""Write the assets of the package: example images, the demo checkpoint, and the bundle exported from it.
 
     python tools/make_assets.py runs/demo/meta-nano-mask-rcnn.pth
 
-The pictures are scenes that no training or test uses. The checkpoint is stored again with the zoo's own
-configuration, so that it says what the zoo says.
+The images are scenes that neither training nor tests use. The checkpoint is saved again with the registry's
+configuration, so that both agree.
 """
 
 import argparse
@@ -15,7 +15,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from meta_deploy.export.pipeline import export
-from meta_deploy.models.checkpoint.load import load_model, save_checkpoint
+from meta_deploy.models.checkpoint.load import load_model
+from meta_deploy.models.checkpoint.save import save_checkpoint
 from meta_deploy.models.registry import get_config
 from tools.scenes import CALIBRATION_SEEDS, generate
 
@@ -24,7 +25,7 @@ NAME = "meta-nano-mask-rcnn"
 
 
 def write_images(folder: Path) -> None:
-    """Eight scenes of several sizes and shapes, as JPEG."""
+    """Write eight scenes of various sizes as JPEG."""
     folder.mkdir(parents=True, exist_ok=True)
     sizes = [(480, 640), (640, 480), (480, 480), (360, 640)]  # (height, width)
     for i, seed in enumerate(CALIBRATION_SEEDS[:8]):

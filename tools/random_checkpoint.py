@@ -1,11 +1,11 @@
-"""A checkpoint of any zoo model with lively random weights, for exports that no trained weights exist for.
+"""A checkpoint of any model with random weights that detect something, for models without trained weights.
 
     python tools/random_checkpoint.py meta-t-mask-rcnn out.pth [--seed 0]
 
-Freshly initialized, a deep network's activations fade, the injectors are off and nothing is ever detected: a
-wrong export would look right. Here one forward pass over noise with the spectrum of photos sets every layer,
-the moment it has run, so that its channels have mean 0 and a spread of order one (data-dependent
-initialization: Mishkin & Matas, ICLR 2016), and the background's bias so that some proposals are objects.
+In a freshly initialized deep network, activations fade, the injectors are off and nothing is detected, so a
+wrong export would look right. Here, one forward pass over noise with the spectrum of photos scales each layer
+right after it ran, so that its channels have mean 0 and a spread of order one (data-dependent initialization:
+Mishkin & Matas, ICLR 2016). The background's bias is set so that some proposals become objects.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from meta_deploy.models.checkpoint.load import save_checkpoint
+from meta_deploy.models.checkpoint.save import save_checkpoint
 from meta_deploy.models.registry import MODEL_NAMES, ModelConfig, build_model, get_config
 
 PICTURES = 4
@@ -45,15 +45,15 @@ Settle = Callable[..., Tensor]
 
 
 def lively_model(config: ModelConfig, pictures: Tensor, seed: int = 0) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A model with random weights in which everything does something; the same for the same arguments.
+    """A model with random weights in which every part has an effect; deterministic.
 
     Args:
-        config: of the model.
-        pictures: (B, 3, H, W), normalized; activations are of order one on these and the like.
-        seed: of the weights.
+        config: the model's configuration.
+        pictures: (B, 3, H, W), normalized; activations are of order one on these and similar images.
+        seed: for the weights.
 
     Returns:
-        The model in evaluation mode, and what it gives for the pictures.
+        The model in evaluation mode, and its outputs for the pictures.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
@@ -77,7 +77,7 @@ def lively_model(config: ModelConfig, pictures: Tensor, seed: int = 0) -> tuple[
 
 
 def _once_run(module: nn.Module, settle: Settle) -> None:
-    """Have `settle(module, input, output)` set a module after its first run and return its new output."""
+    """After a module's first run, let `settle(module, input, output)` set it and return its new output."""
 
     def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         handle.remove()  # once only: the RPN's layers run on every level
@@ -87,13 +87,13 @@ def _once_run(module: nn.Module, settle: Settle) -> None:
 
 
 def _statistics(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Each channel's mean, and the spread of all around theirs: a channel that is quiet here stays so."""
+    """Each channel's mean, and one spread for all channels, so that quiet channels stay quiet."""
     channels = x.movedim(axis, 0).flatten(1)
     return channels.mean(dim=1), channels.var(dim=1).mean().sqrt()
 
 
 def _standardize(spread: float, layer: nn.Module, x: Tensor, output: Tensor) -> Tensor:
-    """Scale a layer's weights and move its bias."""
+    """Scale a layer's weights and shift its bias."""
     axis = output.dim() - 1 if isinstance(layer, nn.Linear) else 1
     mean, actual = _statistics(output, axis)
     scale = spread / actual
@@ -106,7 +106,7 @@ def _standardize(spread: float, layer: nn.Module, x: Tensor, output: Tensor) -> 
 
 
 def _set_statistics(norm: nn.BatchNorm2d, x: Tensor, output: Tensor) -> Tensor:
-    """The same for a batch norm, which has statistics of its own."""
+    """The same for a batch norm, by its running statistics."""
     mean, spread = _statistics(x, 1)
     norm.running_mean.copy_(mean)
     norm.running_var.uniform_(0.8, 1.25).mul_(spread**2)
@@ -116,9 +116,9 @@ def _set_statistics(norm: nn.BatchNorm2d, x: Tensor, output: Tensor) -> Tensor:
 def _set_classifier(
     spread: float, pictures: int, threshold: float, layer: nn.Linear, x: Tensor, output: Tensor
 ) -> Tensor:
-    """The same for class logits (background last), of which a share `OBJECTS` shall be above the threshold.
+    """The same for class logits (background last), so that a fraction `OBJECTS` is above the threshold.
 
-    The layer is made blind to what tells the pictures apart, or one of them would have all the objects.
+    The layer ignores what differs between the pictures, or one of them would get all the objects.
     """
     means = x.reshape(pictures, -1, x.shape[1]).mean(dim=1)
     directions = torch.linalg.svd(means - means.mean(dim=0), full_matrices=False).Vh[:-1]
@@ -133,10 +133,7 @@ def _set_classifier(
 
 
 def noise(size: tuple[int, int], count: int = PICTURES, seed: int = 0) -> Tensor:
-    """Pictures (count, 3, H, W), normalized, whose amplitudes fall with frequency as those of photos do.
-
-    Mostly grey, and from dark to bright.
-    """
+    """Normalized images (count, 3, H, W) with the spectrum of photos: mostly grey, from dark to bright."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -151,7 +148,7 @@ def noise(size: tuple[int, int], count: int = PICTURES, seed: int = 0) -> Tensor
 
 
 def describe(outputs: dict[str, Tensor]) -> str:
-    """What the model gives for the pictures that it was set on, in a line."""
+    """The model's outputs for the pictures that it was scaled on, in one line."""
     if "logits" in outputs:
         pixels = torch.bincount(outputs["logits"].argmax(dim=1).flatten()).double()
         return f"{(pixels > 0).sum()} classes, the commonest {pixels.max() / pixels.sum():.0%} of the pixels"

@@ -1,6 +1,6 @@
-"""Procedural scenes of overlapping, textured shapes: the data that the demo model is trained and judged on.
+"""Procedural scenes of overlapping, textured shapes: the demo model's training and test data.
 
-A scene is a pure function of its seed and size. Knows numpy and OpenCV, nothing of models or of files.
+A scene is a pure function of its seed and size. Knows numpy and OpenCV, but no models and no files.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SUBPIXEL_BITS = 4  # fixed-point bits of the coordinates handed to OpenCV
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture and what is in it, the shapes from the rearmost to the frontmost.
+    """An image and its ground truth, shapes ordered from back to front.
 
     Attributes:
         image: (H, W, 3) uint8, RGB.
@@ -43,10 +43,10 @@ class Scene:
 
 
 def generate(seed: int, size: tuple[int, int] = (320, 320)) -> Scene:
-    """Make the scene of a seed.
+    """Generate the scene of a seed.
 
     Args:
-        seed: any non-negative integer; the same seed and size always give the same scene.
+        seed: non-negative integer; the same seed and size always give the same scene.
         size: (height, width) in pixels.
     """
     rng = np.random.default_rng(seed)
@@ -102,7 +102,7 @@ def coco_dataset(seeds: Iterable[int], size: tuple[int, int] = (320, 320)) -> di
 
 
 def _shape_alpha(rng: np.random.Generator, name: str, diameter: float) -> np.ndarray:
-    """(S, S) float32 coverage in 0..1 of a randomly turned and slightly squeezed shape."""
+    """Coverage (S, S) float32 in 0..1 of a randomly rotated and slightly squeezed shape."""
     angle = rng.uniform(0, 2 * np.pi)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     squeeze = np.array([1.0, rng.uniform(0.78, 1.0)])
@@ -155,7 +155,7 @@ def _heart(_: np.random.Generator) -> np.ndarray:
 
 
 def _crescent(rng: np.random.Generator) -> np.ndarray:
-    """The unit disc less a disc of radius r whose centre is moved by m along x."""
+    """The unit disc minus a disc of radius r centred at (m, 0)."""
     moved, radius = rng.uniform(0.42, 0.55), rng.uniform(0.74, 0.84)
     horn_x = (1 - radius**2 + moved**2) / (2 * moved)  # where the circles cross
     outer, inner = np.arccos(horn_x), np.arccos((horn_x - moved) / radius)
@@ -182,9 +182,9 @@ _OUTLINES: dict[str, Callable[[np.random.Generator], np.ndarray]] = {
 def _free_place(
     rng: np.random.Generator, owner: np.ndarray, shape: np.ndarray, areas: list[int]
 ) -> tuple[int, int] | None:
-    """Put a shape in front of the others where no shape, itself included, gets hidden too much.
+    """Place a shape in front of the others so that every shape, itself included, stays visible enough.
 
-    Marks its pixels in `owner` and returns its (top, left) corner, or None when no try succeeded.
+    Marks its pixels in `owner` and returns its (top, left) corner, or None if every try failed.
     """
     height, width = owner.shape
     side, area = shape.shape[0], shape.sum()
@@ -204,14 +204,14 @@ def _free_place(
 def _overlap(
     size: tuple[int, ...], side: int, top: int, left: int
 ) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-    """Slices of the picture, and of a (side, side) patch placed at (top, left), where the two coincide."""
+    """The overlap of the image and a (side, side) patch at (top, left), as slices of both."""
     y1, x1 = max(top, 0), max(left, 0)
     y2, x2 = min(top + side, size[0]), min(left + side, size[1])
     return (slice(y1, y2), slice(x1, x2)), (slice(y1 - top, y2 - top), slice(x1 - left, x2 - left))
 
 
 def _paint(rng: np.random.Generator, canvas: np.ndarray, alpha: np.ndarray, corner: tuple[int, int]) -> None:
-    """Draw a textured shape, mostly with a soft shadow under it, onto the float canvas in place."""
+    """Paint a textured shape, usually with a soft shadow, onto the float canvas in place."""
     side = alpha.shape[0]
     if rng.random() < 0.6:
         reach = int(rng.integers(2, 7))
@@ -238,7 +238,7 @@ def _tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def _colour(rng: np.random.Generator, unlike: np.ndarray | None = None) -> np.ndarray:
-    """A colour (3,) in 0..255, never a class's own; kept away from `unlike` so that a shape can be seen."""
+    """A random colour (3,) in 0..255, whatever the class; not close to `unlike`, so that shapes stand out."""
     for _ in range(20):
         hue, saturation, value = rng.uniform(0, 6), rng.uniform(0.1, 0.95), rng.uniform(50, 250)
         ramp = np.clip(np.abs((hue + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
@@ -249,7 +249,7 @@ def _colour(rng: np.random.Generator, unlike: np.ndarray | None = None) -> np.nd
 
 
 def _texture(rng: np.random.Generator, height: int, width: int, colour: np.ndarray) -> np.ndarray:
-    """(height, width, 3) float32: `colour` mixed with a second one by a random pattern, then shaded."""
+    """A texture (height, width, 3) float32: `colour` mixed with another by a random pattern, then shaded."""
     kind = rng.choice(["flat", "flat", "gradient", "stripes", "checks", "clouds", "dots"])
     if kind == "flat":
         picture = np.broadcast_to(colour, (height, width, 3))
@@ -264,7 +264,7 @@ def _texture(rng: np.random.Generator, height: int, width: int, colour: np.ndarr
 
 
 def _pattern(rng: np.random.Generator, kind: str, height: int, width: int) -> np.ndarray:
-    """(height, width) float32 in 0..1."""
+    """A random pattern (height, width) float32 in 0..1."""
     if kind == "gradient":
         return _ramp(rng, height, width)
     if kind == "clouds":
@@ -280,7 +280,7 @@ def _pattern(rng: np.random.Generator, kind: str, height: int, width: int) -> np
 
 
 def _turned_grid(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates (height, width) float32, in pixels, along two axes at right angles, randomly turned."""
+    """Pixel coordinates (height, width) float32 along two perpendicular axes, randomly rotated."""
     angle, shift = rng.uniform(0, np.pi), rng.uniform(0, 50)
     y = np.arange(height, dtype=np.float32)[:, None]
     x = np.arange(width, dtype=np.float32)[None]
@@ -307,9 +307,9 @@ def _clouds(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """(height, width, 3) float32: textures blended, sometimes with soft blobs that are no shape.
+    """A background (height, width, 3) float32: blended textures, sometimes with soft blobs.
 
-    Painted at half size: it is out of focus, and that is three quarters of the work saved.
+    Painted at half size, which saves three quarters of the work and puts it out of focus.
     """
     h, w = height // 2, width // 2
     first, second = _colour(rng), _colour(rng)
@@ -328,7 +328,7 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
 
 
 def _camera(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
-    """What a camera makes of it: exposure, slight blur, sensor noise; (H, W, 3) uint8."""
+    """Camera effects: exposure, slight blur, sensor noise. Returns (H, W, 3) uint8."""
     canvas = canvas * np.float32(rng.uniform(0.75, 1.2))
     if rng.random() < 0.7:
         canvas = cv2.GaussianBlur(canvas, (0, 0), rng.uniform(0.3, 0.9))

@@ -38,7 +38,7 @@ _WRITING = threading.Lock()
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Bundle:
     """An opened bundle: its manifest is valid and every file it lists had the sha256 it should have.
 
@@ -47,6 +47,11 @@ class Bundle:
 
     path: Path
     manifest: Manifest
+
+    def __repr__(self) -> str:
+        size = sum(entry.bytes for entry in self.manifest.files.values()) / 1e6
+        what = f"{self.task} for {self.target} in {self.precision}"
+        return f"Bundle '{self.path}': {self.model_name}, {what}, {size:.1f} MB"
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Bundle:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from meta_deploy.errors import BundleError
 
@@ -221,6 +221,14 @@ Engine: TypeAlias = TensorRTEngine | TensorRTRTXEngine | OpenVINOModel
 _LIBRARIES = tuple(engine.__struct_config__.tag for engine in get_args(Engine))
 
 
+class DeclinedPlace(Struct, frozen=True, kw_only=True):
+    """A node that a pass left as it is although it is near the pass' pattern, and why."""
+
+    node: str
+    op: str
+    reason: str
+
+
 class PassRow(Struct, frozen=True, kw_only=True):
     """What a graph pass did: changes, and nodes, moves (Transpose, Reshape) and bytes moved around it."""
 
@@ -234,6 +242,7 @@ class PassRow(Struct, frozen=True, kw_only=True):
     bytes_after: Count = 0
     bytes_exact: bool = False
     seconds: float = 0.0
+    declined: tuple[DeclinedPlace, ...] | UnsetType = UNSET  # there only where the export was to explain
 
 
 class Nodes(Struct, frozen=True, kw_only=True):
@@ -414,7 +423,7 @@ def _said(error: msgspec.ValidationError, content: Any, name: str) -> str:
     for step in re.findall(r"[^.\[\]]+|\.\.\.", place):
         if step == "...":  # an entry of a dictionary: msgspec does not tell which
             return f"has a wrong value for '{dotted}' ({reason})"
-        value = value[int(step) if isinstance(value, list) else step]
+        value = value[step if isinstance(value, dict) else int(step)]
     shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
     if repr(_LINE) in reason:
         reason = "Expected a line of printable text"
@@ -430,8 +439,8 @@ def _problem(manifest: Manifest) -> str | None:
     if isinstance(manifest, RawManifest):
         if (spec is None) != (manifest.preprocess is None):
             return "has one of 'image' and 'preprocess' without the other"
-        if spec is not None and spec.name not in {value.name for value in manifest.inputs}:
-            return f"lacks the input '{spec.name}', which 'image' names"
+        if spec is not None and not (len(manifest.inputs) == 1 and _takes(manifest.inputs[0], spec.profile)):
+            return "has an 'image' that its one input does not take"
     resize = manifest.preprocess and manifest.preprocess.resize
     if spec and isinstance(resize, (Fit, Stretch)) and not _within(resize.size, spec.size.max):
         return "resizes to more than its largest input"
@@ -446,6 +455,14 @@ def _problem(manifest: Manifest) -> str | None:
         if name in ("", ".", "..", MANIFEST) or set(name) & set("/\\:") or not name.isprintable():
             return f"lists {name!r}, which is not a plain file name"
     return None
+
+
+def _takes(given: RawInput, profile: Profile) -> bool:
+    """Whether a float32 input takes every shape of a profile."""
+    return (given.name, given.dtype, len(given.shape)) == (profile.name, "float32", len(profile.min)) and all(
+        low <= least and most <= high
+        for low, least, most, high in zip(given.min, profile.min, profile.max, given.max, strict=True)
+    )
 
 
 def _within(size: Size, largest: Size) -> bool:

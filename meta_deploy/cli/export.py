@@ -1,23 +1,20 @@
-"""meta-export: a checkpoint becomes a bundle. Parses, calls the API, prints."""
+"""meta-export: a checkpoint or an ONNX file becomes a bundle. Parses, calls the API, prints."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from meta_deploy.cli.common import Parser, positive_int, run
-from meta_deploy.targets import TARGET_NAMES, TARGETS
+from meta_deploy.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from meta_deploy.bundle.bundle import Bundle
-    from meta_deploy.bundle.manifest import PassRow
-
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,75 +25,155 @@ def main(argv: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="meta-export",
-        description="Turn a checkpoint into a bundle that meta-infer runs, checked against the checkpoint.",
+        description="Turn a checkpoint or an ONNX file into a bundle for meta-infer, verified against it.",
     )
-    p.add_argument("--ckpt", required=True, metavar="PATH", help=".pth, .pt or .safetensors")
-    p.add_argument("--model", metavar="NAME", help="zoo model, such as meta-t-mask-rcnn (default: inferred)")
-    p.add_argument(
+    _add_source(p.add_argument_group("source"))
+    _add_target(p.add_argument_group("target and precision"))
+    _add_input(p.add_argument_group("input"))
+    _add_onnx(p.add_argument_group("ONNX files"))
+    _add_output(p.add_argument_group("passes, verification, output"))
+    return p
+
+
+def _add_source(group: argparse._ArgumentGroup) -> None:
+    source = group.add_mutually_exclusive_group(required=True)
+    source.add_argument("--ckpt", metavar="PATH", help="checkpoint: .pth, .pt or .safetensors")
+    source.add_argument("--onnx", metavar="PATH", help="any ONNX file")
+    group.add_argument("--model", metavar="NAME", help="such as meta-t-mask-rcnn (default: inferred)")
+    group.add_argument("--allow-partial", action="store_true", help="accept a checkpoint that lacks tensors")
+
+
+def _add_target(group: argparse._ArgumentGroup) -> None:
+    from meta_deploy.graph.precision import PRECISIONS
+    from meta_deploy.targets import TARGET_NAMES
+
+    group.add_argument(
         "--target",
         default="auto",
         choices=TARGET_NAMES,
-        help="what will run the bundle (default: %(default)s, which says what it chose and why)",
+        help="what will run the bundle (default: auto, TensorRT where it and a GPU are, else ONNX Runtime)",
     )
-    precision = p.add_mutually_exclusive_group()
-    for name in PRECISIONS:
+    precision = group.add_mutually_exclusive_group()
+    for name, known in PRECISIONS.items():
         default = " (default)" if name == "fp32" else ""
         precision.add_argument(
-            f"--{name}", dest="precision", action="store_const", const=name, help=f"{name} weights{default}"
+            f"--{name}", dest="precision", action="store_const", const=name, help=f"{known.title}{default}"
         )
-    p.set_defaults(precision="fp32")
-    p.add_argument(
-        "--calib-images",
-        metavar="DIR",
-        help="images to measure and verify on (default: eight that ship with the package)",
+    group.set_defaults(precision="fp32")
+    group.add_argument(
+        "--operators",
+        choices=("native", "lowered"),
+        help="NMS and RoIAlign as ONNX operators, or in plain arithmetic (default: the target's choice)",
     )
-    p.add_argument(
+    group.add_argument(
+        "--gpu",
+        type=capabilities,
+        default=(),
+        metavar="X.Y,…",
+        help="compute capabilities that a tensorrt-rtx engine is for, as 8.6,8.9 (default: all)",
+    )
+    group.add_argument(
+        "--workspace",
+        type=positive_int,
+        metavar="MB",
+        help="scratch memory of a TensorRT layer (default: TensorRT's own limit)",
+    )
+
+
+def _add_input(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--input-size",
         nargs=2,
         type=positive_int,
         metavar=("H", "W"),
-        help="pixels, multiples of 32 (default: the model's own)",
+        help="pixels (default: the model's own)",
     )
-    batch = p.add_mutually_exclusive_group()
+    batch = group.add_mutually_exclusive_group()
     batch.add_argument(
-        "--batch", type=positive_int, default=None, metavar="N", help="images a call (default: 1)"
+        "--batch",
+        type=positive_int,
+        default=None,
+        metavar="N",
+        help="images a call (default: 1; for an ONNX file, what it says)",
     )
     batch.add_argument(
         "--dynamic-batch",
         nargs=3,
         type=positive_int,
         metavar=("MIN", "OPT", "MAX"),
-        help="any number of images a call from MIN to MAX, OPT being the usual",
+        help="any number of images a call from MIN to MAX; OPT is the usual one",
     )
-    p.add_argument(
+    group.add_argument(
         "--dynamic-size",
         action="store_true",
-        help="take any size in steps of 32 up to the longer side of --input-size",
+        help="any size in steps of 32 up to the longer side of --input-size; disables most passes",
     )
-    p.add_argument("--passes", default="all", metavar="all|none|NAME,…", help="graph passes to run")
-    p.add_argument(
-        "--operators",
-        choices=("native", "lowered"),
-        help="NMS and RoIAlign as ONNX has them, or in plain arithmetic (default: what the target runs)",
+
+
+def _add_onnx(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--shape",
+        action="append",
+        type=input_shape,
+        default=[],
+        metavar="NAME=1x3x…",
+        help="fix the shape of an input that leaves it open; may be given several times",
     )
-    p.add_argument(
-        "--gpu",
-        type=capabilities,
-        default=(),
-        metavar="X.Y,…",
-        help="compute capabilities of the GPUs for a tensorrt-rtx engine, as 8.6,8.9 (default: all known)",
+    for name, what in (("mean", "subtracted from"), ("std", "that divides")):
+        group.add_argument(
+            f"--{name}",
+            nargs="+",
+            type=number,
+            metavar="X",
+            help=f"one number or three (R G B) {what} pixel * scale; the file then takes images",
+        )
+    group.add_argument(
+        "--scale", type=number, metavar="X", help="what pixels (0 to 255) are multiplied by (default: 1)"
     )
-    p.add_argument(
-        "--workspace",
-        type=positive_int,
-        metavar="MB",
-        help="scratch memory that a TensorRT layer may use (default: TensorRT's own limit)",
+    group.add_argument("--bgr", action="store_true", help="the network wants its channels as B, G, R")
+    group.add_argument(
+        "--class-names", metavar="FILE", help="class names, one a line, of a detector without them"
     )
-    p.add_argument("--out", metavar="DIR", help="the bundle (default: CKPT-TARGET-PRECISION here)")
-    p.add_argument("--no-verify", action="store_true", help="skip the comparison with PyTorch on images")
-    p.add_argument("--allow-partial", action="store_true", help="accept a checkpoint that lacks tensors")
-    p.add_argument("--json", action="store_true", help="print one JSON document instead of text")
-    return p
+
+
+def _add_output(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--passes", default="all", metavar="all|none|NAME,…", help="graph passes to run")
+    group.add_argument(
+        "--explain",
+        nargs="?",
+        const="all",
+        metavar="PASS",
+        help="say which places close to its pattern a graph pass (default: each) left as they are, and why",
+    )
+    group.add_argument(
+        "--calib-images",
+        metavar="DIR",
+        help="images, or .npz files of an ONNX file's inputs, to measure and verify on "
+        "(default: eight images of the package, or seeded random inputs)",
+    )
+    group.add_argument("--no-verify", action="store_true", help="skip the comparison with the original")
+    group.add_argument("--out", metavar="DIR", help="the bundle (default: NAME-TARGET-PRECISION)")
+    group.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+
+
+def number(text: str) -> float:
+    """An option's value as a finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or "_" in text:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number")
+    return value
+
+
+def input_shape(text: str) -> tuple[str, tuple[int, ...]]:
+    """An option's value as an input's name and shape, such as images=1x3x224x224."""
+    name, _, sizes = text.rpartition("=")
+    parts = sizes.lower().split("x")
+    if not name or not all(part.isascii() and part.isdecimal() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a name and a shape such as images=1x3x224x224")
+    return name, tuple(map(int, parts))
 
 
 def capabilities(text: str) -> tuple[str, ...]:
@@ -111,132 +188,188 @@ def capabilities(text: str) -> tuple[str, ...]:
 
 def export_command(args: argparse.Namespace) -> int:
     from meta_deploy.export import Progress, export
+    from meta_deploy.graph.pipeline import PASSES
 
+    if args.explain not in (None, "all", *PASSES):
+        raise InputError(f"'{args.explain}' is not a graph pass; choose all, or one of {', '.join(PASSES)}")
     started = time.perf_counter()
     display = StageDisplay()
     try:
         bundle = export(
-            args.ckpt,
-            model=args.model,
-            target=args.target,
-            precision=args.precision,
-            operators=args.operators,
-            gpus=args.gpu,
-            workspace_mb=args.workspace,
-            calib_images=args.calib_images,
-            input_size=tuple(args.input_size) if args.input_size else None,
-            batch=args.batch or 1,
-            dynamic_batch=tuple(args.dynamic_batch) if args.dynamic_batch else None,
-            dynamic_size=args.dynamic_size,
-            passes=args.passes,
-            out=args.out,
-            check=not args.no_verify,
-            allow_partial=args.allow_partial,
+            source_of(args),
             progress=Progress(display.note, display.start, display.end, display.count),
+            **options_of(args),
         )
     finally:
         display.close()
     if args.json:
         print(json.dumps(document(bundle)))
     else:
-        print(summary(bundle, time.perf_counter() - started))
+        print(summary(bundle, time.perf_counter() - started), flush=True)
+    if args.explain is not None:
+        print(explanation(bundle.manifest["passes"], args.explain), file=sys.stderr)
     return 0
 
 
-def document(bundle: Bundle) -> dict[str, object]:
-    """What --json prints."""
-    import msgspec
+def source_of(args: argparse.Namespace) -> str:
+    """The file to export; its suffix has to agree with the option that names it."""
+    from meta_deploy.errors import InputError
 
-    manifest = msgspec.to_builtins(bundle.manifest)
-    keys = (
-        "target",
-        "precision",
-        "operators",
-        "conversion",
-        "parameters",
-        "nodes",
-        "passes",
-        "verification",
-        "seconds",
-        "peak_rss_mb",
-    )
+    if args.ckpt is not None and args.ckpt.lower().endswith(".onnx"):
+        raise InputError(f"'{args.ckpt}' is an ONNX file; use --onnx instead of --ckpt")
+    if args.onnx is not None and not args.onnx.lower().endswith(".onnx"):
+        raise InputError(f"'{args.onnx}' has no .onnx suffix; rename it, or use --ckpt for a checkpoint")
+    return args.ckpt if args.ckpt is not None else args.onnx
+
+
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `export`."""
+    from meta_deploy.errors import InputError
+    from meta_deploy.graph.pipeline import PASSES
+
+    if args.explain not in (None, "all", *PASSES):
+        raise InputError(f"--explain '{args.explain}' is not a graph pass; choose from {', '.join(PASSES)}")
+    same = ("model", "target", "precision", "operators", "calib_images", "batch", "dynamic_size", "scale")
     return {
-        "bundle": str(bundle.path),
-        "model": manifest["model"]["name"],
-        **{key: manifest[key] for key in keys},
-        "engine": manifest["engine"],
+        **{name: getattr(args, name) for name in (*same, "bgr", "passes", "out", "allow_partial")},
+        "gpus": args.gpu,
+        "workspace_mb": args.workspace,
+        "input_size": tuple(args.input_size) if args.input_size else None,
+        "dynamic_batch": tuple(args.dynamic_batch) if args.dynamic_batch else None,
+        "shapes": dict(args.shape),
+        "mean": three("mean", args.mean),
+        "std": three("std", args.std),
+        "class_names": class_names(args.class_names),
+        "explain": args.explain is not None,
+        "check": not args.no_verify,
     }
+
+
+def three(option: str, numbers: list[float] | None) -> tuple[float, ...] | None:
+    """A number for each channel, from one or three."""
+    from meta_deploy.errors import InputError
+
+    if numbers is None:
+        return None
+    if len(numbers) not in (1, 3):
+        raise InputError(f"--{option} takes one number or three, not {len(numbers)}")
+    if option == "std" and min(numbers) <= 0:
+        raise InputError(f"--std {min(numbers):g} is not above zero")
+    return tuple(numbers * 3 if len(numbers) == 1 else numbers)
+
+
+def class_names(path: str | None) -> list[str] | None:
+    """The lines of a file."""
+    from meta_deploy.errors import InputError
+
+    if path is None:
+        return None
+    try:
+        with open(path, encoding="utf-8") as stream:
+            names = [line.strip() for line in stream if line.strip()]
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise InputError(f"cannot read '{path}': {reason}; give a file of class names, one a line") from error
+    if not names:
+        raise InputError(f"'{path}' holds no class names; give one a line")
+    return names
+
+
+def document(bundle: Bundle) -> dict[str, Any]:
+    """What --json prints."""
+    from msgspec import to_builtins
+
+    manifest = bundle.manifest
+    keys = (
+        *("target", "precision", "operators", "conversion", "parameters", "nodes", "passes"),
+        *("verification", "seconds", "peak_rss_mb", "engine"),
+    )
+    facts = {key: to_builtins(getattr(manifest, key)) for key in keys}
+    return {"bundle": str(bundle.path), "model": manifest.model.name, "task": manifest.task, **facts}
 
 
 def summary(bundle: Bundle, seconds: float) -> str:
     """What the command prints at its end: passes, verification, bundle."""
-    manifest, target = bundle.manifest, TARGETS[bundle.target]
+    from meta_deploy.graph.precision import PRECISIONS
+    from meta_deploy.targets import get_target
+
+    facts = document(bundle)
+    manifest = bundle.manifest
     lines = []
-    if manifest.passes:
-        lines.append(passes_table(manifest.passes))
-    if manifest.conversion:
-        lines.append(conversion_line(manifest.precision, manifest.conversion))
+    if facts["passes"]:
+        lines.append(passes_table(facts["passes"]))
+    if facts["conversion"]:
+        lines.append(PRECISIONS[bundle.precision].describe(facts["conversion"]))
     lines.append(verdict(manifest.verification))
-    if manifest.engine:
+    target = get_target(bundle.target)
+    if manifest.engine is not None:
         lines.append(target.describe(manifest.engine))
     size = sum(entry.bytes for entry in manifest.files.values()) / 1e6
     memory = f", peak memory {manifest.peak_rss_mb / 1e3:.1f} GB" if manifest.peak_rss_mb else ""
-    lines.append(f"{bundle.path}: {size:.1f} MB, {manifest.precision}, in {seconds:.0f} s{memory}")
-    where = ", where a GPU is" if bundle.precision in target.gpu_only else ""
-    lines.append(f"next{where}: meta-infer IMAGE --model {bundle.path}")
+    lines.append(f"{bundle.path}: {size:.1f} MB, {bundle.precision}, in {seconds:.0f} s{memory}")
+    where = ", on a machine with a GPU" if bundle.precision in target.gpu_only else ""
+    what = "IMAGE" if manifest.preprocess is not None else "INPUTS.npz"
+    lines.append(f"next{where}: meta-infer {what} --model {bundle.path}")
     return "\n".join(lines)
 
 
-def passes_table(rows: Sequence[PassRow]) -> str:
+def passes_table(rows: list[dict]) -> str:
     """What each pass did, a line each, and all of them."""
     head = f"{'pass':<20}{'changes':>8}{'nodes':>16}{'transpose+reshape':>19}{'MB moved':>20}{'seconds':>9}"
     return "\n".join([head, *(pass_row(row) for row in with_total(rows))])
 
 
-def with_total(rows: Sequence[PassRow]) -> Sequence[PassRow]:
+def with_total(rows: list[dict]) -> list[dict]:
     """The passes' rows, and one for all of them where there are several."""
     if len(rows) < 2:
         return rows
-    import msgspec
-
-    first = rows[0]
-    total = msgspec.structs.replace(
-        rows[-1],
-        name="all",
-        changes=sum(row.changes for row in rows),
-        nodes_before=first.nodes_before,
-        moves_before=first.moves_before,
-        bytes_before=first.bytes_before,
-        bytes_exact=all(row.bytes_exact for row in rows),
-        seconds=sum(row.seconds for row in rows),
-    )
+    first, last = rows[0], rows[-1]
+    total = {"name": "all", **{what: sum(row[what] for row in rows) for what in ("changes", "seconds")}}
+    total["bytes_exact"] = all(row["bytes_exact"] for row in rows)
+    for what in ("nodes", "moves", "bytes"):
+        total |= {f"{what}_before": first[f"{what}_before"], f"{what}_after": last[f"{what}_after"]}
     return [*rows, total]
 
 
-def pass_row(row: PassRow) -> str:
+def pass_row(row: dict) -> str:
     """A line of the table."""
-    nodes = f"{row.nodes_before} -> {row.nodes_after}"
-    moves = f"{row.moves_before} -> {row.moves_after}"
-    least = "" if row.bytes_exact else ">"
-    moved = f"{least}{row.bytes_before / 1e6:.1f} -> {least}{row.bytes_after / 1e6:.1f}"
-    return f"{row.name:<20}{row.changes:>8}{nodes:>16}{moves:>19}{moved:>20}{row.seconds:>9.1f}"
+    nodes = f"{row['nodes_before']} -> {row['nodes_after']}"
+    moves = f"{row['moves_before']} -> {row['moves_after']}"
+    least = "" if row["bytes_exact"] else ">"
+    moved = f"{least}{row['bytes_before'] / 1e6:.1f} -> {least}{row['bytes_after'] / 1e6:.1f}"
+    return f"{row['name']:<20}{row['changes']:>8}{nodes:>16}{moves:>19}{moved:>20}{row['seconds']:>9.1f}"
 
 
-def conversion_line(precision: str, conversion: dict) -> str:
-    """What a lower precision left in float32, in one line."""
-    low, nodes = conversion["nodes"] - conversion["float32_nodes"], conversion["nodes"]
-    line = f"{low} of the {nodes} nodes that compute with floats in {precision}"
-    if not conversion["overflow"]:
-        return line
-    names = list(conversion["overflow"])
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{line}; near its range, and so in float32: {', '.join(names[:3])}{more}"
+def explanation(rows: list[dict], chosen: str) -> str:
+    """Which places passes declined and why, alike ones together; of all passes, or of the chosen one."""
+    paragraphs = []
+    for row in rows:
+        if chosen in ("all", row["name"]) and row["declined"]:
+            paragraphs.append("\n".join([f"{row['name']} left as they are:", *reason_lines(row["declined"])]))
+    return (
+        "\n".join(dict.fromkeys(paragraphs)) or "no pass left a place as it is that is close to its pattern"
+    )
+
+
+def reason_lines(declined: list[dict]) -> list[str]:
+    """A line for each reason, up to the names in it, with the first of the nodes."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for place in declined:
+        groups.setdefault((place["op"], re.sub(r"'[^']*'|[\d.]+(e\+\d+)?", "", place["reason"])), []).append(
+            place
+        )
+    lines = []
+    for (op, _), places in groups.items():
+        names = ", ".join(place["node"] for place in places[:3]) + (", …" if len(places) > 3 else "")
+        example = "for the first, " if len(places) > 1 else ""
+        lines.append(f"  {len(places)} {op} ({names}): {example}{places[0]['reason']}")
+    return lines
 
 
 def verdict(verification: dict | None) -> str:
     """The verification in one line."""
     if verification is None:
-        return "not compared with PyTorch (--no-verify)"
+        return "not compared with the original (--no-verify)"
     parts = []
     for name, stage in verification["stages"].items():
         if "rms_relative_error" in stage.get("tolerance", ()):
@@ -248,19 +381,20 @@ def verdict(verification: dict | None) -> str:
             parts.append(f"no {name} on them to compare")
         else:
             parts.append(f"{stage['agreement']:.1%} of {name} agree")
-    return f"matches PyTorch on {verification['images']} images: {', '.join(parts)}"
+    original, samples = verification.get("original", "PyTorch"), verification.get("samples", "images")
+    return f"matches {original} on {verification['images']} {samples}: {', '.join(parts)}"
 
 
 class StageDisplay:
     """Stages on standard error: a line that updates on a terminal, a line per finished stage elsewhere."""
 
     TITLES = {  # noqa: RUF012
-        "load": "loading the checkpoint",
+        "load": "loading the model",
         "export": "exporting to ONNX",
         "passes": "running graph passes",
         "precision": "lowering the precision",
-        "verify": "comparing with PyTorch",
-        "engine": "building the engine",
+        "verify": "comparing with the original",
+        "engine": "building for the target",
         "write": "writing the bundle",
     }
 
@@ -277,7 +411,7 @@ class StageDisplay:
         self._show("…")
 
     def count(self, done: int, total: int) -> None:
-        self._show(f" {done}/{total}{'' if self.title == self.TITLES['engine'] else ' images'}")
+        self._show(f" {done}/{total}")
 
     def end(self, stage: str, seconds: float) -> None:
         self._clear()

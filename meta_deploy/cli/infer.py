@@ -1,4 +1,4 @@
-"""meta-infer: images, folders and videos in; overlays, a line each, COCO JSON and JSON out.
+"""meta-infer: images, folders, videos and arrays in; overlays, a line each, COCO JSON and JSON out.
 
 Parses, calls the runtime and prints; imports nothing heavy before there is something to do.
 """
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from argparse import Namespace
 
     from meta_deploy.bundle.bundle import Bundle
+    from meta_deploy.imaging.images import Source
     from meta_deploy.runtime.predictor import Predictor
 
 SHOWN = 0.3
@@ -30,6 +31,7 @@ examples:
   meta-infer photos/ --model my-bundle --out overlays
   meta-infer 'val/*.jpg' --model my-bundle --coco-json results.json
   meta-infer clip.mp4 --model my-bundle --json > clip.json
+  meta-infer input.npz --model raw-bundle               arrays by name, to meta-infer-out/input-outputs.npz
 
 Exit code 0: done; 2: bad input (the images that could be read are done); 1: a fault of ours.
 """
@@ -46,8 +48,9 @@ def parser() -> Parser:
     p.add_argument(
         "inputs",
         nargs="+",
-        metavar="IMAGE|DIR|GLOB|VIDEO",
-        help="image files, videos, folders (the images directly in them) or quoted patterns",
+        metavar="IMAGE|DIR|GLOB|VIDEO|NPZ",
+        help="image files, videos, folders (the images directly in them) or quoted patterns; for a raw "
+        "bundle .npz files with an array for each of the graph's inputs",
     )
     p.add_argument("--model", metavar="BUNDLE", help="the bundle to run (default: the demo bundle)")
     p.add_argument(
@@ -83,7 +86,8 @@ def parser() -> Parser:
     p.add_argument(
         "--out",
         metavar="DIR",
-        help=f"folder for the overlays, NAME-overlay.jpg or .png, .mp4 for a video (default: {OUT}; "
+        help=f"folder for the overlays, NAME-overlay.jpg or .png, .mp4 for a video, and for the arrays of a "
+        f"raw bundle, NAME-outputs.npz (default: {OUT}; "
         "with --json or --coco-json none are written unless this is given)",
     )
     p.add_argument(
@@ -115,10 +119,12 @@ def _infer(args: Namespace) -> int:
     sources = expand(args.inputs)
     out = args.out or (None if args.json or args.coco_json else OUT)
     with folder_for(out) as folder, CocoFile(args.coco_json, sources) as coco, _open(args) as predictor:
+        _check(args, sources, predictor.bundle)
         intro = f"meta-infer: runs on {predictor.runs_on}" if args.backend == "auto" else None
         report = Report(sources, as_json=args.json, intro=intro)
-        batch = args.batch or predictor.bundle.input.batch.opt
-        with Overlays(folder, sources) as overlays, report:
+        raw = predictor.bundle.task == "raw"
+        batch = 1 if raw else args.batch or predictor.bundle.input.batch.opt
+        with Overlays(folder, sources, raw) as overlays, report:
             for frame in predict(predictor, sources, batch):
                 if frame.result is None:
                     report.fail(frame)
@@ -133,7 +139,6 @@ def _infer(args: Namespace) -> int:
 def _open(args: Namespace) -> Predictor:
     import cv2
 
-    from meta_deploy.errors import InputError
     from meta_deploy.runtime.predictor import DEMO_BUNDLE, Predictor
 
     if args.threads:
@@ -143,17 +148,33 @@ def _open(args: Namespace) -> Predictor:
     bundle, backend = args.model, args.backend
     if args.rebuild:
         bundle, backend = _rebuilt(DEMO_BUNDLE if args.model is None else args.model, args.backend)
-    predictor = Predictor(bundle, backend, threshold, args.threads)
-    most = predictor.bundle.input.batch.max
-    if args.batch and args.batch > most:
-        fixed = predictor.bundle.input.static_batch
+    return Predictor(bundle, backend, threshold, args.threads)
+
+
+def _check(args: Namespace, sources: Sequence[Source], bundle: Bundle) -> None:
+    """Refuse what does not go with the bundle, before any work. Raises InputError."""
+    from meta_deploy.errors import InputError
+
+    raw = bundle.task == "raw"
+    if raw and args.coco_json:
+        raise InputError(f"--coco-json is for objects and classes; bundle '{bundle.path}' gives plain arrays")
+    if raw and args.batch:
+        raise InputError(f"--batch is for images; bundle '{bundle.path}' is run on one input at a time")
+    for source in sources:
+        if source.arrays and not raw:
+            raise InputError(f"'{source.path}' holds arrays, and bundle '{bundle.path}' takes images")
+        if source.video and raw:
+            raise InputError(f"'{source.path}' is a video; bundle '{bundle.path}' takes .npz files or images")
+        if not source.arrays and not bundle.takes_images:
+            raise InputError(f"bundle '{bundle.path}' takes arrays and not images; give it an .npz file")
+    if args.batch and args.batch > (most := bundle.input.batch.max):
+        fixed = bundle.input.static_batch
         option = (
             f"--batch {args.batch} or --dynamic-batch" if fixed else f"a --dynamic-batch up to {args.batch}"
         )
         raise InputError(
             f"--batch {args.batch} is more than the {most} that this bundle takes; export it with {option}"
         )
-    return predictor
 
 
 def _rebuilt(path: str | os.PathLike[str], backend: str) -> tuple[Bundle, str]:

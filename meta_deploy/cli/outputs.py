@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import sys
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,9 +23,11 @@ from tqdm import tqdm
 from meta_deploy.bundle.files import atomic_path, atomic_write
 from meta_deploy.errors import ImageError, InputError
 from meta_deploy.imaging.images import Source, Video
-from meta_deploy.runtime.predictor import Predictor, Result
+from meta_deploy.runtime.predictor import Predictor
 from meta_deploy.runtime.stream import Frame
-from meta_deploy.tasks.results import Detections, save_image
+from meta_deploy.tasks.detection import Detections
+from meta_deploy.tasks.raw import Arrays
+from meta_deploy.tasks.results import ImageResult, Result, save_image
 
 MAX_NAME = 255  # bytes of a file's name, on every file system in use
 
@@ -63,25 +65,28 @@ def folder_for(path: str | None) -> Iterator[Path | None]:
 
 
 class Overlays:
-    """Writes the overlay of every frame, drawing in the background. A context manager."""
+    """Writes the overlay of every frame, or its arrays, in the background. A context manager."""
 
     MOST_WAITING = 4
 
-    def __init__(self, folder: Path | None, sources: Sequence[Source]):
+    def __init__(self, folder: Path | None, sources: Sequence[Source], raw: bool = False):
+        """`raw`: the results are arrays."""
         self._folder = folder
-        self._names = overlay_names(folder, sources) if folder else {}
+        self._names = overlay_names(folder, sources, raw) if folder else {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="draw")
         self._waiting: deque[Future] = deque()
         self._video: VideoFile | None = None
 
     def add(self, frame: Frame, shown: Result) -> Path | None:
-        """Draw and write one frame, soon; returns where. Raises what went wrong with an earlier one."""
+        """Write one frame's, soon; returns where. Raises what went wrong with an earlier one."""
         if self._folder is None:
             return None
         target = self._names[frame.source]
         if self._video is not None and self._video.target != target:
             self._end_video(None)
-        if frame.index is None:
+        if isinstance(shown, Arrays):
+            self._submit(shown.save, target)
+        elif frame.index is None:
             self._submit(_draw_image, target, frame.image, shown)
         else:
             if self._video is None:
@@ -119,24 +124,26 @@ class Overlays:
                 self._end_video(error)
 
 
-def _draw_image(target: Path, image: np.ndarray, shown: Result) -> None:
+def _draw_image(target: Path, image: np.ndarray, shown: ImageResult) -> None:
     save_image(target, shown.draw(image))
 
 
-def _draw_frame(video: VideoFile, image: np.ndarray, shown: Result) -> None:
+def _draw_frame(video: VideoFile, image: np.ndarray, shown: ImageResult) -> None:
     video.write(shown.draw(image))
 
 
-def overlay_names(folder: Path, sources: Sequence[Source]) -> dict[Source, Path]:
+def overlay_names(folder: Path, sources: Sequence[Source], raw: bool = False) -> dict[Source, Path]:
     """A file in `folder` for each source: no two alike, even where case does not count, and none an input."""
     taken = {os.path.abspath(source.path).casefold() for source in sources}
     names: dict[Source, Path] = {}
     for source in sources:
         lossy = source.path.suffix.lower() in (".jpg", ".jpeg")
-        suffix = ".mp4" if source.video else ".jpg" if lossy else ".png"
+        what, suffix = "overlay", ".mp4" if source.video else ".jpg" if lossy else ".png"
+        if raw:
+            what, suffix = "outputs", ".npz"
         stem, number = source.path.stem, 1
         while True:
-            end = f"-overlay{'' if number == 1 else f'-{number}'}{suffix}"
+            end = f"-{what}{'' if number == 1 else f'-{number}'}{suffix}"
             path = folder / f"{_fitting(stem, MAX_NAME - len(end))}{end}"
             key = os.path.abspath(path).casefold()
             if key not in taken:
@@ -218,7 +225,7 @@ class CocoFile:
 
     def add(self, frame: Frame) -> None:
         """Write one frame's records, each with the file's name besides COCO's fields."""
-        if self._stream is None or frame.result is None:
+        if self._stream is None or not isinstance(frame.result, ImageResult):
             return
         for record in frame.result.to_coco(self._image_id(frame)):
             record["file_name"] = frame.source.path.name
@@ -273,10 +280,10 @@ class Report:
             entry = shown.to_dict()
             if frame.index is not None:
                 entry["frame"] = frame.index
-            entry["overlay"] = str(overlay) if overlay else None
+            entry["file" if isinstance(shown, Arrays) else "overlay"] = str(overlay) if overlay else None
             self._entries.append(json.dumps(entry))
         elif frame.index is None:
-            self._line(f"{_title(frame.source, shown)}: {describe(shown)}, {_total_ms(shown):.1f} ms")
+            self._line(f"{_title(frame.source, shown)}: {shown!r}; {shown.timings.total:.1f} ms")
         else:
             if self._video is None:
                 self._video = _VideoLine(frame.source)
@@ -308,7 +315,8 @@ class Report:
             print(text + f'], "errors": {json.dumps(self._errors)}}}')
         if done:
             times = ", ".join(f"{name} {median(values):.1f}" for name, values in self._times.items())
-            where = f"overlays in {folder}{os.sep}; " if folder else ""
+            what = "arrays" if predictor.bundle.task == "raw" else "overlays"
+            where = f"{what} in {folder}{os.sep}; " if folder else ""
             where += f"COCO results in {coco_json}; " if coco_json else ""
             print(f"{where}median ms: {times}", file=sys.stderr if self._json else sys.stdout)
         if self.failed and self._several:
@@ -344,7 +352,7 @@ class _VideoLine:
         self._title = self._title or _title(self.source, shown)
         self._frames += 1
         self._objects += len(shown) if isinstance(shown, Detections) else 0
-        self._ms += _total_ms(shown)
+        self._ms += shown.timings.total
 
     def text(self) -> str:
         objects = f", {self._objects} objects" if self._objects else ""
@@ -352,19 +360,6 @@ class _VideoLine:
 
 
 def _title(source: Source, shown: Result) -> str:
-    return f"{source.path} {shown.size[1]}x{shown.size[0]}"
-
-
-def _total_ms(shown: Result) -> float:
-    return shown.timings.pre + shown.timings.model + shown.timings.post
-
-
-def describe(shown: Result) -> str:
-    """What was found, in words: '4 objects (3 disc, 1 star)' or 'sky 52%, road 48%'."""
-    if isinstance(shown, Detections):
-        counts = ", ".join(f"{count} {name}" for name, count in Counter(shown.names).most_common())
-        noun = "object" if len(shown) == 1 else "objects"
-        return f"{len(shown)} {noun}" + (f" ({counts})" if counts else "")
-    pixels = shown.labels.size
-    top = list(shown.areas.items())[:5]
-    return ", ".join(f"{shown.classes[label]} {100 * area / pixels:.0f}%" for label, area in top)
+    if isinstance(shown, ImageResult):
+        return f"{source.path} {shown.size[1]}x{shown.size[0]}"
+    return str(source.path)

@@ -1,202 +1,108 @@
-"""The order of an export: load, translate, run the passes, verify, write. Each station does its own work."""
+"""The order of an export: read, translate, run the passes, convert, build, compare, write."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
-from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import msgspec
-import numpy as np
 import onnx
 
 from meta_deploy.bundle.bundle import Bundle, check_out_dir, write_bundle
-from meta_deploy.bundle.manifest import (
-    MANIFESTS,
-    BatchRange,
-    Edges,
-    Fit,
-    InputSpec,
-    ModelInfo,
-    Nodes,
-    PassRow,
-    Preprocess,
-    SizeRange,
-    TensorSpec,
-    Thresholds,
-)
+from meta_deploy.bundle.manifest import Nodes, PassRow
 from meta_deploy.errors import InputError
-from meta_deploy.export.trace import DIVISOR, drop_outputs, export_onnx, output_names
-from meta_deploy.export.verify import verify
+from meta_deploy.export.options import Options
+from meta_deploy.export.progress import Progress
+from meta_deploy.export.samples import Samples, find_files
+from meta_deploy.export.sources import check_options, open_source
+from meta_deploy.export.sources.source import Source, output_specs
+from meta_deploy.export.trace import drop_outputs
+from meta_deploy.export.verify import OnnxRun, verify
 from meta_deploy.graph.attention import attention_count
 from meta_deploy.graph.pipeline import run_passes
-from meta_deploy.graph.precision.convert import Precision, convert, emulated, lowered_tensors, overflowing
-from meta_deploy.imaging.images import expand, read_image
-from meta_deploy.imaging.preprocess import Preprocessor
-from meta_deploy.models.checkpoint.load import LoadedModel, load_model
-from meta_deploy.models.registry import ModelConfig, config_to_dict
+from meta_deploy.graph.precision import PRECISIONS
+from meta_deploy.graph.precision.emulate import emulated
 from meta_deploy.targets import choose_target
 from meta_deploy.targets.target import BuildOptions, Target
 
-VERIFICATION_IMAGES = 8
-MAX_INPUT_VALUES = 2**31  # 8 GB of input alone; no model of the zoo runs on more
 
-
-@dataclass
-class Progress:
-    """What an export tells while it runs. The command line prints it; by default nobody listens.
-
-    Attributes:
-        note: called with a line worth reading.
-        start: called with the name of a stage that begins.
-        end: called with the name of the stage that ended, and its seconds.
-        count: called with (done, total) inside a stage that can count.
-    """
-
-    note: Callable[[str], None] = lambda line: None
-    start: Callable[[str], None] = lambda stage: None
-    end: Callable[[str, float], None] = lambda stage, seconds: None
-    count: Callable[[int, int], None] = lambda done, total: None
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        self.start(name)
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start
-        self.end(name, self.seconds[name])
-
-
-def export(
-    checkpoint: str | Path,
-    *,
-    model: str | None = None,
-    target: str = "auto",
-    precision: str = "fp32",
-    operators: str | None = None,
-    gpus: Sequence[str] = (),
-    workspace_mb: int | None = None,
-    calib_images: str | Path | None = None,
-    input_size: tuple[int, int] | None = None,
-    batch: int = 1,
-    dynamic_batch: tuple[int, int, int] | None = None,
-    dynamic_size: bool = False,
-    passes: str = "all",
-    out: str | Path | None = None,
-    check: bool = True,
-    allow_partial: bool = False,
-    progress: Progress | None = None,
-) -> Bundle:
-    """Turn a checkpoint into a verified bundle.
+def export(source: str | Path, *, progress: Progress | None = None, **options: Any) -> Bundle:
+    """Turn a checkpoint or an ONNX file into a verified bundle.
 
     Args:
-        checkpoint: a .pth, .pt or .safetensors file.
-        model: a zoo name; inferred from the checkpoint when absent.
-        target: "auto" or one of `targets.TARGETS`.
-        precision: one of the target's.
-        operators: "native" or "lowered", how NMS and RoIAlign are written; absent: the target's choice.
-        gpus: compute capabilities that a TensorRT-RTX engine is for, such as ("8.6",); none: all it knows.
-        workspace_mb: scratch memory that a TensorRT layer may use, in MB; absent: TensorRT's own limit.
-        calib_images: a folder of images to measure and verify on; absent: those of the package.
-        input_size: (height, width) in pixels, multiples of 32; absent: the model's own.
-        batch: images a call, when `dynamic_batch` is absent.
-        dynamic_batch: (min, opt, max) images a call.
-        dynamic_size: take any multiple of 32 up to the longer side of `input_size`.
-        passes: "all", "none", or names of graph passes separated by commas.
-        out: the bundle's folder; absent: named after the checkpoint, in the current folder.
-        check: compare with PyTorch on images before anything is written.
-        allow_partial: accept a checkpoint that lacks tensors.
+        source: a .pth, .pt or .safetensors checkpoint, or an .onnx file.
         progress: who listens.
+        options: the fields of `Options`.
 
     Returns:
         The bundle as written.
 
     Raises:
-        InputError: an argument, the checkpoint, an image or the output folder cannot be used.
-        VerificationError: the exported graph does not agree with the model; nothing is written.
+        InputError: an option, the source, an image or the output folder cannot be used.
+        VerificationError: the exported graph does not agree with the original; nothing is written.
     """
-    progress = progress or Progress()
-    chosen, reason = choose_target(target, precision)
-    form = chosen.choose_operators(operators)
-    options = BuildOptions(precision, tuple(gpus), workspace_mb)
-    chosen.check(options)
-    chosen_passes = choose_passes(passes, chosen)
-    lowered = precision != "fp32" and precision not in chosen.lowered_by_build
-    measured = lowered and precision == "fp16"  # its range is small, and images tell what comes near it
-    images = verification_images(calib_images) if check or measured or calib_images is not None else []
-    folder = Path(out) if out is not None else Path(f"{Path(checkpoint).stem}-{chosen.name}-{precision}")
-    check_out_dir(folder)
-    # Refused now rather than after loading.
-    input_spec(input_size or (DIVISOR, DIVISOR), batch, dynamic_batch, dynamic_size)
+    return run(source, Options(**options), progress or Progress())
+
+
+def run(path: str | Path, options: Options, progress: Progress) -> Bundle:
+    """The order of an export."""
+    target, reason = choose_target(options.target, options.precision)
+    precision = PRECISIONS[options.precision]
+    build_options = BuildOptions(precision.name, tuple(options.gpus), options.workspace_mb)
+    form = target.choose_operators(options.operators)
+    passes = choose_passes(options.passes, target)
+    check_options(path, options)
+    target.check(build_options)
+    lowered = precision.name not in ("fp32", *target.lowered_by_build)
+    needed = options.check or (lowered and precision.measures)
+    files = find_files(options.calib_images) if needed or options.calib_images is not None else []
+    folder = check_out_dir(options.out or f"{Path(path).stem}-{target.name}-{precision.name}")
 
     with progress.stage("load"):
-        loaded = load_model(checkpoint, model, allow_partial=allow_partial, log=progress.note)
-    spec = input_spec(input_size or loaded.config.input_size, batch, dynamic_batch, dynamic_size)
-    preprocess = preprocess_rules(loaded.config, spec)
-    progress.note(f"{loaded.config.name}, {_parameters(loaded):,} parameters, {describe(spec)}")
-    progress.note(f"target {chosen.name} ({reason}), {precision}")
-    if chosen_passes and not spec.static_size:
-        progress.note(
-            "most passes need to know the map's size and leave a graph for any size as it is; "
-            "where one --input-size will do, they give a leaner and faster one"
-        )
+        source = open_source(path, options, progress.note)
+        samples = source.samples(files) if needed else Samples()
+    progress.note(source.describe())
+    progress.note(f"target {target.name} ({reason}), {precision.name}")
+    if passes and not source.static:
+        progress.note("open input sizes disable most passes; one --input-size gives a leaner, faster graph")
     with progress.stage("export"):
-        literal = export_onnx(loaded.model, spec, form)
-    nodes_before = sum(node.op_type != "Constant" for node in literal.graph.node)
+        graph = source.graph(form)
+        before = node_count(graph)
     with progress.stage("passes"):
-        graph, results = run_passes(literal, chosen_passes, chosen.prices)
-        # Graphs refer to themselves in circles, and for a large model each holds gigabytes.
-        del literal
-        gc.collect()
-    converted = None
+        graph, rows = run_passes(graph, passes, target.prices, explain=options.explain)
+        gc.collect()  # a graph refers to itself in circles, and a large model's holds gigabytes
+    conversion = None
     if lowered:
         with progress.stage("precision"):
-            graph, converted = lower_precision(graph, chosen, precision, images, spec, preprocess, progress)
-    shipped = drop_outputs(graph, output_names(loaded.config))
-    options = replace(options, attention=attention_count(shipped))
-    with progress.stage("engine") if chosen.builds else contextlib.nullcontext():
-        built = chosen.build(serialize(shipped), [spec.profile], options, progress.count)
-    verification = None
-    if check:
-        with progress.stage("verify"):
-            # What a GPU rounds after each operator, a CPU may carry on in float32.
-            checked = emulated(graph) if converted and chosen.rounds_each_operator else graph
-            verification = verify(
-                loaded.model,
-                checked,
-                images,
-                spec,
-                preprocess,
-                precision,
-                runner=chosen.runner(built.files, [spec.profile], precision),
-                progress=progress.count,
+            graph, conversion = precision.convert(
+                graph, samples, target.float32_operators.get(precision.name, ()), progress.note
             )
-            verification["emulated"] = checked is not graph  # in float32, rounded after each operator
-    del graph
+    shipped = ship(graph, source)
+    with progress.stage("engine") if target.builds else contextlib.nullcontext():
+        build_options = replace(build_options, attention=attention_count(shipped))
+        built = target.build(serialize(shipped), source.profiles, build_options, progress.count)
+    verification = None
+    if options.check:
+        with progress.stage("verify"):
+            exported = target.runner(built.files, source.profiles, precision.name) or OnnxRun(
+                emulated(graph) if conversion and target.rounds_each_operator else graph
+            )
+            verification = verify(source, exported, samples, precision.tolerances, progress.count)
     with progress.stage("write"):
-        score = getattr(loaded.config, "score_threshold", None)
-        manifest = MANIFESTS[loaded.config.task](
-            created_by=_versions(),
-            model=ModelInfo(name=loaded.config.name, config=config_to_dict(loaded.config)),
-            classes=tuple(loaded.class_names),
-            parameters=_parameters(loaded),
-            input=spec,
-            outputs=tuple(map(_output, shipped.graph.output)),
-            preprocess=preprocess,
-            **({} if score is None else {"thresholds": Thresholds(score=score)}),
-            target=chosen.name,
-            precision=precision,
+        manifest = source.manifest(
+            created_by=versions(),
+            outputs=output_specs(shipped),
+            target=target.name,
+            precision=precision.name,
             operators=form,
-            conversion=converted.to_dict() if converted else None,
-            nodes=Nodes(before=nodes_before, after=len(shipped.graph.node)),
-            passes=msgspec.convert(results, tuple[PassRow, ...], from_attributes=True),
+            conversion=conversion.to_dict() if conversion else None,
+            nodes=Nodes(before=before, after=node_count(shipped)),
+            passes=tuple(msgspec.convert(row.to_dict(), PassRow) for row in rows),
             verification=verification,
             seconds={stage: round(seconds, 2) for stage, seconds in progress.seconds.items()},
             peak_rss_mb=peak_rss_mb(),
@@ -205,81 +111,8 @@ def export(
         return write_bundle(folder, manifest, built.files)
 
 
-def lower_precision(
-    graph: onnx.ModelProto,
-    target: Target,
-    precision: str,
-    images: Sequence[Path],
-    spec: InputSpec,
-    preprocess: Preprocess,
-    progress: Progress,
-) -> tuple[onnx.ModelProto, Precision]:
-    """The graph in a lower precision, but for what the target or the numbers on these images forbid."""
-    preprocessor = Preprocessor(spec, preprocess)
-
-    def batches() -> Iterator[np.ndarray]:
-        for done, path in enumerate(images, 1):
-            batch, _ = preprocessor([read_image(path)] * spec.batch.min)
-            yield batch
-            progress.count(done, len(images))
-
-    float32_operators = target.float32_operators.get(precision, ())
-    overflow = {}
-    if precision == "fp16":
-        overflow = overflowing(graph, batches(), lowered_tensors(graph, precision, float32_operators))
-    if overflow:
-        most = max(overflow.values())
-        progress.note(f"{len(overflow)} tensors come near {precision}'s range (up to {most:.3g}): in float32")
-    return convert(graph, precision, overflow, float32_operators)
-
-
-def input_spec(
-    input_size: Sequence[int],
-    batch: int,
-    dynamic_batch: Sequence[int] | None,
-    dynamic_size: bool,
-) -> InputSpec:
-    """The input's dimensions from what the user asked for.
-
-    Raises:
-        InputError: a size that is not a multiple of 32, a batch range that does not rise.
-    """
-    height, width = input_size
-    for name, size in (("height", height), ("width", width)):
-        if size < DIVISOR or size % DIVISOR:
-            nearest = max(DIVISOR, round(size / DIVISOR) * DIVISOR)
-            raise InputError(f"input {name} {size} is not a multiple of {DIVISOR}; the nearest is {nearest}")
-    low, opt, high = dynamic_batch or (batch, batch, batch)
-    if not 1 <= low <= opt <= high:
-        raise InputError(f"the batch range {low} {opt} {high} does not rise; give 1 <= MIN <= OPT <= MAX")
-    largest = max(height, width)
-    if 3 * high * (largest**2 if dynamic_size else height * width) > MAX_INPUT_VALUES:
-        shape = f"{high} x 3 x {height} x {width}"
-        raise InputError(
-            f"an input of {shape} is too large (over 2**31 numbers); take a smaller batch or size"
-        )
-    return InputSpec(
-        name="images",
-        batch=BatchRange(min=low, opt=opt, max=high),
-        size=SizeRange(
-            min=(DIVISOR, DIVISOR) if dynamic_size else (height, width),
-            opt=(height, width),
-            max=(largest, largest) if dynamic_size else (height, width),
-        ),
-        divisor=DIVISOR,
-    )
-
-
-def preprocess_rules(config: ModelConfig, spec: InputSpec) -> Preprocess:
-    """The manifest's `preprocess`: fit a static input; keep to its edges, either way up, in a dynamic one."""
-    resize: Fit | Edges = Fit(size=spec.size.opt)
-    if not spec.static_size:
-        resize = Edges(long=max(spec.size.opt), short=min(spec.size.opt))
-    return Preprocess(resize=resize, mean=config.mean, std=config.std)
-
-
 def choose_passes(passes: str, target: Target) -> list[str]:
-    """The passes to run, in the target's order.
+    """The passes to run, in the order of the target's pipeline.
 
     Raises:
         InputError: an unknown name.
@@ -292,35 +125,19 @@ def choose_passes(passes: str, target: Target) -> list[str]:
             f"'{unknown[0]}' is not a graph pass of {target.name}; "
             f"choose all, none, or some of {', '.join(dict.fromkeys(target.passes))}"
         )
-    return [name for name in target.passes if name in (*names, *target.required_passes)]
+    return [name for name in target.passes if name in names or name in target.required_passes]
 
 
-def verification_images(folder: str | Path | None) -> list[Path]:
-    """At most eight images of the folder, spread over it; without a folder those that ship with the package.
-
-    Raises:
-        InputError: the folder is missing or has no image.
-        ImageError: one of these images cannot be read.
-    """
-    if folder is None:
-        paths = sorted(Path(str(files("meta_deploy") / "assets" / "images")).glob("*.jpg"))
-    else:
-        if not Path(folder).is_dir():
-            raise InputError(f"'{folder}' is not a folder of images; give --calib-images a folder")
-        paths = [source.path for source in expand([str(folder)])]
-    step = max(1, len(paths) / VERIFICATION_IMAGES)
-    chosen = [paths[int(i * step)] for i in range(min(len(paths), VERIFICATION_IMAGES))]
-    for path in chosen:
-        read_image(path)  # a broken one is told before the long work, not after it
-    return chosen
+def node_count(graph: onnx.ModelProto) -> int:
+    """Nodes, constants not counted."""
+    return sum(node.op_type != "Constant" for node in graph.graph.node)
 
 
-def describe(spec: InputSpec) -> str:
-    """The input's dimensions in words."""
-    batch = f"batch {spec.batch.opt}" if spec.static_batch else f"batch {spec.batch.min} to {spec.batch.max}"
-    if spec.static_size:
-        return f"input {spec.size.opt[0]}x{spec.size.opt[1]}, {batch}"
-    return f"input up to {spec.size.max[0]}x{spec.size.max[1]} in steps of {spec.divisor}, {batch}"
+def ship(graph: onnx.ModelProto, source: Source) -> onnx.ModelProto:
+    """The graph with the outputs that ship; the tensors of the stages stay in it, by their names."""
+    shipped = drop_outputs(graph, source.outputs)
+    onnx.helper.set_model_props(shipped, source.metadata())
+    return shipped
 
 
 def serialize(graph: onnx.ModelProto) -> bytes:
@@ -335,36 +152,14 @@ def serialize(graph: onnx.ModelProto) -> bytes:
         raise InputError(f"the model is too large for one ONNX file: {error}") from error
 
 
-def _parameters(loaded: LoadedModel) -> int:
-    return sum(parameter.numel() for parameter in loaded.model.parameters())
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": sys.version.split()[0]}
-    for package in (
-        "meta-deploy",
-        "torch",
-        "onnx",
-        "onnxscript",
-        "onnx-graphsurgeon",
-        "onnxruntime",
-        "openvino",
-        "tensorrt",
-        "tensorrt-rtx",
-        "numpy",
-    ):
+def versions() -> dict[str, str]:
+    """What made a bundle: Python and the packages that took part."""
+    found = {"python": sys.version.split()[0]}
+    packages = ("meta-deploy", "torch", "onnx", "onnxscript", "onnx-graphsurgeon", "onnxruntime")
+    for package in (*packages, "openvino", "tensorrt", "tensorrt-rtx", "numpy"):
         with contextlib.suppress(PackageNotFoundError):
-            versions[package.replace("-", "_")] = version(package)
-    return versions
-
-
-def _output(output: onnx.ValueInfoProto) -> TensorSpec:
-    tensor = output.type.tensor_type
-    return TensorSpec(
-        name=output.name,
-        dtype=onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name,
-        shape=tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim),
-    )
+            found[package.replace("-", "_")] = version(package)
+    return found
 
 
 def peak_rss_mb() -> int | None:

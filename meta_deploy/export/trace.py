@@ -17,20 +17,12 @@ from torch import nn
 
 from meta_deploy.bundle.manifest import InputSpec
 from meta_deploy.export.operators import TRANSLATIONS
-from meta_deploy.models.registry import MaskRCNNConfig, ModelConfig
 
 OPSET = 20
 DIVISOR = 32
 # What there is one of while tracing (an image, a stripe, a window) would be taken for a constant. So a batch
 # is traced with at least two images, and a dynamic size at one that has several of everything, no two alike.
 TRACED_SIZE = (9 * DIVISOR, 11 * DIVISOR)
-
-
-def output_names(config: ModelConfig) -> list[str]:
-    """The outputs of the shipped graph, in order."""
-    if isinstance(config, MaskRCNNConfig):
-        return ["num_detections", "boxes", "scores", "labels", "masks"]
-    return ["logits"]
 
 
 def export_onnx(model: nn.Module, spec: InputSpec, operators: str = "native") -> onnx.ModelProto:
@@ -42,7 +34,7 @@ def export_onnx(model: nn.Module, spec: InputSpec, operators: str = "native") ->
         operators: how NMS and RoIAlign are written, a key of `operators.TRANSLATIONS`.
 
     Returns:
-        The literal graph. After the outputs named by `output_names` come the intermediate stages that
+        The literal graph. After the task's outputs come the intermediate stages that
         `model(images, stages=True)` adds, for verification; `drop_outputs` removes them.
     """
     batch = spec.batch.opt if spec.static_batch else max(spec.batch.opt, 2)

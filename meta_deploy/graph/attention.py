@@ -9,8 +9,9 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from meta_deploy.graph.explain import declined, made_by, read_elsewhere, shown
 from meta_deploy.graph.graph import constant_value, is_op, producer, sole_consumer, static_shape
-from meta_deploy.graph.passes.collapse_chains import Factors, chain_before, follow
+from meta_deploy.graph.moves import Factors, chain_before, follow
 
 
 @dataclass(frozen=True)
@@ -31,37 +32,70 @@ class Attention:
 
 
 def find_attention(graph: gs.Graph, softmax: gs.Node) -> Attention | None:
-    """The attention around a Softmax.
+    """The attention around a Softmax; tells why not where a MatMul reads it and there is none.
 
     Pattern: q, k and v (B, heads, N, d), the scale a constant on q, k or their product, or none.
     Check: nothing else reads what lies between, the softmax goes over the keys, sizes
     but the batch are known.
     """
     weights = softmax.outputs[0]
+    last = next((n for n in weights.outputs if is_op(n, "MatMul") and n.inputs[0] is weights), None)
+    if last is None:
+        return None
+    found = _attention(graph, softmax, last)
+    if isinstance(found, str):
+        declined(softmax, found)
+        return None
+    return found
+
+
+def _attention(graph: gs.Graph, softmax: gs.Node, last: gs.Node) -> Attention | str:
+    """The attention that these two are of, or why they are of none."""
     axis = softmax.attrs.get("axis", -1 if graph.opset >= 13 else 1)
-    if axis not in (-1, 3) or not sole_consumer(graph, weights):
-        return None
-    last = weights.outputs[0]
-    if not is_op(last, "MatMul") or last.inputs[0] is not weights:
-        return None
+    if axis not in (-1, 3):
+        return f"the softmax goes over axis {axis}, not over the last of four"
     product, scale = _unscaled(graph, softmax.inputs[0])
     matmul = producer(product, "MatMul")
-    if matmul is None or not sole_consumer(graph, product):
-        return None
+    if matmul is None:
+        return f"{made_by(product)}, not from the product of q and k"
     q, q_scale = _unscaled(graph, matmul.inputs[0])
     transposed, k_scale = _unscaled(graph, matmul.inputs[1])
+    for tensor, reader in ((softmax.outputs[0], last), (product, product.outputs[0]), (transposed, matmul)):
+        if not sole_consumer(graph, tensor):
+            return read_elsewhere(graph, tensor, reader)
     k = _untransposed(graph, transposed)
-    if k is None or not sole_consumer(graph, transposed):
-        return None
+    if k is None:
+        return f"{made_by(transposed)}, and is not a k of known shape with its last two axes swapped"
     (k, k_before), v = _unscaled(graph, k), last.inputs[1]
     shapes = [static_shape(tensor) for tensor in (q, k, v)]
-    if any(shape is None or len(shape) != 4 or 0 in shape for shape in shapes) or q.dtype != np.float32:
-        return None
+    for name, tensor, shape in zip("qkv", (q, k, v), shapes, strict=True):
+        if shape is None or len(shape) != 4 or 0 in shape:
+            return f"{name} is {shown(tensor)}, not of four known sizes"
+    if q.dtype != np.float32:
+        return f"q is of type {np.dtype(q.dtype)}, not float32"
     (b, h, _, d), keys, values = shapes  # type: ignore[misc]
     if keys != values or keys[:2] != [b, h] or keys[3] != d:  # type: ignore[index]
-        return None
+        return f"q {shown(q)}, k {shown(k)} and v {shown(v)} are not of one batch, heads and width"
     scale = float(np.float32(scale * q_scale * k_scale * k_before))
-    return Attention(q, k, v, scale, last) if scale and math.isfinite(scale) else None
+    if not scale or not math.isfinite(scale):
+        return f"the scale is {scale}"
+    return Attention(q, k, v, scale, last)
+
+
+def packed_input(graph: gs.Graph, found: Attention) -> gs.Node | None:
+    """The Split that makes q, k and v, in this order and nothing else; tells why not."""
+    split, parts = producer(found.q, "Split"), (found.q, found.k, found.v)
+    if split is None or len(split.outputs) != 3 or any(split.outputs[i] is not parts[i] for i in range(3)):
+        declined(found.last, f"q, k and v are not the three parts of one Split: {made_by(found.q)}")
+        return None
+    for tensor in parts:
+        if not sole_consumer(graph, tensor):
+            declined(found.last, read_elsewhere(graph, tensor, tensor.outputs[0]))
+            return None
+    if not static_shape(split.inputs[0]):
+        declined(found.last, f"the shape of {shown(split.inputs[0])} is not known")
+        return None
+    return split
 
 
 def attention_count(proto: onnx.ModelProto) -> int:

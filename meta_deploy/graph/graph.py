@@ -7,7 +7,8 @@ like any other, and a pass need not know of it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, TypeVar
 
 import numpy as np
 import onnx
@@ -20,14 +21,8 @@ from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass, S
 G_LOGGER.severity = G_LOGGER.CRITICAL + 1
 
 _MAKE_SEQUENCES = (
-    *(
-        "SplitToSequence",
-        "SequenceConstruct",
-        "SequenceEmpty",
-        "SequenceInsert",
-        "SequenceErase",
-        "SequenceMap",
-    ),
+    *("SplitToSequence", "SequenceConstruct", "SequenceEmpty"),
+    *("SequenceInsert", "SequenceErase", "SequenceMap"),
 )
 IR_VERSION = 10  # graph-surgeon's default is newer than ONNX Runtime may accept
 
@@ -43,11 +38,12 @@ def to_graph(proto: onnx.ModelProto) -> gs.Graph:
     Where the first input's first axis has a name, that and its multiples are multiples of `BATCH` in all
     shapes of variables.
     """
-    return import_numbered(ir.to_proto(normalized(proto)))
+    return from_model(normalized(proto))
 
 
-def import_numbered(proto: onnx.ModelProto) -> gs.Graph:
-    """A model as a graph, with a number for its batch; changes the model's shapes."""
+def from_model(model: ir.Model) -> gs.Graph:
+    """A model of onnx-ir as a graph, with a number for its batch."""
+    proto = ir.to_proto(model)
     first = proto.graph.input[0].type.tensor_type.shape.dim[:1] if proto.graph.input else []
     name = next((dim.dim_param for dim in first), "")
     dims = list(_dims(proto.graph))
@@ -121,6 +117,11 @@ def to_proto(graph: gs.Graph) -> onnx.ModelProto:
     return proto
 
 
+def to_model(graph: gs.Graph) -> ir.Model:
+    """The inverse of `from_model`."""
+    return ir.from_proto(to_proto(graph))
+
+
 def producer(tensor: gs.Tensor, op: str | None = None) -> gs.Node | None:
     """The node that makes a tensor, if there is one and it is an `op`."""
     node = tensor.inputs[0] if tensor.inputs else None
@@ -132,9 +133,55 @@ def is_op(node: gs.Node, *ops: str) -> bool:
     return node.op in ops and node.domain in (None, "", "ai.onnx")
 
 
+T = TypeVar("T")
+
+
+class IdentitySet(Generic[T]):
+    """Nodes or tensors, each once and in order. graph-surgeon's compare by content and have no hash."""
+
+    def __init__(self, items: Iterable[T] = ()) -> None:
+        self._items = {id(item): item for item in items}
+
+    def __contains__(self, item: object) -> bool:
+        return id(item) in self._items
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._items.values())
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def add(self, item: T) -> None:
+        self._items[id(item)] = item
+
+
+def own_nodes(graph: gs.Graph) -> IdentitySet[gs.Node]:
+    """A graph's nodes as they are now; not those of branches and loops' bodies, which read its tensors."""
+    return IdentitySet(graph.nodes)
+
+
+def is_output(graph: gs.Graph, tensor: gs.Tensor) -> bool:
+    """Whether a tensor is an output of the graph."""
+    return any(output is tensor for output in graph.outputs)
+
+
 def sole_consumer(graph: gs.Graph, tensor: gs.Tensor) -> bool:
     """Whether one node alone reads a tensor, which is not an output of the graph either."""
-    return len(tensor.outputs) == 1 and all(output is not tensor for output in graph.outputs)
+    return len(tensor.outputs) == 1 and not is_output(graph, tensor)
+
+
+def read_by(node: gs.Node) -> Iterator[gs.Tensor]:
+    """The tensors that a node reads, and the computed ones that graphs inside it read from outside."""
+    yield from node.inputs
+    inner = list(node.subgraphs(recursive=True))
+    own = IdentitySet(tensor for g in inner for tensor in (*g.inputs, *made_in(g)))
+    read = (tensor for g in inner for tensor in (*g.outputs, *(t for n in g.nodes for t in n.inputs)))
+    yield from (tensor for tensor in read if tensor not in own and not isinstance(tensor, gs.Constant))
+
+
+def made_in(graph: gs.Graph) -> list[gs.Tensor]:
+    """What a graph's nodes make, in their order."""
+    return [tensor for node in graph.nodes for tensor in node.outputs]
 
 
 def constant_value(tensor: gs.Tensor) -> np.ndarray | None:
@@ -162,7 +209,7 @@ def static_shape(tensor: gs.Tensor, batch: int = BATCH) -> list[int] | None:
 def fresh_names(graph: gs.Graph) -> Callable[[str], str]:
     """What turns a wish for a tensor's name into a name that nothing in the graph has yet."""
     taken = set(graph.tensors())
-    for subgraph in _subgraphs(graph):
+    for subgraph in graph.subgraphs(recursive=True):
         taken.update(subgraph.tensors())
 
     def fresh(name: str) -> str:
@@ -176,18 +223,40 @@ def fresh_names(graph: gs.Graph) -> Callable[[str], str]:
     return fresh
 
 
-def _subgraphs(graph: gs.Graph) -> Iterator[gs.Graph]:
-    for node in graph.nodes:
-        yield from node.subgraphs(recursive=True)
+def replace(graph: gs.Graph, old: gs.Tensor, new: gs.Tensor) -> None:
+    """Let all that reads `old` read `new`; an output of the graph keeps its name by an Identity."""
+    if is_output(graph, old):
+        graph.nodes.append(gs.Node("Identity", old.name, {}, [new], [old]))
+        return
+    for consumer in list(old.outputs):
+        for i, tensor in enumerate(consumer.inputs):
+            if tensor is old:
+                consumer.inputs[i] = new
+
+
+def stand_in(node: gs.Node, x: gs.Tensor) -> None:
+    """Let what makes x make the output of a node that alone reads x; the node is dead then."""
+    out, maker = node.outputs[0], x.inputs[0]
+    node.outputs.clear()
+    maker.outputs[next(i for i, tensor in enumerate(maker.outputs) if tensor is x)] = out
+
+
+def take_over(graph: gs.Graph, other: gs.Graph) -> None:
+    """Let a graph be what another is, for rewrites that make a new one; the other is of no use then."""
+    graph.nodes, graph.inputs, graph.outputs = other.nodes, other.inputs, other.outputs
+    graph.opset, graph.import_domains = other.opset, other.import_domains
 
 
 def detach(graph: gs.Graph, node: gs.Node) -> None:
-    """Let a node read nothing any more if nothing reads it, nor an Add behind it, and so on backwards."""
-    outputs = {id(output) for output in graph.outputs}
+    """Disconnect a node from its inputs if it is dead, then the nodes around that became dead by that.
+
+    A node is dead when nothing reads its outputs and none is an output of the graph. The readers of the
+    node's outputs are looked at, too.
+    """
     stack = [node, *(reader for tensor in node.outputs for reader in tensor.outputs)]
     while stack:
         node = stack.pop()
-        if all(not tensor.outputs and id(tensor) not in outputs for tensor in node.outputs):
+        if not any(tensor.outputs or is_output(graph, tensor) for tensor in node.outputs):
             makers = [maker for tensor in node.inputs for maker in tensor.inputs]
             node.inputs.clear()
             stack.extend(makers)
@@ -212,42 +281,41 @@ def tidy(graph: gs.Graph) -> None:
     graph-surgeon's `cleanup` takes time in the square of the readers of a shared constant, and its `toposort`
     recurses as deep as the new nodes go.
     """
-    inside = {id(node) for node in graph.nodes}
+    inside = own_nodes(graph)
 
     def makers(node: gs.Node) -> list[gs.Node]:
-        outer = (tensor for g in node.subgraphs() for tensor in g._foreign_tensors().values())
-        return [m for tensor in (*node.inputs, *outer) for m in tensor.inputs if id(m) in inside]
+        return [maker for tensor in read_by(node) for maker in tensor.inputs if maker in inside]
 
-    needed: set[int] = set()
+    needed = IdentitySet[gs.Node]()
     stack = [node for output in graph.outputs for node in output.inputs]
     while stack:
         node = stack.pop()
-        if id(node) not in needed:
-            needed.add(id(node))
+        if node not in needed:
+            needed.add(node)
             stack.extend(makers(node))
-    _drop([node for node in graph.nodes if id(node) not in needed])
+    _drop([node for node in graph.nodes if node not in needed])
 
-    placed: set[int] = set()
-    order: list[gs.Node] = []
-    stack = [node for node in graph.nodes[::-1] if id(node) in needed]
+    order = IdentitySet[gs.Node]()
+    stack = [node for node in graph.nodes[::-1] if node in needed]
     while stack:
-        node = stack[-1]
-        waiting = [] if id(node) in placed else [m for m in makers(node) if id(m) not in placed]
+        waiting = [] if stack[-1] in order else [maker for maker in makers(stack[-1]) if maker not in order]
         if waiting:
             stack.extend(waiting[::-1])
-            continue
-        stack.pop()
-        if id(node) not in placed:
-            placed.add(id(node))
-            order.append(node)
-    graph.nodes = order
+        else:
+            order.add(stack.pop())
+    graph.nodes = list(order)
 
 
 def _drop(nodes: list[gs.Node]) -> None:
-    """Detach nodes from their tensors, all at once."""
-    dropped = {id(node) for node in nodes}
-    for readers in {id(t): t.outputs for node in nodes for t in node.inputs}.values():
-        list.__setitem__(readers, slice(None), [node for node in readers if id(node) not in dropped])
+    """Disconnect nodes from their tensors, all at once.
+
+    By `list`'s own methods: graph-surgeon's lists tell the other side of each single change, which then
+    looks for it among all readers of a shared constant.
+    """
+    dropped = IdentitySet(nodes)
+    for tensor in IdentitySet(tensor for node in nodes for tensor in node.inputs):
+        left = [node for node in tensor.outputs if node not in dropped]
+        list.__setitem__(tensor.outputs, slice(None), left)
     for node in nodes:
         list.clear(node.inputs)
         node.outputs.clear()

@@ -136,6 +136,13 @@ def per_channel(value: np.ndarray, rank: int, axis: int, channels: int) -> np.nd
     return np.broadcast_to(full.reshape(-1), (channels,))
 
 
+def channel_axis(linear: Linear) -> int | None:
+    """Which axis of its output a linear map's channels are; None where the graph does not tell."""
+    if linear.is_conv or linear.node.op == "Gemm":
+        return 1
+    return len(linear.y.shape) - 1 if linear.y.shape else None
+
+
 def by_input(linear: Linear, values: np.ndarray) -> np.ndarray:
     """One value for each input channel, in a shape that multiplies the weight."""
     weight, group = linear.weight, linear.group
@@ -143,6 +150,21 @@ def by_input(linear: Linear, values: np.ndarray) -> np.ndarray:
         return values.reshape(-1, *(1,) * (weight.ndim - 1))
     full = np.repeat(values.reshape(group, -1), len(weight) // group, axis=0)
     return full.reshape(*weight.shape[:2], *(1,) * (weight.ndim - 2))
+
+
+def by_output(linear: Linear, values: np.ndarray) -> np.ndarray:
+    """One value for each output channel, in a shape that multiplies the weight."""
+    weight, group = linear.weight, linear.group
+    if linear.node.op == "ConvTranspose":
+        full = np.repeat(values.reshape(group, -1), len(weight) // group, axis=0)
+        return full.reshape(*weight.shape[:2], *(1,) * (weight.ndim - 2))
+    return values.reshape(-1, *(1,) * (weight.ndim - 1))
+
+
+def representable(linear: Linear, *arrays: np.ndarray | None) -> bool:
+    """Whether new weights are finite in the type of the old."""
+    with np.errstate(over="ignore"):
+        return all(np.isfinite(a.astype(linear.weight.dtype)).all() for a in arrays if a is not None)
 
 
 def set_weights(

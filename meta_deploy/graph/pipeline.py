@@ -11,8 +11,10 @@ from dataclasses import asdict, dataclass
 
 import onnx
 import onnx_graphsurgeon as gs
+import onnx_ir as ir
 
-from meta_deploy.graph.graph import to_graph, to_proto
+from meta_deploy.graph.explain import Declined, explaining
+from meta_deploy.graph.graph import from_model, normalized, to_proto
 from meta_deploy.graph.passes.clean_up import clean_up
 from meta_deploy.graph.passes.collapse_chains import collapse_chains
 from meta_deploy.graph.passes.discarded_rows import discarded_rows
@@ -82,6 +84,7 @@ class PassResult:
         moves_before: Transpose and Reshape nodes.
         bytes_before: what data movement and norms read and write, as far as sizes are known in advance.
         bytes_exact: whether all of these sizes are known, before and after.
+        declined: the places near the pass' pattern that it leaves as they are; None where nobody asked.
     """
 
     name: str
@@ -94,25 +97,34 @@ class PassResult:
     bytes_after: int
     bytes_exact: bool
     seconds: float
+    declined: list[Declined] | None = None
 
     def to_dict(self) -> dict[str, object]:
-        return asdict(self)
+        """As plain values, `declined` among them only where somebody asked."""
+        return {key: value for key, value in asdict(self).items() if key != "declined" or value is not None}
 
 
 def run_passes(
-    proto: onnx.ModelProto, names: list[str], cost: Cost = CPU
+    proto: onnx.ModelProto, names: list[str], cost: Cost = CPU, explain: bool = False
 ) -> tuple[onnx.ModelProto, list[PassResult]]:
-    """Run passes one after another; `cost` has the target's prices.
+    """Run passes one after another.
+
+    Args:
+        proto: of any opset; is left as it is.
+        names: keys of `PASSES`.
+        cost: the target's prices.
+        explain: have every pass say what it declined, and why.
 
     Returns:
         The new graph and a line per pass.
     """
-    graph = to_graph(proto)
+    literal = [normalized(proto)]  # is the graph only before the first pass
+    graph = from_model(literal[0])
     results = []
     nodes, moves, moved, exact = _measured(graph)
     for name in names:
         start = time.perf_counter()
-        changes = PRICED[name](graph, cost) if name in PRICED else PASSES[name](graph)
+        changes = _run(name, graph, cost, literal.pop() if literal else None)
         seconds = round(time.perf_counter() - start, 2)
         was = nodes, moves, moved, exact
         nodes, moves, moved, exact = _measured(graph)
@@ -121,9 +133,24 @@ def run_passes(
                 *(name, changes, was[0], nodes, was[1], moves, was[2], moved),
                 bytes_exact=was[3] and exact,
                 seconds=seconds,
+                declined=_declined(name, graph, cost) if explain else None,
             )
         )
     return to_proto(graph), results
+
+
+def _run(name: str, graph: gs.Graph, cost: Cost, model: ir.Model | None = None) -> int:
+    """Run a pass; `model` is the graph's, where that is at hand."""
+    if name == "clean-up":
+        return clean_up(graph, model)
+    return PRICED[name](graph, cost) if name in PRICED else PASSES[name](graph)
+
+
+def _declined(name: str, graph: gs.Graph, cost: Cost) -> list[Declined]:
+    """What a pass, which has run, says when it finds no more to do; on a copy, should it find something."""
+    with explaining() as told:
+        _run(name, graph.copy(), cost)
+    return list(told)
 
 
 def _measured(graph: gs.Graph) -> tuple[int, int, int, bool]:

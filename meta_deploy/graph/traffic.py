@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
-from meta_deploy.graph.graph import is_op, name_batch, static_shape
+from meta_deploy.graph.graph import IdentitySet, is_op, name_batch, read_by, static_shape
 
 # Parameters of norms, and pads, axes, sizes and repeats, are a few numbers and not counted; indices are.
 # What else normalizes, such as ReduceMean, Sub, Div of a norm written out, is arithmetic and not counted.
@@ -119,21 +119,20 @@ def _what_tells(graph: gs.Graph, wanted: Iterable[gs.Tensor]) -> onnx.ModelProto
 
     It begins at tensors that are of known shape and too large to say another's.
     """
-    kept: set[int] = set()
+    kept = IdentitySet[gs.Node]()
     read: dict[str, gs.Tensor] = {}
     stack = [node for tensor in wanted for node in tensor.inputs]
     while stack:
         node = stack.pop()
-        if id(node) in kept:
+        if node in kept:
             continue
-        kept.add(id(node))
-        outer = (tensor for inner in node.subgraphs() for tensor in inner._foreign_tensors().values())
-        for tensor in (*node.inputs, *outer):
+        kept.add(node)
+        for tensor in read_by(node):
             if tensor.inputs and (static_shape(tensor) is None or tensor.dtype is None or _is_small(tensor)):
                 stack.extend(tensor.inputs)
             elif not tensor.is_empty():
                 read[tensor.name] = tensor
-    nodes = [node for node in graph.nodes if id(node) in kept]
+    nodes = [node for node in graph.nodes if node in kept]
     made = {tensor.name: tensor for node in nodes for tensor in node.outputs if not tensor.is_empty()}
     read = {name: tensor for name, tensor in read.items() if name not in made}
     constants = [t for t in read.values() if isinstance(t, gs.Constant) and _is_small(t)]

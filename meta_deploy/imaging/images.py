@@ -132,14 +132,18 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class Source:
-    """One thing named on the command line: an image file, or a video."""
+    """One thing named on the command line: an image file, a video, or an .npz file of arrays."""
 
     path: Path
-    video: bool
+    video: bool = False
+
+    @property
+    def arrays(self) -> bool:
+        return self.path.suffix.lower() == ".npz"
 
 
 def expand(arguments: Iterable[str]) -> list[Source]:
-    """Arguments (image, video, folder, or glob pattern) to the files they name, each once, in order.
+    """Arguments (image, video, .npz, folder, or glob pattern) to the files they name, each once, in order.
 
     A folder gives the images directly in it, sorted, by suffix. A file that does not exist is kept, for
     reading it to say so.
@@ -168,7 +172,7 @@ def _matches(argument: str) -> list[Path]:
         paths = sorted(
             p
             for p in map(Path, glob.glob(argument, recursive=True))
-            if _known(p, IMAGE_SUFFIXES | VIDEO_SUFFIXES)
+            if _known(p, IMAGE_SUFFIXES | VIDEO_SUFFIXES | {".npz"})
         )
         if not paths:
             raise InputError(f"no image or video matches '{argument}'; check the pattern")

@@ -32,12 +32,3 @@ ADE20K_CLASSES = tuple(
     blanket, sculpture, hood, sconce, vase, traffic light, tray, ashcan, fan, pier, crt screen, plate,
     monitor, bulletin board, shower, radiator, glass, clock, flag""".replace("\n    ", " ").split(", ")
 )
-
-
-def default_class_names(head: str, num_classes: int) -> list[str]:
-    """Names for a model that brings none: the data set that head and count suggest, else "class 0"..."""
-    if head == "mask-rcnn" and num_classes == len(COCO_CLASSES):
-        return list(COCO_CLASSES)
-    if head == "upernet" and num_classes == len(ADE20K_CLASSES):
-        return list(ADE20K_CLASSES)
-    return [f"class {i}" for i in range(num_classes)]

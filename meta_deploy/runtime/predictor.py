@@ -6,26 +6,23 @@ Knows the order of the runtime's parts; must not know how any of them does its w
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 
 from meta_deploy.bundle.bundle import Bundle
-from meta_deploy.bundle.manifest import Size
-from meta_deploy.errors import BackendError, BundleError, InputError
+from meta_deploy.errors import InputError
 from meta_deploy.imaging.images import ImageLike, read_image
-from meta_deploy.imaging.preprocess import Placement, Preprocessor
+from meta_deploy.imaging.preprocess import Preprocessor
 from meta_deploy.targets import open_backend
-from meta_deploy.tasks import postprocess
-from meta_deploy.tasks.results import Detections, Segmentation, Timings
+from meta_deploy.tasks import get_task
+from meta_deploy.tasks.results import Result, Timings
 
 DEMO_BUNDLE = Path(__file__).parent.parent / "assets" / "demo"
 MAX_THREADS = 1024
-Result = Detections | Segmentation
 
 
 class Predictor:
@@ -59,8 +56,9 @@ class Predictor:
         bundle = DEMO_BUNDLE if bundle is None else bundle
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self.score_threshold = self.bundle.score_threshold if score_threshold is None else score_threshold
-        self._preprocess = Preprocessor(self.bundle.input, self.bundle.preprocess)
-        self._classes = self.bundle.classes
+        self._task = get_task(self.bundle.task)
+        if self.bundle.takes_images:
+            self._preprocess = Preprocessor(self.bundle.input, self.bundle.preprocess)
         self._backend = open_backend(self.bundle, backend, threads)
 
     @property
@@ -74,40 +72,56 @@ class Predictor:
         note = f" ({self._backend.note})" if self._backend.note else ""
         return self._backend.runs_on + note
 
+    def __repr__(self) -> str:
+        return f"Predictor of {self.bundle!r}, runs on {self._backend.runs_on}"
+
     def __call__(self, image: ImageLike) -> Result:
         """One image: a path, an encoded file's bytes, a Pillow image, or an RGB uint8 array (H, W, 3).
 
+        Returns:
+            What the bundle's task gives: Detections, a Segmentation, or of a raw bundle Arrays.
+
         Raises:
             ImageError: it cannot be read.
+            InputError: the bundle takes arrays and says nothing of images; use `run`.
         """
         return self.batch([image])[0]
 
     def batch(self, images: Sequence[ImageLike]) -> list[Result]:
         """Several images, in groups as large as the bundle's batch takes; the results in the same order.
 
+        A raw bundle gets them one by one, since which of its outputs belongs to which is not known.
+
         Raises:
-            ImageError: one of them cannot be read.
+            As for one image.
         """
         results: list[Result] = []
-        size = self.bundle.input.batch.max
+        size = 1 if self.bundle.task == "raw" else self.bundle.input.batch.max
         for start in range(0, len(images), size):
             results.extend(self._group(images[start : start + size]))
         return results
 
+    def run(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The graph itself: arrays by the names of its inputs, to arrays by the names of its outputs.
+
+        Raises:
+            BackendError: a name, dtype or shape that the graph does not take.
+        """
+        return self._backend.run({name: np.asarray(array) for name, array in arrays.items()})
+
     def _group(self, images: Sequence[ImageLike]) -> Iterator[Result]:
+        spec = self.bundle.input  # an error where the bundle takes arrays only
         pixels = [read_image(image) for image in images]
         started = perf_counter()
         batch, placements = self._preprocess(pixels)
         prepared = perf_counter()
-        outputs = self._backend.run({self.bundle.input.name: self._padded(batch)})
+        outputs = self.run({spec.name: self._padded(batch)})
         done = perf_counter()
         share = 1000 / len(images)
+        padded = batch.shape[2], batch.shape[3]
         for index, (image, placement) in enumerate(zip(images, placements, strict=True)):
             before = perf_counter()
-            make: Any = (
-                self._segmentation if self.bundle.task == "semantic-segmentation" else self._detections
-            )
-            result = make(outputs, index, placement, (batch.shape[2], batch.shape[3]))
+            result = self._task.decode(self.bundle, outputs, index, placement, padded, self.score_threshold)
             after = perf_counter()
             timings = Timings(
                 (prepared - started) * share, (done - prepared) * share, (after - before) * 1000
@@ -121,47 +135,6 @@ class Predictor:
         if lacking <= 0:
             return batch
         return np.concatenate([batch, np.zeros((lacking, *batch.shape[1:]), np.float32)])
-
-    def _detections(
-        self, outputs: dict[str, np.ndarray], index: int, placement: Placement, padded: Size
-    ) -> Detections:
-        count = max(int(outputs["num_detections"][index]), 0)
-        for name in ("boxes", "scores", "masks"):
-            if name in outputs:
-                self._check_finite(outputs[name][index, :count])
-        found = postprocess.detections(
-            outputs,
-            index,
-            placement,
-            self.score_threshold,
-            self.bundle.manifest.thresholds.mask,  # type: ignore[union-attr]
-        )
-        self._check_classes(int(found.labels.max(initial=-1)) + 1)
-        return Detections(
-            placement.original, found.boxes, found.scores, found.labels, self._classes, found.masks
-        )
-
-    def _segmentation(
-        self, outputs: dict[str, np.ndarray], index: int, placement: Placement, padded: Size
-    ) -> Segmentation:
-        logits = outputs["logits"][index]
-        self._check_classes(len(logits))
-        self._check_finite(logits)
-        return Segmentation(postprocess.segmentation(logits, placement, padded), self._classes)
-
-    def _check_finite(self, values: np.ndarray) -> None:
-        if values.size and not (np.isfinite(values.max()) and np.isfinite(values.min())):  # NaN gets through
-            raise BackendError(
-                f"the model of bundle '{self.bundle.path}' gave values that are not finite; export it again, "
-                "or use another back end or precision"
-            )
-
-    def _check_classes(self, needed: int) -> None:
-        if needed > len(self._classes):
-            raise BundleError(
-                f"the model of bundle '{self.bundle.path}' gives {needed} classes, and its manifest names "
-                f"{len(self._classes)}; export it again"
-            )
 
     def close(self) -> None:
         """Free the model."""

@@ -15,16 +15,8 @@ from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.bundle.manifest import Profile, RawInput, RawManifest, TensorSpec
 from meta_deploy.errors import BackendError
 from meta_deploy.targets.target import profiles
+from meta_deploy.tasks import get_task
 
-# Type and dimensions of every output; what has the same name has the same size.
-_PROMISED: dict[str, tuple[str, tuple[str | int, ...]]] = {
-    "num_detections": ("int32", ("batch",)),
-    "boxes": ("float32", ("batch", "most", 4)),
-    "scores": ("float32", ("batch", "most")),
-    "labels": ("int32", ("batch", "most")),
-    "masks": ("float32", ("batch", "most", "cells", "cells")),
-    "logits": ("float32", ("batch", "classes", "rows", "columns")),
-}
 _IMAGES = ("batch", 3, "height", "width")
 
 
@@ -52,7 +44,7 @@ class Contract:
             self._outputs = {given.name: _raw(given) for given in manifest.outputs}
         else:
             self._inputs = {manifest.input.name: Value(manifest.input.dtype, _IMAGES)}
-            self._outputs = {name: Value(*_PROMISED[name]) for name in manifest.output_names}
+            self._outputs = {name: Value(*output) for name, output in get_task(bundle.task).outputs.items()}
         self._profiles = {profile.name: profile for profile in profiles(bundle)}
         self._classes = len(bundle.classes)
         self.outputs = tuple(self._outputs)

@@ -1,6 +1,6 @@
 """Overlays: masks, boxes, names and scores on an image, legible at any size and on any background.
 
-Knows pixels and results; must not know where either came from.
+Knows pixels and arrays; must not know the results that they are parts of.
 """
 
 from __future__ import annotations
@@ -9,15 +9,12 @@ import colorsys
 import functools
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-if TYPE_CHECKING:
-    from meta_deploy.tasks.masks import Mask
-    from meta_deploy.tasks.results import Detections, Segmentation
+from meta_deploy.tasks.masks import Mask
 
 SMALLEST = 384  # an image whose longer side is less is enlarged before drawing, or no name could be read
 TINT = 0.45
@@ -48,46 +45,56 @@ def _palette() -> tuple[Color, ...]:
     return tuple(zip(red, green, blue, strict=True))
 
 
-def draw_detections(image: np.ndarray, detections: Detections) -> np.ndarray:
-    """Masks, boxes, names and scores on a copy of an RGB uint8 image (H, W, 3).
+def draw_detections(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    scores: np.ndarray,
+    labels: np.ndarray,
+    names: Sequence[str],
+    segments: Sequence[Mask] | None = None,
+) -> np.ndarray:
+    """Masks, boxes (N, 4) xyxy, names and scores on a copy of an RGB uint8 image (H, W, 3).
 
-    The copy is larger by a whole factor where the image's longer side is under SMALLEST pixels.
+    `labels` (N,) choose the colours. The copy is larger by a whole factor where the image's longer side is
+    under SMALLEST pixels.
     """
     factor = _factor(image)
     canvas = _enlarged(image, factor)
     width = _line_width(canvas)
-    boxes = np.rint(detections.boxes * factor).astype(int)
+    boxes = np.rint(boxes * factor).astype(int)
     # The smallest last, on top of what surrounds them.
     order = np.argsort(-(boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), kind="stable")
-    if detections.segments is not None:
-        masks = ((detections.segments[i], class_color(detections.labels[i])) for i in order)
+    if segments is not None:
+        masks = ((segments[i], class_color(labels[i])) for i in order)
         canvas = _draw_masks(canvas, masks, factor, width)
     for i in order:
-        _outline(canvas, boxes[i], class_color(detections.labels[i]), width)
-    texts = [f"{name} {score:.2f}" for name, score in zip(detections.names, detections.scores, strict=True)]
-    best_first = np.argsort(-detections.scores, kind="stable")
+        _outline(canvas, boxes[i], class_color(labels[i]), width)
+    texts = [f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)]
+    best_first = np.argsort(-scores, kind="stable")
     return _label(
         canvas,
-        [(texts[i], _rect(boxes[i]), class_color(detections.labels[i])) for i in best_first],
+        [(texts[i], _rect(boxes[i]), class_color(labels[i])) for i in best_first],
     )
 
 
-def draw_segmentation(image: np.ndarray, segmentation: Segmentation) -> np.ndarray:
-    """An RGB uint8 image (H, W, 3) tinted by class, borders drawn, with a legend of the classes that occur.
+def draw_segmentation(image: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> np.ndarray:
+    """An RGB uint8 image (H, W, 3) tinted by the classes of `labels` (H, W), borders drawn, with a legend.
 
     Enlarged as in `draw_detections`.
     """
     factor = _factor(image)
     canvas = _enlarged(image, factor)
-    labels = _enlarged(segmentation.labels, factor)
-    table = np.array([class_color(i) for i in range(len(segmentation.classes))], np.uint8)
+    counts = np.bincount(labels.ravel(), minlength=len(classes))
+    labels = _enlarged(labels, factor)
+    table = np.array([class_color(i) for i in range(len(classes))], np.uint8)
     mixed = cv2.addWeighted(canvas, 1 - TINT, table[labels], TINT, 0)
     border = np.zeros(labels.shape, bool)
     border[:, 1:] |= labels[:, 1:] != labels[:, :-1]
     border[1:] |= labels[1:] != labels[:-1]
     thick = cv2.dilate(border.view(np.uint8), np.ones((_line_width(canvas),) * 2, np.uint8)).view(bool)
     mixed[thick] = table[labels[thick]]
-    return _legend(mixed, [(segmentation.classes[i], class_color(i)) for i in segmentation.areas])
+    largest_first = [i for i in np.argsort(-counts, kind="stable") if counts[i]]
+    return _legend(mixed, [(classes[i], class_color(i)) for i in largest_first])
 
 
 def _factor(image: np.ndarray) -> int:

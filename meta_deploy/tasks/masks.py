@@ -1,15 +1,19 @@
 """One instance's mask, kept as run lengths within its box: small in memory, exact, COCO RLE on demand.
 
-Knows pixels and runs; must not know models or images.
+Also how a network's mask becomes one. Knows pixels and runs; must not know models or images.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 
-Size = tuple[int, int]
+from meta_deploy.bundle.manifest import Size
+
+_NONE = np.empty((0, 0), np.float32)  # no matrix to add to a product
 
 
 @dataclass(frozen=True)
@@ -83,3 +87,37 @@ def _runs(crop: np.ndarray) -> np.ndarray:
     ends = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     start = [0, 0] if flat[0] else [0]
     return np.diff(np.concatenate([start, ends, [len(flat)]])).astype(np.uint32)
+
+
+def paste_mask(mask: np.ndarray, box: np.ndarray, size: Size, threshold: float) -> Mask:
+    """A mask's probabilities (h, w), resampled into `box` (xyxy pixels) of an image of `size` (H, W).
+
+    As MMDetection's `_do_paste_mask`: bilinear at pixel centres (align_corners=False), zero outside, set
+    where at least `threshold`. Bilinear sampling is separable, so that it is two matrix products.
+    """
+    x0, y0, x1, y1 = (float(edge) for edge in box)
+    left, right = _span(x0, x1, size[1])
+    top, bottom = _span(y0, y1, size[0])
+    rows = _bilinear(top, bottom, y0, y1, mask.shape[0])
+    columns = _bilinear(left, right, x0, x1, mask.shape[1])
+    if not len(rows) or not len(columns):
+        return Mask.from_crop(np.zeros((len(rows), len(columns)), bool), top, left, size)
+    # OpenCV's product, for numpy's BLAS wakes a thread per core for it and then waits for a busy machine.
+    # Transposed: run lengths go down the columns, which then lie together in memory.
+    half = cv2.gemm(columns, np.ascontiguousarray(mask, np.float32), 1, _NONE, 0, flags=cv2.GEMM_2_T)
+    pasted = cv2.gemm(half, rows, 1, _NONE, 0, flags=cv2.GEMM_2_T)
+    return Mask.from_crop((pasted >= threshold).T, top, left, size)
+
+
+def _span(start: float, stop: float, limit: int) -> tuple[int, int]:
+    """The pixels [first, last) that a box's edge touches, one more either way, within the image."""
+    first = min(max(math.floor(start) - 1, 0), limit)
+    return first, max(min(math.ceil(stop) + 1, limit), first)
+
+
+def _bilinear(first: int, last: int, start: float, stop: float, count: int) -> np.ndarray:
+    """The weights (last - first, count) that sample `count` cells over [start, stop] at pixel centres."""
+    centres = np.arange(first, last, dtype=np.float64) + 0.5
+    at = (centres - start) / (stop - start) * count - 0.5
+    distance = np.abs(at[:, None] - np.arange(count))
+    return np.maximum(0.0, 1.0 - distance).astype(np.float32)

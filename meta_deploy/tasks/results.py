@@ -1,4 +1,4 @@
-"""What an image gives: detections or a class map, with the next steps (filter, draw, COCO, save) as methods.
+"""What results of all tasks share: where from, how long it took, drawing, saving, COCO's category ids.
 
 Knows arrays and names; must not know bundles, back ends or the network's input.
 """
@@ -6,18 +6,19 @@ Knows arrays and names; must not know bundles, back ends or the network's input.
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from meta_deploy.bundle.files import atomic_write
+from meta_deploy.bundle.manifest import Size
 from meta_deploy.errors import InputError
 from meta_deploy.imaging.images import ImageLike, read_image
-from meta_deploy.tasks.masks import Mask
 
-Size = tuple[int, int]
+SHOWN = 5  # classes that a line names
 
 
 @dataclass(frozen=True)
@@ -31,168 +32,73 @@ class Timings:
     model: float = 0.0
     post: float = 0.0
 
+    @property
+    def total(self) -> float:
+        return self.pre + self.model + self.post
 
-@dataclass(frozen=True)
-class Detections:
-    """The objects found in one image, by falling score.
+    def to_dict(self) -> dict[str, float]:
+        return {f"{name}_ms": round(getattr(self, name), 3) for name in ("pre", "model", "post")}
 
-    `size` is the image's (height, width); `boxes` (N, 4) float32 xyxy in its pixels; `scores` (N,) float32;
-    `labels` (N,) int32, indices into `classes`; `segments` the N masks in compact form, or None where the
-    model gives boxes only; `path` the file it was read from, if any.
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Result(ABC):
+    """What a model says of one image or one set of arrays. `repr` is one line, in words.
+
+    `path` is the file it was read from, if any.
     """
 
-    size: Size
-    boxes: np.ndarray
-    scores: np.ndarray
-    labels: np.ndarray
-    classes: tuple[str, ...]
-    segments: tuple[Mask, ...] | None = None
     path: str | None = None
     timings: Timings = field(default_factory=Timings)
 
-    def __len__(self) -> int:
-        return len(self.scores)
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
 
-    @property
-    def names(self) -> list[str]:
-        """Each detection's class name."""
-        return [self.classes[label] for label in self.labels]
+    @abstractmethod
+    def filter(self, score: float) -> Result:
+        """What has at least this score; itself where nothing has one."""
 
-    @property
-    def masks(self) -> np.ndarray | None:
-        """The masks at the image's size, bool (N, H, W), made anew on each access; None without masks."""
-        if self.segments is None:
-            return None
-        masks = np.zeros((len(self), *self.size), bool)
-        for out, segment in zip(masks, self.segments, strict=True):
-            out[:] = segment.full()
-        return masks
+    @abstractmethod
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the result to a file, whole or not at all."""
 
-    def filter(self, score: float) -> Detections:
-        """Those of at least this score."""
-        keep = np.flatnonzero(self.scores >= score)
-        segments = None if self.segments is None else tuple(self.segments[i] for i in keep)
-        return replace(
-            self,
-            boxes=self.boxes[keep],
-            scores=self.scores[keep],
-            labels=self.labels[keep],
-            segments=segments,
-        )
+
+class ImageResult(Result):
+    """What a model says of one image, which has a `size` (height, width)."""
+
+    if TYPE_CHECKING:  # a field of some, computed by others
+
+        @property
+        def size(self) -> Size: ...
+
+    @abstractmethod
+    def to_coco(self, image_id: int | str, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
+        """COCO result records. `category_ids` gives each class's id; None: `coco_category_ids`."""
+
+    @abstractmethod
+    def _drawn(self, image: np.ndarray) -> np.ndarray:
+        """The result on an image of its size."""
 
     def draw(self, image: ImageLike | None = None) -> np.ndarray:
-        """The image with masks, boxes, names and scores on it: RGB uint8 (H, W, 3).
+        """The result drawn on its image: RGB uint8 (H, W, 3).
 
         Without `image` it is read from `path`. A small image comes back enlarged by a whole factor, so that
         the names can be read.
 
         Raises:
             ImageError: the image cannot be read.
-            InputError: it is not the size of the one these detections are of, or there is none.
+            InputError: it is not the size of the one this is the result of, or there is none.
         """
-        from meta_deploy.tasks.draw import draw_detections
-
-        return draw_detections(_pixels(image, self.path, self.size), self)
+        return self._drawn(_pixels(image, self.path, self.size))
 
     def save(self, path: str | os.PathLike[str], image: ImageLike | None = None) -> None:
         """Write the drawn image, in the format of `path`'s suffix, whole or not at all. Raises as `draw`."""
         save_image(path, self.draw(image))
 
-    def to_coco(self, image_id: int | str, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
-        """COCO result records (image_id, category_id, bbox xywh, score, segmentation RLE), one a detection.
 
-        `category_ids` gives each class's id; None: COCO's own for COCO's 80 classes, else label + 1.
-        """
-        ids = coco_category_ids(self.classes) if category_ids is None else category_ids
-        records: list[dict[str, Any]] = []
-        for i, (x0, y0, x1, y1) in enumerate(self.boxes.tolist()):
-            record: dict[str, Any] = {
-                "image_id": image_id,
-                "category_id": int(ids[self.labels[i]]),
-                "bbox": [round(edge, 3) for edge in (x0, y0, x1 - x0, y1 - y0)],
-                "score": round(float(self.scores[i]), 6),
-            }
-            if self.segments is not None:
-                record["segmentation"] = self.segments[i].rle()
-            records.append(record)
-        return records
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON: path, size [H, W], detections (label, name, score, box xyxy, mask as COCO RLE), ms."""
-        found: list[dict[str, Any]] = []
-        for i, box in enumerate(self.boxes.tolist()):
-            entry: dict[str, Any] = {
-                "label": int(self.labels[i]),
-                "name": self.classes[self.labels[i]],
-                "score": round(float(self.scores[i]), 6),
-                "box": [round(edge, 3) for edge in box],
-            }
-            if self.segments is not None:
-                entry["mask"] = self.segments[i].rle()
-            found.append(entry)
-        return {"path": self.path, "size": list(self.size), "detections": found, "timings": _ms(self.timings)}
-
-
-@dataclass(frozen=True)
-class Segmentation:
-    """The class of every pixel of one image.
-
-    `labels` is int16 (H, W), indices into `classes`; `path` the file it was read from, if any.
-    """
-
-    labels: np.ndarray
-    classes: tuple[str, ...]
-    path: str | None = None
-    timings: Timings = field(default_factory=Timings)
-
-    @property
-    def size(self) -> Size:
-        """The image's (height, width)."""
-        return self.labels.shape[0], self.labels.shape[1]
-
-    def filter(self, score: float) -> Segmentation:
-        """Itself: a class map has no scores. There so that both results are used alike."""
-        return self
-
-    @property
-    def areas(self) -> dict[int, int]:
-        """The pixels of each label that occurs, the largest first."""
-        counts = np.bincount(self.labels.ravel(), minlength=len(self.classes))
-        return {int(i): int(counts[i]) for i in np.argsort(-counts, kind="stable") if counts[i]}
-
-    def draw(self, image: ImageLike | None = None) -> np.ndarray:
-        """The image tinted by class, with a legend: RGB uint8 (H, W, 3). As `Detections.draw`."""
-        from meta_deploy.tasks.draw import draw_segmentation
-
-        return draw_segmentation(_pixels(image, self.path, self.size), self)
-
-    def save(self, path: str | os.PathLike[str], image: ImageLike | None = None) -> None:
-        """Write the drawn image, in the format of `path`'s suffix, whole or not at all. Raises as `draw`."""
-        save_image(path, self.draw(image))
-
-    def to_coco(self, image_id: int | str, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
-        """COCO stuff-style records (image_id, category_id, segmentation RLE), one a class that occurs."""
-        ids = coco_category_ids(self.classes) if category_ids is None else category_ids
-        return [
-            {"image_id": image_id, "category_id": int(ids[label]), "segmentation": self._mask(label).rle()}
-            for label in self.areas
-        ]
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON: path, size [H, W], segments (label, name, pixels, mask as COCO RLE), timings."""
-        segments = [
-            {"label": label, "name": self.classes[label], "pixels": pixels, "mask": self._mask(label).rle()}
-            for label, pixels in self.areas.items()
-        ]
-        return {
-            "path": self.path,
-            "size": list(self.size),
-            "segments": segments,
-            "timings": _ms(self.timings),
-        }
-
-    def _mask(self, label: int) -> Mask:
-        return Mask.from_full(self.labels == label)
+def listed(parts: Sequence[str]) -> str:
+    """The first few, and an ellipsis where there are more."""
+    return ", ".join([*parts[:SHOWN], *(["…"] if len(parts) > SHOWN else [])])
 
 
 _COCO_GAPS = frozenset((12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
@@ -233,7 +139,3 @@ def _pixels(image: ImageLike | None, path: str | None, size: Size) -> np.ndarray
             f"{size[1]}x{size[0]}; pass that one"
         )
     return pixels
-
-
-def _ms(timings: Timings) -> dict[str, float]:
-    return {f"{name}_ms": round(getattr(timings, name), 3) for name in ("pre", "model", "post")}

@@ -20,19 +20,19 @@ from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.bundle.manifest import PassRow
 from meta_deploy.cli.export import StageDisplay, main, passes_table, verdict
 from meta_deploy.errors import BundleError
-from meta_deploy.models.checkpoint.load import save_checkpoint
+from meta_deploy.models.checkpoint.save import save_checkpoint
 from tests.tiny_models import detector, exported, lively
 
 CONFIG = detector()
 KEYS = {
     *("bundle", "model", "target", "precision", "parameters", "nodes", "passes", "verification", "seconds"),
-    *("peak_rss_mb", "engine", "operators", "conversion"),
+    *("peak_rss_mb", "engine", "operators", "conversion", "task"),
 }
 STAGES = [
-    "loading the checkpoint",
+    "loading the model",
     "exporting to ONNX",
     "running graph passes",
-    "comparing with PyTorch",
+    "comparing with the original",
     "writing the bundle",
 ]
 QUICK = ("--no-verify", "--passes", "none")
@@ -41,11 +41,11 @@ QUICK = ("--no-verify", "--passes", "none")
 CHILD = """
 import sys, time
 import onnx
-from meta_deploy.export import pipeline
+from meta_deploy.export.sources import checkpoint
 from meta_deploy.bundle import bundle
 from meta_deploy.cli.export import main
 
-pipeline.export_onnx = lambda model, spec, operators: onnx.load({graph!r})
+checkpoint.export_onnx = lambda model, spec, operators: onnx.load({graph!r})
 if {slow_write!r}:
     fsync = bundle.os.fsync
     def slow(descriptor):
@@ -78,9 +78,9 @@ def here(tmp_path, monkeypatch):
 @pytest.fixture
 def meta_export(material, here, capfd, monkeypatch):
     """Run meta-export on the tiny checkpoint, its translation made before: exit code, stdout, stderr."""
-    from meta_deploy.export import pipeline
+    from meta_deploy.export.sources import checkpoint
 
-    monkeypatch.setattr(pipeline, "export_onnx", lambda *_: onnx.load(material / "literal.onnx"))
+    monkeypatch.setattr(checkpoint, "export_onnx", lambda *_: onnx.load(material / "literal.onnx"))
 
     def call(*options, ckpt=material / "tiny.pth"):
         capfd.readouterr()
@@ -152,7 +152,7 @@ def test_the_default_folder_is_named_after_the_checkpoint_in_the_current_one(met
     code, out, _ = meta_export("--no-verify")
     assert code == 0
     assert [path.name for path in here.iterdir()] == ["tiny-onnxruntime-fp32"]
-    assert "not compared with PyTorch (--no-verify)" in out
+    assert "not compared with the original (--no-verify)" in out
 
 
 @pytest.mark.slow
@@ -238,10 +238,10 @@ def test_a_terminal_sees_the_stage_while_it_runs(monkeypatch):
         display.start("write")
         display.close()
     shown = read_all(ours)
-    assert "\r\033[Kcomparing with PyTorch…" in shown
-    assert "\r\033[Kcomparing with PyTorch 3/8 images" in shown
+    assert "\r\033[Kcomparing with the original…" in shown
+    assert "\r\033[Kcomparing with the original 3/8" in shown
     assert re.search(r"\r\033\[Ka note\r?\n", shown)
-    assert re.search(r"\r\033\[Kcomparing with PyTorch 1\.2 s\r?\n", shown)
+    assert re.search(r"\r\033\[Kcomparing with the original 1\.2 s\r?\n", shown)
     assert shown.endswith("\r\033[K")  # the cursor is left on a clean line
 
 
@@ -255,7 +255,15 @@ def test_a_terminal_sees_the_stage_while_it_runs(monkeypatch):
         (["--target", "cuda"], ["'cuda'", "tensorrt"]),
         (["--target", "tensorrt"], ["tensorrt", "cannot be imported", "pip install"]),
         (["--bf16"], ["precision bf16 is not written for onnxruntime", "--target tensorrt"]),
-        *[([f"--{p}"], [f"precision {p} is not written", "--fp16"]) for p in ("int8", "fp8")],
+        *[([f"--{p}"], [f"unrecognized arguments: --{p}"]) for p in ("int8", "fp8")],
+        (["--explain", "tidy"], ["'tidy' is not a graph pass", "clean-up"]),
+        (["--onnx", "x.onnx"], ["not allowed with argument --ckpt"]),
+        (["--mean", "0"], ["--mean is for an ONNX file"]),
+        (["--mean", "1", "2"], ["--mean takes one number or three, not 2"]),
+        (["--std", "0"], ["--std 0 is not above zero"]),
+        (["--scale", "nan"], ["'nan' is not a number"]),
+        (["--shape", "images"], ["'images' is not a name and a shape such as"]),
+        (["--class-names", "missing.txt"], ["cannot read 'missing.txt'"]),
         (["--gpu", "8.6"], ["--gpu and --workspace are for TensorRT"]),
         (["--workspace", "64"], ["--gpu and --workspace are for TensorRT"]),
         (["--gpu", "Ampere"], ["'Ampere' is not a compute capability such as 8.9"]),
@@ -291,7 +299,7 @@ def test_a_wrong_option_is_one_line(meta_export, here, options, patterns):
 def test_a_missing_option_is_one_line(here, capfd):
     with pytest.raises(SystemExit) as exit:
         main([])
-    refused((exit.value.code, *capfd.readouterr()), here, "--ckpt")
+    refused((exit.value.code, *capfd.readouterr()), here, "--ckpt", "--onnx")
 
 
 def test_a_broken_picture_is_named_before_the_work(meta_export, here):
@@ -381,13 +389,29 @@ def test_a_failed_verification_is_3_and_leaves_no_bundle(meta_export, pictures, 
     assert list(here.iterdir()) == []
 
 
+@pytest.mark.slow
+def test_explain_says_what_a_pass_left_and_why(meta_export, here):
+    code, out, err = meta_export("--no-verify", "--json", "--explain", "fold-branches", "--out", "b")
+    assert code == 0
+    rows = {row["name"]: row for row in json.loads(out)["passes"]}
+    assert rows["fold-branches"]["declined"]
+    for place in rows["fold-branches"]["declined"]:
+        assert set(place) == {"node", "op", "reason"}
+    assert re.search(r"^fold-branches left as they are:\n  \d+ Conv \(", err, re.M)
+    assert "fold-scales left" not in err
+
+
+def test_a_pass_to_explain_that_is_none_is_refused(meta_export, here):
+    refused(meta_export("--explain", "fuse"), here, "'fuse' is not a graph pass", "fuse-attention")
+
+
 def test_a_fault_of_ours_is_1_and_says_how_to_report_it(meta_export, here, monkeypatch):
-    from meta_deploy.export import pipeline
+    from meta_deploy.export.sources import checkpoint
 
     def fails(*_):
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr(pipeline, "export_onnx", fails)
+    monkeypatch.setattr(checkpoint, "export_onnx", fails)
     code, out, err = meta_export("--no-verify")
     assert (code, out) == (1, "")
     assert "ZeroDivisionError: oops" in err.splitlines()[-1]
@@ -397,12 +421,12 @@ def test_a_fault_of_ours_is_1_and_says_how_to_report_it(meta_export, here, monke
 
 
 def test_ctrl_c_is_130(meta_export, here, monkeypatch):
-    from meta_deploy.export import pipeline
+    from meta_deploy.export.sources import checkpoint
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "export_onnx", interrupted)
+    monkeypatch.setattr(checkpoint, "export_onnx", interrupted)
     code, out, err = meta_export("--no-verify")
     assert (code, out) == (130, "")
     assert err.splitlines()[-1] == "meta-export: interrupted"
@@ -429,9 +453,7 @@ def wait_for(process, text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "moment", ["loading the checkpoint", "exporting to ONNX", "syncing", "syncing again"]
-)
+@pytest.mark.parametrize("moment", ["loading the model", "exporting to ONNX", "syncing", "syncing again"])
 def test_killed_at_any_point_it_leaves_no_bundle_that_loads(material, here, moment):
     process = start(material, "--out", "b", *QUICK, slow_write=True)
     wait_for(process, moment.split()[0] if moment.startswith("syncing") else moment)
@@ -458,7 +480,7 @@ def test_killed_at_any_point_it_leaves_no_bundle_that_loads(material, here, mome
 @pytest.mark.parametrize(
     ("moment", "number", "code", "said"),
     [
-        ("loading the checkpoint", signal.SIGINT, 130, "interrupted"),
+        ("loading the model", signal.SIGINT, 130, "interrupted"),
         ("syncing", signal.SIGINT, 130, "interrupted"),
         ("syncing", signal.SIGTERM, 143, "terminated"),
     ],
@@ -503,7 +525,7 @@ def test_on_a_terminal_the_stages_update_in_place(material, here, pictures):
     assert process.returncode == 0, text
     for stage in STAGES:
         assert f"\r\033[K{stage}…" in text
-    assert "comparing with PyTorch 1/1 images" in text
+    assert "comparing with the original 1/1 images" in text
 
 
 def test_help_imports_little_and_nothing_heavy():

@@ -3,14 +3,14 @@
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, numpy_helper
 
 from meta_deploy.graph.graph import BATCH
 from meta_deploy.graph.pipeline import PASSES, PIPELINES, run_passes
 from meta_deploy.graph.prices import Cost
+from tests.graph.rewriting import node
 from tests.small_graphs import model, run, value
 
-node = helper.make_node
 FREE = Cost(node=0, value=0)
 
 

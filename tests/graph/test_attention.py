@@ -1,238 +1,15 @@
 """find_attention: q, k, v and the scale, wherever that is written; what is no attention is not found."""
 
-import dataclasses
 import math
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper, numpy_helper
 
 from meta_deploy.graph.attention import find_attention
 from meta_deploy.graph.graph import to_graph
-from tests.graph.passes.test_fuse_layer_norm import shuffled
-from tests.graph.passes.test_move_linears import PROFILE, both_branches
-from tests.small_graphs import FLOAT, model, value
-
-node = helper.make_node
-TYPES = {"float32": FLOAT, "float16": TensorProto.FLOAT16, "float64": TensorProto.DOUBLE}
-
-
-# --- attentions inside of stripes of a map, for the tests of order_tokens and stack_attention, too ---
-
-
-@dataclasses.dataclass(frozen=True)
-class Stripes:
-    """One attention inside of stripes (or windows) of a map, to vary.
-
-    A scale is (operator, number, whether the constant is the first operand). `order` has the order of the
-    axes (image, row of stripes, column of stripes) in the batch and of (row, column) in the tokens.
-    """
-
-    rows: int = 4  # of a stripe
-    columns: int = 2
-    heads: int = 1
-    d: int = 4
-    axis: int = 1  # of Split
-    parts: tuple | None = None  # its sizes, where they are said to it
-    order: tuple = ((0, 1, 2), (0, 1))
-    back: tuple | None = None  # (rows, columns, order), where the tokens go back otherwise
-    q_scale: tuple | None = ("Mul", 0.5, False)
-    k_before: tuple | None = None  # before k's Transpose
-    k_scale: tuple | None = None  # after it
-    scale: tuple | None = None  # on the products
-    three: bool = False  # k is transposed with batch and heads in one
-    mask: bool = False
-    softmax: int | None = -1
-    mixed: bool = False  # q and k change places
-
-    def channels(self):
-        """That it gives: v's of q's heads."""
-        heads = self.parts[0] if self.parts and self.axis == 1 else self.heads
-        return heads * (self.parts[2] if self.parts and self.axis != 1 else self.d)
-
-
-@dataclasses.dataclass(frozen=True)
-class Map:
-    """Attentions side by side on a map (batch, height, width), to vary.
-
-    Tensors of the i-th attention are named start, packed, q, k, v, kt, product, weights, out, end, and the
-    index.
-    """
-
-    stripes: tuple = (Stripes(),)
-    batch: int = 1
-    height: int = 4
-    width: int = 6
-    # What they start from: parts of one "split", the "same" tensor, one "own" each, or the "input". The
-    # second also starts from what the first gives, and so on: from that and a part in a "chain", that in a
-    # "row", three times that with "next".
-    source: str = "split"
-    reader: str = ""  # this tensor has another reader
-    output: str = ""  # is an output as well
-    branch: str = ""  # is read inside of an If as well
-    joined: bool = True  # the results are put side by side; else each is an output
-    sizes: bool = True  # the batch is a number in the graph
-    opset: int = 18
-    dtype: str = "float32"
-    prefix: str = ""
-    shuffle: int = 0
-
-    def n(self, name):
-        return self.prefix + name
-
-    def proto(self):
-        return Builder(self).proto()
-
-    def feeds(self):
-        x = np.random.default_rng(0).standard_normal((self.batch, self.height, self.width, self.channels()))
-        feeds = {self.n("x"): x.astype(self.dtype)}
-        return {**feeds, **({self.n("c"): np.array(True)} if self.branch else {})}
-
-    def channels(self):
-        """Of the input."""
-        each = [3 * s.heads * s.d for s in self.stripes]
-        return sum(each) if self.source in ("split", "chain") else each[0]
-
-
-class Builder:
-    """Writes the model of a map."""
-
-    def __init__(self, case):
-        self.case, self.n = case, case.n
-        self.nodes, self.initializers, self.names = [], [], set()
-
-    def constant(self, array, dtype=np.int64):
-        name = self.n(f"c{len(self.initializers)}")
-        self.initializers.append(numpy_helper.from_array(np.asarray(array, dtype), name))
-        return name
-
-    def add(self, op, inputs, out, **attrs):
-        self.nodes.append(node(op, inputs, [self.n(out)], **attrs))
-        self.names.add(out)
-        return self.n(out)
-
-    def scaled(self, x, scale, out):
-        if scale is None:
-            return x
-        op, number, first = scale
-        c = self.constant(number, self.case.dtype)
-        return self.add(op, [c, x] if first else [x, c], out)
-
-    def partition(self, i, s, x, size):
-        """(B, H, W, C) -> (windows, heads * 3, N, d), or (windows, heads, N, 3 * d) for another Split."""
-        B, (H, W) = size, (self.case.height, self.case.width)
-        h, w = s.rows, s.columns
-        high, wide = -(-H // h), -(-W // w)
-        if (high * h, wide * w) != (H, W):
-            pads = self.constant((0, 0, 0, 0, 0, high * h - H, wide * w - W, 0))
-            x = self.add("Pad", [x, pads], f"padded{i}")
-        groups = (s.heads, 3 * s.d) if s.axis in (3, -1) else (3 * s.heads, s.d)
-        x = self.add("Reshape", [x, self.constant((B, high, h, wide, w, *groups))], f"cut{i}")
-        batch, tokens = ([(0, 1, 3)[a] for a in s.order[0]], [(2, 4)[a] for a in s.order[1]])
-        x = self.add("Transpose", [x], f"turned{i}", perm=(*batch, *tokens, 5, 6))
-        x = self.add("Reshape", [x, self.constant((max(B * high * wide, -1), h * w, *groups))], f"tokens{i}")
-        return self.add("Transpose", [x], f"packed{i}", perm=(0, 2, 1, 3))
-
-    def merge(self, i, s, x, size):
-        """(windows, heads, N, d) -> (B, H, W, heads * d)."""
-        B, (H, W) = size, (self.case.height, self.case.width)
-        h, w, order = s.back or (s.rows, s.columns, s.order)
-        high, wide = -(-H // h), -(-W // w)
-        x = self.add("Transpose", [x], f"back{i}", perm=(0, 2, 1, 3))
-        batch, tokens = [(B, high, wide)[a] for a in order[0]], [(h, w)[a] for a in order[1]]
-        x = self.add("Reshape", [x, self.constant((*batch, *tokens, s.channels()))], f"uncut{i}")
-        where = [order[0].index(a) for a in range(3)], [3 + order[1].index(a) for a in range(2)]
-        perm = (where[0][0], where[0][1], where[1][0], where[0][2], where[1][1], 5)
-        x = self.add("Transpose", [x], f"unturned{i}", perm=perm)
-        padded = (high * h, wide * w) != (H, W)
-        out = f"merged{i}" if padded else f"end{i}"
-        x = self.add("Reshape", [x, self.constant((B, high * h, wide * w, s.channels()))], out)
-        if padded:
-            x = self.add("Slice", [x, *map(self.constant, ((0, 0), (H, W), (1, 2)))], f"end{i}")
-        return x
-
-    def attention(self, i, s, start):
-        case, size = self.case, self.case.batch if self.case.sizes else -1
-        packed = self.partition(i, s, start, size)
-        parts = [self.constant(s.parts)] if s.parts else []
-        count = {"num_outputs": 3} if case.opset >= 18 and not parts else {}
-        q, k, v = (self.n(f"{name}{i}") for name in "qkv")
-        outputs = [k, q, v] if s.mixed else [q, k, v]
-        self.nodes.append(node("Split", [packed, *parts], outputs, axis=s.axis, **count))
-        self.names.update(f"{name}{i}" for name in "qkv")
-        q, k = self.scaled(q, s.q_scale, f"q_scaled{i}"), self.scaled(k, s.k_before, f"k_before{i}")
-        if s.three:
-            n = s.rows * s.columns
-            windows = max(size * -(-case.height // s.rows) * -(-case.width // s.columns), -1)
-            k = self.add("Reshape", [k, self.constant((max(windows * s.heads, -1), n, s.d))], f"flat{i}")
-            k = self.add("Transpose", [k], f"flat_kt{i}", perm=(0, 2, 1))
-            kt = self.add("Reshape", [k, self.constant((windows, s.heads, s.d, n))], f"kt{i}")
-        else:
-            kt = self.add("Transpose", [k], f"kt{i}", perm=(0, 1, 3, 2))
-        kt = self.scaled(kt, s.k_scale, f"k_scaled{i}")
-        products = self.add("MatMul", [q, kt], f"product{i}")
-        products = self.scaled(products, s.scale, f"scaled{i}")
-        if s.mask:
-            n = s.rows * s.columns
-            numbers = np.random.default_rng(1).standard_normal((n, n))
-            products = self.add("Add", [products, self.constant(numbers, case.dtype)], f"masked{i}")
-        softmax = {} if s.softmax is None else {"axis": s.softmax}
-        weights = self.add("Softmax", [products], f"weights{i}", **softmax)
-        out = self.add("MatMul", [weights, v], f"out{i}")
-        return self.merge(i, s, out, size)
-
-    def starts(self, x):
-        """What each attention starts from; the third of what it needs is what one gives."""
-        case, count = self.case, len(self.case.stripes)
-        if case.source == "input":
-            return [x] * count
-        x = self.add("Identity", [x], "source")
-        if case.source == "same":
-            return [x] * count
-        if case.source in ("own", "next", "row"):
-            return [self.add(("Neg", "Relu", "Abs")[i % 3], [x], f"start{i}") for i in range(count)]
-        names = [f"start{i}" for i in range(count)]
-        sizes = self.constant([3 * s.heads * s.d for s in case.stripes])
-        self.nodes.append(node("Split", [x, sizes], [self.n(name) for name in names], axis=3))
-        self.names.update(names)
-        return [self.n(name) for name in names]
-
-    def proto(self):
-        case = self.case
-        ends, starts = [], self.starts(self.n("x"))
-        for i, (s, start) in enumerate(zip(case.stripes, starts, strict=True)):
-            if ends and case.source in ("chain", "next"):
-                thrice = self.add("Concat", [ends[-1]] * 3, f"thrice{i}", axis=3)
-                start = thrice if case.source == "next" else self.add("Add", [start, thrice], f"sum{i}")
-            elif ends and case.source == "row":
-                start = ends.pop()
-            ends.append(self.attention(i, s, start))
-        if case.joined:
-            ends = [self.add("Concat", ends, "y", axis=3)]
-        inputs = [value(self.n("x"), [case.batch if case.sizes else "b", *self.shape()], TYPES[case.dtype])]
-        outputs = [*ends]
-        if case.reader:
-            outputs.append(self.add("Neg", [self.n(case.reader)], "read"))
-        if case.output:
-            outputs.insert(0, self.n(case.output))
-        if case.branch:
-            self.nodes.append(both_branches([self.n(case.branch)], self.n("c"), self.n("branch")))
-            outputs.append(self.n("branch"))
-        if case.branch:
-            inputs.append(value(self.n("c"), [], TensorProto.BOOL))
-        infos = [helper.make_empty_tensor_value_info(name) for name in dict.fromkeys(outputs)]
-        for info in infos:
-            kind = FLOAT if info.name == self.n("branch") else TYPES[case.dtype]
-            info.type.tensor_type.elem_type = kind
-        nodes = shuffled(self.nodes, case.shuffle)
-        imports = [helper.make_opsetid("", case.opset)]
-        return model(nodes, inputs, infos, self.initializers, opset_imports=imports)
-
-    def shape(self):
-        return self.case.height, self.case.width, self.case.channels()
-
+from tests.graph.attention_maps import SCALES, Map, Stripes, factor
+from tests.graph.rewriting import RANDOM
 
 # --- what is found ---
 
@@ -243,15 +20,6 @@ def found(case, i=0):
     weights = case.n(f"weights{i}")
     softmax = next(n for n in graph.nodes if n.op == "Softmax" and n.outputs[0].name == weights)
     return find_attention(graph, softmax)
-
-
-SCALES = (None, ("Mul", 0.5, False), ("Mul", -2.0, True), ("Div", 4.0, False))
-
-
-def factor(scale):
-    if scale is None:
-        return 1.0
-    return scale[1] if scale[0] == "Mul" else 1 / scale[1]
 
 
 def is_found(case):
@@ -327,7 +95,7 @@ def test_zero_is_a_number_like_any_on_q_and_none_to_take_as_the_scale():
     assert found(Map((Stripes(scale=("Mul", 0.0, False)),))) is None
 
 
-@settings(max_examples=60, **PROFILE)
+@settings(RANDOM, max_examples=60)
 @given(
     *[st.sampled_from(SCALES)] * 4,
     st.booleans(),

@@ -7,17 +7,16 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from meta_deploy.graph.graph import fresh_names, tidy, to_graph, to_proto
 from meta_deploy.graph.linear import has_input, linear_from, linear_of, per_channel, set_weights
+from tests.graph.rewriting import RANDOM, TYPES, node
 from tests.small_graphs import model, run, value
 
-node = helper.make_node
-TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "float64": TensorProto.DOUBLE}
 TOLERANCE = {"float32": 1e-5, "float16": 1e-2, "float64": 1e-12}
 
 
@@ -179,9 +178,6 @@ def cases(draw):
         draw(st.sampled_from(("float32", "float32", "float64") if op != "ConvTranspose" else ("float32",))),
         draw(st.sampled_from(("", "h/", "h/weight"))),
     )
-
-
-RANDOM = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @settings(RANDOM, max_examples=150)

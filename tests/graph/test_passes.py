@@ -1,22 +1,15 @@
 """The pipeline as a whole: models of ours and of others answer as before through ONNX Runtime."""
 
-import functools
-
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import torch
-from torch import nn
 
-from meta_deploy.export.trace import quiet
 from meta_deploy.graph.graph import to_graph, to_proto
 from meta_deploy.graph.pipeline import PASSES, PIPELINES, run_passes
-from tests.tiny_models import exported, pictures
-
-
-def ops(proto):
-    return [n.op_type for n in proto.graph.node]
+from tests.graph.rewriting import ops
+from tests.small_graphs import model, value
+from tests.tiny_models import OTHERS, exported, other, pictures
 
 
 def run(proto, feeds):
@@ -115,91 +108,6 @@ def test_each_pass_alone_does_no_harm(kind, name):
 # --- models of others ---
 
 
-class Residual(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2))
-        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1))
-        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
-
-    def forward(self, x):
-        x = self.stem(x)
-        return self.head(torch.relu(x + self.body(x)))
-
-
-class Shifted(nn.Module):
-    """A block of windowed attention, shifted, with a bias for each place and a mask (as in Swin)."""
-
-    def __init__(self, bias=True):
-        super().__init__()
-        self.norm, self.qkv, self.out = nn.LayerNorm(16), nn.Linear(16, 48), nn.Linear(16, 16)
-        self.bias = nn.Parameter(torch.randn(4, 16, 16)) if bias else None
-
-    def forward(self, x):
-        B, H, W, C = x.shape
-        t = torch.roll(self.norm(x), (-2, -2), (1, 2))
-        t = t.view(B, H // 4, 4, W // 4, 4, C).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, C)
-        q, k, v = self.qkv(t).reshape(-1, 16, 3, 4, 4).permute(2, 0, 3, 1, 4).unbind(0)
-        weights = (q * 0.5) @ k.transpose(-2, -1)
-        if self.bias is not None:
-            weights = weights + self.bias
-        t = self.out((weights.softmax(-1) @ v).transpose(1, 2).reshape(-1, 16, C))
-        t = t.view(B, H // 4, W // 4, 4, 4, C).permute(0, 1, 3, 2, 4, 5).reshape(B, H, W, C)
-        return x + torch.roll(t, (2, 2), (1, 2))
-
-
-class Encoder(nn.Module):
-    def __init__(self):
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-
-    def forward(self, x):
-        return self.layers(x)
-
-
-class Packed(nn.Module):
-    """Attention as a ViT of timm has it."""
-
-    def __init__(self):
-        super().__init__()
-        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
-
-    def forward(self, x):
-        B, N, C = x.shape
-        q, k, v = self.qkv(x).reshape(B, N, 3, 4, C // 4).permute(2, 0, 3, 1, 4).unbind(0)
-        y = nn.functional.scaled_dot_product_attention(q, k, v)
-        return x + self.out(y.transpose(1, 2).reshape(B, N, C))
-
-
-OTHERS = {
-    "residual": (Residual, (2, 3, 32, 32)),
-    "encoder": (Encoder, (2, 7, 16)),
-    "packed": (Packed, (2, 7, 16)),
-    "shifted windows": (Shifted, (2, 8, 12, 16)),
-    "shifted windows, no bias": (lambda: Shifted(bias=False), (2, 8, 12, 16)),
-}
-
-
-@functools.cache
-def other(name, opset=20, dynamic=False):
-    make, shape = OTHERS[name]
-    torch.manual_seed(0)
-    x = torch.randn(shape)
-    with quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            make().eval(),
-            (x,),
-            dynamo=True,
-            optimize=False,
-            opset_version=opset,
-            input_names=["x"],
-            dynamic_shapes=({0: torch.export.Dim("b", min=1)},) if dynamic else None,
-            verbose=False,
-        )
-    return program.model_proto, {"x": x.numpy()}
-
-
 @pytest.mark.parametrize("opset", [18, 20])
 @pytest.mark.parametrize("name", OTHERS)
 def test_models_of_others_go_through_unharmed(name, opset):
@@ -243,6 +151,13 @@ def test_names_and_order_of_nodes_do_not_matter(name, seed):
     assert sorted(ops(one)) == sorted(ops(two))
     expected, actual = run(one, feeds), run(two, {"t0": feeds["x"]})
     np.testing.assert_allclose(next(iter(actual.values())), next(iter(expected.values())), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_an_empty_graph_stays_empty(name):
+    after, (result,) = run_passes(model([], [value("x", [3])], [value("x", [3])]), [name])
+    assert result.changes == 0
+    assert [output.name for output in after.graph.output] == ["x"]
 
 
 def scrambled(proto, seed):

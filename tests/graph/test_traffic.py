@@ -14,10 +14,9 @@ from onnx import TensorProto, helper, numpy_helper
 from meta_deploy.graph.graph import to_graph, to_proto
 from meta_deploy.graph.pipeline import COSTS, PIPELINES, run_passes
 from meta_deploy.graph.traffic import bytes_known, bytes_moved
-from tests.graph.test_passes import other
+from tests.graph.rewriting import node
 from tests.small_graphs import calls, model, run, value
-
-node = helper.make_node
+from tests.tiny_models import other
 
 
 def ints(name, *numbers):

@@ -4,16 +4,16 @@ import cv2
 import numpy as np
 import pytest
 
-from meta_deploy.bundle.manifest import Edges, Fit, Preprocess
+from meta_deploy.bundle.manifest import Edges, Fit, Preprocess, Stretch
 from meta_deploy.imaging.preprocess import Preprocessor
 from tests.bundles_by_hand import input_spec
 
 MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
 
 
-def preprocessor(resize, largest=(64, 96), smallest=None, divisor=32, pad_value=0):
+def preprocessor(resize, largest=(64, 96), smallest=None, divisor=32, **rules):
     spec = input_spec(smallest or largest, largest, largest, batch=(1, 1, 8), divisor=divisor)
-    return Preprocessor(spec, Preprocess(resize=resize, mean=MEAN, std=STD, pad_value=pad_value))
+    return Preprocessor(spec, Preprocess(resize=resize, mean=MEAN, std=STD, **rules))
 
 
 def noise(height, width, seed=0):
@@ -57,6 +57,21 @@ def test_pixels_are_resized_normalized_and_padded():
     expected = ((resized - MEAN) / STD).transpose(2, 0, 1)
     np.testing.assert_allclose(batch[0, :, :38], expected, atol=1e-5)
     assert (batch[0, :, 38:] == 7).all()
+
+
+def test_stretch_gives_exactly_its_size_and_a_scale_for_each_axis():
+    image = noise(40, 100)
+    batch, (placed,) = preprocessor(Stretch(size=(64, 96)))([image])
+    assert (placed.resized, placed.scale) == ((64, 96), (0.96, 1.6))
+    resized = cv2.resize(image, (96, 64), interpolation=cv2.INTER_LINEAR).astype(np.float64)
+    np.testing.assert_allclose(batch[0], ((resized - MEAN) / STD).transpose(2, 0, 1), atol=1e-5)
+
+
+def test_bgr_turns_the_channels_round_and_mean_and_std_are_in_its_order():
+    image = noise(64, 96)
+    batch, _ = preprocessor(Fit(size=(64, 96)), channels="bgr")([image])
+    expected = (image[:, :, ::-1].astype(np.float64) - MEAN) / STD
+    np.testing.assert_allclose(batch[0], expected.transpose(2, 0, 1), atol=1e-5)
 
 
 def test_an_image_of_the_right_size_is_not_resampled():

@@ -2,10 +2,11 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import cv2
 import numpy as np
 import pytest
 
-from meta_deploy import Detections, Predictor, Segmentation
+from meta_deploy import Arrays, Detections, Predictor, Segmentation
 from meta_deploy.bundle.bundle import Bundle, write_bundle
 from meta_deploy.errors import BackendError, BundleError, ImageError, InputError
 from meta_deploy.targets import open_backend
@@ -300,3 +301,64 @@ def test_only_no_bundle_at_all_is_the_demo():
         Predictor("")
     with pytest.raises(InputError, match="threads"):
         Predictor(threads=1025)
+
+
+# --- any graph ---
+
+
+def test_a_raw_bundle_runs_arrays_by_name(bundles):
+    x, k = np.random.default_rng(0).random((3, 3), np.float32), np.array([4, 6])
+    with Predictor(bundles / "raw") as predictor:
+        outputs = predictor.run({"k": k, "x": x})
+    assert list(outputs) == ["a/y", "more"]
+    np.testing.assert_array_equal(outputs["a/y"], 2 * x)
+    np.testing.assert_array_equal(outputs["more"], k > 5)
+
+
+def test_every_bundle_runs_arrays(bundles, photo):
+    with Predictor(bundles / "detector") as predictor:
+        outputs = predictor.run({"images": np.ones((1, 3, 64, 64), np.float32)})
+    assert list(outputs) == list(predictor.bundle.output_names)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"k": None}, "'k'"),
+        ({"z": np.zeros(1)}, "'z'"),
+        ({"x": np.zeros((2, 3))}, "float32.*float64"),
+        ({"k": np.zeros(2, np.int32)}, "int64.*int32"),
+        ({"x": np.zeros((5, 3), np.float32)}, r"\(4, 3\).*\(5, 3\)"),
+        ({"x": np.zeros((2, 4), np.float32)}, r"\(2, 4\)"),
+        ({"x": np.zeros(3, np.float32)}, r"\(3,\)"),
+        ({"x": np.zeros((0, 3), np.float32)}, r"\(0, 3\)"),
+        ({"x": "text"}, "<U4|str"),
+    ],
+)
+def test_arrays_that_the_graph_does_not_take_are_one_line(bundles, changes, said):
+    given = {"x": np.zeros((2, 3), np.float32), "k": np.zeros(2, np.int64)} | changes
+    with Predictor(bundles / "raw") as predictor, pytest.raises(InputError, match=said) as caught:
+        predictor.run({name: array for name, array in given.items() if array is not None})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_raw_bundle_with_preprocessing_takes_images(bundles, photo):
+    with Predictor(bundles / "raw-image") as predictor:
+        first, second = predictor.batch([photo, grey(51)])
+    assert isinstance(first, Arrays)
+    resized = cv2.resize(photo, (64, 64), interpolation=cv2.INTER_LINEAR).astype(np.float64)
+    expected = (resized[:, :, ::-1].mean((0, 1)) - [0, 10, 20]) / 255
+    np.testing.assert_allclose(first.outputs["mean"], expected[None], atol=1e-5)
+    np.testing.assert_allclose(second.outputs["mean"], [[51 / 255, 41 / 255, 31 / 255]], atol=1e-6)
+
+
+def test_without_preprocessing_an_image_is_refused(bundles, photo):
+    with Predictor(bundles / "raw") as predictor, pytest.raises(InputError, match="give it arrays by name"):
+        predictor(photo)
+
+
+def test_bundles_and_predictors_print_as_one_line(bundles):
+    with Predictor(bundles / "raw", backend="onnxruntime") as predictor:
+        shown = f"Bundle '{bundles / 'raw'}': doubler, raw for onnxruntime in fp32, 0.0 MB"
+        assert repr(predictor.bundle) == str(predictor.bundle) == shown
+        assert repr(predictor) == f"Predictor of {predictor.bundle!r}, runs on {predictor.runs_on}"

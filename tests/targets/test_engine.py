@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from meta_deploy.bundle.manifest import Profile, read_engine
 from meta_deploy.errors import EngineError, InputError
-from meta_deploy.graph.precision.convert import convert
+from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.targets.tensorrt import build as engine_module
 from meta_deploy.targets.tensorrt.build import Engine, available, build_engine, check_gpus
 from meta_deploy.targets.tensorrt.build_log import Layer, parse_log
@@ -86,7 +86,7 @@ def block():
 
 @pytest.fixture(scope="module")
 def half(block):
-    return convert(block, "fp16")[0]
+    return PRECISIONS["fp16"].convert(block)[0]
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import pytest
 
 from meta_deploy.errors import BackendError, InputError
 from meta_deploy.export.operators import TRANSLATIONS
-from meta_deploy.export.verify import TOLERANCES
 from meta_deploy.graph.pipeline import PASSES
+from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.targets import BACKEND_NAMES, TARGET_NAMES, TARGETS, choose_target, get_target
 from meta_deploy.targets.target import BuildOptions
 from meta_deploy.targets.tensorrt import target as tensorrt
@@ -49,7 +49,7 @@ def test_a_target_names_only_what_there_is(name):
     assert target.title
     assert set(target.required_passes) <= set(target.passes) <= set(PASSES)
     assert set(target.operators) <= set(TRANSLATIONS)
-    assert set(target.precisions) <= set(TOLERANCES)
+    assert set(target.precisions) <= set(PRECISIONS)
     for some in (target.lowered_by_build, target.float32_operators, target.gpu_only):
         assert set(some) <= set(target.precisions)
     assert set(target.automatic) <= set(target.backends) <= set(BACKEND_NAMES)

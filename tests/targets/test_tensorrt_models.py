@@ -10,14 +10,16 @@ from dataclasses import replace
 import onnx
 import pytest
 
-from meta_deploy.export.pipeline import input_spec
-from meta_deploy.export.trace import drop_outputs, export_onnx, output_names
+from meta_deploy.export.options import Options
+from meta_deploy.export.sources.checkpoint import input_spec
+from meta_deploy.export.trace import drop_outputs, export_onnx
 from meta_deploy.graph.attention import attention_count
 from meta_deploy.graph.pipeline import run_passes
-from meta_deploy.graph.precision.convert import convert
+from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.models.registry import build_model, get_config
 from meta_deploy.targets import TARGETS
 from meta_deploy.targets.tensorrt.build import build_engine
+from meta_deploy.tasks import get_task
 
 RTX = "tensorrt-rtx"
 pytestmark = [
@@ -42,10 +44,13 @@ def graph(name, kind=""):
     config = get_config(name)
     if kind:
         config = replace(config, backbone=replace(config.backbone, depth=4, adapter_parts=1))
-    spec = input_spec(config.input_size, 1, (1, 2, 4) if "batch" in kind else None, "size" in kind)
+    spec = input_spec(
+        config.input_size,
+        Options(dynamic_batch=(1, 2, 4) if "batch" in kind else None, dynamic_size="size" in kind),
+    )
     literal = export_onnx(build_model(config).eval(), spec, "lowered")
     proto, _ = run_passes(literal, list(TARGETS[RTX].passes), TARGETS[RTX].prices)
-    return drop_outputs(proto, output_names(config)), spec
+    return drop_outputs(proto, list(get_task(config.task).outputs)), spec
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,7 +65,7 @@ def _forget():
 def engine(name, precision, kind=""):
     proto, spec = graph(name, kind)
     if precision != "fp32":
-        proto, _ = convert(proto, precision, {}, TARGETS[RTX].float32_operators[precision])
+        proto, _ = PRECISIONS[precision].convert(proto, (), TARGETS[RTX].float32_operators[precision])
     assert not {node.op_type for node in proto.graph.node} & {"NonMaxSuppression", "RoiAlign", "NonZero"}
     onnx.checker.check_model(proto)
     return build_engine(proto.SerializeToString(), RTX, [spec.profile]).section(), attention_count(proto)

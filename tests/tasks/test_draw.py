@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import ImageFont
 
+from meta_deploy.tasks.detection import Detections
 from meta_deploy.tasks.draw import _common_area, _cut, _free_place, _places, _shortened, class_color
 from meta_deploy.tasks.masks import Mask
-from meta_deploy.tasks.results import Detections, Segmentation
+from meta_deploy.tasks.semantic_segmentation import Segmentation
 
 
 def one(size, box, mask=None, name="disc", label=0):

@@ -2,15 +2,21 @@
 
 import json
 import os
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco
 
 from meta_deploy.errors import InputError
+from meta_deploy.tasks.detection import Detections
 from meta_deploy.tasks.masks import Mask
-from meta_deploy.tasks.results import Detections, Segmentation, Timings, coco_category_ids
+from meta_deploy.tasks.results import Timings, coco_category_ids
+from meta_deploy.tasks.semantic_segmentation import Segmentation
 
 CLASSES = ("disc", "star")
 MASKS = np.zeros((2, 40, 60), bool)
@@ -43,6 +49,114 @@ def test_filtering_keeps_everything_together():
     np.testing.assert_array_equal(kept.masks, MASKS[:1])
     assert len(made().filter(0.95)) == 0
     assert made().filter(0.95).masks.shape == (0, 40, 60)
+
+
+def test_a_result_prints_as_one_line():
+    assert repr(made()) == str(made()) == "2 objects: 1 star, 1 disc"
+    assert repr(made()[:1]) == "1 object: 1 star"
+    assert repr(made()[[]]) == "0 objects"
+    many = Detections(
+        (9, 9), np.zeros((28, 4)), np.ones(28), np.repeat(np.arange(7), range(1, 8)), tuple("abcdefg")
+    )
+    assert repr(many) == "28 objects: 7 g, 6 f, 5 e, 4 d, 3 c, …"
+    labels = np.repeat([0, 1], [52, 148]).reshape(10, 20).astype(np.int16)
+    assert repr(Segmentation(labels, ("sky", "road"))) == "road 74%, sky 26%"
+
+
+def objects(count, size=(8, 9), classes=CLASSES):
+    """`count` objects told apart by every field, with masks of one pixel each, by falling score."""
+    boxes = np.arange(4 * count, dtype=np.float32).reshape(count, 4)
+    scores = np.linspace(0.9, 0.1, count, dtype=np.float32)
+    pixels = np.zeros((count, size[0] * size[1]), bool)
+    pixels[np.arange(count), np.arange(count)] = True
+    masks = tuple(Mask.from_full(mask.reshape(size)) for mask in pixels)
+    return Detections(size, boxes, scores, np.arange(count, dtype=np.int32) % 2, classes, masks)
+
+
+def fields(result):
+    return result.boxes.tolist(), result.scores.tolist(), result.names, result.masks.tolist()
+
+
+COUNT = 6
+INDICES = st.one_of(
+    st.slices(COUNT),
+    st.lists(st.integers(-COUNT, COUNT - 1)).map(lambda chosen: np.array(chosen, int)),
+    st.lists(st.booleans(), min_size=COUNT, max_size=COUNT).map(np.array),
+)
+
+
+@given(INDICES)
+def test_an_index_takes_the_same_of_every_field(index):
+    whole, numbers = objects(COUNT), np.arange(COUNT)[index]
+    chosen = whole[index]
+    assert len(chosen) == len(numbers)
+    for array, all_of_it in zip(fields(chosen), fields(whole), strict=True):
+        assert array == [all_of_it[i] for i in numbers]
+    assert (chosen.size, chosen.classes) == (whole.size, whole.classes)
+
+
+@given(st.lists(st.integers(0, 2), min_size=COUNT, max_size=COUNT))
+def test_parts_merge_into_the_whole_again(part):
+    whole = objects(COUNT)
+    parts = [whole[np.array(part) == i] for i in range(3)]
+    assert fields(Detections.merge(parts)) == fields(whole)
+
+
+def test_iterating_gives_a_result_for_each_object():
+    assert [one.names for one in made()] == [["star"], ["disc"]]
+    assert all(isinstance(one, Detections) and len(one) == 1 for one in made())
+    assert made()[-1].names == ["disc"]
+    assert list(made()[:0]) == []
+
+
+@pytest.mark.parametrize("index", [2, -3, [True], [5], None, (0, 1), [[0, 1]], True])
+def test_an_index_that_does_not_fit_is_an_index_error(index):
+    with pytest.raises(IndexError):
+        made()[index]
+
+
+def test_merging_keeps_the_path_they_share_and_adds_the_times():
+    first, other = made(path="a.jpg"), made(path="b.jpg")
+    both = Detections.merge([first, first])
+    assert both.path == "a.jpg"
+    assert both.scores.tolist() == sorted(both.scores.tolist(), reverse=True)
+    assert both.timings.model == 4
+    assert Detections.merge([first, other]).path is None
+    assert Detections.merge([made(segments=None)]).segments is None
+
+
+@pytest.mark.parametrize(
+    ("results", "said"),
+    [
+        ([], "nothing to merge"),
+        ([made(), made(size=(40, 61))], r"different sizes, \(40, 60\) and \(40, 61\)"),
+        ([made(), made(classes=("disc", "ring"))], "different classes"),
+        ([made(), made(segments=None)], "with masks and without"),
+    ],
+)
+def test_what_does_not_belong_together_is_not_merged(results, said):
+    with pytest.raises(InputError, match=said):
+        Detections.merge(results)
+
+
+def test_supervision_gets_all_or_is_named(monkeypatch):
+    stand_in = SimpleNamespace(Detections=lambda **fields: SimpleNamespace(**fields))
+    monkeypatch.setitem(sys.modules, "supervision", stand_in)
+    theirs = made().to_supervision()
+    np.testing.assert_array_equal(theirs.xyxy, made().boxes)
+    np.testing.assert_array_equal(theirs.mask, MASKS)
+    assert (theirs.class_id.tolist(), theirs.data["class_name"].tolist()) == ([1, 0], ["star", "disc"])
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    with pytest.raises(InputError, match="pip install supervision"):
+        made().to_supervision()
+
+
+def test_the_real_supervision_takes_it():
+    supervision = pytest.importorskip("supervision")
+    for result in (made(), made()[:0], made(segments=None)):
+        theirs = result.to_supervision()
+        assert isinstance(theirs, supervision.Detections)
+        assert len(theirs) == len(result)
 
 
 def test_coco_records_are_those_of_pycocotools():

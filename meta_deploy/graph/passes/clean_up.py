@@ -17,7 +17,15 @@ from onnx_ir.passes.common import (
 )
 from onnxscript import optimizer
 
-from meta_deploy.graph.graph import fresh_names, import_numbered, is_op, static_shape, to_proto
+from meta_deploy.graph.graph import (
+    IdentitySet,
+    fresh_names,
+    from_model,
+    is_op,
+    static_shape,
+    take_over,
+    to_model,
+)
 
 _DOMAIN = "meta_deploy.pins"
 _RANDOM = (
@@ -25,15 +33,19 @@ _RANDOM = (
 )
 
 
-def clean_up(graph: gs.Graph) -> int:
+def clean_up(graph: gs.Graph, model: ir.Model | None = None) -> int:
     """The same function of the same inputs, in fewer nodes, in place.
+
+    Args:
+        graph: to clean up.
+        model: the same, if onnx-ir has it already, which saves writing and reading it; is changed.
 
     Returns:
         Nodes removed.
     """
-    before, outputs = len(graph.nodes), list(graph.outputs)
-    _pin(graph)
-    model = ir.from_proto(to_proto(graph))
+    before = len(graph.nodes)
+    model = to_model(graph) if model is None else model
+    names = _pin(model)
     optimizer.fold_constants(model)
     for step in (
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
@@ -42,7 +54,7 @@ def clean_up(graph: gs.Graph) -> int:
         RemoveUnusedNodesPass(),
     ):
         step(model)
-    cleaned = import_numbered(ir.to_proto(model))
+    cleaned = from_model(model)
     onnxruntime.set_default_logger_severity(3)  # folding runs it on fragments, which it comments on
     # Without what graph-surgeon gets wrong: its casts of sizes lose fractions, its Shape ignores `start` and
     # `end`, and its flat If loses an output that passes an outer tensor on.
@@ -54,9 +66,9 @@ def clean_up(graph: gs.Graph) -> int:
     )
     _write_known_targets(cleaned)
     cleaned.cleanup(remove_unused_graph_inputs=False)
-    _unpin(cleaned, outputs)
+    _unpin(cleaned, names)
     cleaned.toposort()
-    graph.__dict__.update(cleaned.__dict__)
+    take_over(graph, cleaned)
     return before - len(graph.nodes)
 
 
@@ -73,31 +85,40 @@ def _write_known_targets(graph: gs.Graph) -> None:
             node.inputs[1] = gs.Constant(fresh(f"{node.outputs[0].name}/shape"), np.array(shape, np.int64))
 
 
-def _pin(graph: gs.Graph) -> None:
-    """Put a node of no known operator before each output: the libraries mix up outputs of one value."""
-    for index, tensor in enumerate(graph.outputs):
-        pinned = gs.Variable(f"{tensor.name}/pinned", tensor.dtype, tensor.shape)
-        node = gs.Node("Pin", pinned.name, {"index": index}, [tensor], [pinned], domain=_DOMAIN)
-        graph.nodes.append(node)
-        graph.outputs[index] = pinned
+def _pin(model: ir.Model) -> list[str]:
+    """Put a node of no known operator before each output: libraries mix up outputs of one value.
+
+    Returns:
+        The outputs' names.
+    """
+    names = [output.name or "" for output in model.graph.outputs]
+    model.opset_imports[_DOMAIN] = 1
+    for index, output in enumerate(list(model.graph.outputs)):
+        pin = ir.node("Pin", [output], {"index": index}, domain=_DOMAIN, name=f"{output.name}/pinned")
+        (pinned,) = pin.outputs
+        pinned.name, pinned.type, pinned.shape = pin.name, output.type, output.shape
+        model.graph.append(pin)
+        model.graph.outputs[index] = pinned
+    return names
 
 
-def _unpin(graph: gs.Graph, outputs: list[gs.Tensor]) -> None:
+def _unpin(graph: gs.Graph, names: list[str]) -> None:
     """The inverse: what reaches each pin gets the output's name, by an Identity if it has to keep another."""
-    pins = [tensor.inputs[0] for tensor in graph.outputs]
-    reached = [pin.inputs[0] for pin in pins]
-    kept = {id(tensor) for tensor in graph.inputs}
-    kept |= {id(t) for t, output in zip(reached, outputs, strict=True) if t.name == output.name}
-    for index, (tensor, output) in enumerate(zip(reached, outputs, strict=True)):
-        if tensor.name != output.name:
-            if id(tensor) in kept:
-                copy = gs.Variable(output.name, output.dtype, output.shape)
-                graph.nodes.append(gs.Node("Identity", output.name, {}, [tensor], [copy]))
+    pinned = list(graph.outputs)
+    reached = [tensor.inputs[0].inputs[0] for tensor in pinned]
+    named = [tensor for tensor, name in zip(reached, names, strict=True) if tensor.name == name]
+    kept = IdentitySet([*graph.inputs, *named])
+    for index, (tensor, output, name) in enumerate(zip(reached, pinned, names, strict=True)):
+        if tensor.name != name:
+            if tensor in kept:
+                copy = gs.Variable(name, output.dtype, output.shape)
+                graph.nodes.append(gs.Node("Identity", name, {}, [tensor], [copy]))
                 tensor = copy
-            tensor.name = output.name
-            kept.add(id(tensor))
+            tensor.name = name
+            kept.add(tensor)
         graph.outputs[index] = tensor
-    for pin in pins:
+    for tensor in pinned:
+        pin = tensor.inputs[0]
         pin.inputs.clear()
         pin.outputs.clear()
         graph.nodes.remove(pin)

@@ -10,6 +10,7 @@ import math
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from meta_deploy.graph.explain import declined, made_by, read_elsewhere, shown
 from meta_deploy.graph.graph import (
     constant_value,
     is_batch,
@@ -48,21 +49,36 @@ def _match(graph: gs.Graph, where: gs.Node) -> tuple[gs.Node, list[gs.Node], gs.
     keep, value, other = where.inputs
     zero = constant_value(other)
     reshape = producer(value, "Reshape")
-    if zero is None or zero.any() or reshape is None or not sole_consumer(graph, value):
+    if zero is None or zero.any() or reshape is None:
+        return None
+    if not sole_consumer(graph, value):
+        declined(where, read_elsewhere(graph, value, where))
         return None
     flat = reshape.inputs[0]
+    if producer(flat, "ScatterND") is not None:  # it is done
+        return None
     if not _same_rows(keep.shape, flat.shape, value.shape):
+        rows = f"{shown(keep)} does not keep or discard whole rows of {shown(flat)}"
+        declined(where, f"{rows}, which become {shown(value)}")
         return None
     nodes: list[gs.Node] = []
     tensor = flat
     while sole_consumer(graph, tensor) and (node := producer(tensor)) is not None:
         if node.op == "Gather" and node.attrs.get("axis", 0) == 0 and nodes:
-            convolutions = any(n.op in ("Conv", "ConvTranspose") for n in nodes)
-            return (reshape, nodes, node) if convolutions else None
+            if any(n.op in ("Conv", "ConvTranspose") for n in nodes):
+                return reshape, nodes, node
+            declined(where, f"no convolution lies between {shown(node)} and {shown(reshape)}")
+            return None
         if node.op not in _ROW_WISE or (node.op == "GatherElements" and _chooses_rows(node)):
+            declined(
+                where, f"{shown(node)} does not compute its rows one by one, and is no Gather along axis 0"
+            )
             return None
         nodes.append(node)
         tensor = node.inputs[0]
+    reader = nodes[-1] if nodes else reshape
+    alone = f"{made_by(tensor)}, not from a Gather"
+    declined(where, alone if sole_consumer(graph, tensor) else read_elsewhere(graph, tensor, reader))
     return None
 
 

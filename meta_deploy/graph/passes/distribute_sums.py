@@ -13,17 +13,20 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from meta_deploy.graph.explain import declined, read_elsewhere, shown
 from meta_deploy.graph.graph import (
+    IdentitySet,
     constant_value,
     fresh_names,
     is_batch,
     is_op,
+    own_nodes,
     producer,
     sole_consumer,
     static_shape,
     tidy,
 )
-from meta_deploy.graph.linear import Linear, has_input, linear_from, linear_of
+from meta_deploy.graph.linear import Linear, has_input, linear_from, linear_of, representable
 from meta_deploy.graph.prices import CPU, Cost
 
 MOST_TERMS = 16
@@ -82,10 +85,13 @@ def _distribute_all(graph: gs.Graph, cost: Cost) -> int:
 def _terms(graph: gs.Graph, fuse: Linear, cost: Cost) -> list[Term] | None:
     """The terms of the sum that a convolution reads, if it is worth taking it into them."""
     shape, out = static_shape(fuse.x), static_shape(fuse.y)
-    if shape is None or out is None or 0 in shape or producer(fuse.x, "Add") is None:
+    if producer(fuse.x, "Add") is None:
         return None
-    inside = {id(node) for node in graph.nodes}  # and not in a branch or a loop's body
-    if fuse.add is not None and id(fuse.add) not in inside:
+    if shape is None or out is None or 0 in shape:
+        declined(fuse.node, f"{shown(fuse.x if not shape or 0 in shape else fuse.y)} is not of known shape")
+        return None
+    inside = own_nodes(graph)
+    if fuse.add is not None and fuse.add not in inside:
         return None
     tensors, stack = [], [fuse.x]
     while stack:
@@ -96,15 +102,34 @@ def _terms(graph: gs.Graph, fuse: Linear, cost: Cost) -> list[Term] | None:
             stack.extend(add.inputs[::-1])
         else:
             tensors.append(x)
-    if not 1 < len(tensors) <= MOST_TERMS or len(set(map(id, tensors))) < len(tensors):
+    if not 1 < len(tensors) <= MOST_TERMS or len(IdentitySet(tensors)) < len(tensors):
+        if linear_from(graph, fuse.x) is None:
+            declined(fuse.node, _no_terms(graph, fuse, tensors))
         return None
     terms = [_cheapest(graph, x, fuse, cost) for x in tensors]
     shape, out = _one_image(fuse.x), _one_image(fuse.y)
     adds = (len(terms) - 1) * (cost.of(0, out, out, out) - cost.of(0, shape, shape, shape))
     saved = _conv_price(fuse, shape, out, cost) + _add_price(fuse, cost)
-    if sum(term.price for term in terms) + adds >= saved:
+    if (price := sum(term.price for term in terms) + adds) >= saved:
+        declined(fuse.node, f"taken apart it costs {price:.3g} multiply-adds, and as it is {saved:.3g}")
         return None
-    return terms if all(_representable(fuse, t.linear) for t in terms if t.linear is not None) else None
+    kernel = fuse.weight[:, :, 0, 0].astype(np.float64)
+    folded = [_folded(kernel, term.linear) for term in terms if term.linear is not None]
+    if not all(representable(fuse, *weights) for weights in folded):
+        declined(fuse.node, "folded weights would overflow")
+        return None
+    return terms
+
+
+def _no_terms(graph: gs.Graph, fuse: Linear, tensors: list[gs.Tensor]) -> str:
+    """Why a sum is not taken apart into these."""
+    if len(tensors) > MOST_TERMS:
+        return f"the sum has {len(tensors)} terms, more than {MOST_TERMS}"
+    if len(tensors) > 1:
+        return "a term is in the sum twice"
+    if not sole_consumer(graph, fuse.x):
+        return read_elsewhere(graph, fuse.x, fuse.node)
+    return f"the terms of {shown(fuse.x)} are not all of its shape"
 
 
 def _cheapest(graph: gs.Graph, x: gs.Tensor, fuse: Linear, cost: Cost) -> Term:
@@ -213,14 +238,6 @@ def _folded(kernel: np.ndarray, linear: Linear) -> tuple[np.ndarray, np.ndarray 
     axis = 0 if linear.node.op == "Conv" else 1
     weight = np.moveaxis(np.tensordot(kernel, linear.weight.astype(np.float64), ([1], [axis])), 0, axis)
     return weight, None if linear.bias is None else kernel @ linear.bias.astype(np.float64)
-
-
-@np.errstate(over="ignore")
-def _representable(fuse: Linear, linear: Linear) -> bool:
-    """Whether the weights that a convolution would get are finite in their type."""
-    weight, bias = _folded(fuse.weight[:, :, 0, 0].astype(np.float64), linear)
-    values = [weight] if bias is None else [weight, bias]
-    return all(np.isfinite(value.astype(fuse.weight.dtype)).all() for value in values)
 
 
 def _is_conv(term: Term) -> bool:

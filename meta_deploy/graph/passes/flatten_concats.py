@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import onnx_graphsurgeon as gs
 
+from meta_deploy.graph.explain import declined, read_elsewhere, shown
 from meta_deploy.graph.graph import fresh_names, is_op, producer, sole_consumer, static_shape, tidy
-from meta_deploy.graph.passes.collapse_chains import Move, add_move, chain_before, fewest
+from meta_deploy.graph.moves import Move, add_move, chain_before, fewest, permutation
 
 
 def flatten_concats(graph: gs.Graph) -> int:
@@ -45,26 +46,47 @@ def _parts(
     graph: gs.Graph, outer: gs.Node, tensor: gs.Tensor, fresh: Callable[[str], str]
 ) -> list[gs.Tensor] | None:
     """What an input of a Concat is put together from, in the order of the Concat's axes."""
-    shape = tensor.shape
-    if shape is None or not sole_consumer(graph, tensor):
+    shape, between = tensor.shape, [tensor]
+    if shape is None:
         return None
     axis, perm = outer.attrs["axis"] % len(shape), None
     if (transpose := producer(tensor, "Transpose")) is not None:
-        perm = _perm(transpose, shape)
+        perm = permutation(transpose)
         axis, tensor = perm[axis], transpose.inputs[0]
-        if not sole_consumer(graph, tensor):
-            return None
+        between.append(tensor)
     inner = producer(tensor, "Concat")
-    if inner is None or inner.attrs["axis"] % len(shape) != axis:
+    if inner is None:
+        return None
+    reason = _against(graph, outer, between, inner, axis, perm)
+    if reason is not None:
+        declined(inner, reason)
         return None
     parts = list(inner.inputs)
-    if perm is not None:
-        if any(static_shape(part) is None for part in parts):
-            return None
-        if sum(_transposes_added(graph, part, perm) for part in parts) > 1:
-            return None
     inner.inputs.clear()  # it is no reader any more
     return parts if perm is None else [_transposed(graph, part, perm, fresh) for part in parts]
+
+
+def _against(
+    graph: gs.Graph,
+    outer: gs.Node,
+    between: list[gs.Tensor],
+    inner: gs.Node,
+    axis: int,
+    perm: list[int] | None,
+) -> str | None:
+    """Why an inner Concat, and maybe a Transpose, do not become part of the outer one; None if they do."""
+    for tensor in between:
+        if not sole_consumer(graph, tensor):
+            return read_elsewhere(graph, tensor, *tensor.outputs[:1])
+    if inner.attrs["axis"] % len(between[0].shape) != axis:
+        return f"it is along axis {inner.attrs['axis']}, and {shown(outer)} along what is axis {axis} here"
+    if perm is None:
+        return None
+    if unknown := [part for part in inner.inputs if static_shape(part) is None]:
+        return f"the shape of {shown(unknown[0])} is not known"
+    if (added := sum(_transposes_added(graph, part, perm) for part in inner.inputs)) > 1:
+        return f"{added} Transposes of its parts would take the place of {shown(between[0].inputs[0])}"
+    return None
 
 
 def _transposes_added(graph: gs.Graph, part: gs.Tensor, perm: list[int]) -> int:
@@ -77,15 +99,11 @@ def _transposes_added(graph: gs.Graph, part: gs.Tensor, perm: list[int]) -> int:
     moves: list[Move] = []
     for node, shape in zip(chain, rest, strict=True):
         reshape = "Reshape", shape, shape
-        moves.append(("Transpose", _perm(node, shape), shape) if node.op == "Transpose" else reshape)
+        moves.append(("Transpose", permutation(node), shape) if node.op == "Transpose" else reshape)
     last = (first, *rest)[-1]
     more = [*moves, ("Transpose", perm, [last[p] for p in perm])]
     before, after = (sum(op == "Transpose" for op, _, _ in fewest(first, plan)) for plan in (moves, more))
     return after - before
-
-
-def _perm(transpose: gs.Node, shape: Sequence[object]) -> list[int]:
-    return list(transpose.attrs.get("perm", range(len(shape))[::-1]))
 
 
 def _transposed(graph: gs.Graph, x: gs.Tensor, perm: list[int], fresh: Callable[[str], str]) -> gs.Tensor:

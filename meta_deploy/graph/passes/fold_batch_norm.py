@@ -10,10 +10,30 @@ from collections.abc import Callable
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from meta_deploy.graph.graph import constant_value, is_op, sole_consumer, until_done
-from meta_deploy.graph.linear import FLOATS, Linear, by_input, linear_from, linear_of, set_weights
-from meta_deploy.graph.passes.fold_scales import by_output, channel_axis, representable, stand_in
+from meta_deploy.graph.explain import declined, made_by, read_elsewhere, shown
+from meta_deploy.graph.graph import (
+    IdentitySet,
+    constant_value,
+    is_op,
+    is_output,
+    own_nodes,
+    sole_consumer,
+    stand_in,
+    until_done,
+)
+from meta_deploy.graph.linear import (
+    FLOATS,
+    Linear,
+    by_input,
+    by_output,
+    channel_axis,
+    linear_from,
+    linear_of,
+    representable,
+    set_weights,
+)
 
+UNKNOWN = "it trains, or its parameters are not constants of one value a channel"
 Weights = tuple[np.ndarray, np.ndarray | None]  # weight, bias
 
 
@@ -33,10 +53,18 @@ def fold_batch_norm(graph: gs.Graph) -> int:
 @np.errstate(divide="ignore", over="ignore", invalid="ignore")  # what is not finite is declined
 def _fold_all(graph: gs.Graph, fresh: Callable[[str], str]) -> int:
     """One round: into linear maps before, from the first on, then of those left into linear maps after."""
-    inside = {id(node) for node in graph.nodes}  # and not in a branch or a loop's body
+    inside = own_nodes(graph)
     norms = [node for node in graph.nodes if is_op(node, "BatchNormalization")]
-    left = [node for node in norms if not _fold_back(graph, node, fresh)]
-    return len(norms) - len(left) + sum(_fold_on(graph, node, inside, fresh) for node in left[::-1])
+    left = [node for node in norms if not _folds(node, _fold_back(graph, node, fresh))]
+    folded = sum(_folds(node, _fold_on(graph, node, inside, fresh)) for node in left[::-1])
+    return len(norms) - len(left) + folded
+
+
+def _folds(norm: gs.Node, reason: str | None) -> bool:
+    """Whether there is no reason against it; tells it if there is."""
+    if reason is not None:
+        declined(norm, reason)
+    return reason is None
 
 
 def _affine(norm: gs.Node) -> tuple[np.ndarray, np.ndarray] | None:
@@ -51,46 +79,58 @@ def _affine(norm: gs.Node) -> tuple[np.ndarray, np.ndarray] | None:
     return scale, beta - mean * scale
 
 
-def _fold_back(graph: gs.Graph, norm: gs.Node, fresh: Callable[[str], str]) -> bool:
+def _fold_back(graph: gs.Graph, norm: gs.Node, fresh: Callable[[str], str]) -> str | None:
+    """Fold a norm into the linear map before it; None when that is done, else why not."""
     x, affine = norm.inputs[0], _affine(norm)
-    linear = linear_from(graph, x) if affine is not None and sole_consumer(graph, x) else None
-    if linear is None or affine is None or channel_axis(linear) != 1:
-        return False
+    if affine is None:
+        return UNKNOWN
+    linear = linear_from(graph, x)
+    if linear is None or channel_axis(linear) != 1:
+        return f"{made_by(x)}, no linear map of constant weights with its channels on axis 1"
+    if not sole_consumer(graph, x):
+        return read_elsewhere(graph, x, norm)
     scale, shift = affine
     weight = linear.weight * by_output(linear, scale)
     bias = shift if linear.bias is None else linear.bias * scale + shift
     if not representable(linear, weight, bias):
-        return False
+        return f"new weights of {shown(linear.node)} would overflow"
     set_weights(graph, linear, weight, bias, fresh)
     stand_in(norm, x)
-    return True
+    return None
 
 
-def _fold_on(graph: gs.Graph, norm: gs.Node, inside: set[int], fresh: Callable[[str], str]) -> bool:
+def _fold_on(graph: gs.Graph, norm: gs.Node, inside: IdentitySet, fresh: Callable[[str], str]) -> str | None:
+    """Fold a norm into the linear maps that read it; None when that is done, else why not."""
     out, affine = norm.outputs[0], _affine(norm)
-    if affine is None or not out.outputs or any(output is out for output in graph.outputs):
-        return False
+    if affine is None:
+        return UNKNOWN
+    if not out.outputs or is_output(graph, out):
+        return read_elsewhere(graph, out)
     plans = []
     for reader in out.outputs:
         linear = _reader(graph, reader, inside)
-        plan = None if linear is None else _after(linear, *affine)
-        if linear is None or plan is None or not representable(linear, *plan):
-            return False
+        if linear is None:
+            return f"{shown(reader)}, which reads it, is no linear map of constant weights in this graph"
+        plan = _after(linear, *affine)
+        if plan is None:
+            return f"{shown(reader)}, which reads it, is not pointwise over axis 1: its shift cannot pass"
+        if not representable(linear, *plan):
+            return f"new weights of {shown(reader)} would overflow"
         plans.append((linear, *plan))
     x, norm.inputs[0] = norm.inputs[0], gs.Variable.empty()
     for linear, weight, bias in plans:
         linear.node.inputs[0] = x
         set_weights(graph, linear, weight, bias, fresh)
-        inside.update(id(node) for node in linear.y.inputs)  # with a new bias there may be a new Add
-    return True
+        inside.add(linear.y.inputs[0])  # with a new bias there may be a new Add
+    return None
 
 
-def _reader(graph: gs.Graph, node: gs.Node, inside: set[int]) -> Linear | None:
+def _reader(graph: gs.Graph, node: gs.Node, inside: IdentitySet) -> Linear | None:
     """The linear map that a node is; an Add of its bias elsewhere is none of it."""
-    if id(node) not in inside:
+    if node not in inside:
         return None
     linear = linear_of(graph, node)
-    if linear is not None and linear.add is not None and id(linear.add) not in inside:
+    if linear is not None and linear.add is not None and linear.add not in inside:
         return linear_from(graph, node.outputs[0])
     return linear
 

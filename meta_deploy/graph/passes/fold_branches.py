@@ -14,16 +14,19 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from meta_deploy.graph.explain import declined, shown
 from meta_deploy.graph.graph import (
+    IdentitySet,
     detach,
     fresh_names,
     is_op,
+    own_nodes,
     producer,
     sole_consumer,
     static_shape,
     tidy,
 )
-from meta_deploy.graph.linear import Linear, linear_from, linear_of
+from meta_deploy.graph.linear import Linear, linear_from, linear_of, representable
 from meta_deploy.graph.prices import CPU, Cost
 
 TO_CHANNELS_FIRST = [0, 3, 1, 2]
@@ -76,7 +79,7 @@ def fold_branches(graph: gs.Graph, cost: Cost = CPU) -> int:
 
 def _fold_all(graph: gs.Graph, cost: Cost) -> int:
     fresh = fresh_names(graph)
-    inside = {id(node) for node in graph.nodes}  # and not in a branch or a loop's body
+    inside = own_nodes(graph)
     changes = 0
     for node in graph.nodes[:]:
         if is_op(node, "Conv") and node.inputs and (found := _match(graph, node, inside, cost)):
@@ -91,13 +94,13 @@ def _fold_all(graph: gs.Graph, cost: Cost) -> int:
 Plan = list[list[Term]]  # the terms of each convolution
 
 
-def _match(graph: gs.Graph, node: gs.Node, inside: set[int], cost: Cost) -> tuple[Linear, Plan] | None:
+def _match(graph: gs.Graph, node: gs.Node, inside: IdentitySet, cost: Cost) -> tuple[Linear, Plan] | None:
     """The convolution and the cheapest form of it, if that is not the present one."""
     fuse = linear_of(graph, node)
     if fuse is None or not fuse.pointwise or fuse.group != 1 or fuse.weight.ndim != 4:
         return None
     shape = static_shape(fuse.y, batch=1)
-    if shape is None or (fuse.add is not None and id(fuse.add) not in inside):
+    if shape is None or (fuse.add is not None and fuse.add not in inside):
         return None
     concat = producer(fuse.x, "Concat")
     parts = [fuse.x]
@@ -107,11 +110,16 @@ def _match(graph: gs.Graph, node: gs.Node, inside: set[int], cost: Cost) -> tupl
     for part in parts:
         channels = static_shape(part)
         if channels is None or 0 in channels or isinstance(part, gs.Constant):
+            if concat is not None:
+                declined(node, f"{shown(part)} is constant, or not of known shape")
             return None
         weight = fuse.weight[:, start : start + channels[1]].astype(np.float64)
         branches.append(_terms(graph, part, weight, cost))
         start += channels[1]
-    if all(len(terms) == 1 for terms in branches) or math.prod(map(len, branches)) > MOST_PLANS:
+    if all(len(terms) == 1 for terms in branches):
+        return None
+    if (forms := math.prod(map(len, branches))) > MOST_PLANS:
+        declined(node, f"there are {forms} forms to choose from, more than {MOST_PLANS}")
         return None
     present = [[terms[0] for terms in branches]]
     best, price = present, _price(present, shape, cost)
@@ -120,7 +128,13 @@ def _match(graph: gs.Graph, node: gs.Node, inside: set[int], cost: Cost) -> tupl
         for plan in ([list(terms)], [[t for t in terms if t.size == size] for size in sizes]):
             if (other := _price(plan, shape, cost)) < price:
                 best, price = plan, other
-    return None if best is present or not _representable(best, fuse) else (fuse, best)
+    if best is present:
+        declined(node, f"it is cheapest as it is: {price:.3g} multiply-adds")
+        return None
+    if not _representable(best, fuse):
+        declined(node, "folded weights would overflow")
+        return None
+    return fuse, best
 
 
 def _terms(graph: gs.Graph, x: gs.Tensor, kernel: np.ndarray, cost: Cost) -> list[Term]:
@@ -203,12 +217,10 @@ def _price(plan: Plan, shape: list[int], cost: Cost) -> float:
     return total + (len(plan) - 1) * cost.of(0, shape, shape, shape)
 
 
-@np.errstate(over="ignore")
 def _representable(plan: Plan, fuse: Linear) -> bool:
     """Whether all new weights are finite in the type that they get."""
     terms = [term for terms in plan for term in terms]
-    arrays = [_whole_bias(terms, fuse), *(term.kernel for term in terms)]
-    return all(np.isfinite(array.astype(fuse.weight.dtype)).all() for array in arrays)
+    return representable(fuse, _whole_bias(terms, fuse), *(term.kernel for term in terms))
 
 
 def _whole_bias(terms: list[Term], fuse: Linear) -> np.ndarray:

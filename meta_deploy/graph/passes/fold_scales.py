@@ -11,24 +11,32 @@ from collections.abc import Callable
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from meta_deploy.graph.explain import declined, read_elsewhere, shown
 from meta_deploy.graph.graph import (
+    IdentitySet,
     constant_value,
     is_batch,
     is_op,
+    is_output,
+    own_nodes,
     producer,
     sole_consumer,
+    stand_in,
     static_shape,
     until_done,
 )
 from meta_deploy.graph.linear import (
     FLOATS,
     Linear,
+    by_output,
+    channel_axis,
     has_input,
     linear_from,
     per_channel,
+    representable,
     set_weights,
 )
-from meta_deploy.graph.passes.collapse_chains import MOVES
+from meta_deploy.graph.moves import MOVES
 
 MAX_MOVES = 12  # from a linear map to its scale
 MAX_READERS = 64  # that are followed to see where else its channels go
@@ -52,7 +60,7 @@ def fold_scales(graph: gs.Graph) -> int:
 
 @np.errstate(over="ignore", invalid="ignore")  # what is not finite is declined
 def _fold_all(graph: gs.Graph, fresh: Callable[[str], str]) -> int:
-    inside = {id(node) for node in graph.nodes}  # and not in a branch or a loop's body
+    inside = own_nodes(graph)
     count = 0
     for node in list(graph.nodes):
         if is_op(node, "Mul", "Div"):
@@ -74,18 +82,18 @@ def _operands(node: gs.Node) -> tuple[gs.Tensor, np.ndarray] | None:
 
 def _fold_shift(graph: gs.Graph, node: gs.Node, fresh: Callable[[str], str]) -> bool:
     found = _operands(node)
-    if found is None or not sole_consumer(graph, found[0]):
+    linear = None if found is None else linear_from(graph, found[0])
+    # A product of matrices has its bias in an Add: this one, if there is no other.
+    if found is None or linear is None or (linear.node.op == "MatMul" and linear.add is None):
         return False
     x, value = found
-    linear = linear_from(graph, x)
-    # A product of matrices has its bias in an Add: this one, if there is no other.
-    if linear is None or (linear.node.op == "MatMul" and linear.add is None):
-        return False
     shift = _channelwise(value, linear)
-    if shift is None:
+    if shift is None or not sole_consumer(graph, x):
+        declined(node, _not_a_value_each(value, x) if shift is None else read_elsewhere(graph, x, node))
         return False
     bias = (shift if node.op == "Add" else -shift) + (0 if linear.bias is None else linear.bias)
     if not representable(linear, bias):
+        declined(node, f"the new bias of {shown(linear.node)} would overflow")
         return False
     weight = linear.node.inputs[1]  # stays, as it may be shared
     set_weights(graph, linear, linear.weight, bias, fresh)
@@ -94,40 +102,56 @@ def _fold_shift(graph: gs.Graph, node: gs.Node, fresh: Callable[[str], str]) -> 
     return True
 
 
-def _fold_factor(graph: gs.Graph, node: gs.Node, inside: set[int], fresh: Callable[[str], str]) -> bool:
+def _fold_factor(graph: gs.Graph, node: gs.Node, inside: IdentitySet, fresh: Callable[[str], str]) -> bool:
     found = _operands(node)
-    if found is None or not found[1].all() or not sole_consumer(graph, found[0]):
+    if found is None:
         return False
     x, value = found
+    if not value.all() or not sole_consumer(graph, x):
+        if linear_from(graph, x) is not None:
+            declined(node, read_elsewhere(graph, x, node) if value.all() else "a zero is among the factors")
+        return False
     scale = value if node.op == "Mul" else 1 / value
-    for linear, factor in _made_by(graph, x, scale, inside):
+    for linear, factor in _made_by(graph, node, x, scale, inside):
         weight = linear.weight * by_output(linear, factor)
         bias = None if linear.bias is None else linear.bias * factor
         if representable(linear, weight, bias):
             set_weights(graph, linear, weight, bias, fresh)
             stand_in(node, x)
             return True
+        declined(node, f"new weights of {shown(linear.node)} would overflow")
     return False
 
 
+def _not_a_value_each(value: np.ndarray, x: gs.Tensor) -> str:
+    return f"a constant of shape {value.shape} is not one value for each channel of {shown(x)}"
+
+
 def _made_by(
-    graph: gs.Graph, x: gs.Tensor, scale: np.ndarray, inside: set[int]
+    graph: gs.Graph, node: gs.Node, x: gs.Tensor, scale: np.ndarray, inside: IdentitySet
 ) -> list[tuple[Linear, np.ndarray]]:
-    """Linear maps with a factor for each channel: any one, so scaled, scales x and nothing else."""
+    """Linear maps with a factor for each channel: any one, so scaled, scales x and nothing else.
+
+    Tells why a map that makes x is none of them; `node` is what scales.
+    """
     linear = linear_from(graph, x)
     if linear is not None:
         factor = _channelwise(scale, linear)
+        if factor is None:
+            declined(node, _not_a_value_each(scale, x))
         return [] if factor is None else [(linear, factor)]
     if scale.size != 1 or x.shape is None or scale.ndim > len(x.shape):
         return []
     product = producer(x, "MatMul")
     sides = [x] if product is None else [side for side in product.inputs if sole_consumer(graph, side)]
-    sources = [_moved_from(graph, side, inside) for side in sides]
+    sources = [_moved_from(graph, node, side, inside) for side in sides]
     return [(source[0], np.where(source[1], scale.item(), 1.0)) for source in sources if source is not None]
 
 
-def _moved_from(graph: gs.Graph, x: gs.Tensor, inside: set[int]) -> tuple[Linear, np.ndarray] | None:
-    """The linear map that x is moved from, and for each of its channels whether x has it.
+def _moved_from(
+    graph: gs.Graph, node: gs.Node, x: gs.Tensor, inside: IdentitySet
+) -> tuple[Linear, np.ndarray] | None:
+    """The linear map that x is moved from, and for each of its channels whether x has it; tells why not.
 
     What has one of these channels and is not x must not be read but by moves that lead to x.
     """
@@ -142,11 +166,15 @@ def _moved_from(graph: gs.Graph, x: gs.Tensor, inside: set[int]) -> tuple[Linear
     channels = _channels_of_elements(linear)
     reached = None if channels is None else _along(path[-2::-1], channels)
     if channels is None or reached is None:
+        declined(node, f"the graph does not tell which channels of {shown(linear.y)} are in {shown(x)}")
         return None
     chosen = np.zeros(linear.out_channels + 1, bool)
     chosen[_distinct(reached)] = True
     chosen[NO_CHANNEL] = False
-    return (linear, chosen[:-1]) if _reach_only(graph, linear.y, channels, x, chosen, inside) else None
+    if not _reach_only(graph, linear.y, channels, x, chosen, inside):
+        declined(node, f"the channels of {shown(linear.y)} that are in {shown(x)} go elsewhere, too")
+        return None
+    return linear, chosen[:-1]
 
 
 def _along(path: list[gs.Tensor], array: np.ndarray) -> np.ndarray | None:
@@ -173,20 +201,19 @@ def _channels_of_elements(linear: Linear) -> np.ndarray | None:
 
 
 def _reach_only(
-    graph: gs.Graph, y: gs.Tensor, channels: np.ndarray, x: gs.Tensor, chosen: np.ndarray, inside: set[int]
+    graph: gs.Graph, y: gs.Tensor, channels: np.ndarray, x: gs.Tensor, chosen: np.ndarray, inside: IdentitySet
 ) -> bool:
     """Whether the chosen channels of y get nowhere but to x, by moves alone."""
-    outputs = {id(output) for output in graph.outputs}
     stack, followed = [(y, channels)], 0
     while stack:
         tensor, held = stack.pop()
         if tensor is x or not chosen[_distinct(held)].any():
             continue
         followed += len(tensor.outputs)
-        if id(tensor) in outputs or followed > MAX_READERS:
+        if is_output(graph, tensor) or followed > MAX_READERS:
             return False
         for reader in tensor.outputs:
-            if id(reader) not in inside or not _is_move(reader):
+            if reader not in inside or not _is_move(reader):
                 return False
             parts = _parts(reader, held)
             if parts is None:
@@ -272,32 +299,3 @@ def _channelwise(value: np.ndarray, linear: Linear) -> np.ndarray | None:
         return None
     rank = linear.weight.ndim if linear.is_conv else axis + 1
     return per_channel(value, rank, axis, linear.out_channels)
-
-
-def channel_axis(linear: Linear) -> int | None:
-    """Which axis of its output a linear map's channels are; None where the graph does not tell."""
-    if linear.is_conv or linear.node.op == "Gemm":
-        return 1
-    return len(linear.y.shape) - 1 if linear.y.shape else None
-
-
-def by_output(linear: Linear, values: np.ndarray) -> np.ndarray:
-    """One value for each output channel, in a shape that multiplies the weight."""
-    weight, group = linear.weight, linear.group
-    if linear.node.op == "ConvTranspose":
-        full = np.repeat(values.reshape(group, -1), len(weight) // group, axis=0)
-        return full.reshape(*weight.shape[:2], *(1,) * (weight.ndim - 2))
-    return values.reshape(-1, *(1,) * (weight.ndim - 1))
-
-
-def representable(linear: Linear, *arrays: np.ndarray | None) -> bool:
-    """Whether new weights are finite in the type of the old."""
-    with np.errstate(over="ignore"):
-        return all(np.isfinite(a.astype(linear.weight.dtype)).all() for a in arrays if a is not None)
-
-
-def stand_in(node: gs.Node, x: gs.Tensor) -> None:
-    """Let what makes x make the output of a node that alone reads x; the node is dead then."""
-    out, maker = node.outputs[0], x.inputs[0]
-    node.outputs.clear()
-    maker.outputs[next(i for i, tensor in enumerate(maker.outputs) if tensor is x)] = out

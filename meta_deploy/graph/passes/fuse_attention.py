@@ -12,8 +12,9 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from meta_deploy.graph.attention import Attention, find_attention
-from meta_deploy.graph.graph import fresh_names, is_batch, is_op, static_shape, tidy
-from meta_deploy.graph.passes.collapse_chains import add_move
+from meta_deploy.graph.explain import declined, shown
+from meta_deploy.graph.graph import fresh_names, is_batch, is_op, own_nodes, static_shape, tidy
+from meta_deploy.graph.moves import add_move
 
 DOMAIN = "com.microsoft"
 
@@ -29,13 +30,18 @@ def fuse_attention(graph: gs.Graph) -> int:
         Places changed.
     """
     fresh = fresh_names(graph)
-    inside = {id(node) for node in graph.nodes}  # and not in a branch or a loop's body
+    inside = own_nodes(graph)
     changes = 0
     for node in list(graph.nodes):
         found = find_attention(graph, node) if is_op(node, "Softmax") else None
-        if found is not None and id(found.last) in inside and not is_batch(found.q.shape[1]):
-            _rewrite(graph, found, fresh)
-            changes += 1
+        if found is None:
+            continue
+        if found.last not in inside or is_batch(found.q.shape[1]):
+            place = "it is used inside a branch or a loop" if found.last not in inside else None
+            declined(node, place or f"the number of heads of {shown(found.q)} is not known")
+            continue
+        _rewrite(graph, found, fresh)
+        changes += 1
     if changes:
         graph.import_domains = _with_domain(graph)
         tidy(graph)

@@ -12,8 +12,20 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from meta_deploy.graph.graph import constant_value, is_batch, is_op, producer, until_done
+from meta_deploy.graph.explain import declined, made_by, read_elsewhere, shown
+from meta_deploy.graph.graph import (
+    IdentitySet,
+    constant_value,
+    is_batch,
+    is_op,
+    is_output,
+    own_nodes,
+    producer,
+    sole_consumer,
+    until_done,
+)
 from meta_deploy.graph.linear import has_input
+from meta_deploy.graph.moves import permutation
 
 
 @dataclass
@@ -70,51 +82,73 @@ def fuse_layer_norm(graph: gs.Graph) -> int:
     Returns:
         Places changed.
     """
-    if graph.opset < 17:
-        return 0
     return until_done(graph, _fuse_all)
 
 
 def _fuse_all(graph: gs.Graph, fresh: Callable[[str], str]) -> int:
-    outputs = {id(output) for output in graph.outputs}
-    inside = {id(node) for node in graph.nodes}  # and not in a branch or a loop's body
+    inside = own_nodes(graph)
     count = 0
     for node in list(graph.nodes):
-        norm = _match(node, outputs, inside) if is_op(node, "Sqrt") else None
+        norm = _match(graph, node, inside) if is_op(node, "Sqrt") else None
         if norm is None:
             continue
-        ends = _ends(norm, outputs, inside)
-        if norm.is_last or _source(norm) is not None or all(end.alone for end in ends):
+        ends = _ends(graph, norm, inside)
+        if graph.opset < 17:
+            declined(node, f"LayerNormalization came with opset 17, and the graph is of opset {graph.opset}")
+        elif norm.is_last or _source(norm) is not None or all(end.alone for end in ends):
             for end in ends:
                 _rewrite(graph, norm, end, fresh)
             count += len(ends)
+        else:
+            axes = f"axes {norm.axes} of {shown(norm.x)} are not the last ones"
+            declined(node, f"{axes}, and no Transpose before or behind makes them so")
     return count
 
 
-def _match(sqrt: gs.Node, outputs: set[int], inside: set[int]) -> Norm | None:
-    """The norm that a square root is in the middle of."""
-    quotient = _quotient(sqrt.outputs[0])
+def _match(graph: gs.Graph, sqrt: gs.Node, inside: IdentitySet) -> Norm | None:
+    """The norm around a square root; tells why not if it is the root of a mean of squares."""
     added = producer(sqrt.inputs[0], "Add")
-    if quotient is None or added is None:
-        return None
-    divided, last = quotient
-    for variance, constant in (added.inputs, added.inputs[::-1]):
-        mean, epsilon = producer(variance, "ReduceMean"), constant_value(constant)
-        square = producer(mean.inputs[0]) if mean is not None else None
-        squared = _squared(square) if square is not None else None
-        if mean is None or square is None or squared is None or epsilon is None or epsilon.size != 1:
+    for variance, constant in () if added is None else (added.inputs, added.inputs[::-1]):
+        mean = producer(variance, "ReduceMean")
+        square = None if mean is None else producer(mean.inputs[0])
+        squared = None if square is None else _squared(square)
+        if mean is None or square is None or squared is None:
             continue
-        centred = [c for tensor in (divided, *squared) if (c := _centred(tensor)) is not None]
-        if len(centred) < 1 + len(squared):
-            continue
-        x, axes, _ = centred[0]
-        if any(c[0] is not x or c[1] != axes for c in centred):
-            continue
-        nodes = [sqrt, added, mean, square, *last, *(node for c in centred for node in c[2])]
-        positive = 0 < float(epsilon.item()) < math.inf and epsilon.ndim <= len(x.shape)
-        if positive and _axes(mean, len(x.shape)) == axes and _is_apart(nodes, last[-1], outputs, inside):
-            return Norm(x, last[-1].outputs[0], axes, float(np.float32(epsilon.item())))
+        found = _norm(graph, [sqrt, added, mean, square], squared, constant, inside)
+        if isinstance(found, Norm):
+            return found
+        declined(sqrt, found)
     return None
+
+
+def _norm(
+    graph: gs.Graph,
+    middle: list[gs.Node],
+    squared: list[gs.Tensor],
+    constant: gs.Tensor,
+    inside: IdentitySet,
+) -> Norm | str:
+    """The norm of these nodes (root, sum with epsilon, mean, square), or why they are of none."""
+    sqrt, _, mean, _ = middle
+    epsilon, quotient = constant_value(constant), _quotient(sqrt.outputs[0])
+    if epsilon is None or epsilon.size != 1 or not 0 < float(epsilon.item()) < math.inf:
+        return f"{shown(constant)} is added to the variance, which is no positive number"
+    if quotient is None:
+        return f"what is made of the root '{sqrt.outputs[0].name}' is not one division by it"
+    divided, last = quotient
+    parts = [_centred(tensor) for tensor in (divided, *squared)]
+    if reason := next((part for part in parts if isinstance(part, str)), None):
+        return reason
+    centred = [part for part in parts if not isinstance(part, str)]
+    x, axes, _ = centred[0]
+    if any(c[0] is not x or c[1] != axes for c in centred) or _axes(mean, len(x.shape)) != axes:
+        return f"mean and variance of {shown(x)} are not over the same axes of the same tensor"
+    if epsilon.ndim > len(x.shape):
+        return f"{shown(constant)} has more axes than {shown(x)}"
+    nodes = [*middle, *last, *(node for c in centred for node in c[2])]
+    if reason := _read_from_outside(graph, nodes, last[-1], inside):
+        return reason
+    return Norm(x, last[-1].outputs[0], axes, float(np.float32(epsilon.item())))
 
 
 def _quotient(std: gs.Tensor) -> tuple[gs.Tensor, list[gs.Node]] | None:
@@ -148,18 +182,18 @@ def _is_number(size: object) -> bool:
     return isinstance(size, (int, np.integer)) and int(size) > 0 and not is_batch(size)
 
 
-def _centred(tensor: gs.Tensor) -> tuple[gs.Tensor, list[int], list[gs.Node]] | None:
-    """(x, axes, nodes) where a tensor is x minus its mean over axes of sizes known, by these nodes."""
+def _centred(tensor: gs.Tensor) -> tuple[gs.Tensor, list[int], list[gs.Node]] | str:
+    """(x, axes, nodes) where these nodes make a tensor of x minus its mean over known axes; or why not."""
     sub = producer(tensor, "Sub")
     mean = producer(sub.inputs[1], "ReduceMean") if sub is not None else None
     if sub is None or mean is None or mean.inputs[0] is not sub.inputs[0]:
-        return None
+        return f"{made_by(tensor)}, and is not a tensor less its mean"
     x = sub.inputs[0]
     if not x.shape or x.dtype != np.float32:
-        return None
+        return f"{shown(x)} is not a float32 tensor of known rank"
     axes = _axes(mean, len(x.shape))
     if not axes or not all(_is_number(x.shape[axis]) for axis in axes):
-        return None
+        return f"the axes of {shown(mean)} are not kept, or they or their sizes in {shown(x)} not known"
     return x, axes, [sub, mean]
 
 
@@ -176,38 +210,44 @@ def _axes(mean: gs.Node, rank: int) -> list[int] | None:
     return sorted({axis % rank for axis in axes}) if axes else list(range(rank))
 
 
-def _is_apart(nodes: list[gs.Node], last: gs.Node, outputs: set[int], inside: set[int]) -> bool:
-    """Whether nothing but these nodes reads what they make, the last one's output excepted."""
-    own = {id(node) for node in nodes}
-    between = [tensor for node in nodes if node is not last for tensor in node.outputs]
-    read = all(id(t) not in outputs and all(id(node) in own for node in t.outputs) for t in between)
-    return read and own <= inside
+def _read_from_outside(
+    graph: gs.Graph, nodes: list[gs.Node], last: gs.Node, inside: IdentitySet
+) -> str | None:
+    """What else reads what these nodes make, the last one's output excepted; None if nothing does."""
+    if any(node not in inside for node in nodes):
+        return "a part of it is inside a branch or a loop"
+    own = IdentitySet(nodes)
+    for tensor in (tensor for node in nodes if node is not last for tensor in node.outputs):
+        if is_output(graph, tensor) or any(node not in own for node in tensor.outputs):
+            return read_elsewhere(graph, tensor, *nodes)
+    return None
 
 
-def _ends(norm: Norm, outputs: set[int], inside: set[int]) -> list[End]:
+def _ends(graph: gs.Graph, norm: Norm, inside: IdentitySet) -> list[End]:
     """A norm's output with scale and bias, one for each reader; as it is if one reader wants it so."""
-    ends = [_end(norm, node, outputs, inside) for node in norm.y.outputs if id(norm.y) not in outputs]
+    readers = [] if is_output(graph, norm.y) else norm.y.outputs
+    ends = [_end(graph, norm, node, inside) for node in readers]
     found = [end for end in ends if end is not None]
     found = found if found and len(found) == len(ends) else [End(norm.y)]
     for end in found:
         readers = end.tensor.outputs
-        moves = [node for node in readers if is_op(node, "Transpose") and id(node) in inside]
-        end.moves = [node for node in moves if _perm(node) == norm.to_last]
-        end.alone = 0 < len(end.moves) == len(readers) and id(end.tensor) not in outputs
+        moves = [node for node in readers if is_op(node, "Transpose") and node in inside]
+        end.moves = [node for node in moves if permutation(node) == norm.to_last]
+        end.alone = 0 < len(end.moves) == len(readers) and not is_output(graph, end.tensor)
     return found
 
 
-def _end(norm: Norm, node: gs.Node, outputs: set[int], inside: set[int]) -> End | None:
+def _end(graph: gs.Graph, norm: Norm, node: gs.Node, inside: IdentitySet) -> End | None:
     end = End(norm.y)
-    if is_op(node, "Mul") and id(node) in inside:
+    if is_op(node, "Mul") and node in inside:
         end.scale = _constant(norm, _other(node, end.tensor))
         if end.scale is None:
             return None
         end.tensor = node.outputs[0]
-        if len(end.tensor.outputs) != 1 or id(end.tensor) in outputs:
+        if not sole_consumer(graph, end.tensor):
             return end
         node = end.tensor.outputs[0]
-    if is_op(node, "Add") and id(node) in inside:
+    if is_op(node, "Add") and node in inside:
         end.bias = _constant(norm, _other(node, end.tensor))
         end.tensor = end.tensor if end.bias is None else node.outputs[0]
     return None if end.tensor is norm.y else end
@@ -231,11 +271,7 @@ def _source(norm: Norm) -> gs.Tensor | None:
     """What x is, but for the Transpose that moves the normalized axes from the end to their places."""
     move = producer(norm.x, "Transpose")
     inverse = np.argsort(norm.to_last).tolist()
-    return move.inputs[0] if move is not None and _perm(move) == inverse else None
-
-
-def _perm(move: gs.Node) -> list[int]:
-    return list(move.attrs.get("perm", range(len(move.outputs[0].shape or ()))[::-1]))
+    return move.inputs[0] if move is not None and permutation(move) == inverse else None
 
 
 def _rewrite(graph: gs.Graph, norm: Norm, end: End, fresh: Callable[[str], str]) -> None:

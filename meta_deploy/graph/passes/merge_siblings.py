@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from meta_deploy.graph.graph import fresh_names, is_op, static_shape, tidy
+from meta_deploy.graph.explain import declined, shown
+from meta_deploy.graph.graph import IdentitySet, fresh_names, is_op, made_in, own_nodes, static_shape, tidy
 from meta_deploy.graph.linear import Linear, linear_of
-from meta_deploy.graph.passes.collapse_chains import chain_after
+from meta_deploy.graph.moves import chain_after
 from meta_deploy.graph.prices import CPU, Cost
 
 
@@ -27,25 +28,28 @@ def merge_siblings(graph: gs.Graph, cost: Cost = CPU) -> int:
         return 0
     tidy(graph)  # what no output needs is no sibling
     fresh = fresh_names(graph)
-    inside = {id(node) for node in graph.nodes}  # and not in a branch or a loop's body
+    inside = own_nodes(graph)
     changes = 0
-    tensors = [*graph.inputs, *(tensor for node in graph.nodes for tensor in node.outputs)]
-    for x in tensors:
+    for x in [*graph.inputs, *made_in(graph)]:
         if len(x.outputs) < 2:
             continue
         groups: dict[tuple, list[Linear]] = {}
-        for node in {id(node): node for node in x.outputs}.values():
-            if id(node) not in inside or not is_op(node, "Conv", "MatMul", "Gemm"):
+        for node in IdentitySet(x.outputs):
+            if node not in inside or not is_op(node, "Conv", "MatMul", "Gemm"):
                 continue
             linear = linear_of(graph, node)
-            if linear is None or (linear.add is not None and id(linear.add) not in inside):
+            if linear is None or (linear.add is not None and linear.add not in inside):
                 continue
             if linear.group == 1:
                 groups.setdefault(_geometry(linear), []).append(linear)
         for group in groups.values():
-            if len(group) > 1 and _pays(graph, group, inside, cost):
-                _merge(graph, group, fresh)
-                changes += len(group) - 1
+            if len(group) < 2:
+                continue
+            if (reason := _against(graph, group, inside, cost)) is not None:
+                declined(group[0].node, reason)
+                continue
+            _merge(graph, group, fresh)
+            changes += len(group) - 1
     if changes:
         tidy(graph)
     return changes
@@ -58,20 +62,27 @@ def _geometry(linear: Linear) -> tuple:
     return (linear.node.op, linear.weight.shape[1:], *values)
 
 
-def _pays(graph: gs.Graph, group: Sequence[Linear], inside: set[int], cost: Cost) -> bool:
-    """Whether one map and a Split take less than the maps; all do the same multiply-adds."""
+def _against(graph: gs.Graph, group: Sequence[Linear], inside: IdentitySet, cost: Cost) -> str | None:
+    """What speaks against one map and a Split: that they cost more; all do the same multiply-adds."""
     x = static_shape(group[0].x, batch=1)
     ys = [static_shape(linear.y, batch=1) for linear in group]
     if x is None or any(y is None for y in ys):
-        return False
-    moves = [[move for move in chain_after(graph, linear.y)[1] if id(move) in inside] for linear in group]
+        unknown = [
+            tensor for tensor in (group[0].x, *(linear.y for linear in group)) if not static_shape(tensor)
+        ]
+        return f"the shape of {shown(unknown[0])} is not known"
+    moves = [[move for move in chain_after(graph, linear.y)[1] if move in inside] for linear in group]
     joined = sum(map(len, moves)) - max(map(len, moves))
     before = joined * cost.node
     for linear, y in zip(group, ys, strict=True):
         before += cost.of(0, x, y) + (cost.of(0, y, y) if linear.add is not None else 0.0)  # type: ignore[arg-type]
     both = cost.of(0, *ys, *ys)  # type: ignore[arg-type]
     biased = group[0].node.op == "MatMul" and any(linear.bias is not None for linear in group)
-    return cost.of(0, x, *ys) + both * (1 + biased) < before  # type: ignore[arg-type]
+    after = cost.of(0, x, *ys) + both * (1 + biased)  # type: ignore[arg-type]
+    if after < before:
+        return None
+    others = " and ".join(shown(linear.node) for linear in group[1:])
+    return f"one map and a Split cost {after:.3g} multiply-adds, and with {others} apart it is {before:.3g}"
 
 
 def _merge(graph: gs.Graph, group: Sequence[Linear], fresh: Callable[[str], str]) -> None:

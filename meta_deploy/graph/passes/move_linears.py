@@ -15,16 +15,19 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from meta_deploy.graph.explain import declined, read_elsewhere, shown
 from meta_deploy.graph.graph import (
+    IdentitySet,
     constant_value,
     is_op,
+    own_nodes,
     producer,
     sole_consumer,
     static_shape,
     until_done,
 )
 from meta_deploy.graph.linear import Linear, has_input, linear_of
-from meta_deploy.graph.passes.collapse_chains import MOVES, Move, add_move, chain_after, chain_before, fewest
+from meta_deploy.graph.moves import MOVES, Move, add_move, chain_after, chain_before, fewest, permutation
 
 
 def move_linears(graph: gs.Graph) -> int:
@@ -44,14 +47,15 @@ def move_linears(graph: gs.Graph) -> int:
 
 
 def _move_all(graph: gs.Graph, fresh: Callable[[str], str]) -> int:
-    inside = {id(node) for node in graph.nodes}  # and not in a branch or a loop's body
+    inside = own_nodes(graph)
     changes = 0
     for node in list(graph.nodes):
         if not is_op(node, "MatMul") or (linear := linear_of(graph, node)) is None:
             continue
-        if linear.add is not None and id(linear.add) not in inside:
+        if linear.add is not None and linear.add not in inside:
             continue
         line = _line(graph, linear, inside)
+        _tell_stopped(graph, linear, line)
         place = _best_place(line)
         if place < line.place:
             _hoist(graph, linear, line.passable[place : line.place], fresh)
@@ -79,14 +83,14 @@ class Line:
     after: list[gs.Node]
 
 
-def _line(graph: gs.Graph, linear: Linear, inside: set[int]) -> Line:
+def _line(graph: gs.Graph, linear: Linear, inside: IdentitySet) -> Line:
     leading: list[gs.Node] = []
     x, y = linear.x, linear.y
     while (node := producer(x)) is not None and sole_consumer(graph, x) and _keeps_channels(node):
         leading.append(node)
         x = node.inputs[0]
     following: list[gs.Node] = []
-    while sole_consumer(graph, y) and id(reader := y.outputs[0]) in inside:
+    while sole_consumer(graph, y) and (reader := y.outputs[0]) in inside:
         # The zeros of a Pad would become the bias.
         if reader.inputs[0] is not y or not _keeps_channels(reader) or is_op(reader, "Pad"):
             break
@@ -99,8 +103,25 @@ def _line(graph: gs.Graph, linear: Linear, inside: set[int]) -> Line:
         [*leading[::-1], *following],
         len(leading),
         before if _is_known(before) else [],
-        after if _is_known(after) and all(id(node) in inside for node in after) else [],
+        after if _is_known(after) and all(node in inside for node in after) else [],
     )
+
+
+def _tell_stopped(graph: gs.Graph, linear: Linear, line: Line) -> None:
+    """Tell what keeps a product from a move beside it whose shapes are not known, or that others read."""
+    x = line.passable[0].inputs[0] if line.place else linear.x
+    y = line.passable[-1].outputs[0] if len(line.passable) > line.place else linear.y
+    before = producer(x)
+    for move in (before, y.outputs[0] if sole_consumer(graph, y) else None):
+        if move is not None and is_op(move, *MOVES, "Pad", "Slice"):
+            unknown = [t for t in (move.inputs[0], move.outputs[0]) if not static_shape(t)]
+            if unknown:
+                declined(
+                    linear.node, f"{shown(move)} is in the way: {shown(unknown[0])} is not of known shape"
+                )
+    if before is not None and not sole_consumer(graph, x) and _keeps_channels(before):
+        reader = linear.node if x is linear.x else line.passable[0]
+        declined(linear.node, f"{shown(before)} is in the way: {read_elsewhere(graph, x, reader)}")
 
 
 def _is_known(chain: list[gs.Node]) -> bool:
@@ -146,8 +167,9 @@ def _cost(line: Line, place: int) -> tuple[int, int]:
             continue
         before, after = (_with_channels(tensor, width) for tensor in (node.inputs[0], node.outputs[0]))
         shape = shape if chain else before
-        perm = list(node.attrs.get("perm", range(len(after))[::-1]))
-        chain.append(("Transpose", perm, after) if node.op == "Transpose" else ("Reshape", after, after))
+        chain.append(
+            ("Transpose", permutation(node), after) if node.op == "Transpose" else ("Reshape", after, after)
+        )
     return left, _rows(line, place)
 
 

@@ -14,17 +14,10 @@ from itertools import permutations, product
 
 import onnx_graphsurgeon as gs
 
-from meta_deploy.graph.attention import Attention, find_attention
-from meta_deploy.graph.graph import is_op, producer, sole_consumer, static_shape, until_done
-from meta_deploy.graph.passes.collapse_chains import (
-    Factors,
-    Move,
-    add_move,
-    chain_after,
-    chain_before,
-    follow,
-    replace,
-)
+from meta_deploy.graph.attention import Attention, find_attention, packed_input
+from meta_deploy.graph.explain import declined, shown
+from meta_deploy.graph.graph import IdentitySet, is_op, own_nodes, replace, sole_consumer, until_done
+from meta_deploy.graph.moves import Factors, Move, add_move, chain_after, chain_before, follow
 
 BATCH_AXIS, TOKEN_AXIS = 0, 2
 MOST_ORDERS = 720  # a tenth of a second
@@ -45,22 +38,13 @@ def order_tokens(graph: gs.Graph) -> int:
 
 
 def _reorder_all(graph: gs.Graph, fresh: Callable[[str], str]) -> int:
-    inside = {id(node) for node in graph.nodes}  # and not in a branch or a loop's body
+    inside = own_nodes(graph)
     softmaxes = [node for node in graph.nodes if is_op(node, "Softmax")]
     found = (find_attention(graph, node) for node in softmaxes)
     return sum(_reorder(graph, each, inside, fresh) for each in found if each is not None)
 
 
-def packed_input(graph: gs.Graph, found: Attention) -> gs.Node | None:
-    """The Split that makes q, k and v, in this order and nothing else."""
-    split = producer(found.q, "Split")
-    if split is None or list(map(id, split.outputs)) != [id(t) for t in (found.q, found.k, found.v)]:
-        return None
-    alone = all(sole_consumer(graph, tensor) for tensor in split.outputs)
-    return split if alone and static_shape(split.inputs[0]) else None
-
-
-def _reorder(graph: gs.Graph, found: Attention, inside: set[int], fresh: Callable[[str], str]) -> bool:
+def _reorder(graph: gs.Graph, found: Attention, inside: IdentitySet, fresh: Callable[[str], str]) -> bool:
     split = packed_input(graph, found)
     out = found.last.outputs[0]
     if split is None or split.attrs.get("axis", 0) % 4 in (BATCH_AXIS, TOKEN_AXIS):
@@ -70,13 +54,20 @@ def _reorder(graph: gs.Graph, found: Attention, inside: set[int], fresh: Callabl
     end, after = chain_after(graph, out)
     if not before or not after or not sole_consumer(graph, packed):
         return False
-    if any(id(node) not in inside for node in (*before, *after)):
+    if any(node not in inside for node in (*before, *after)):
         return False
     into, back = follow(start, before), follow(out, after)
     if into is None or back is None:
+        unknown = start if into is None else end
+        declined(
+            found.last, f"the moves between {shown(unknown)} and the attention do not fit in their factors"
+        )
         return False
     for axis in (BATCH_AXIS, TOKEN_AXIS):
-        if [into.sizes[f] for f in into.axes[axis]] != [back.sizes[f] for f in back.origin[axis]]:
+        cuts = [into.sizes[f] for f in into.axes[axis]], [back.sizes[f] for f in back.origin[axis]]
+        if cuts[0] != cuts[1]:
+            cut = f"axis {axis} of {shown(packed)} is made of factors {cuts[0]}"
+            declined(found.last, f"{cut}, and that of {shown(out)} taken apart as {cuts[1]}")
             return False
     best: list[list[Move]] | None = None
     for orders in _orders(into):

@@ -6,12 +6,22 @@ Knows LayerNormalization and linear maps, no model.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from meta_deploy.graph.graph import constant_value, is_batch, is_op, until_done
+from meta_deploy.graph.explain import declined, shown
+from meta_deploy.graph.graph import (
+    IdentitySet,
+    constant_value,
+    is_batch,
+    is_op,
+    is_output,
+    own_nodes,
+    replace,
+    until_done,
+)
 from meta_deploy.graph.linear import (
     FLOATS,
     Linear,
@@ -19,8 +29,10 @@ from meta_deploy.graph.linear import (
     has_input,
     linear_of,
     per_channel,
+    representable,
     set_weights,
 )
+from meta_deploy.graph.moves import permutation
 
 MIN_SCALE = 1e-3  # of a norm that others are computed from, relative to its largest
 MAX_RATIO = 1e3  # of another norm's scale to that
@@ -37,13 +49,13 @@ class Norm:
     Attributes:
         node: it.
         scale, bias: (C,) in float64, where they are constants of one value a channel, the last axis.
-        readers: the linear maps that are all that reads it, over its last axis; None where others do.
+        readers: the linear maps that are all that reads it, over its last axis; or why they are not.
     """
 
     node: gs.Node
     scale: np.ndarray | None = None
     bias: np.ndarray | None = None
-    readers: list[Linear] | None = None
+    readers: list[Linear] | str = "its scale or its bias is not a constant of one value a channel"
 
     @property
     def y(self) -> gs.Tensor:
@@ -71,33 +83,36 @@ def share_norms(graph: gs.Graph) -> int:
 
 
 def _share_all(graph: gs.Graph, fresh: Callable[[str], str]) -> int:
-    outputs = {id(output) for output in graph.outputs}
-    inside = {id(node) for node in graph.nodes}  # and not in a branch or a loop's body
-    done: set[int] = set()
+    inside = own_nodes(graph)
+    done = IdentitySet[gs.Tensor]()
     count = 0
     for node in list(graph.nodes):
-        if not is_op(node, "LayerNormalization") or id(node.inputs[0]) in done:
+        if not is_op(node, "LayerNormalization") or node.inputs[0] in done:
             continue
-        done.add(id(node.inputs[0]))
+        done.add(node.inputs[0])
         for norms in _groups(node.inputs[0], inside):
-            left = _without_same(graph, norms, outputs, inside)
+            left = _without_same(graph, norms, inside)
             for norm in left if len(left) > 1 else []:
-                norm.readers = _readers(graph, norm, outputs, inside) if norm.scale is not None else None
+                if norm.scale is not None:
+                    norm.readers = _readers(graph, norm, inside)
             count += len(norms) - len(left) + _fold(graph, left, fresh)
     return count
 
 
-def _groups(x: gs.Tensor, inside: set[int]) -> list[list[Norm]]:
+def _groups(x: gs.Tensor, inside: IdentitySet) -> list[list[Norm]]:
     """The norms of a tensor, by what else must be the same for them to be shared; of two at least."""
     groups: dict[Hashable, list[Norm]] = {}
-    for node in {id(node): node for node in x.outputs}.values():  # once, be x its own scale, too
-        if not is_op(node, "LayerNormalization") or id(node) not in inside or node.inputs[0] is not x:
+    for node in IdentitySet(x.outputs):  # once, be x its own scale, too
+        if not is_op(node, "LayerNormalization") or node not in inside or node.inputs[0] is not x:
             continue
         if any(not tensor.is_empty() for tensor in node.outputs[1:]) or x.shape is None:
             continue
         axis = node.attrs.get("axis", -1) % len(x.shape)
         key = (axis, node.attrs.get("epsilon", 1e-5), node.attrs.get("stash_type", 1))
         groups.setdefault(key, []).append(Norm(node, *_affine(node)))
+    for norms in groups.values() if len(groups) > 1 else ():
+        if len(norms) == 1:
+            declined(norms[0].node, f"no other norm of {shown(x)} has its axis, epsilon and type")
     return [norms for norms in groups.values() if len(norms) > 1]
 
 
@@ -125,12 +140,12 @@ def _identity(tensor: gs.Tensor) -> Hashable:
     return id(tensor) if value is None else (value.dtype.str, value.shape, value.tobytes())
 
 
-def _without_same(graph: gs.Graph, norms: list[Norm], outputs: set[int], inside: set[int]) -> list[Norm]:
+def _without_same(graph: gs.Graph, norms: list[Norm], inside: IdentitySet) -> list[Norm]:
     """Of norms that are the same one is left, which the others' readers read."""
     left: dict[Hashable, Norm] = {}
 
     def is_fixed(norm: Norm) -> bool:
-        return id(norm.y) in outputs or any(id(node) not in inside for node in norm.y.outputs)
+        return is_output(graph, norm.y) or any(node not in inside for node in norm.y.outputs)
 
     for norm in sorted(norms, key=is_fixed, reverse=True):
         kept = left.setdefault(norm.same_as(), norm)
@@ -138,50 +153,47 @@ def _without_same(graph: gs.Graph, norms: list[Norm], outputs: set[int], inside:
         if kept is not norm and is_fixed(norm):  # the name stays
             y.inputs.clear()
             graph.nodes.append(gs.Node("Identity", y.name, {}, [kept.y], [y]))
-            inside.add(id(graph.nodes[-1]))
+            inside.add(graph.nodes[-1])
         elif kept is not norm:
-            _read_instead(y, kept.y)
+            replace(graph, y, kept.y)
     return list(left.values())
 
 
-def _read_instead(old: gs.Tensor, new: gs.Tensor) -> None:
-    for node in list(old.outputs):
-        for i, tensor in enumerate(node.inputs):
-            if tensor is old:
-                node.inputs[i] = new
-
-
-def _readers(graph: gs.Graph, norm: Norm, outputs: set[int], inside: set[int]) -> list[Linear] | None:
-    """The linear maps over a norm's channels that are all that reads it, directly or behind a Transpose."""
+def _readers(graph: gs.Graph, norm: Norm, inside: IdentitySet) -> list[Linear] | str:
+    """The linear maps over its channels that alone read a norm, or its Transpose; or what else reads it."""
     rank = len(norm.node.inputs[0].shape)
     readers: list[Linear] = []
     tensors = [(norm.y, rank - 1)]  # and where the channels are
     while tensors:
         tensor, axis = tensors.pop()
-        if id(tensor) in outputs:
-            return None
+        if is_output(graph, tensor):
+            return f"'{tensor.name}' is an output of the graph"
         for node in tensor.outputs:
-            if id(node) not in inside:
-                return None
+            if node not in inside:
+                return f"'{tensor.name}' is read inside a branch or a loop"
             if is_op(node, "Transpose") and tensor is norm.y:
-                perm = list(node.attrs.get("perm", range(rank)[::-1]))
-                tensors.append((node.outputs[0], perm.index(axis)))
+                tensors.append((node.outputs[0], permutation(node).index(axis)))
                 continue
             linear = linear_of(graph, node)
             if linear is None or linear.x is not tensor or axis != (1 if linear.is_conv else rank - 1):
-                return None
-            if linear.add is not None and id(linear.add) not in inside:
-                return None
+                return f"'{tensor.name}' is read by {shown(node)}, not a linear map of its channels"
+            if linear.add is not None and linear.add not in inside:
+                return f"the bias of {shown(node)} is added inside a branch or a loop"
             readers.append(linear)
     return readers
 
 
 @dataclass
 class Plan:
-    """A norm to keep, or None for a new one without scale and bias, and new weights for others' readers."""
+    """A norm to keep, or None for a new one without scale and bias, and new weights for others' readers.
+
+    Attributes:
+        left: the other norms, and why they stay.
+    """
 
     kept: Norm | None
-    folded: list[tuple[Norm, list[Weights]]]
+    folded: list[tuple[Norm, list[Weights]]] = field(default_factory=list)
+    left: list[tuple[Norm, str]] = field(default_factory=list)
 
     @property
     def gain(self) -> int:
@@ -191,15 +203,20 @@ class Plan:
 def _fold(graph: gs.Graph, norms: list[Norm], fresh: Callable[[str], str]) -> int:
     """Keep the norm that most others can be computed from, and compute them; returns how many norms fewer."""
     known = sorted((norm for norm in norms if norm.scale is not None), key=_reluctance)
+    for norm in norms if len(norms) > 1 else []:
+        if norm.scale is None:
+            declined(norm.node, str(norm.readers))
     if len(known) < 2:
         return 0
     plans = [_plan(kept, known) for kept in (*known[:MAX_TRIED], None)]
     plan = max(plans, key=lambda plan: plan.gain)
+    for norm, reason in plan.left:
+        declined(norm.node, reason)
     if plan.gain < 1:
         return 0
     y = plan.kept.y if plan.kept is not None else _plain(graph, known[0].node, fresh)
     for norm, weights in plan.folded:
-        _read_instead(norm.y, y)
+        replace(graph, norm.y, y)
         for linear, weight, bias in weights:
             set_weights(graph, linear, weight, bias, fresh)
     return plan.gain
@@ -208,48 +225,54 @@ def _fold(graph: gs.Graph, norms: list[Norm], fresh: Callable[[str], str]) -> in
 def _reluctance(norm: Norm) -> tuple:
     """First what has to be kept, then what had better be, as it would need an Add; there are no ties."""
     values = [] if norm.scale is None or norm.bias is None else [*norm.scale, *norm.bias]
-    readers = norm.readers or []
+    readers = [] if isinstance(norm.readers, str) else norm.readers
     adds = sum(linear.bias is None and not linear.is_conv for linear in readers)
-    return norm.readers is not None, -adds, values
+    return not isinstance(norm.readers, str), -adds, values
 
 
 def _plan(kept: Norm | None, norms: list[Norm]) -> Plan:
-    plan = Plan(kept, [])
+    plan = Plan(kept)
     scale, bias = (kept.scale, kept.bias) if kept is not None else (np.ones(1), np.zeros(1))
     assert scale is not None
     assert bias is not None
-    if not np.abs(scale).min() > MIN_SCALE * np.abs(scale).max():
-        return plan
+    even = np.abs(scale).min() > MIN_SCALE * np.abs(scale).max()
     for norm in norms:
-        weights = _computed_from(norm, scale, bias) if norm is not kept else None
-        if weights is not None:
+        if norm is kept:
+            continue
+        uneven = "the scale of the norm to keep is close to zero in some channels"
+        weights = _computed_from(norm, scale, bias) if even else uneven
+        if isinstance(weights, str):
+            plan.left.append((norm, weights))
+        else:
             plan.folded.append((norm, weights))
     return plan
 
 
-def _computed_from(norm: Norm, scale: np.ndarray, bias: np.ndarray) -> list[Weights] | None:
-    """The weights with which a norm's readers read another with this scale and bias; None where inexact."""
-    if norm.readers is None or norm.scale is None or norm.bias is None:
-        return None
+def _computed_from(norm: Norm, scale: np.ndarray, bias: np.ndarray) -> list[Weights] | str:
+    """Weights with which a norm's readers read another of this scale and bias; or why there are none."""
+    if isinstance(norm.readers, str):
+        return norm.readers
+    assert norm.scale is not None
+    assert norm.bias is not None
     ratio = norm.scale / scale
     shift = norm.bias - ratio * bias
     if not np.abs(ratio).max() <= MAX_RATIO:
-        return None
+        return f"its scale is more than {MAX_RATIO:.0f} times that of the norm to keep in some channels"
     before, after = np.abs(norm.scale) + np.abs(norm.bias), np.abs(ratio) * (np.abs(scale) + np.abs(bias))
     result: list[Weights] = []
     for linear in norm.readers:
         weight, size = linear.weight.astype(np.float64), np.abs(linear.weight).astype(np.float64)
         worse = _applied(linear, size, after) > MAX_LOSS * _applied(linear, size, before)
-        if worse.any() or (shift.any() and _is_padded(linear)):
-            return None
+        if worse.any():
+            return f"rounding errors of {shown(linear.node)} would grow more than {MAX_LOSS:.0f} times"
+        if shift.any() and _is_padded(linear):
+            return f"{shown(linear.node)} pads with zeros, which its shift would have to reach"
         new = weight * by_input(linear, ratio)
         moved = None
         if shift.any():
             moved = _applied(linear, weight, shift) + (0 if linear.bias is None else linear.bias)
-        with np.errstate(over="ignore"):
-            rounded = [a.astype(linear.weight.dtype) for a in (new, moved) if a is not None]
-        if not all(np.isfinite(a).all() for a in rounded):
-            return None
+        if not representable(linear, new, moved):
+            return f"new weights of {shown(linear.node)} would overflow"
         result.append((linear, new, moved))
     return result
 

@@ -9,8 +9,20 @@ from collections.abc import Callable
 
 import onnx_graphsurgeon as gs
 
-from meta_deploy.graph.graph import constant_value, fresh_names, is_op, static_shape, tidy
-from meta_deploy.graph.passes.collapse_chains import MOVES, add_move, chain_before, follow
+from meta_deploy.graph.explain import declined, shown
+from meta_deploy.graph.graph import (
+    IdentitySet,
+    constant_value,
+    fresh_names,
+    is_op,
+    is_output,
+    made_in,
+    own_nodes,
+    sole_consumer,
+    static_shape,
+    tidy,
+)
+from meta_deploy.graph.moves import MOVES, add_move, chain_before, follow
 
 
 def slices_to_split(graph: gs.Graph) -> int:
@@ -25,44 +37,53 @@ def slices_to_split(graph: gs.Graph) -> int:
         Places changed.
     """
     fresh = fresh_names(graph)
-    outputs = {id(output) for output in graph.outputs}
-    inside = {id(node) for node in graph.nodes}  # and not in a branch or a loop's body
+    inside = own_nodes(graph)
     changes = 0
-    tensors = [*graph.inputs, *(tensor for node in graph.nodes for tensor in node.outputs)]
-    for x in tensors:
-        if id(x) not in outputs and (found := _match(x, outputs, inside)):
-            _rewrite(graph, x, *found, outputs, inside, fresh)
+    for x in [*graph.inputs, *made_in(graph)]:
+        if not is_output(graph, x) and (found := _match(graph, x, inside)):
+            _rewrite(graph, x, *found, inside, fresh)
             changes += 1
     if changes:
         tidy(graph)
     return changes
 
 
-def _match(x: gs.Tensor, outputs: set[int], inside: set[int]) -> tuple[int, list[gs.Tensor]] | None:
-    """The axis, and for each index of it the tensor that holds that entry."""
+def _match(graph: gs.Graph, x: gs.Tensor, inside: IdentitySet) -> tuple[int, list[gs.Tensor]] | None:
+    """The axis, and for each index of it the tensor with that entry; tells why not where some are taken."""
     shape = static_shape(x)
     if shape is None or 0 in shape or len(shape) < 2 or len(x.outputs) < 2:
         return None
     entries: dict[int, gs.Tensor] = {}
-    axes = set()
+    axes, others = set(), []
     for piece in x.outputs:
-        if not is_op(piece, "Slice") or id(piece) not in inside or (cut := _entry(piece, shape)) is None:
-            return None
-        entry = _squeezed(piece.outputs[0], cut[0], len(shape), inside)
-        if entry is None or id(piece.outputs[0]) in outputs:
-            return None
+        cut = _entry(piece, shape) if is_op(piece, "Slice") and piece in inside else None
+        entry = None if cut is None else _squeezed(graph, piece.outputs[0], cut[0], len(shape), inside)
+        if cut is None or entry is None:
+            others.append(piece)
+            continue
         axes.add(cut[0])
         entries[cut[1]] = entry
-    axis = axes.pop()
-    if axes or len(x.outputs) != shape[axis] or sorted(entries) != list(range(shape[axis])):
+    if len(entries) < 2:
         return None
-    return axis, [entries[i] for i in range(shape[axis])]
+    axis = min(axes)
+    if others:
+        reason = f"{shown(others[0])} does something else with it"
+    elif len(axes) > 1:
+        reason = f"they are along axes {sorted(axes)}"
+    elif len(x.outputs) != shape[axis] or sorted(entries) != list(range(shape[axis])):
+        reason = f"{len(x.outputs)} of them take entries {sorted(entries)} of axis {axis}"
+    else:
+        return axis, [entries[i] for i in range(shape[axis])]
+    declined(next(iter(entries.values())).inputs[0], f"its fellows do not take {shown(x)} apart: {reason}")
+    return None
 
 
-def _squeezed(tensor: gs.Tensor, axis: int, rank: int, inside: set[int]) -> gs.Tensor | None:
+def _squeezed(
+    graph: gs.Graph, tensor: gs.Tensor, axis: int, rank: int, inside: IdentitySet
+) -> gs.Tensor | None:
     """A tensor without its axis, if nothing reads it but the Squeeze that removes that."""
-    squeeze = tensor.outputs[0] if len(tensor.outputs) == 1 else None
-    if squeeze is None or not is_op(squeeze, "Squeeze") or id(squeeze) not in inside:
+    squeeze = tensor.outputs[0] if sole_consumer(graph, tensor) else None
+    if squeeze is None or not is_op(squeeze, "Squeeze") or squeeze not in inside:
         return None
     axes = constant_value(squeeze.inputs[1]) if len(squeeze.inputs) == 2 else None
     if axes is None or [a % rank for a in axes.flatten().tolist()] != [axis]:
@@ -86,17 +107,16 @@ def _rewrite(
     x: gs.Tensor,
     axis: int,
     entries: list[gs.Tensor],
-    outputs: set[int],
-    inside: set[int],
+    inside: IdentitySet,
     fresh: Callable[[str], str],
 ) -> None:
     for piece in list(x.outputs):
         piece.inputs[0] = gs.Variable.empty()
     for entry in entries:
         entry.inputs.clear()
-    if _same_move(entries, outputs, inside):
+    if _same_move(graph, entries, inside):
         x, axis = _axis_first(graph, x, axis, fresh), 0
-    while (move := _same_move(entries, outputs, inside)) is not None:
+    while (move := _same_move(graph, entries, inside)) is not None:
         x = _before_the_cut(graph, x, move, fresh)
         entries = [entry.outputs[0].outputs[0] for entry in entries]
         for entry in entries:
@@ -104,9 +124,9 @@ def _rewrite(
     _split(graph, x, axis, entries, fresh)
 
 
-def _same_move(entries: list[gs.Tensor], outputs: set[int], inside: set[int]) -> gs.Node | None:
+def _same_move(graph: gs.Graph, entries: list[gs.Tensor], inside: IdentitySet) -> gs.Node | None:
     """The Transpose or Reshape that alone reads each entry, if it is the same for all; the first one's."""
-    if any(id(entry) in outputs or len(entry.outputs) != 1 for entry in entries):
+    if not all(sole_consumer(graph, entry) for entry in entries):
         return None
     moves = [entry.outputs[0] for entry in entries]
     first, shape = moves[0], static_shape(moves[0].outputs[0])
@@ -114,7 +134,7 @@ def _same_move(entries: list[gs.Tensor], outputs: set[int], inside: set[int]) ->
         return None
     for entry, move in zip(entries, moves, strict=True):
         same = is_op(move, first.op) and move.attrs.get("perm") == first.attrs.get("perm")
-        if not same or id(move) not in inside:
+        if not same or move not in inside:
             return None
         if move.inputs[0] is not entry or static_shape(move.outputs[0]) != shape:
             return None

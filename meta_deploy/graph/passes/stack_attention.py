@@ -11,10 +11,19 @@ from collections.abc import Callable
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from meta_deploy.graph.attention import Attention, find_attention
-from meta_deploy.graph.graph import fresh_names, is_op, producer, sole_consumer, static_shape, tidy
-from meta_deploy.graph.passes.collapse_chains import add_move, chain_after, chain_before
-from meta_deploy.graph.passes.order_tokens import packed_input
+from meta_deploy.graph.attention import Attention, find_attention, packed_input
+from meta_deploy.graph.explain import declined, shown
+from meta_deploy.graph.graph import (
+    IdentitySet,
+    fresh_names,
+    is_op,
+    own_nodes,
+    producer,
+    sole_consumer,
+    static_shape,
+    tidy,
+)
+from meta_deploy.graph.moves import add_move, chain_after, chain_before
 
 
 def stack_attention(graph: gs.Graph) -> int:
@@ -30,23 +39,31 @@ def stack_attention(graph: gs.Graph) -> int:
         Attentions saved.
     """
     fresh = fresh_names(graph)
-    inside = {id(node) for node in graph.nodes}  # and not in a branch or a loop's body
+    inside = own_nodes(graph)
     groups: dict[tuple, list[tuple[Attention, gs.Node]]] = {}
     for node in graph.nodes:
         if not is_op(node, "Softmax") or (found := find_attention(graph, node)) is None:
             continue
         split = packed_input(graph, found)
-        if split is None or split.attrs.get("axis", 0) % 4 == 0 or id(found.last) not in inside:
+        if split is None or split.attrs.get("axis", 0) % 4 == 0 or found.last not in inside:
             continue
         packed = split.inputs[0]
         start, chain = chain_before(graph, packed)
         source = producer(start)
         if source is None or not sole_consumer(graph, packed) or not _waits_for_one([*chain, split]):
+            declined(node, f"more than moves lie between {shown(packed)} and the node that it comes from")
             continue
         shape, parts = static_shape(packed) or [], [part.shape for part in split.outputs]
         key = (id(source), *shape, split.attrs["axis"] % 4, str(parts), found.scale, packed.dtype)
         groups.setdefault(key, []).append((found, split))
     stacked = [group for group in groups.values() if len(group) > 1]
+    sources = [key[0] for key in groups]
+    for key, ((found, split), *others) in groups.items():
+        if not others and sources.count(key[0]) > 1:
+            packed = shown(split.inputs[0])
+            declined(
+                found.last, f"no other attention of the same source has the shapes and scale of {packed}"
+            )
     for group in stacked:
         _stack(graph, group, inside, fresh)
     if stacked:
@@ -60,7 +77,7 @@ def _waits_for_one(nodes: list[gs.Node]) -> bool:
 
 
 def _stack(
-    graph: gs.Graph, group: list[tuple[Attention, gs.Node]], inside: set[int], fresh: Callable[[str], str]
+    graph: gs.Graph, group: list[tuple[Attention, gs.Node]], inside: IdentitySet, fresh: Callable[[str], str]
 ) -> None:
     (first, split), count = group[0], len(group)
     outs = [found.last.outputs[0] for found, _ in group]
@@ -120,11 +137,15 @@ def _concat(graph: gs.Graph, tensors: list[gs.Tensor], fresh: Callable[[str], st
 
 
 def _split(
-    graph: gs.Graph, stacked: gs.Tensor, outs: list[gs.Tensor], inside: set[int], fresh: Callable[[str], str]
+    graph: gs.Graph,
+    stacked: gs.Tensor,
+    outs: list[gs.Tensor],
+    inside: IdentitySet,
+    fresh: Callable[[str], str],
 ) -> None:
     """The inverse of `_concat`: behind the Reshapes that follow the parts if these are alike."""
     readers = [node for out in outs for node in chain_after(graph, out)[1][:1]]
-    firsts = [node.outputs[0] for node in readers if is_op(node, "Reshape") and id(node) in inside]
+    firsts = [node.outputs[0] for node in readers if is_op(node, "Reshape") and node in inside]
     shape = static_shape(firsts[0]) if firsts else None
     if len(firsts) == len(outs) and shape and all(static_shape(t) == shape for t in firsts):
         moved = _like(firsts[0], len(outs), fresh)

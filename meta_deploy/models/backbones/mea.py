@@ -68,6 +68,7 @@ class ConvFFN(nn.Module):
         self.conv2 = nn.Conv2d(hidden, dim, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
         return self.conv2(F.gelu(self.conv1(x)))
 
 
@@ -81,6 +82,7 @@ class ConvBranch(nn.Module):
         self.project = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
         return self.project(self.depthwise(F.glu(self.expand(x), dim=1)))
 
 

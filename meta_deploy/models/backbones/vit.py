@@ -3,12 +3,15 @@
 State-dict names follow timm, so that DeiT, AugReg and DINO weights load as they are.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from meta_deploy.models.backbones.windows import merge, partition
 from meta_deploy.models.init import zero_bias
+from meta_deploy.models.shapes import State, size_of
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -39,6 +42,7 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, C)."""
         B, N, C = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, head_dim)
@@ -46,7 +50,7 @@ class SelfAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with GELU between them."""
+    """Two linear layers with GELU between them: (..., C) -> (..., C)."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -58,7 +62,7 @@ class Mlp(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned factor per channel (CaiT, Touvron et al. 2021)."""
+    """A learned factor per channel, the last axis (CaiT, Touvron et al., ICCV 2021, eq. 3)."""
 
     def __init__(self, dim: int, initial: float = 1e-5) -> None:
         super().__init__()
@@ -84,6 +88,7 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C), H and W in patches."""
         B, H, W, C = x.shape
         y = self.norm1(x)
         if self.window:
@@ -122,6 +127,15 @@ def resize_pos_embed(pos_embed: Tensor, size: tuple[int, int]) -> Tensor:
     if size == (grid, grid):
         return x
     return F.interpolate(x, size=size, mode="bicubic", align_corners=False)
+
+
+def pos_grid_of(state: State, prefix: str) -> int | None:
+    """Side of the square position grid in a state dict, class and distillation token not counted."""
+    tokens = size_of(state, prefix + "pos_embed", 1)
+    for extra in (0, 1, 2):
+        if tokens and math.isqrt(max(tokens - extra, 0)) ** 2 == tokens - extra:
+            return math.isqrt(tokens - extra)
+    return None
 
 
 class VisionTransformer(nn.Module):

@@ -73,6 +73,11 @@ def shown(text: object, limit: int = 80) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, or its kind, fit for the middle of a sentence."""
+    return shown(" ".join(str(error).split()) or type(error).__name__, 160).rstrip(".")
+
+
 def refuse(path: str | os.PathLike[str], what: str, cause: BaseException | None = None) -> NoReturn:
     """Raise the `CheckpointError` about this file."""
     raise CheckpointError(f"checkpoint '{shown(path, 300)}' {what}") from cause

@@ -1,4 +1,6 @@
-"""Feature pyramid network (Lin et al. 2017), state-dict names as in MMDetection."""
+"""Feature pyramid network (Lin et al., CVPR 2017), state-dict names as in MMDetection."""
+
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,6 +20,7 @@ class ConvModule(nn.Module):
         self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) -> (B, out_channels, H, W)."""
         x = self.conv(x)
         if self.bn is not None:
             x = self.bn(x)
@@ -25,20 +28,28 @@ class ConvModule(nn.Module):
 
 
 class FPN(nn.Module):
-    """Four maps at strides 4..32 to five at 4..64; the fifth is every other pixel of the fourth."""
+    """Maps, each half as large as the one before, to as many of one width, and optionally a coarser one.
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    Args:
+        in_channels: of each map, the largest map first.
+        out_channels: of all outputs.
+        extra_level: whether to add a last map, every other pixel of the one before, as detectors have.
+    """
+
+    def __init__(self, in_channels: Sequence[int], out_channels: int, extra_level: bool = True) -> None:
         super().__init__()
-        self.lateral_convs = nn.ModuleList(ConvModule(in_channels, out_channels, 1) for _ in range(4))
-        self.fpn_convs = nn.ModuleList(ConvModule(out_channels, out_channels, 3) for _ in range(4))
+        self.extra_level = extra_level
+        self.lateral_convs = nn.ModuleList(ConvModule(c, out_channels, 1) for c in in_channels)
+        self.fpn_convs = nn.ModuleList(ConvModule(out_channels, out_channels, 3) for _ in in_channels)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight)
                 zero_bias(module)
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        """Maps (B, in_channels[i], h / 2^i, w / 2^i) -> maps (B, out_channels, h / 2^i, w / 2^i)."""
         laterals = [conv(x) for conv, x in zip(self.lateral_convs, maps, strict=True)]
-        for i in (2, 1, 0):
+        for i in reversed(range(len(laterals) - 1)):
             laterals[i] = laterals[i] + F.interpolate(laterals[i + 1], scale_factor=2.0, mode="nearest")
         outputs = [conv(x) for conv, x in zip(self.fpn_convs, laterals, strict=True)]
-        return [*outputs, F.max_pool2d(outputs[-1], 1, stride=2)]
+        return [*outputs, F.max_pool2d(outputs[-1], 1, stride=2)] if self.extra_level else outputs

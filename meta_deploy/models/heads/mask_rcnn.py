@@ -1,23 +1,54 @@
-"""Mask R-CNN (He et al. 2017) on the META backbone, in the semantics of MMDetection 2.x's test path.
+"""Mask R-CNN (He et al., ICCV 2017) with FPN, in the semantics of MMDetection 2.x's test path.
 
 State-dict names of neck and heads are MMDetection's. Boxes are clipped to the (padded) input, the one size
 that the network knows; MMDetection clips to the picture inside it, which the runtime does afterwards.
 """
 
+from __future__ import annotations
+
+from typing import Any, Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from meta_deploy.models.backbones.meta import META
+from meta_deploy.models.backbones.backbone import BackboneModule
+from meta_deploy.models.class_names import COCO_CLASSES
+from meta_deploy.models.config import Count, NotNegative, Positive
 from meta_deploy.models.heads.fpn import FPN, ConvModule
+from meta_deploy.models.heads.head import Head, HeadConfig, register
 from meta_deploy.models.heads.rpn import RPNHead
 from meta_deploy.models.init import zero_bias
 from meta_deploy.models.ops.boxes import INVALID, decode_boxes, has_area, nms, select_top, separate, take
 from meta_deploy.models.ops.roi_align import pyramid_roi_align
-from meta_deploy.models.registry import MaskRCNNConfig
+from meta_deploy.models.shapes import State, any_starts_with, known, size_of
 
 BOX_STDS = (0.1, 0.1, 0.2, 0.2)
 _ROI_STRIDES = [4, 8, 16, 32]
+
+
+class MaskRCNNConfig(HeadConfig, frozen=True, tag="mask-rcnn"):
+    """Mask R-CNN, with the defaults of MMDetection 2.x's `mask_rcnn_*_fpn`.
+
+    Attributes:
+        fpn_channels, fc_channels, mask_channels: widths of the pyramid, the box head and the mask head.
+        rpn_pre_nms: anchors kept per level before NMS.
+        rpn_nms, nms: IoU above which NMS drops a proposal, a detection.
+        proposals, max_detections: the most per image.
+        score_threshold: detections below it are dropped.
+    """
+
+    num_classes: Count = 80
+    task: Literal["instance-segmentation"] = "instance-segmentation"
+    fpn_channels: Count = 256
+    fc_channels: Count = 1024
+    mask_channels: Count = 256
+    rpn_pre_nms: Count = 1000
+    rpn_nms: Positive = 0.7
+    proposals: Count = 1000
+    score_threshold: NotNegative = 0.05
+    nms: Positive = 0.5
+    max_detections: Count = 100
 
 
 class BoxHead(nn.Module):
@@ -127,13 +158,13 @@ def image_of(boxes: Tensor) -> Tensor:
 
 
 class MaskRCNN(nn.Module):
-    """Image in, boxes, classes and masks out."""
+    """Image in, boxes, classes and masks out; the backbone's strides are 4 to 32."""
 
-    def __init__(self, config: MaskRCNNConfig) -> None:
+    def __init__(self, config: MaskRCNNConfig, backbone: BackboneModule) -> None:
         super().__init__()
         self.config = config
-        self.backbone = META(config.backbone)
-        self.neck = FPN(config.backbone.embed_dim, config.fpn_channels)
+        self.backbone = backbone
+        self.neck = FPN(backbone.out_channels, config.fpn_channels)
         self.rpn_head = RPNHead(config.fpn_channels, config.rpn_pre_nms, config.rpn_nms, config.proposals)
         self.roi_head = RoIHead(config)
 
@@ -171,3 +202,36 @@ class MaskRCNN(nn.Module):
             outputs |= {f"feature_{i}": feature for i, feature in enumerate(features)}
             outputs |= {"proposals": proposals, "proposal_logits": proposal_logits}
         return outputs
+
+
+def num_classes_of(state: State) -> int | None:
+    """Classes of the box head, the background not counted, else those of the mask head."""
+    with_background = size_of(state, "roi_head.bbox_head.fc_cls.weight", 0)
+    if with_background is None:
+        return size_of(state, "roi_head.mask_head.conv_logits.weight", 0)
+    return with_background - 1
+
+
+def measure(config: MaskRCNNConfig, state: State) -> dict[str, Any]:
+    """The widths that shapes tell."""
+    return known(
+        fpn_channels=size_of(state, "neck.lateral_convs.0.conv.weight", 0),
+        fc_channels=size_of(state, "roi_head.bbox_head.shared_fcs.0.weight", 0),
+        mask_channels=size_of(state, "roi_head.mask_head.convs.0.conv.weight", 0),
+    )
+
+
+register(
+    Head(
+        config=MaskRCNNConfig,
+        model=MaskRCNN,
+        recognise=any_starts_with("rpn_head.", "roi_head."),
+        num_classes=num_classes_of,
+        measure=measure,
+        class_names=COCO_CLASSES,
+        # Narrow, so that checkpoint and bundle ship with the package.
+        by_size={
+            "nano": {"fpn_channels": 64, "fc_channels": 192, "mask_channels": 64, "input_size": (320, 320)}
+        },
+    )
+)

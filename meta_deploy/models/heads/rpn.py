@@ -1,4 +1,4 @@
-"""Region proposal network (Ren et al. 2015), in the semantics and names of MMDetection 2.x's `RPNHead`."""
+"""Region proposal network (Ren et al., NeurIPS 2015), in semantics and names MMDetection 2.x's `RPNHead`."""
 
 import torch
 from torch import Tensor, nn

@@ -1,13 +1,37 @@
-"""UPerNet (Xiao et al., ECCV 2018) on the META backbone, in the semantics and names of MMSegmentation."""
+"""UPerNet (Xiao et al., ECCV 2018), in the semantics and names of MMSegmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from meta_deploy.models.backbones.meta import META
+from meta_deploy.errors import InputError
+from meta_deploy.models.backbones.backbone import BackboneModule
+from meta_deploy.models.class_names import ADE20K_CLASSES
+from meta_deploy.models.config import Count
 from meta_deploy.models.heads.fpn import ConvModule
+from meta_deploy.models.heads.head import Head, HeadConfig, register
+from meta_deploy.models.heads.segmenter import Segmenter, num_classes_of
 from meta_deploy.models.init import zero_bias
-from meta_deploy.models.registry import UPerNetConfig
+from meta_deploy.models.shapes import State, any_starts_with, count_of, known, size_of
+
+
+class UPerNetConfig(HeadConfig, frozen=True, tag="upernet"):
+    """UPerNet, with the defaults of MMSegmentation's `UPerHead`.
+
+    Attributes:
+        channels: width of all the head's maps.
+        pool_scales: sides of the grids that the pyramid pooling pools to.
+    """
+
+    num_classes: Count = 150
+    task: Literal["semantic-segmentation"] = "semantic-segmentation"
+    channels: Count = 512
+    pool_scales: tuple[Count, ...] = (1, 2, 3, 6)
 
 
 def pooling_weights(size: int, bins: int, like: Tensor) -> Tensor:
@@ -24,10 +48,15 @@ def pooling_weights(size: int, bins: int, like: Tensor) -> Tensor:
 
 
 class UPerHead(nn.Module):
-    """Pyramid pooling on the coarsest map, an FPN over all four, one classifier on their concatenation."""
+    """Pyramid pooling on the coarsest map, an FPN over all four, one classifier on their concatenation.
+
+    Args:
+        in_channels: of the four maps.
+        channels, pool_scales, num_classes: as in `UPerNetConfig`.
+    """
 
     def __init__(
-        self, in_channels: int, channels: int, pool_scales: tuple[int, ...], num_classes: int
+        self, in_channels: Sequence[int], channels: int, pool_scales: tuple[int, ...], num_classes: int
     ) -> None:
         super().__init__()
         self.pool_scales = pool_scales
@@ -37,10 +66,10 @@ class UPerHead(nn.Module):
 
         # Index 0 of each pair is the pooling, which has no parameters: the names stay MMSegmentation's.
         self.psp_modules = nn.ModuleList(
-            nn.Sequential(nn.Identity(), conv(in_channels, 1)) for _ in pool_scales
+            nn.Sequential(nn.Identity(), conv(in_channels[3], 1)) for _ in pool_scales
         )
-        self.bottleneck = conv(in_channels + len(pool_scales) * channels, 3)
-        self.lateral_convs = nn.ModuleList(conv(in_channels, 1) for _ in range(3))
+        self.bottleneck = conv(in_channels[3] + len(pool_scales) * channels, 3)
+        self.lateral_convs = nn.ModuleList(conv(c, 1) for c in in_channels[:3])
         self.fpn_convs = nn.ModuleList(conv(channels, 3) for _ in range(3))
         self.fpn_bottleneck = conv(4 * channels, 3)
         self.conv_seg = nn.Conv2d(channels, num_classes, 1)
@@ -81,30 +110,36 @@ class UPerHead(nn.Module):
         return self.conv_seg(self.fpn_bottleneck(torch.cat(outputs, dim=1)))
 
 
-class UPerNet(nn.Module):
-    """Image in, class logits at a quarter of its size out."""
+def build(config: UPerNetConfig, backbone: BackboneModule) -> Segmenter:
+    """The whole model; the backbone's strides are 4, 8, 16 and 32."""
+    head = UPerHead(backbone.out_channels, config.channels, config.pool_scales, config.num_classes)
+    return Segmenter(config, backbone, head)
 
-    def __init__(self, config: UPerNetConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.backbone = META(config.backbone)
-        self.decode_head = UPerHead(
-            config.backbone.embed_dim, config.channels, config.pool_scales, config.num_classes
+
+def measure(config: UPerNetConfig, state: State) -> dict[str, Any]:
+    """The settings that shapes tell.
+
+    Raises:
+        InputError: another number of pooling scales than `config` has, since shapes don't tell which.
+    """
+    scales = count_of(state, "decode_head.psp_modules.")
+    if scales not in (None, len(config.pool_scales)):
+        raise InputError(
+            f"{scales} pooling scales, and shapes don't tell which ({config.name} has {config.pool_scales})"
         )
+    return known(channels=size_of(state, "decode_head.conv_seg.weight", 1))
 
-    def forward(self, images: Tensor, stages: bool = False) -> dict[str, Tensor]:
-        """(B, 3, H, W), normalized RGB; H and W multiples of 32.
 
-        Args:
-            images: the batch.
-            stages: also return what verification compares on the way: the backbone's maps `feature_0` ..
-                `feature_3`.
+_PARTS = ("psp_modules", "bottleneck", "lateral_convs", "fpn_convs", "fpn_bottleneck")
 
-        Returns:
-            `logits` (B, classes, H/4, W/4).
-        """
-        maps = self.backbone(images)
-        outputs = {"logits": self.decode_head(maps)}
-        if stages:
-            outputs |= {f"feature_{i}": feature for i, feature in enumerate(maps)}
-        return outputs
+register(
+    Head(
+        config=UPerNetConfig,
+        model=build,
+        recognise=any_starts_with(*(f"decode_head.{part}." for part in _PARTS)),
+        num_classes=num_classes_of,
+        measure=measure,
+        class_names=ADE20K_CLASSES,
+        by_size={"nano": {"channels": 64, "input_size": (320, 320)}},
+    )
+)

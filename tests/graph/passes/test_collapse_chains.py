@@ -1,40 +1,28 @@
 """collapse_chains: the same elements in the same places, in fewer moves, and never in more."""
 
+import functools
 import itertools
 import math
 
 import numpy as np
 import onnx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from meta_deploy.graph.graph import BATCH, to_graph, to_proto
+from meta_deploy.graph.graph import BATCH
 from meta_deploy.graph.passes.collapse_chains import MOVES, collapse_chains
+from tests.graph import rewriting
+from tests.graph.rewriting import RANDOM, TYPES, node, ops
 from tests.small_graphs import any_batch, inferred, model, run, value
-
-node = helper.make_node
-TYPES = {
-    "float32": TensorProto.FLOAT,
-    "float16": TensorProto.FLOAT16,
-    "int64": TensorProto.INT64,
-    "bool": TensorProto.BOOL,
-}
-
-
-def ops(proto):
-    return [n.op_type for n in proto.graph.node]
 
 
 def moves(proto):
     return sum(op in MOVES for op in ops(proto))
 
 
-def collapsed(proto):
-    graph = to_graph(proto)
-    removed = collapse_chains(graph)
-    return to_proto(graph), removed
+collapsed = functools.partial(rewriting.rewritten, collapse_chains)
 
 
 def numbers(shape, dtype="float32"):
@@ -471,10 +459,6 @@ def test_dead_moves_do_not_matter():
     assert collapsed(after)[1] == 0
 
 
-def test_an_empty_graph_stays_empty():
-    assert collapsed(model([], [value("x", [3])], [value("x", [3])]))[1] == 0
-
-
 # --- random chains ---
 
 
@@ -562,7 +546,7 @@ def chains(draw, batch=None):
     return chain
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(RANDOM, max_examples=400)
 @given(chains())
 def test_random_chains_move_elements_to_the_same_places(chain):
     after = chain.unharmed()
@@ -571,7 +555,7 @@ def test_random_chains_move_elements_to_the_same_places(chain):
         assert fits or mixes(after)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(RANDOM, max_examples=200)
 @given(chains(BATCH))
 def test_random_chains_are_the_same_for_any_batch(chain):
     """And in as few moves as if its size were known, a prime that is in no other size."""
@@ -603,7 +587,7 @@ def mixes(proto):
     return not all(chain_of(shapes[n.input[0]], shapes[n.output[0]]) for n in reshapes)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(RANDOM, max_examples=60)
 @given(chains(), st.integers(0, 99))
 def test_names_and_order_of_nodes_do_not_matter(chain, seed):
     proto = chain.proto()
@@ -618,15 +602,8 @@ def test_names_and_order_of_nodes_do_not_matter(chain, seed):
 def shuffled(proto, seed):
     """A copy whose nodes are in another order that is topological too."""
     copy = onnx.ModelProto.FromString(proto.SerializeToString())
-    rng, left, made, order = np.random.default_rng(seed), list(copy.graph.node), set(), []
-    produced = {out for n in left for out in n.output}
-    while left:
-        ready = [n for n in left if all(i in made or i not in produced for i in n.input)]
-        left.remove(chosen := ready[rng.integers(len(ready))])
-        order.append(onnx.NodeProto.FromString(chosen.SerializeToString()))
-        made.update(chosen.output)
     del copy.graph.node[:]
-    copy.graph.node.extend(order)
+    copy.graph.node.extend(rewriting.shuffled(proto.graph.node, seed + 1))
     return copy
 
 

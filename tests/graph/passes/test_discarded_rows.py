@@ -1,21 +1,22 @@
 """discarded_rows: every output as before, near-misses declined, nothing computed for rows thrown away."""
 
 import dataclasses
+import functools
 import itertools
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from meta_deploy.graph.graph import to_graph, to_proto
+from meta_deploy.graph.graph import to_graph
 from meta_deploy.graph.passes.discarded_rows import discarded_rows
+from tests.graph import rewriting
+from tests.graph.rewriting import RANDOM, node
 from tests.small_graphs import model, run, value
-
-node = helper.make_node
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,34 +145,11 @@ class Head:
         }
 
 
-def rewritten(proto):
-    graph = to_graph(proto)
-    changes = discarded_rows(graph)
-    return to_proto(graph), changes
+rewritten = functools.partial(rewriting.rewritten, discarded_rows)
 
 
 def agree(head, changes, *, keep=None, proto=None):
-    """The new model, after asserting the changes made, equal outputs, and that a second run does nothing."""
-    proto = proto or head.proto()
-    after, made = rewritten(proto)
-    assert made == changes
-    onnx.checker.check_model(after, full_check=True)
-    feeds = head.feeds(keep)
-    expected, actual = run(proto, **feeds), run(after, **feeds)
-    assert list(actual) == list(expected)
-    for name, array in expected.items():
-        assert actual[name].shape == array.shape
-        np.testing.assert_allclose(actual[name], array, rtol=1e-5, atol=1e-6)
-    again, more = rewritten(after)
-    assert more == 0
-    assert [n.SerializeToString() for n in again.graph.node] == [
-        n.SerializeToString() for n in after.graph.node
-    ]
-    if not changes:
-        assert [n.op_type for n in after.graph.node] == [
-            n.op_type for n in to_proto(to_graph(proto)).graph.node
-        ]
-    return after
+    return rewriting.agree(discarded_rows, proto or head.proto(), head.feeds(keep), changes, tolerance=1e-6)
 
 
 def test_the_mask_head_runs_on_the_kept_rows():
@@ -303,10 +281,6 @@ def test_without_shapes_it_declines():
     assert discarded_rows(graph) == 0
 
 
-def test_an_empty_graph_has_no_place_to_change():
-    assert rewritten(model([], [value("x", [3])], [value("x", [3])]))[1] == 0
-
-
 @st.composite
 def heads(draw):
     middle = draw(st.lists(st.sampled_from(("Conv", "Relu", "Sigmoid", "ConvTranspose")), max_size=4))
@@ -333,7 +307,7 @@ def heads(draw):
     )
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(RANDOM, max_examples=80)
 @given(heads(), st.integers(0, 9))
 def test_graphs_around_the_pattern_answer_as_before(head, seed):
     proto = head.proto()

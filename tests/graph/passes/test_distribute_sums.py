@@ -1,23 +1,37 @@
 """distribute_sums: the same outputs for less, no convolution over a sum; near-misses left as they are."""
 
 import dataclasses
+import functools
 import math
-import random
+from collections import Counter
 
 import numpy as np
 import onnx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from meta_deploy.graph.graph import tidy, to_graph, to_proto
+from meta_deploy.graph.graph import tidy
 from meta_deploy.graph.passes.distribute_sums import distribute_sums
 from meta_deploy.graph.prices import CPU, GPU, Cost
-from tests.graph.passes.test_fold_branches import TYPES, contents, feeds, form, ops, same
+from tests.graph import rewriting
+from tests.graph.rewriting import (
+    RANDOM,
+    TYPES,
+    Writer,
+    contents,
+    feeds,
+    form,
+    loop,
+    node,
+    ops,
+    price,
+    same,
+    sizes_of,
+)
 from tests.small_graphs import model, value, without_size
 
-node = helper.make_node
 FREE = Cost(node=0, value=0)  # only multiply-adds count
 FEW_NODES = Cost(node=10**10, value=0)
 FEW_VALUES = Cost(node=0, value=10**7)
@@ -109,13 +123,8 @@ class Case:
         return Builder(self).proto()
 
 
-class Builder:
+class Builder(Writer):
     """Writes the model of a case."""
-
-    def __init__(self, case):
-        self.case, self.n, self.kind = case, case.n, TYPES[case.dtype]
-        self.nodes, self.initializers, self.inputs = [], [], []
-        self.rng = np.random.default_rng(5)
 
     def proto(self):
         case = self.case
@@ -125,43 +134,8 @@ class Builder:
         )
         if case.end:
             self.nodes.append(node(case.end, [y], [self.n("end")]))
-        outputs = [self.n("end")] if case.end else [y]
-        if case.reader:
-            self.nodes.append(node("Neg", [self.n(case.reader)], [self.n("read")]))
-            outputs.append(self.n("read"))
-        if case.output and self.n(case.output) not in outputs:
-            outputs.insert(0, self.n(case.output))
-        if case.branch:
-            outputs.append(self.branch())
-        outputs = [value(name, None, self.kind) for name in outputs]
-        for out in outputs:
-            out.type.tensor_type.ClearField("shape")
-        imports = [helper.make_opsetid("", case.opset)]
-        return model(self.nodes, self.inputs, outputs, self.initializers, opset_imports=imports)
-
-    def branch(self):
-        condition, read = self.n("c"), self.n(self.case.branch)
-        self.inputs.append(value(condition, [], TensorProto.BOOL))
-        sides = []
-        for op in ("Neg", "Identity"):
-            out = value(self.n(op), None, self.kind)
-            out.type.tensor_type.ClearField("shape")
-            sides.append(helper.make_graph([node(op, [read], [out.name])], op, [], [out]))
-        y = self.n("chosen")
-        self.nodes.append(node("If", [condition], [y], then_branch=sides[0], else_branch=sides[1]))
-        return y
-
-    def input(self, name, shape, kind=None):
-        self.inputs.append(value(self.n(name), list(shape), kind or self.kind))
-        return self.n(name)
-
-    def constant(self, name, values, dtype=None):
-        array = np.asarray(values, dtype or self.case.dtype)
-        self.initializers.append(numpy_helper.from_array(array, self.n(name)))
-        return self.n(name)
-
-    def numbers(self, name, shape):
-        return self.constant(name, self.rng.standard_normal(shape))
+        others = [self.n(name) if name else "" for name in (case.reader, case.output, case.branch)]
+        return self.model([self.n("end")] if case.end else [y], *others)
 
     def sum(self, total, shape, name):
         terms = []
@@ -264,59 +238,18 @@ class Builder:
 # --- what is asserted ---
 
 
-def rewritten(proto, cost, shuffle=0, rewrite=distribute_sums):
-    graph = to_graph(proto)
-    if shuffle:
-        random.Random(shuffle).shuffle(graph.nodes)
-    changes = rewrite(graph, cost)
-    return to_proto(graph), changes
-
-
-def sizes_of(proto):
-    """The shapes of all tensors but constants."""
-    proto = onnx.shape_inference.infer_shapes(proto)
-    infos = [*proto.graph.value_info, *proto.graph.input, *proto.graph.output]
-    return {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in infos}
-
-
-def price(proto, cost):
-    """What a whole model costs, node by node; weights and biases are not counted as read."""
-    constants = {i.name: list(i.dims) for i in proto.graph.initializer}
-    shapes = {**constants, **sizes_of(proto)}
-    total = 0
-    for n in proto.graph.node:
-        if n.op_type == "If":
-            continue
-        ys, x = [shapes[name] for name in n.output], shapes[n.input[0]]
-        read, macs = [x], 0
-        if n.op_type == "Add":
-            read = [s for s in (shapes[name] for name in n.input) if s == ys[0]]
-        elif n.op_type in ("Conv", "ConvTranspose"):
-            macs = math.prod(ys[0] if n.op_type == "Conv" else x) * math.prod(shapes[n.input[1]][1:])
-        elif n.op_type in ("MatMul", "Gemm"):
-            macs = math.prod(ys[0]) * x[-1]
-        total += cost.of(macs, *read, *ys)
-    return total
+rewritten = functools.partial(rewriting.rewritten, distribute_sums)
 
 
 def agree(proto, cost=FREE, changes=None):
-    """The new model, after asserting that it gives the same for less, and that a second run does nothing."""
-    after, made = rewritten(proto, cost)
-    assert changes in (None, made)
-    onnx.checker.check_model(after, full_check=True)
-    same(proto, after)
-    again, more = rewritten(after, cost)
-    assert more == 0
-    assert contents(again) == contents(after)
-    if made:
-        assert price(after, cost) < price(proto, cost)
-    else:
-        assert contents(after) == contents(tidied(proto))
+    """As `rewriting.agree`, for less."""
+    after = rewriting.agree(distribute_sums, proto, None, changes, cost)
+    assert (price(after, cost) < price(proto, cost)) == (contents(after) != contents(tidied(proto)))
     return after
 
 
 def tidied(proto):
-    return rewritten(proto, None, rewrite=lambda graph, _: tidy(graph))[0]
+    return rewriting.rewritten(tidy, proto)[0]
 
 
 def over_sums(proto):
@@ -343,7 +276,7 @@ def makers(proto):
 def test_two_convolutions_take_the_third_in(bias, inner, cost):
     terms = (Conv(bias=inner), Conv((1, 1), inner, (0, 0, 0, 0)))
     after = agree(Case(Sum(terms), bias=bias).proto(), cost, 1)
-    assert ops(after) == {"Conv": 2, "Add": 1, "Identity": 1}
+    assert Counter(ops(after)) == {"Conv": 2, "Add": 1, "Identity": 1}
 
 
 CONVS = (
@@ -376,7 +309,7 @@ def test_any_convolution_takes_it_in(term, out):
     terms = (term, dataclasses.replace(term, bias="none"), dataclasses.replace(term, bias="add"))
     after = agree(Case(Sum(terms), out).proto(), FEW_NODES, 1)
     assert len(makers(after)) == 3
-    assert ops(after)["Add"] == 2
+    assert ops(after).count("Add") == 2
 
 
 @pytest.mark.parametrize(
@@ -386,9 +319,8 @@ def test_any_convolution_takes_it_in(term, out):
 def test_a_grouped_convolution_stays(term, bias):
     terms = (dataclasses.replace(term, bias=bias), Conv(channels=7))
     after = agree(Case(Sum(terms), 1, bias).proto(), FREE, 1)
-    assert sorted(ops(after).items()) == sorted(
-        {**ops(Case(Sum(terms), 1, bias).proto()), "Add": 1 + (bias in ("add", "first"))}.items()
-    )
+    before = Counter(ops(Case(Sum(terms), 1, bias).proto()))
+    assert Counter(ops(after)) == {**before, "Add": 1 + (bias in ("add", "first"))}
 
 
 @pytest.mark.parametrize("tree", ["left", "right", "balanced"])
@@ -398,7 +330,7 @@ def test_any_tree_of_sums(tree, count):
         Case(Sum((Conv(), Transposed()) * (count // 2) + (Conv(),) * (count % 2), tree)).proto(), GPU, 1
     )
     assert len(makers(after)) == count
-    assert ops(after)["Add"] == count - 1
+    assert ops(after).count("Add") == count - 1
 
 
 def test_more_terms_than_that_are_left():
@@ -426,7 +358,7 @@ def test_where_nodes_are_dear_nothing_becomes_more():
 def test_where_values_are_dear_a_narrow_output_comes_first():
     terms = ("input", "relu", FULL, "input")
     after = agree(Case(Sum(terms), 1).proto(), FEW_VALUES, 1)
-    assert ops(after)["Conv"] == 4
+    assert ops(after).count("Conv") == 4
     agree(Case(Sum(terms), 2).proto(), FEW_VALUES, 0)
     agree(Case(Sum(terms), 1).proto(), FREE, 0)
 
@@ -458,7 +390,7 @@ def test_one_term_may_fold_and_another_not():
     assert over_sums(after) == 1
     terms = (Conv((2, 2), channels=9, pads=(0,) * 4), Conv((5, 5), pads=(2,) * 4, channels=8))
     after = agree(Case(Sum(terms), 3, shape=(1, 4, 4, 4)).proto(), FREE, 1)
-    assert ops(after)["Conv"] == 2
+    assert ops(after).count("Conv") == 2
 
 
 def test_nothing_goes_before_a_resize_to_a_smaller_map():
@@ -555,7 +487,7 @@ def test_sums_before_a_resize_are_taken_apart_as_well():
     inner = Sum((Conv(), Resized((1, 1), of=Sum((Conv(), Transposed())))))
     after = agree(Case(Sum((Resized(of=inner), Conv()))).proto(), FREE, 3)
     assert set(makers(after)) == {""}
-    assert ops(after) == {"Conv": 3, "ConvTranspose": 1, "Resize": 2, "Add": 3, "Identity": 1}
+    assert Counter(ops(after)) == {"Conv": 3, "ConvTranspose": 1, "Resize": 2, "Add": 3, "Identity": 1}
 
 
 def test_sums_that_a_folded_convolution_reads_are_taken_apart_as_well():
@@ -620,8 +552,8 @@ def test_a_term_that_something_else_reads_stays(kind, term):
     case = Case(Sum((Conv(channels=8), term)), 1, **{kind: "t1"})
     made = ops(case.proto())
     after = agree(case.proto(), FREE, 1)
-    assert ops(after)["Conv"] == made["Conv"]  # one of its own more, and the last less
-    assert ops(after)["Resize"] == made["Resize"]
+    assert ops(after).count("Conv") == made.count("Conv")  # one of its own more, and the last less
+    assert ops(after).count("Resize") == made.count("Resize")
     agree(dataclasses.replace(case, out=4).proto(), FEW_NODES, 0)
 
 
@@ -647,7 +579,7 @@ def test_what_broadcasts_is_one_term_with_what_it_is_added_to():
 
 def test_a_constant_is_convolved_as_well():
     after = agree(Case(Sum((FULL, Conv())), 1).proto(), FREE, 1)
-    assert ops(after)["Conv"] == 2
+    assert ops(after).count("Conv") == 2
 
 
 def test_a_bias_on_one_place_is_a_bias():
@@ -656,7 +588,7 @@ def test_a_bias_on_one_place_is_a_bias():
     proto = case.proto()
     next(i for i in proto.graph.initializer if i.name == "t0b").dims[:] = case.shape
     after = agree(proto, FREE, 1)
-    assert ops(after) == {"Conv": 2, "Add": 1, "Identity": 1}
+    assert Counter(ops(after)) == {"Conv": 2, "Add": 1, "Identity": 1}
 
 
 def test_empty_maps_are_left():
@@ -695,7 +627,7 @@ def test_a_batch_of_any_size_is_priced_as_one_image(term, bias, cost):
 def test_sizes_that_hang_on_the_batch_are_left():
     """As constants they could not be written."""
     case = Case(Sum((Conv(channels=8), Resized())), 1)
-    assert ops(agree(case.proto(), FREE, 1))["Conv"] == 2
+    assert ops(agree(case.proto(), FREE, 1)).count("Conv") == 2
     proto = case.proto()
     target = next(n for n in proto.graph.node if n.op_type == "Resize")
     proto.graph.node.insert(0, node("Shape", ["full"], ["whole"]))
@@ -714,10 +646,6 @@ def test_somebody_elses_operator_of_that_name_is_left(op):
     next(n for n in reversed(proto.graph.node) if n.op_type == op).domain = "own"
     proto.opset_import.append(helper.make_opsetid("own", 1))
     assert rewritten(proto, FREE)[1] == 0
-
-
-def test_an_empty_graph_has_no_place_to_change():
-    assert rewritten(model([], [value("x", [3])], [value("x", [3])]), FREE)[1] == 0
 
 
 @pytest.mark.parametrize("rank", [3, 5])
@@ -741,18 +669,6 @@ def test_a_convolution_in_a_branch_is_left():
     proto.graph.node[-1].CopyFrom(node("If", ["c"], ["y"], then_branch=sides[0], else_branch=sides[1]))
     proto.graph.input.append(condition)
     agree(proto, FREE, 0)
-
-
-def loop(inner, outputs, reads):
-    """A Loop of three rounds whose body is `inner`, a graph of what it scans out."""
-    names = [value("i", [], TensorProto.INT64), value("go", [], TensorProto.BOOL)]
-    body = helper.make_graph(
-        [node("Identity", ["go"], ["going"]), *inner],
-        "body",
-        names,
-        [value("going", [], TensorProto.BOOL), *outputs],
-    )
-    return node("Loop", ["rounds", ""], reads, body=body)
 
 
 @pytest.mark.parametrize("read", ["t", "t0", "ts0", "y"])
@@ -912,9 +828,6 @@ def cases(draw):
     return case
 
 
-RANDOM = settings(deadline=None, suppress_health_check=list(HealthCheck))
-
-
 @settings(RANDOM, max_examples=80)
 @given(cases(), COSTS)
 def test_random_sums_give_the_same_for_less(case, cost):
@@ -926,6 +839,6 @@ def test_random_sums_give_the_same_for_less(case, cost):
 def test_names_and_order_do_not_matter(case, cost, shuffle, prefix):
     expected, changes = rewritten(case.proto(), cost)
     other = dataclasses.replace(case, prefix=prefix).proto()
-    actual, made = rewritten(other, cost, shuffle)
+    actual, made = rewritten(other, cost, shuffle=shuffle)
     assert (made, form(actual)) == (changes, form(expected))
     same(other, actual)

@@ -3,31 +3,27 @@
 import dataclasses
 import itertools
 import math
-import random
 from collections import Counter
 
 import numpy as np
-import onnx
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
-from onnx.reference import ReferenceEvaluator
 
 from meta_deploy.export.trace import quiet
-from meta_deploy.graph.graph import tidy, to_graph, to_proto
+from meta_deploy.graph.graph import to_graph, to_proto
 from meta_deploy.graph.passes.clean_up import clean_up
 from meta_deploy.graph.passes.collapse_chains import collapse_chains
 from meta_deploy.graph.passes.fold_branches import fold_branches
 from meta_deploy.graph.passes.slices_to_split import slices_to_split
 from meta_deploy.graph.prices import CPU, GPU, Cost
 from meta_deploy.models.backbones.mea import MEABlock
+from tests.graph import rewriting
+from tests.graph.rewriting import RANDOM, TYPES, feeds, form, node, ops, price, same
 from tests.small_graphs import inferred, model, run, value
 
-node = helper.make_node
-TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "float64": TensorProto.DOUBLE}
-TOLERANCE = {"float32": 1e-5, "float16": 1e-2, "float64": 1e-13}
 FEW_NODES = Cost(node=10**12, value=0)  # everything that folds is folded
 FEW_MACS = Cost(node=0, value=0)
 FEW_VALUES = Cost(node=0, value=10**9)
@@ -175,101 +171,19 @@ def typed(nodes, inputs, outputs, initializers, dtype="float32"):
     return model(nodes, inputs, outputs, initializers)
 
 
-def feeds(proto):
-    rng = np.random.default_rng(3)
-    arrays = {}
-    for i in proto.graph.input:
-        kind = helper.tensor_dtype_to_np_dtype(i.type.tensor_type.elem_type)
-        size = [2 if d.dim_param else d.dim_value for d in i.type.tensor_type.shape.dim]
-        arrays[i.name] = np.array(rng.standard_normal(size)).astype(kind)
-    return arrays
-
-
-def same(proto, after, values=None):
-    values = values or feeds(proto)
-    dtype = str(next(a.dtype for a in values.values() if a.dtype != bool))
-    if dtype == "float64":  # which ONNX Runtime cannot convolve
-        names = [output.name for output in proto.graph.output]
-        both = [
-            dict(zip(names, ReferenceEvaluator(p).run(None, values), strict=True)) for p in (proto, after)
-        ]
-    else:
-        both = [run(p, **values) for p in (proto, after)]
-    assert list(both[0]) == list(both[1])
-    for name, expected in both[0].items():
-        actual = both[1][name]
-        assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
-        expected, actual = expected.astype(np.float64), actual.astype(np.float64)
-        atol = TOLERANCE[dtype] * np.abs(expected).max()
-        np.testing.assert_allclose(actual, expected, rtol=0, atol=atol, err_msg=name)
-
-
 def rewritten(proto, cost=GPU, shuffle=0):
-    graph = to_graph(proto)
-    if shuffle:
-        random.Random(shuffle).shuffle(graph.nodes)
-    changes = fold_branches(graph, cost)
-    return to_proto(graph), changes
-
-
-def price(proto, cost):
-    """What a whole model costs, node by node."""
-    proto = onnx.shape_inference.infer_shapes(proto)
-    infos = [*proto.graph.value_info, *proto.graph.input, *proto.graph.output]
-    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in infos}
-    constants = {i.name: list(i.dims) for i in proto.graph.initializer}
-    total = 0
-    for n in proto.graph.node:
-        y = shapes[n.output[0]]
-        macs, read = 0, [shapes[name] for name in n.input if name in shapes]
-        if n.op_type == "Conv":
-            macs = math.prod(y) * math.prod(constants[n.input[1]][1:])
-        elif n.op_type == "MatMul":
-            macs = math.prod(y) * constants[n.input[1]][0]
-        total += cost.of(macs, *read, y)
-    return total
-
-
-def ops(proto):
-    return Counter(n.op_type for n in proto.graph.node)
-
-
-def contents(proto):
-    """Everything that a pass may change."""
-    return [part.SerializeToString() for part in (*proto.graph.node, *proto.graph.initializer)]
-
-
-def form(proto):
-    """What is there, whatever the names and the order."""
-    sizes = {i.name: tuple(i.dims) for i in proto.graph.initializer}
-    return Counter((n.op_type, *(sizes.get(name, ()) for name in n.input)) for n in proto.graph.node)
+    return rewriting.rewritten(fold_branches, proto, cost, shuffle=shuffle)
 
 
 def agree(proto, cost=GPU, changes=None):
-    """The new model, after asserting that it gives the same for less, and that a second run does nothing."""
-    after, made = rewritten(proto, cost)
-    assert changes in (None, made)
-    onnx.checker.check_model(after, full_check=True)
-    same(proto, after)
-    again, more = rewritten(after, cost)
-    assert more == 0
-    assert contents(again) == contents(after)
-    if made:
-        assert price(after, cost) < price(proto, cost)
-    else:
-        assert form(after) == form(proto)
+    """As `rewriting.agree`, for less."""
+    after = rewriting.agree(fold_branches, proto, None, changes, cost)
+    assert (price(after, cost) < price(proto, cost)) == (form(after) != form(proto))
     return after
 
 
 def declined(proto, cost=FEW_NODES, values=None, runs=True):
-    graph = to_graph(proto)
-    tidy(graph)
-    before = to_proto(graph)
-    after, changes = rewritten(proto, cost)
-    assert changes == 0
-    assert contents(after) == contents(before)
-    if runs:
-        same(proto, after, values)
+    rewriting.agree(fold_branches, proto, values, 0, cost, valid=False, runs=runs)
 
 
 def convs(proto):
@@ -305,7 +219,7 @@ def test_linear_maps_become_one_convolution(layers, size, bias, fuse_bias):
     fuse = Fuse((Branch(("Relu", *layers)),), Conv(6, 1, 1, fuse_bias))
     after = agree(Case((fuse,)).proto())
     assert convs(after) == [(6, 4, size)]
-    assert ops(after)["MatMul"] == ops(after)["Add"] == 0
+    assert ops(after).count("MatMul") == ops(after).count("Add") == 0
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (2, 2), (4, 3), (9, 8)])
@@ -321,7 +235,7 @@ def test_a_bias_is_seen_at_the_border_as_it_was(size, dtype):
 def test_branches_become_one_convolution(axis):
     after = agree(Case((Fuse(MIXED, axis=axis),)).proto(), GPU, 1)
     assert convs(after) == [(6, 18, 3)]
-    assert ops(after) == {"Relu": 4, "Transpose": 1, "Concat": 1, "Conv": 1, "Identity": 1}
+    assert Counter(ops(after)) == {"Relu": 4, "Transpose": 1, "Concat": 1, "Conv": 1, "Identity": 1}
 
 
 def test_where_nodes_are_free_sizes_stay_apart():
@@ -333,7 +247,7 @@ def test_where_nodes_are_free_sizes_stay_apart():
     )
     after = agree(Case((Fuse(widening),)).proto(), FEW_MACS, 1)
     assert convs(after) == [(6, 4, 3), (6, 4, 5), (6, 8, 1)]
-    assert ops(after) == {"Relu": 3, "Concat": 1, "Conv": 3, "Add": 2, "Identity": 1}
+    assert Counter(ops(after)) == {"Relu": 3, "Concat": 1, "Conv": 3, "Add": 2, "Identity": 1}
 
 
 def test_what_would_take_more_stays():
@@ -349,7 +263,7 @@ def test_a_product_folds_where_that_takes_less(out, folds):
     """20 channels to 6 take 120 multiplications a place, by way of others 26 of each."""
     tokens = Branch(("Relu", Product(out), "first"), 20, tokens=True)
     after = agree(Case((Fuse((tokens,)),)).proto(), FEW_MACS, int(folds))
-    assert ops(after)["MatMul"] == 1 - folds
+    assert ops(after).count("MatMul") == 1 - folds
 
 
 def test_a_wider_map_to_transpose_is_paid_for():
@@ -357,7 +271,7 @@ def test_a_wider_map_to_transpose_is_paid_for():
     branch = Branch(("Relu", Product(2), "first"), 40, tokens=True)
     cost = Cost(node=0, value=100)
     after = agree(Case((Fuse((branch,), Conv(1, 1)),)).proto(), cost)
-    assert ops(after)["MatMul"] == 1
+    assert ops(after).count("MatMul") == 1
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
@@ -420,7 +334,7 @@ def test_a_part_of_a_sum_takes_in_more_by_itself():
     branches = (Branch(("Relu", Conv(8, 3)), 40), Branch(("Relu",), 20), Branch(("Relu", Conv(8, 3))))
     after = agree(Case((Fuse(branches, Conv(1, 1)),)).proto(), Cost(node=0, value=100), 2)
     assert convs(after) == [(1, 4, 3), (1, 20, 1), (1, 40, 3)]
-    assert ops(after)["Concat"] == 0
+    assert ops(after).count("Concat") == 0
 
 
 def test_dead_nodes_read_nothing():
@@ -554,7 +468,7 @@ def test_tokens_in_another_order_are_left(perm):
     proto = Case((Fuse((TOKENS,)),), batch=4, size=(4, 4)).proto()
     made_by(proto, "0/0/2").attribute[0].ints[:] = perm
     if perm == (0, 3, 1, 2):
-        assert ops(agree(proto, GPU, 1))["MatMul"] == 0
+        assert "MatMul" not in ops(agree(proto, GPU, 1))
     else:
         declined(proto)
 
@@ -636,7 +550,7 @@ def test_beside_a_branch_that_is_there_twice_others_fold():
     made_by(proto, "0/cat").input[1] = "0/0/1"
     after = agree(proto, GPU, 1)
     assert convs(after) == [(4, 4, 3), (6, 12, 1)]
-    assert ops(after)["MatMul"] == 0
+    assert ops(after).count("MatMul") == 0
 
 
 @pytest.mark.parametrize("branches", [(Branch(),), MIXED])
@@ -767,10 +681,6 @@ def test_convolutions_in_a_branch_of_an_if_are_left():
         declined(proto, values={**feeds(proto), "c": np.array(c)})
 
 
-def test_an_empty_graph_has_nothing_to_fold():
-    declined(model([], [value("x", [3])], [value("x", [3])]))
-
-
 # --- random branches ---
 
 
@@ -843,9 +753,6 @@ def cases(draw):
     )
 
 
-RANDOM = settings(deadline=None, suppress_health_check=list(HealthCheck))
-
-
 @settings(RANDOM, max_examples=100)
 @given(cases(), COSTS)
 def test_random_branches_give_the_same_for_less(case, cost):
@@ -857,7 +764,7 @@ def test_random_branches_give_the_same_for_less(case, cost):
 def test_names_and_order_do_not_matter(case, cost, shuffle, prefix):
     expected, changes = rewritten(case.proto(), cost)
     other = dataclasses.replace(case, prefix=prefix).proto()
-    actual, made = rewritten(other, cost, shuffle)
+    actual, made = rewritten(other, cost, shuffle=shuffle)
     assert (made, form(actual)) == (changes, form(expected))
     same(other, actual)
 
@@ -897,7 +804,7 @@ def fewest(fuse):
 def test_where_nodes_are_dear_all_that_can_be_is_folded(case):
     after = agree(case.proto(), FEW_NODES)
     maps, size = fewest(case.fuses[0])
-    assert ops(after)["Conv"] + ops(after)["MatMul"] == maps
+    assert ops(after).count("Conv") + ops(after).count("MatMul") == maps
     constants = {i.name: i.dims for i in after.graph.initializer}
     last = next(n for n in reversed(after.graph.node) if n.op_type == "Conv")
     assert constants[last.input[1]][2] == size
@@ -931,7 +838,7 @@ def test_a_block_of_the_model_ends_in_one_convolution(block):
     after, changes = rewritten(proto, GPU)
     assert changes >= 1
     assert convs(after) == [(4, 8, 3), (8, 8 + 4 + 8, 3), (16, 8, 1)]  # conv1, fuse, expand
-    assert ops(after)["MatMul"] == ops(proto)["MatMul"] - 1  # the attention's projection
+    assert ops(after).count("MatMul") == ops(proto).count("MatMul") - 1  # the attention's projection
     assert made_by(after, after.graph.output[0].name).op_type == "Conv"
     (actual,) = run(after, x=x).values()
     np.testing.assert_allclose(actual, y, rtol=0, atol=1e-5 * np.abs(y).max())

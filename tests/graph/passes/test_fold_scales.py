@@ -4,22 +4,20 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from meta_deploy.graph.graph import BATCH, to_graph, to_proto
 from meta_deploy.graph.passes import fold_scales as scales
 from meta_deploy.graph.passes.fold_scales import MAX_MOVES, MAX_READERS, fold_scales
-from tests.graph.passes import test_fold_batch_norm as norms
-from tests.graph.passes.test_fold_batch_norm import PADDED, TYPES, Map, contents_of, ops, same
+from tests.graph.linear_maps import PADDED, Map, agree_for_batches
+from tests.graph.rewriting import RANDOM, TYPES, contents, node, ops, rewritten, same
 from tests.small_graphs import any_batch, model, run, value
 
-node = helper.make_node
 
-
-def agree(proto, changes, dtype="float32", shuffle=0, runs=True):
-    return norms.agree(proto, changes, dtype, shuffle, fold_scales, runs)
+def agree(proto, changes, shuffle=0, runs=True):
+    return agree_for_batches(fold_scales, proto, changes, shuffle, runs)
 
 
 class Parts:
@@ -139,11 +137,11 @@ class Scaled:
 def folded(case):
     changes = case.folds()
     assert changes
-    return agree(case.proto(), changes, case.dtype, case.shuffle)
+    return agree(case.proto(), changes, case.shuffle)
 
 
 def left(case, runs=True):
-    agree(case.proto(), 0, case.dtype, case.shuffle, runs)
+    agree(case.proto(), 0, case.shuffle, runs)
 
 
 MAPS = [
@@ -256,7 +254,7 @@ def test_without_shapes_the_channels_of_a_matrix_product_are_not_known(linear, o
     proto.graph.input[0].type.tensor_type.ClearField("shape")
     del proto.graph.value_info[:]
     proto.graph.output[0].type.tensor_type.ClearField("shape")
-    after, changes = norms.rewritten(proto, fold=fold_scales)
+    after, changes = rewritten(fold_scales, proto)
     assert changes == int(linear.op != "MatMul")
     x = np.random.default_rng(4).standard_normal(linear.shape()).astype(np.float32)
     same(proto, after, {"x": x})
@@ -344,7 +342,7 @@ def scaled(draw):
     )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(RANDOM, max_examples=200)
 @given(scaled())
 def test_random_constants_are_folded_where_the_rule_says_so(case):
     agree(case.proto(), case.folds(), shuffle=case.shuffle)
@@ -618,7 +616,7 @@ def test_another_reader_whose_part_is_not_known_before_running():
     proto.graph.input.append(value(start, [1], TensorProto.INT64))
     del proto.graph.value_info[:]
     proto.graph.output[1].type.tensor_type.ClearField("shape")
-    after, changes = norms.rewritten(proto, fold=fold_scales)
+    after, changes = rewritten(fold_scales, proto)
     assert changes == 0
     same(proto, after, {"x": np.float32(np.arange(8).reshape(2, 4)), start: np.array([1])})
 
@@ -717,7 +715,7 @@ def with_branch(inside, out):
 )
 def test_branches_are_read_and_left_as_they_are(inside, changes):
     proto = with_branch(inside, "m")
-    after, made = norms.rewritten(proto, fold=fold_scales)
+    after, made = rewritten(fold_scales, proto)
     assert made == changes
     for taken in (True, False):
         x = np.random.default_rng(2).standard_normal((2, 4)).astype(np.float32)
@@ -726,7 +724,7 @@ def test_branches_are_read_and_left_as_they_are(inside, changes):
         [a.g for n in p.graph.node if n.op_type == "If" for a in n.attribute]
         for p in (after, to_proto(to_graph(proto)))
     ]
-    assert [contents_of(g) for g in branches[0]] == [contents_of(g) for g in branches[1]]
+    assert [contents(g) for g in branches[0]] == [contents(g) for g in branches[1]]
 
 
 def test_somebody_elses_operator_of_that_name_stays():
@@ -737,10 +735,6 @@ def test_somebody_elses_operator_of_that_name_stays():
                 n.domain = "own"
         proto.opset_import.append(helper.make_opsetid("own", 1))
         agree(proto, 0, runs=False)
-
-
-def test_an_empty_graph_has_no_place_to_change():
-    assert norms.rewritten(model([], [value("x", [3])], [value("x", [3])]), fold=fold_scales)[1] == 0
 
 
 # --- random ways ---
@@ -855,7 +849,7 @@ def reached(linear, shape, moves, read):
     return {i: set((-result[f"r{i}"]).flatten().astype(int).tolist()) - {0} for i in read}
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(RANDOM, max_examples=250)
 @given(ways(), st.data())
 def test_random_ways_are_scaled_where_the_channels_get_nowhere_else(way, data):
     linear, moves, shapes = way

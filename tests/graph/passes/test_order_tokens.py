@@ -7,24 +7,21 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, numpy_helper
 
-from meta_deploy.graph.graph import BATCH
 from meta_deploy.graph.passes.collapse_chains import collapse_chains
 from meta_deploy.graph.passes.order_tokens import order_tokens
-from tests.graph.passes.test_fuse_layer_norm import ops
-from tests.graph.passes.test_move_linears import MOVES, PROFILE, agree, moves_of, put_inside, rewritten
-from tests.graph.test_attention import Map, Stripes
-from tests.small_graphs import any_batch, model, value
+from tests.graph.attention_maps import TENSORS, WINDOWS, Map, Stripes, maps, of_any_batch
+from tests.graph.rewriting import MOVES, RANDOM, agree_among_moves, moves_of, node, ops, put_inside, rewritten
+from tests.small_graphs import model, value
 
-node = helper.make_node
 VERTICAL, HORIZONTAL = Stripes(4, 2), Stripes(2, 6)  # of a map of 4 x 6
 
 
 def check(case, changes=None, proto=None):
-    """As `agree`; where something changes there are fewer moves than before."""
+    """As `agree_among_moves`; where something changes there are fewer moves than before."""
     proto = proto or case.proto()
-    after = agree(order_tokens, proto, case.feeds(), changes, case.dtype)
+    after = agree_among_moves(order_tokens, proto, case.feeds(), changes, case.dtype)
     if ops(after) != ops(proto):
         assert sum(op in MOVES for op in ops(after)) < sum(op in MOVES for op in ops(proto))
         assert moves_of(after) <= moves_of(proto)
@@ -33,7 +30,7 @@ def check(case, changes=None, proto=None):
 
 def collapsed(case):
     """The model of which chains are collapsed already, as pipelines have it."""
-    return rewritten(case.proto(), collapse_chains)[0]
+    return rewritten(collapse_chains, case.proto())[0]
 
 
 def around(proto):
@@ -54,7 +51,7 @@ def test_a_vertical_stripe_is_a_transposed_map_cut_across(axis, batch, columns):
     """With one head and q, k and v along the channels; else these have to be moved, too."""
     case = Map((Stripes(4, columns, axis=axis),), batch)
     before = collapsed(case)
-    after = agree(order_tokens, before, case.feeds(), None)
+    after = agree_among_moves(order_tokens, before, case.feeds(), None)
     if axis == 1:
         assert moves_of(after) <= moves_of(before)
         return
@@ -71,7 +68,7 @@ def test_a_vertical_stripe_is_a_transposed_map_cut_across(axis, batch, columns):
 def test_what_is_fewest_already_stays(axis, heads, batch):
     """A horizontal stripe is some rows; with one part along the channels it takes no Transpose."""
     case = Map((Stripes(2, 6, heads, axis=axis),), batch)
-    agree(order_tokens, collapsed(case), case.feeds(), 0)
+    agree_among_moves(order_tokens, collapsed(case), case.feeds(), 0)
 
 
 def fewest(case):
@@ -142,33 +139,15 @@ def test_tokens_cut_otherwise_behind_are_declined():
     check(Map((Stripes(4, 2, axis=3, back=(2, 4, ((0, 1, 2), (0, 1)))),), 1, 8, 8), 0)
 
 
-def of_any_batch(case):
-    """The model of a case, for any batch."""
-    return any_batch(dataclasses.replace(case, batch=BATCH).proto())
-
-
 @pytest.mark.parametrize("axis", [1, 3])
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("batch", [1, 2, 3])
 def test_a_batch_of_any_size_is_ordered_as_one_of_a_known_size(axis, heads, batch):
     case = Map((dataclasses.replace(VERTICAL, heads=heads, axis=axis), VERTICAL), batch)
     after = check(case, None, of_any_batch(case))
-    assert ops(after) == ops(rewritten(dataclasses.replace(case, batch=5).proto(), order_tokens)[0])
+    assert ops(after) == ops(rewritten(order_tokens, dataclasses.replace(case, batch=5).proto())[0])
 
 
-TENSORS = [
-    "start0",
-    "cut0",
-    "turned0",
-    "tokens0",
-    "packed0",
-    "q0",
-    "k0",
-    "v0",
-    "q_scaled0",
-    "kt0",
-    "product0",
-]
 TENSORS += ["weights0", "out0", "back0", "uncut0", "unturned0"]
 
 
@@ -187,15 +166,12 @@ def test_what_follows_in_a_branch_stays_there(tensor):
     case = Map((dataclasses.replace(VERTICAL, axis=3),))
     proto = put_inside(case.proto(), [tensor])
     changes = {"back0": None, "unturned0": None, "end0": 1}.get(tensor, 0)
-    agree(order_tokens, proto, {**case.feeds(), "c": np.array(True)}, changes)
+    agree_among_moves(order_tokens, proto, {**case.feeds(), "c": np.array(True)}, changes)
 
 
 def test_the_end_may_be_an_output():
     case = Map((dataclasses.replace(VERTICAL, axis=3),), joined=False)
     assert [o.name for o in check(case, 1).graph.output] == ["end0"]
-
-
-WINDOWS = ((4, 2), (4, 1), (2, 4), (2, 2), (1, 4))
 
 
 @pytest.mark.parametrize("sizes", [*product(WINDOWS, repeat=2)], ids=str)
@@ -224,7 +200,7 @@ def test_tokens_of_many_axes(axes, changes):
     initializers = [numpy_helper.from_array(np.array(numbers), name) for name, numbers in lists.items()]
     proto = model(nodes, [value("x", [*shape, 6])], initializers=initializers)
     x = np.random.default_rng(0).standard_normal((*shape, 6)).astype(np.float32)
-    after = agree(order_tokens, proto, {"x": x}, changes)
+    after = agree_among_moves(order_tokens, proto, {"x": x}, changes)
     assert ops(after).count("Transpose") == (1 if changes else 3)
 
 
@@ -237,7 +213,7 @@ def test_an_attention_without_moves_has_none_to_spare():
         node("MatMul", ["weights", "v"], ["y"]),
     ]
     proto = model(nodes, [value("x", [2, 3, 5, 12])])
-    agree(order_tokens, proto, {"x": np.ones((2, 3, 5, 12), np.float32)}, 0)
+    agree_among_moves(order_tokens, proto, {"x": np.ones((2, 3, 5, 12), np.float32)}, 0)
 
 
 def test_without_shapes_it_declines():
@@ -250,105 +226,28 @@ def test_without_shapes_it_declines():
             numbers = numpy_helper.to_array(constant).copy()
             numbers[0] = -1
             constant.CopyFrom(numpy_helper.from_array(numbers, constant.name))
-    assert rewritten(proto, order_tokens)[1] == 0
-
-
-def test_an_empty_graph_has_nothing_to_order():
-    assert rewritten(model([], [value("x", [3])], [value("x", [3])]), order_tokens)[1] == 0
+    assert rewritten(order_tokens, proto)[1] == 0
 
 
 # --- random attentions ---
 
-ORDERS = tuple(product(permutations(range(3)), permutations(range(2))))
-SCALES = (None, None, ("Mul", 0.5, False), ("Mul", -2.0, True), ("Div", 4.0, False))
 
-
-def divisors(number):
-    return [d for d in range(1, number + 1) if number % d == 0]
-
-
-@st.composite
-def stripes(draw, height, width):
-    """Of a map of this size, which they divide mostly."""
-    sizes = [draw(st.sampled_from((*divisors(side), *divisors(side), 5))) for side in (height, width)]
-    heads, d, axis = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.sampled_from((1, 3, -1)))
-    places = ("q_scale", "k_before", "k_scale", "scale")
-    back, order = None, draw(st.sampled_from(ORDERS))
-    if draw(
-        st.sampled_from((False,) * 5 + (True,))
-    ):  # to another order, or other stripes if those are as many
-        back = (*sizes, draw(st.sampled_from(ORDERS)))
-        if height == width and draw(st.booleans()):
-            back = (*sizes[::-1], order)
-    equal = (heads if axis == 1 else d,) * 3
-    return Stripes(
-        *sizes,
-        heads,
-        d,
-        axis,
-        parts=draw(st.sampled_from((None, equal))),
-        order=order,
-        back=back,
-        **{place: draw(st.sampled_from(SCALES)) for place in places},
-        three=draw(st.booleans()),
-        mask=draw(st.sampled_from((False,) * 12 + (True,))),
-        mixed=draw(st.sampled_from((False,) * 12 + (True,))),
-    )
-
-
-def turned(s):
-    """Stripes in the other direction."""
-    back = s.back and (s.back[1], s.back[0], s.back[2])
-    return dataclasses.replace(s, rows=s.columns, columns=s.rows, back=back)
-
-
-@st.composite
-def maps(draw, most=2):
-    """Some attentions, often alike, mostly on a square map."""
-    count = draw(st.integers(1, most))
-    height, width = draw(st.sampled_from(((4, 4), (6, 6), (4, 4), (6, 6), (4, 6), (5, 3), (1, 6), (6, 1))))
-    kinds = [draw(stripes(height, width))]
-    for _ in range(count - 1):
-        alike = draw(st.sampled_from(("same", "turned", "other")))
-        s = draw(stripes(height, width)) if alike == "other" else kinds[0]
-        kinds.append(turned(s) if alike == "turned" and height == width else s)
-    source = draw(st.sampled_from(("split",) * 5 + ("same", "own", "input", "chain", "next")))
-    if source != "split":
-        kinds = [dataclasses.replace(s, heads=kinds[0].heads, d=kinds[0].d, parts=None) for s in kinds]
-    index = draw(st.integers(0, count - 1))
-    tensor = f"{draw(st.sampled_from(TENSORS))[:-1]}{index}"
-    tensor = f"q{index}" if tensor.startswith(("start", "q_scaled")) else tensor
-    kind = draw(st.sampled_from(("",) * 6 + ("reader", "output", "branch")))
-    return Map(
-        tuple(kinds),
-        draw(st.integers(1, 2)),
-        height,
-        width,
-        source,
-        **({kind: tensor} if kind else {}),
-        joined=draw(st.booleans()),
-        opset=draw(st.sampled_from((13, 17, 18, 20))),
-        dtype=draw(st.sampled_from(("float32",) * 9 + ("float16",))),
-        prefix=draw(st.sampled_from(("", "q0/", "packed0/ordered"))),
-    )
-
-
-@settings(max_examples=50, **PROFILE)
+@settings(RANDOM, max_examples=50)
 @given(maps())
 def test_random_attentions_give_the_same_outputs(case):
     check(case)
 
 
-@settings(max_examples=30, **PROFILE)
+@settings(RANDOM, max_examples=30)
 @given(maps())
 def test_random_attentions_of_any_batch_give_the_same_outputs(case):
     check(case, None, of_any_batch(case))
 
 
-@settings(max_examples=20, **PROFILE)
+@settings(RANDOM, max_examples=20)
 @given(maps(), st.integers(1, 9))
 def test_order_of_nodes_and_names_do_not_matter(case, seed):
     other = dataclasses.replace(case, shuffle=seed, prefix="other/")
-    results = [rewritten(each.proto(), order_tokens) for each in (case, other)]
+    results = [rewritten(order_tokens, each.proto()) for each in (case, other)]
     assert results[0][1] == results[1][1]
     assert sorted(ops(results[0][0])) == sorted(ops(results[1][0]))

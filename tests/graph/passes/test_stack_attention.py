@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import helper
 
 from meta_deploy.export.trace import quiet
 from meta_deploy.graph.passes.collapse_chains import collapse_chains
@@ -16,21 +15,18 @@ from meta_deploy.graph.passes.order_tokens import order_tokens
 from meta_deploy.graph.passes.stack_attention import stack_attention
 from meta_deploy.graph.pipeline import run_passes
 from meta_deploy.models.backbones.mea import CrossShapedAttention
-from tests.graph.passes.test_fuse_layer_norm import ops
-from tests.graph.passes.test_move_linears import PROFILE, agree, put_inside, rewritten
-from tests.graph.passes.test_order_tokens import TENSORS, maps, of_any_batch
-from tests.graph.test_attention import Map, Stripes, factor
-from tests.small_graphs import model, run, value
+from tests.graph.attention_maps import TENSORS, Map, Stripes, factor, maps, of_any_batch
+from tests.graph.rewriting import RANDOM, agree_among_moves, node, ops, put_inside, rewritten
+from tests.small_graphs import model, run
 
-node = helper.make_node
 HORIZONTAL, VERTICAL = Stripes(2, 4), Stripes(4, 2)  # of a map of 4 x 4
 SQUARE = Map((HORIZONTAL, VERTICAL), 1, 4, 4)
 
 
 def check(case, changes=None, proto=None):
-    """As `agree`; an attention less for every change."""
+    """As `agree_among_moves`; an attention less for every change."""
     proto = proto or case.proto()
-    after = agree(stack_attention, proto, case.feeds(), changes, case.dtype)
+    after = agree_among_moves(stack_attention, proto, case.feeds(), changes, case.dtype)
     made = changes if changes is not None else ops(proto).count("Softmax") - ops(after).count("Softmax")
     assert ops(after).count("Softmax") == ops(proto).count("Softmax") - made
     assert ops(after).count("MatMul") == ops(proto).count("MatMul") - 2 * made
@@ -144,7 +140,7 @@ def test_a_batch_of_any_size_is_stacked(heads, batch, collapse):
     stripes = tuple(dataclasses.replace(s, heads=heads, axis=3) for s in SQUARE.stripes)
     case = Map((*stripes, stripes[1]), batch, 4, 4)
     proto = of_any_batch(case)
-    check(case, 2, rewritten(proto, collapse_chains)[0] if collapse else proto)
+    check(case, 2, rewritten(collapse_chains, proto)[0] if collapse else proto)
 
 
 @pytest.mark.parametrize("tensor", [*TENSORS, "end0"])
@@ -163,10 +159,10 @@ def test_what_others_read_is_still_there(tensor, use):
 def test_what_follows_in_a_branch_stays_there(last, changes, collapse):
     proto = Map((VERTICAL, VERTICAL), 1, 4, 4).proto()
     if collapse:  # a Reshape comes first behind the attentions then
-        proto, _ = rewritten(proto, collapse_chains)
+        proto, _ = rewritten(collapse_chains, proto)
         last = "out" if last == "back" else last
     proto = put_inside(proto, [f"{last}{i}" for i in range(2)])
-    agree(stack_attention, proto, {**SQUARE.feeds(), "c": np.array(True)}, changes)
+    agree_among_moves(stack_attention, proto, {**SQUARE.feeds(), "c": np.array(True)}, changes)
 
 
 def test_a_shape_that_waits_for_the_other_attention_keeps_them_apart():
@@ -186,19 +182,15 @@ def test_a_shape_that_waits_for_the_other_attention_keeps_them_apart():
     infos = list(proto.graph.value_info)
     proto = model(nodes, inputs, outputs, list(proto.graph.initializer), infer=False)
     proto.graph.value_info.extend(infos)
-    agree(stack_attention, proto, SQUARE.feeds(), 0)
+    agree_among_moves(stack_attention, proto, SQUARE.feeds(), 0)
 
 
 def test_reshapes_that_are_alike_are_done_once():
     """One Concat of what they start from, one Split of what they end in."""
     same = Map((VERTICAL,) * 3, 1, 4, 4, "same")
-    collapsed, _ = rewritten(same.proto(), collapse_chains)
+    collapsed, _ = rewritten(collapse_chains, same.proto())
     after = check(same, 2, collapsed)
     assert ops(after).count("Reshape") < ops(collapsed).count("Reshape")
-
-
-def test_an_empty_graph_has_nothing_to_stack():
-    assert rewritten(model([], [value("x", [3])], [value("x", [3])]), stack_attention)[1] == 0
 
 
 # Read by others, these keep an attention as it is; or its moves, so that it starts from one of its own.
@@ -219,23 +211,23 @@ def saved(case):
     return len(kinds) - len(set(kinds)) if together else 0
 
 
-@settings(max_examples=80, **PROFILE)
+@settings(RANDOM, max_examples=80)
 @given(maps(3))
 def test_random_attentions_are_joined_where_the_rule_says_so(case):
     check(case, saved(case))
 
 
-@settings(max_examples=40, **PROFILE)
+@settings(RANDOM, max_examples=40)
 @given(maps(3))
 def test_random_attentions_of_any_batch_are_joined_by_the_same_rule(case):
     check(case, saved(case), of_any_batch(case))
 
 
-@settings(max_examples=20, **PROFILE)
+@settings(RANDOM, max_examples=20)
 @given(maps(3), st.integers(1, 9))
 def test_order_of_nodes_and_names_do_not_matter(case, seed):
     other = dataclasses.replace(case, shuffle=seed, prefix="other/")
-    results = [rewritten(each.proto(), stack_attention) for each in (case, other)]
+    results = [rewritten(stack_attention, each.proto()) for each in (case, other)]
     assert results[0][1] == results[1][1]
     assert sorted(ops(results[0][0])) == sorted(ops(results[1][0]))
 
@@ -252,8 +244,8 @@ def test_the_two_directions_of_a_cross_shaped_attention(size, changes):
         proto = torch.onnx.export(module, (x,), dynamo=True, opset_version=20, verbose=False).model_proto
     proto, _ = run_passes(proto, ["clean-up", "slices-to-split", "collapse-chains"])
     feeds = {proto.graph.input[0].name: x.numpy()}
-    ordered = agree(order_tokens, proto, feeds, 1)
-    after = agree(stack_attention, ordered, feeds, changes)
+    ordered = agree_among_moves(order_tokens, proto, feeds, 1)
+    after = agree_among_moves(stack_attention, ordered, feeds, changes)
     assert ops(after).count("Softmax") == 2 - changes
     (actual,) = run(after, **feeds).values()
     with torch.inference_mode():

@@ -3,21 +3,22 @@
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 
 from meta_deploy.models.backbones.mea import Cascade, MEABlock
-from meta_deploy.models.backbones.meta import META
+from meta_deploy.models.backbones.meta import META, METAConfig
 from meta_deploy.models.backbones.vit import VisionTransformer
-from meta_deploy.models.registry import BackboneConfig, get_config
+from meta_deploy.models.registry import get_config
 from tests.models import references as ref
 
-TINY = BackboneConfig(embed_dim=16, depth=4, num_heads=2, inplanes=4, adapter_parts=2, pos_grid=4)
+TINY = METAConfig(embed_dim=16, depth=4, num_heads=2, inplanes=4, adapter_parts=2, pos_grid=4)
 SIZES = [(32, 32), (64, 32), (96, 160), (32, 224)]
 
 
 def tiny(**changes):
     """A small float64 backbone, its norms and gammas away from their initial values."""
     torch.manual_seed(0)
-    model = META(BackboneConfig(**{**TINY.__dict__, **changes})).double().eval()
+    model = META(replace(TINY, **changes)).double().eval()
     with torch.no_grad():
         for name, value in model.state_dict().items():
             if "running_var" in name:
@@ -86,7 +87,7 @@ def test_backbone_follows_the_equations(size):
 @pytest.mark.parametrize("window", [0, 2])
 def test_at_the_start_the_injector_leaves_vit_features_untouched(window):
     torch.manual_seed(0)
-    model = META(BackboneConfig(**{**TINY.__dict__, "window": window})).double().eval()
+    model = META(replace(TINY, window=window)).double().eval()
     assert all((i.gamma == 0).all() for i in model.interactions)
     seen = []
     for i, interaction in enumerate(model.interactions):
@@ -163,7 +164,7 @@ def test_float32_agrees_with_float64():
 def test_an_own_norm_for_the_ffn_costs_two_vectors_a_block():
     def count(shared):
         with torch.device("meta"):
-            return parameters(META(BackboneConfig(**{**TINY.__dict__, "shared_norm": shared})))
+            return parameters(META(replace(TINY, shared_norm=shared)))
 
     # 8 cascades of 2 blocks, each with 4 channels.
     assert count(False) - count(True) == 8 * 2 * 2 * 4
@@ -183,6 +184,14 @@ def adapter(size):
         f"interactions and {parameters(model.spatial_prior):,} in the spatial prior"
     )
     return model, added
+
+
+@pytest.mark.parametrize(
+    ("size", "count"),
+    [("nano", 749_984), ("t", 2_161_088), ("s", 5_221_952), ("b", 12_392_000), ("l", 22_907_968)],
+)
+def test_the_adapters_size_does_not_change(size, count):
+    assert adapter(size)[1] == count
 
 
 @pytest.mark.parametrize(

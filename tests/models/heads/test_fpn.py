@@ -15,7 +15,7 @@ def maps(channels, H=96, W=160):
 
 def test_pyramid_is_lateral_plus_nearest_upsampled_then_smoothed():
     torch.manual_seed(0)
-    fpn = FPN(6, 4).double()
+    fpn = FPN((6,) * 4, 4).double()
     inputs, state = maps(6), fpn.state_dict()
     top = None
     expected = []
@@ -35,7 +35,7 @@ def test_pyramid_is_lateral_plus_nearest_upsampled_then_smoothed():
 @pytest.mark.parametrize("size", [(32, 32), (96, 160), (64, 32)])
 def test_there_are_five_levels_at_strides_4_to_64(size):
     H, W = size
-    shapes = [tuple(f.shape) for f in FPN(6, 4).double()(maps(6, H, W))]
+    shapes = [tuple(f.shape) for f in FPN((6,) * 4, 4).double()(maps(6, H, W))]
     expected = [(2, 4, H // s, W // s) for s in (4, 8, 16, 32)]
     assert shapes == [*expected, (2, 4, -(-H // 64), -(-W // 64))]
 
@@ -43,7 +43,7 @@ def test_there_are_five_levels_at_strides_4_to_64(size):
 def test_state_dict_names_are_mmdetections():
     kinds = ("lateral_convs", "fpn_convs")
     expected = {f"{k}.{i}.conv.{p}" for k in kinds for i in range(4) for p in ("weight", "bias")}
-    assert set(FPN(6, 4).state_dict()) == expected
+    assert set(FPN((6,) * 4, 4).state_dict()) == expected
 
 
 def test_conv_module_is_convolution_norm_relu():

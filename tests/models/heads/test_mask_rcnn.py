@@ -6,17 +6,19 @@ import math
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from torch.nn import functional as F
 
-from meta_deploy.models.heads.mask_rcnn import BoxHead, MaskHead, MaskRCNN, RoIHead, image_of
+from meta_deploy.models.backbones.meta import METAConfig
+from meta_deploy.models.heads.mask_rcnn import BoxHead, MaskHead, MaskRCNNConfig, RoIHead, image_of
 from meta_deploy.models.ops.boxes import INVALID
-from meta_deploy.models.registry import BackboneConfig, MaskRCNNConfig
+from meta_deploy.models.registry import build_model
 from tests.models import references as ref
 
 CLASSES = 5
 TINY = MaskRCNNConfig(
     "tiny",
-    BackboneConfig(16, 4, 2, inplanes=4, adapter_parts=2, pos_grid=4, window=4),
+    METAConfig(16, 4, 2, inplanes=4, adapter_parts=2, pos_grid=4, window=4),
     num_classes=CLASSES,
     fpn_channels=8,
     fc_channels=16,
@@ -32,7 +34,7 @@ STRIDES = (4, 8, 16, 32)
 def tiny(**changes):
     """A small float64 detector, its random heads scaled to detect several classes with varied scores."""
     torch.manual_seed(0)
-    model = MaskRCNN(MaskRCNNConfig(**{**fields(TINY), **changes})).double().eval()
+    model = build_model(replace(TINY, **changes)).double()
     head = model.roi_head.bbox_head
     with torch.no_grad():
         for conv in (model.rpn_head.rpn_conv, model.rpn_head.rpn_cls, model.rpn_head.rpn_reg):
@@ -46,10 +48,6 @@ def tiny(**changes):
             fc.weight.mul_(spread / out.std(dim=0)[:, None])
             fc.bias.copy_(-out.mean(dim=0) * spread / out.std(dim=0))
     return model
-
-
-def fields(config):
-    return {k: v for k, v in config.__dict__.items() if k not in ("task", "head")}
 
 
 def images(*shape):
@@ -270,7 +268,7 @@ def test_image_of_numbers_the_flattened_rows():
 
 
 def test_state_dict_names_of_neck_and_heads_are_mmdetections():
-    names = {n for n in MaskRCNN(TINY).state_dict() if not n.startswith("backbone.")}
+    names = {n for n in build_model(TINY).state_dict() if not n.startswith("backbone.")}
     neck = [f"neck.{k}.{i}.conv" for k in ("lateral_convs", "fpn_convs") for i in range(4)]
     rpn = [f"rpn_head.rpn_{k}" for k in ("conv", "cls", "reg")]
     box = [f"roi_head.bbox_head.{k}" for k in ("shared_fcs.0", "shared_fcs.1", "fc_cls", "fc_reg")]
@@ -280,7 +278,7 @@ def test_state_dict_names_of_neck_and_heads_are_mmdetections():
 
 
 def test_every_trained_parameter_gets_a_gradient_from_the_heads():
-    model = MaskRCNN(TINY).double().eval()
+    model = build_model(TINY).double()
     for interaction in model.backbone.interactions:
         interaction.gamma.data.fill_(0.1)
     features = model.extract_features(images(1, 3, 64, 64))

@@ -4,18 +4,19 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from meta_deploy.models.heads.upernet import UPerHead, UPerNet, pooling_weights
-from meta_deploy.models.registry import BackboneConfig, UPerNetConfig
+from meta_deploy.models.backbones.meta import METAConfig
+from meta_deploy.models.heads.upernet import UPerHead, UPerNetConfig, pooling_weights
+from meta_deploy.models.registry import build_model
 
 TINY = UPerNetConfig(
-    "tiny", BackboneConfig(16, 4, 2, inplanes=4, adapter_parts=2, pos_grid=4), num_classes=7, channels=8
+    "tiny", METAConfig(16, 4, 2, inplanes=4, adapter_parts=2, pos_grid=4), num_classes=7, channels=8
 )
 
 
 @pytest.fixture
 def head():
     torch.manual_seed(0)
-    head = UPerHead(6, 8, (1, 2, 3, 6), 5).double().eval()
+    head = UPerHead((6,) * 4, 8, (1, 2, 3, 6), 5).double().eval()
     with torch.no_grad():
         for name, value in head.state_dict().items():
             if "running_var" in name:
@@ -84,14 +85,14 @@ def test_state_dict_names_are_mmsegmentations(head):
 @pytest.mark.parametrize("size", [(32, 32), (96, 160)])
 def test_logits_are_at_a_quarter_of_the_input(size):
     torch.manual_seed(0)
-    logits = UPerNet(TINY).eval()(torch.randn(1, 3, *size))["logits"]
+    logits = build_model(TINY)(torch.randn(1, 3, *size))["logits"]
     assert logits.shape == (1, 7, size[0] // 4, size[1] // 4)
     assert logits.isfinite().all()
 
 
 def test_a_batch_of_two_is_two_batches_of_one():
     torch.manual_seed(0)
-    model = UPerNet(TINY).double().eval()
+    model = build_model(TINY).double()
     images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
     alone = torch.cat([model(image[None])["logits"] for image in images])
     torch.testing.assert_close(model(images)["logits"], alone)
@@ -99,7 +100,7 @@ def test_a_batch_of_two_is_two_batches_of_one():
 
 def test_every_parameter_gets_a_gradient():
     torch.manual_seed(0)
-    model = UPerNet(TINY).double().eval()
+    model = build_model(TINY).double()
     for interaction in model.backbone.interactions:
         interaction.gamma.data.fill_(0.1)
     logits = model(torch.randn(1, 3, 64, 64, dtype=torch.float64))["logits"]

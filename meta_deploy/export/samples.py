@@ -1,0 +1,105 @@
+"""Inputs to measure a graph on and to compare it on: images, .npz files, or random numbers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+
+from meta_deploy.bundle.manifest import InputSpec, Preprocess
+from meta_deploy.errors import InputError
+from meta_deploy.imaging.images import expand, read_image
+from meta_deploy.imaging.preprocess import Preprocessor
+
+MOST = 8  # images or .npz files that an export looks at
+Feed = dict[str, np.ndarray]
+
+
+class Samples:
+    """Inputs by name, one dictionary a run. May be iterated several times; `noun` is what they are called."""
+
+    noun = "inputs"
+
+    def __init__(self, feeds: Sequence[Mapping[str, np.ndarray]] = ()) -> None:
+        self._feeds = feeds
+
+    def __len__(self) -> int:
+        return len(self._feeds)
+
+    def __iter__(self) -> Iterator[Mapping[str, np.ndarray]]:
+        yield from self._feeds
+
+    def done(self, runs: int) -> int:
+        """How many of these were met in the first `runs` runs."""
+        return min(runs, len(self))
+
+
+class ImageSamples(Samples):
+    """Image files, preprocessed. Of a dynamic batch, the largest and the smallest are met.
+
+    Raises ImageError from the constructor, not in the middle of long work, where a file cannot be read.
+    """
+
+    noun = "images"
+
+    def __init__(self, paths: Sequence[Path], spec: InputSpec, preprocess: Preprocess) -> None:
+        self._paths = paths
+        self._name = spec.name
+        self._preprocessor = Preprocessor(spec, preprocess)
+        self._groups = list(_groups(len(paths), spec))
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __iter__(self) -> Iterator[Feed]:
+        for group in self._groups:
+            batch, _ = self._preprocessor([read_image(self._paths[i]) for i in group])
+            yield {self._name: batch}
+
+    def done(self, runs: int) -> int:
+        return min(sum(map(len, self._groups[:runs])), len(self))
+
+
+def _groups(count: int, spec: InputSpec) -> Iterator[list[int]]:
+    """Every image once, in batches of the largest size, then of the smallest, then of the usual one."""
+    sizes = [spec.batch.max, spec.batch.min] if not spec.static_batch else []
+    start = 0
+    while start < count or sizes:
+        size = sizes.pop(0) if sizes else spec.batch.opt
+        # A short last batch is filled up from the start: a static graph takes no other size.
+        yield [i % count for i in range(start, start + size)]
+        start += size
+
+
+def find_files(folder: str | Path | None) -> list[Path]:
+    """At most eight images or .npz files of a folder, spread over it; without one the package's own images.
+
+    Raises:
+        InputError: the folder is missing, or has neither.
+        ImageError: one of these images cannot be read.
+    """
+    if folder is None:
+        paths = sorted(Path(str(files("meta_deploy") / "assets" / "images")).glob("*.jpg"))
+    elif not Path(folder).is_dir():
+        raise InputError(f"'{folder}' is not a folder; give --calib-images a folder of images")
+    else:
+        paths = sorted(Path(folder).glob("*.npz")) or [source.path for source in expand([str(folder)])]
+    step = max(1, len(paths) / MOST)
+    chosen = [paths[int(i * step)] for i in range(min(len(paths), MOST))]
+    for path in chosen:
+        if path.suffix != ".npz":
+            read_image(path)  # a broken one is told before the long work, not after it
+    return chosen
+
+
+def corners(sizes: Mapping[str, tuple[int, int]]) -> Iterator[dict[str, int]]:
+    """All open sizes at their first, then all at their second, each distinct choice once."""
+    choices = ({name: pair[which] for name, pair in sizes.items()} for which in (0, 1))
+    seen: list[dict[str, int]] = []
+    for choice in itertools.chain(choices):
+        if choice not in seen:
+            seen.append(choice)
+            yield choice

@@ -1,0 +1,242 @@
+"""An ONNX file as the source of an export: its graph, and the file itself on ONNX Runtime to compare with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import TensorProto
+
+from meta_deploy.bundle.manifest import (
+    BatchRange,
+    Fit,
+    InputSpec,
+    ModelInfo,
+    Preprocess,
+    RawInput,
+    SizeRange,
+    Stretch,
+)
+from meta_deploy.errors import InputError, VerificationError
+from meta_deploy.export.onnx_reader import numpy_name, read_onnx, tensors_of
+from meta_deploy.export.options import Options, check_size
+from meta_deploy.export.samples import ImageSamples, Samples
+from meta_deploy.export.shapes import ANY, OpenInput, choose_shapes, open_inputs
+from meta_deploy.export.sources.source import CLASS_NAMES, Source
+from meta_deploy.export.verify import OnnxRun
+from meta_deploy.graph.precision import PRECISIONS
+from meta_deploy.tasks import get_task
+from meta_deploy.tasks.comparison import Comparison
+from meta_deploy.tasks.raw import read_arrays
+
+IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+UNNAMED_CLASSES = 1000
+BATCH_OF_ANY = 8  # the most images a call where the file takes any number
+
+
+class OnnxSource(Source):
+    """An ONNX file. A detector or segmenter with our outputs' names stays one; anything else is raw."""
+
+    def __init__(self, path: Path, options: Options, note: Callable[[str], None]) -> None:
+        self.path, self.options = path, options
+        self.original = "the original"
+        self.reference = f"{path.name} on ONNX Runtime {onnxruntime.__version__}, as it is"
+        self.name = path.stem
+        self.proto = read_onnx(path)
+        self._original = _open_original(self.proto, path)
+        inputs = open_inputs(self.proto, path)
+        self.task = get_task(_task_of(self.proto, inputs))
+        self.inputs = choose_shapes(self.proto, inputs, options, path)
+        self.profiles = [given.profile for given in self.inputs]
+        self.static = all(given.static_but_batch for given in self.inputs)
+        self.outputs = [output.name for output in self.proto.graph.output]
+        self.parameters = sum(int(np.prod(tensor.dims)) for tensor in tensors_of(self.proto.graph))
+        self.image = self._image_input()
+        self.preprocess = self._preprocess()
+        self.classes = self._class_names(note) if self.task.name != "raw" else None
+
+    def describe(self) -> str:
+        shapes = ", ".join(f"{given.name} {given.dtype} {given.shown}" for given in self.inputs)
+        return f"{self.name}, {self.parameters:,} parameters, {self.task.name}, input {shapes}"
+
+    def graph(self, operators: str) -> onnx.ModelProto:
+        return self.proto
+
+    def samples(self, paths: Sequence[Path]) -> Samples:
+        arrays = [path for path in paths if path.suffix == ".npz"]
+        if arrays:
+            return Samples([self._checked(read_arrays(path), path) for path in arrays])
+        if self.image is not None and self.preprocess is not None:
+            return ImageSamples(paths, self.image, self.preprocess)
+        if self.options.calib_images is not None:
+            raise InputError(
+                f"'{self.path}' does not say how an image becomes its input; "
+                "give --mean, --std and --scale as it was trained with, or .npz files"
+            )
+        return Samples(self._random())
+
+    def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        try:
+            return self._original(feed)
+        except VerificationError as error:
+            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feed.items())
+            raise InputError(
+                f"the original '{self.path}' does not run on {shapes}: {_reason(error)}; give shapes "
+                "that it takes with --shape, --batch or --input-size, or inputs as .npz with --calib-images"
+            ) from error
+
+    def facts(self) -> dict[str, Any]:
+        known = {"model": ModelInfo(name=self.name), "preprocess": self.preprocess}
+        if self.task.name != "raw":
+            return {**known, "input": self.image}
+        return {**known, "inputs": tuple(map(_raw_input, self.inputs)), "image": self.image}
+
+    def comparison(self, tolerance: Mapping[str, float]) -> Comparison:
+        """A low-precision file rounds in other places after the passes: that precision's tolerance holds."""
+        kinds = {tensor.data_type for tensor in tensors_of(self.proto.graph)}
+        for name, kind in (("bf16", TensorProto.BFLOAT16), ("fp16", TensorProto.FLOAT16)):
+            if kind in kinds and "maps" in tolerance:
+                return super().comparison(PRECISIONS[name].tolerances)
+        return super().comparison(tolerance)
+
+    # --- inputs ---------------------------------------------------------------------------------------------
+
+    def _checked(self, arrays: dict[str, np.ndarray], path: Path) -> dict[str, np.ndarray]:
+        """The inputs among an .npz file's arrays, of the types that the graph takes."""
+        feed = {}
+        for given in self.inputs:
+            if given.name not in arrays:
+                raise InputError(
+                    f"'{path}' has no array '{given.name}', which '{self.path.name}' takes; "
+                    f"it has {', '.join(arrays) or 'none'}"
+                )
+            array = arrays[given.name]
+            if array.dtype != given.dtype or not given.takes(array.shape):
+                raise InputError(
+                    f"'{path}' has {given.name} as {array.dtype} {list(array.shape)}, and '{self.path.name}' "
+                    f"takes {given.dtype} {given.shown}"
+                )
+            feed[given.name] = array
+        return feed
+
+    def _random(self) -> list[dict[str, np.ndarray]]:
+        """Seeded inputs, two sets; of open sizes a small and a larger, but for what the original refuses."""
+        feeds, refusal = [], None
+        for which in (0, 1):
+            generator = np.random.default_rng(which)
+            feed = {given.name: given.random(generator, which) for given in self.inputs}
+            try:
+                self.run(feed)
+            except InputError as error:
+                refusal = refusal or error
+            else:
+                feeds.append(feed)
+        if not feeds and refusal is not None:
+            raise refusal
+        return feeds
+
+    def _image_input(self) -> InputSpec | None:
+        """The input that an image goes to; None where the graph takes no images."""
+        if self.task.name == "raw" and not self.options.takes_images:
+            return None
+        images = [given for given in self.inputs if given.is_image]
+        if len(images) != 1 or len(self.inputs) != 1:
+            raise InputError(
+                f"'{self.path}' cannot take images: it has to have one input of float32 (N, 3, H, W), and it "
+                f"has {', '.join(f'{i.name} {i.dtype} {i.shown}' for i in self.inputs)}; "
+                "leave out --mean, --std, --scale and --bgr"
+            )
+        (given,) = images
+        low, opt, high = given.profile.min, given.profile.opt, given.profile.max
+        if ANY in high[2:]:
+            raise InputError(f"'{self.path}' takes images of any size; give --input-size H W")
+        divisor = 32 if low[2:] != high[2:] else 1
+        most = high[0] if high[0] != ANY else BATCH_OF_ANY
+        check_size(opt[2:], divisor, most, self.options.dynamic_size)
+        return InputSpec(
+            name=given.name,
+            batch=BatchRange(min=low[0], opt=opt[0], max=most),
+            size=SizeRange(min=(low[2], low[3]), opt=(opt[2], opt[3]), max=(high[2], high[3])),
+            divisor=divisor,
+        )
+
+    def _preprocess(self) -> Preprocess | None:
+        if self.image is None:
+            return None
+        options, size = self.options, self.image.size.opt
+        scale = options.scale if options.scale is not None else 1.0
+        raw = self.task.name == "raw"
+        usual = (
+            ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+            if raw or options.takes_images
+            else (IMAGENET_MEAN, IMAGENET_STD)
+        )
+        mean, std = usual
+        if options.mean is not None:
+            mean = (options.mean[0] / scale, options.mean[1] / scale, options.mean[2] / scale)
+        if options.takes_images:
+            given = options.std or (1.0, 1.0, 1.0)
+            std = (given[0] / scale, given[1] / scale, given[2] / scale)
+        return Preprocess(
+            resize=Stretch(size=size) if raw else Fit(size=size),
+            mean=mean,
+            std=std,
+            channels="bgr" if options.bgr else "rgb",
+        )
+
+    def _class_names(self, note: Callable[[str], None]) -> tuple[str, ...]:
+        """What was given, else what the file's metadata holds, else numbers."""
+        if self.options.class_names is not None:
+            return tuple(self.options.class_names)
+        metadata = {entry.key: entry.value for entry in self.proto.metadata_props}
+        try:
+            names = json.loads(metadata.get(CLASS_NAMES, "null"))
+        except (ValueError, RecursionError):
+            names = None
+        if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
+            return tuple(names)
+        note("the file holds no class names, so classes are numbered; give --class-names FILE, a name a line")
+        logits = next((o for o in self.proto.graph.output if o.name == "logits"), None)
+        count = logits.type.tensor_type.shape.dim[1].dim_value if logits is not None else 0
+        return tuple(f"class {i}" for i in range(count or UNNAMED_CLASSES))
+
+
+def _raw_input(given: OpenInput) -> RawInput:
+    ends = given.profile
+    return RawInput(
+        name=given.name, dtype=given.dtype, shape=given.shape, min=ends.min, opt=ends.opt, max=ends.max
+    )
+
+
+def _task_of(proto: onnx.ModelProto, inputs: Sequence[OpenInput]) -> str:
+    """The task whose outputs, by name, type and rank, the graph has; "raw" where it is none."""
+    if len(inputs) != 1 or not inputs[0].is_image:
+        return "raw"
+    given = {}
+    for output in proto.graph.output:
+        tensor = output.type.tensor_type
+        given[output.name] = numpy_name(tensor.elem_type), len(tensor.shape.dim)
+    for name in ("instance-segmentation", "detection", "semantic-segmentation"):
+        wanted = {key: (value.dtype, len(value.dims)) for key, value in get_task(name).outputs.items()}
+        if all(given.get(key) == value for key, value in wanted.items()):
+            return name
+    return "raw"
+
+
+def _open_original(proto: onnx.ModelProto, path: Path) -> OnnxRun:
+    try:
+        return OnnxRun(proto, literally=True)
+    except VerificationError as error:
+        raise InputError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot load '{path}': {_reason(error)}; "
+            "only what it runs can be checked, so it is not exported"
+        ) from error
+
+
+def _reason(error: VerificationError) -> str:
+    return " ".join(str(error.__cause__ or error).split())[:200]

@@ -1,0 +1,89 @@
+"""What a backbone is to the rest: its configuration, its sizes, and how a state dict shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import nn
+
+from meta_deploy.models.config import Config
+from meta_deploy.models.shapes import State
+
+
+class BackboneConfig(Config, frozen=True, tag_field="type"):
+    """Base of the backbones' configurations; a subclass's `tag` is the backbone's name."""
+
+    part: ClassVar[str] = "backbone"
+
+    @property
+    def width(self) -> int:
+        """The number of channels that tells the backbone's sizes apart."""
+        raise NotImplementedError
+
+    @property
+    def blocks(self) -> int:
+        """The longest list of layers: a state dict has at least as many tensors."""
+        raise NotImplementedError
+
+
+class BackboneModule(nn.Module):
+    """Base of the backbones: images (B, 3, H, W) to a list of maps, the largest first.
+
+    Map i is (B, out_channels[i], H / strides[i], W / strides[i]).
+    """
+
+    out_channels: Sequence[int]
+    strides: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A backbone's entry.
+
+    State dicts are given to the functions without the leading `backbone.` of the names.
+
+    Attributes:
+        title: its name in messages.
+        config: its configuration.
+        model: configuration -> module.
+        sizes: name of a size -> settings of the configuration.
+        recognise: whether a state dict, complete or not, is of this backbone.
+        width: `BackboneConfig.width` from a state dict.
+        measure: configuration and state dict -> the settings that shapes tell.
+        by_task: task -> settings that go before those of the size.
+        vit: what stands before the names of a plain ViT inside of it, whose weights can then come from a
+            checkpoint of their own (the configuration has `layer_scale` for them); None where there is none.
+    """
+
+    title: str
+    config: type[BackboneConfig]
+    model: Callable[[Any], BackboneModule]
+    sizes: Mapping[str, Mapping[str, Any]]
+    recognise: Callable[[State], bool]
+    width: Callable[[State], int | None]
+    measure: Callable[[Any, State], dict[str, Any]]
+    by_task: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    vit: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The tag of its configuration."""
+        return str(self.config.__struct_config__.tag)
+
+    def configure(self, size: str, task: str) -> BackboneConfig:
+        """The configuration of one of `sizes`."""
+        return self.config(**{**self.sizes[size], **self.by_task.get(task, {})})
+
+    def size_of_width(self, width: int | None) -> str | None:
+        """The first of `sizes` that has this width."""
+        return next((size for size in self.sizes if self.configure(size, "").width == width), None)
+
+
+BACKBONES: dict[str, Backbone] = {}
+
+
+def register(backbone: Backbone) -> None:
+    """Make a backbone known under its name; models are called `<backbone>-<size>-<head>`."""
+    BACKBONES[backbone.name] = backbone

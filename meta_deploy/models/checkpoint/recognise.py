@@ -1,0 +1,79 @@
+"""What a state dict is of: a backbone and a head of ours, a plain ViT, or a model that we can only name."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from meta_deploy.models.backbones.backbone import BACKBONES, Backbone
+from meta_deploy.models.checkpoint.file import first_few, refuse
+from meta_deploy.models.checkpoint.foreign import foreign_adapter, foreign_detector
+from meta_deploy.models.checkpoint.read import Checkpoint
+from meta_deploy.models.heads.head import HEADS, Head
+from meta_deploy.models.registry import MODEL_NAMES
+from meta_deploy.models.shapes import State, size_of, without_prefix
+
+ALLOW = "--allow-partial (allow_partial=True)"
+
+
+def find_backbone(state: State) -> Backbone | None:
+    """The registered backbone that these tensors are of, complete or not."""
+    part = without_prefix(state, "backbone.")
+    return next((backbone for backbone in BACKBONES.values() if backbone.recognise(part)), None)
+
+
+def find_head(state: State) -> Head | None:
+    """The registered head, by names; None where there is none or more than one."""
+    heads = [head for head in HEADS.values() if head.recognise(state)]
+    return heads[0] if len(heads) == 1 else None
+
+
+def width_of(state: State, backbone: Backbone) -> int | None:
+    """The backbone's width."""
+    return backbone.width(without_prefix(state, "backbone."))
+
+
+def nearest_model(state: State, backbone: Backbone) -> str | None:
+    """The model that these tensors are most like; None where width or head is none that we know."""
+    head, size = find_head(state), backbone.size_of_width(width_of(state, backbone))
+    return f"{backbone.name}-{size}-{head.name}" if head and size else None
+
+
+def vit_prefix(state: State) -> str | None:
+    """What stands before a ViT's names in timm's naming ("" for a plain one); None where there is no ViT."""
+    end = "patch_embed.proj.weight"
+    for name in sorted((n for n in state if n.endswith(end)), key=len):
+        prefix = name.removesuffix(end)
+        if any(n.startswith(prefix + "blocks.0.attn.") for n in state):
+            return prefix
+    return None
+
+
+def models_of_width(width: int | None) -> str:
+    """ " (meta-t-...)": the models whose backbone has this width; empty where none has."""
+    found = ((b.name, b.size_of_width(width)) for b in BACKBONES.values())
+    names = [f"{name}-{size}-..." for name, size in found if size]
+    return f" ({', '.join(names)})" if names else ""
+
+
+def refuse_foreign(checkpoint: Checkpoint) -> NoReturn:
+    """Say what a checkpoint is that none of our models can take.
+
+    Raises:
+        CheckpointError: always.
+    """
+    state, path = checkpoint.state, checkpoint.path
+    if what := foreign_adapter(state) or foreign_detector(state):
+        titles = " or ".join(backbone.title for backbone in BACKBONES.values())
+        refuse(path, f"is {what}; not supported yet, give a checkpoint of a {titles} model")
+    if (prefix := vit_prefix(state)) is not None:
+        width = size_of(state, prefix + "patch_embed.proj.weight", 0)
+        refuse(
+            path,
+            f"holds a ViT backbone of width {width} without META's adapter and head; train the whole model"
+            f"{models_of_width(width)}, or name one with --model and pass {ALLOW} to leave the rest random",
+        )
+    refuse(
+        path,
+        f"is of no supported model: it holds {len(state)} tensors ({first_few(list(state))}); supported are "
+        f"{', '.join(MODEL_NAMES)}, and plain ViTs in timm's naming",
+    )

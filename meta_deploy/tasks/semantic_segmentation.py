@@ -1,0 +1,127 @@
+"""A class for every pixel: the task, and its result.
+
+Knows arrays; must not know files, back ends or how a result is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import cv2
+import numpy as np
+
+from meta_deploy.bundle.bundle import Bundle
+from meta_deploy.bundle.manifest import Size
+from meta_deploy.imaging.preprocess import Placement
+from meta_deploy.tasks.comparison import Comparison, SegmentationComparison
+from meta_deploy.tasks.draw import draw_segmentation
+from meta_deploy.tasks.masks import Mask
+from meta_deploy.tasks.results import ImageResult, coco_category_ids, listed
+from meta_deploy.tasks.task import Output, Task, check_classes, check_finite
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Segmentation(ImageResult):
+    """The class of every pixel of one image: `labels` is int16 (H, W), indices into `classes`."""
+
+    labels: np.ndarray
+    classes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        pixels = max(self.labels.size, 1)
+        return listed([f"{self.classes[i]} {100 * area / pixels:.0f}%" for i, area in self.areas.items()])
+
+    @property
+    def size(self) -> Size:
+        """The image's (height, width)."""
+        return self.labels.shape[0], self.labels.shape[1]
+
+    def filter(self, score: float) -> Segmentation:
+        """Itself: a class map has no scores."""
+        return self
+
+    @property
+    def areas(self) -> dict[int, int]:
+        """The pixels of each label that occurs, the largest first."""
+        counts = np.bincount(self.labels.ravel(), minlength=len(self.classes))
+        return {int(i): int(counts[i]) for i in np.argsort(-counts, kind="stable") if counts[i]}
+
+    def to_coco(self, image_id: int | str, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
+        """COCO stuff-style records (image_id, category_id, segmentation RLE), one a class that occurs."""
+        ids = coco_category_ids(self.classes) if category_ids is None else category_ids
+        return [
+            {"image_id": image_id, "category_id": int(ids[label]), "segmentation": self._mask(label).rle()}
+            for label in self.areas
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: path, size [H, W], segments (label, name, pixels, mask as COCO RLE), timings."""
+        segments = [
+            {"label": label, "name": self.classes[label], "pixels": pixels, "mask": self._mask(label).rle()}
+            for label, pixels in self.areas.items()
+        ]
+        return {
+            "path": self.path,
+            "size": list(self.size),
+            "segments": segments,
+            "timings": self.timings.to_dict(),
+        }
+
+    def _mask(self, label: int) -> Mask:
+        return Mask.from_full(self.labels == label)
+
+    def _drawn(self, image: np.ndarray) -> np.ndarray:
+        return draw_segmentation(image, self.labels, self.classes)
+
+
+class SemanticSegmentation(Task):
+    """A class for every pixel."""
+
+    name = "semantic-segmentation"
+    outputs: ClassVar[Mapping[str, Output]] = {
+        "logits": Output("float32", ("batch", "classes", "rows", "columns"))
+    }
+
+    def decode(
+        self,
+        bundle: Bundle,
+        outputs: Mapping[str, np.ndarray],
+        index: int,
+        placement: Placement,
+        padded: Size,
+        score_threshold: float,
+    ) -> Segmentation:
+        logits = outputs["logits"][index]
+        check_classes(bundle, len(logits))
+        check_finite(bundle, logits)
+        return Segmentation(class_map(logits, placement, padded), bundle.classes)
+
+    def comparison(self, tolerance: Mapping[str, float], score_threshold: float = 0.0) -> Comparison:
+        return SegmentationComparison(tolerance)
+
+
+def class_map(logits: np.ndarray, placement: Placement, padded: Size) -> np.ndarray:
+    """Logits (classes, h, w) of one image to its class map, int16 (H, W) in original pixels.
+
+    As MMSegmentation: bilinear to the padded input, the valid part cut out, bilinear to the original size,
+    argmax (the first of equals). Class by class, so that memory does not grow with their number.
+    """
+    height, width = placement.original
+    best = np.full((height, width), -np.inf, np.float32)
+    labels = np.zeros((height, width), np.int16)
+    for label, plane in enumerate(logits):
+        scores = _resize(
+            _resize(plane, padded)[: placement.resized[0], : placement.resized[1]], (height, width)
+        )
+        better = scores > best
+        np.copyto(best, scores, where=better)
+        np.copyto(labels, np.int16(label), where=better)
+    return labels
+
+
+def _resize(plane: np.ndarray, size: Size) -> np.ndarray:
+    if plane.shape == size:
+        return plane
+    return cv2.resize(np.ascontiguousarray(plane, np.float32), size[::-1], interpolation=cv2.INTER_LINEAR)

@@ -1,0 +1,325 @@
+"""ONNX files as sources: what is read, what is refused in one line, and what the bundle answers."""
+
+import os
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from meta_deploy import Predictor
+from meta_deploy.errors import InputError, VerificationError
+from meta_deploy.export import export
+from meta_deploy.export.onnx_reader import read_onnx
+from meta_deploy.export.sources.source import CLASS_NAMES
+from tests.bundles_by_hand import CLASSES, detector, segmenter
+from tests.small_graphs import model, value
+
+node = helper.make_node
+
+
+def weights(*shape, seed=0, name="w", kind=np.float32):
+    numbers = np.random.default_rng(seed).normal(0, 0.3, shape).astype(kind)
+    return numpy_helper.from_array(numbers, name)
+
+
+def network(batch="batch", size=8):
+    """A convolution, a norm written out, and a product: (batch, 3, size, size) to (batch, 5)."""
+    nodes = [
+        node("Conv", ["image", "w"], ["c"], kernel_shape=[3, 3], pads=[1, 1, 1, 1]),
+        node("Relu", ["c"], ["r"]),
+        node("GlobalAveragePool", ["r"], ["p"]),
+        node("Flatten", ["p"], ["f"]),
+        node("MatMul", ["f", "m"], ["scores"]),
+    ]
+    constants = [weights(4, 3, 3, 3), weights(4, 5, name="m")]
+    return model(nodes, [value("image", [batch, 3, size, size])], ["scores"], constants)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def saved(proto, name="net.onnx"):
+    onnx.save(proto, name)
+    return name
+
+
+def answer(proto, feed):
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    return dict(zip([o.name for o in session.get_outputs()], session.run(None, feed), strict=True))
+
+
+def random(*shape, seed=1):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def test_a_raw_bundle_answers_as_the_file(here):
+    proto = network()
+    bundle = export(saved(proto), out="b")
+    assert bundle.task == "raw"
+    assert bundle.manifest.verification["passed"]
+    with Predictor(bundle) as predictor:
+        for batch in (1, 3):
+            feed = {"image": random(batch, 3, 8, 8)}
+            expected = answer(proto, feed)["scores"]
+            np.testing.assert_allclose(predictor.run(feed)["scores"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_open_sizes_are_compared_at_two(here):
+    found = export(saved(network(size="side")), out="b").manifest
+    assert found.verification["images"] == 2
+    assert [list(given.shape) for given in found.inputs] == [["batch", 3, "side", "side"]]
+
+
+def test_options_fix_open_sizes(here):
+    fixed = export(saved(network(size="side")), input_size=(32, 32), batch=2, out="b").manifest
+    assert list(fixed.inputs[0].shape) == [2, 3, 32, 32]
+    shaped = export("net.onnx", shapes={"image": (1, 3, 16, 16)}, out="c").manifest
+    assert list(shaped.inputs[0].shape) == [1, 3, 16, 16]
+    ranged = export("net.onnx", dynamic_batch=(1, 2, 4), shapes={"image": (1, 3, 9, 9)}, out="d")
+    assert ranged.manifest.inputs[0].max == (1, 3, 9, 9)
+
+
+def test_a_fixed_size_that_only_the_graph_shows_is_compared(here):
+    """A Reshape to a written-down batch: the file claims any, and runs one."""
+    nodes = [node("Reshape", ["x", "to"], ["y"])]
+    to = numpy_helper.from_array(np.array([1, 6]), "to")
+    proto = model(nodes, [value("x", ["batch", 2, 3])], [value("y", [1, 6])], [to])
+    assert export(saved(proto), out="b").manifest.verification["images"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "pattern"),
+    [
+        ({"shapes": {"nope": (1,)}}, "no input 'nope'; it takes image"),
+        ({"shapes": {"image": (1, 4, 8, 8)}}, r"takes image as \[batch, 3, 8, 8\], and --shape"),
+        ({"input_size": (64, 64)}, "only; leave out --input-size"),
+        ({"dynamic_size": True}, "needs --input-size"),
+        ({"model": "meta-t-upernet"}, "--model is for a checkpoint"),
+        ({"allow_partial": True}, "--allow-partial is for a checkpoint"),
+        ({"precision": "fp4"}, "fp4"),
+        ({"passes": "tidy"}, "'tidy' is not a graph pass"),
+        ({"batch": 0, "dynamic_batch": (3, 2, 1)}, "does not rise"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(here, options, pattern):
+    with pytest.raises(InputError, match=pattern):
+        export(saved(network()), out="b", **options)
+    assert not os.path.exists("b")
+
+
+def test_a_fixed_batch_stays(here):
+    assert next(iter(export(saved(network(batch=2)), out="b").manifest.inputs[0].shape)) == 2
+    with pytest.raises(InputError, match="batch fixed at 2; leave out --batch 3"):
+        export("net.onnx", batch=3, out="c")
+
+
+# --- images -------------------------------------------------------------------------------------------------
+
+
+def test_given_preprocessing_makes_it_take_images(here, photo):
+    """numpy does what --scale, --mean, --std and --bgr say, in float64."""
+    proto = network()
+    bundle = export(saved(proto), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4), scale=1 / 255, bgr=True, out="b")
+    assert bundle.manifest.verification["samples"] == "images"
+    pixels = photo[:8, :8]
+    normal = (pixels[..., ::-1] / 255.0 - [0.4, 0.5, 0.6]) / [0.2, 0.3, 0.4]
+    expected = answer(proto, {"image": normal.transpose(2, 0, 1)[None].astype(np.float32)})
+    with Predictor(bundle) as predictor:
+        result = predictor(np.ascontiguousarray(pixels))
+    np.testing.assert_allclose(result.outputs["scores"], expected["scores"], rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_take_images_says_so(here):
+    proto = model([node("Relu", ["x"], ["y"])], [value("x", [1, 8])])
+    with pytest.raises(InputError, match=r"cannot take images.*x float32 \[1, 8\]"):
+        export(saved(proto), mean=(0, 0, 0), out="b")
+    with pytest.raises(InputError, match="--input-size"):
+        export(saved(network(size="side"), "any.onnx"), scale=1.0, out="b")
+
+
+@pytest.mark.parametrize(
+    ("graph", "task"), [(detector, "instance-segmentation"), (segmenter, "semantic-segmentation")]
+)
+def test_a_model_with_our_outputs_keeps_its_task(here, graph, task, photo):
+    size = (64, 64)
+    proto = onnx.load_from_string(graph(size))
+    names = CLASSES if task == "instance-segmentation" else None
+    bundle = export(saved(proto), class_names=names, out="b")
+    assert bundle.task == task
+    with Predictor(bundle) as predictor:
+        result = predictor(photo)
+    assert result.size == photo.shape[:2]
+
+
+def test_class_names_travel_in_the_file(here, bundles):
+    proto = onnx.load_from_string(detector((64, 64)))
+    onnx.helper.set_model_props(proto, {CLASS_NAMES: '["a", "b"]'})
+    assert export(saved(proto), out="b").classes == ("a", "b")
+    assert export("b/model.onnx", out="c").classes == ("a", "b")
+
+
+# --- types --------------------------------------------------------------------------------------------------
+
+
+def test_whole_numbers_index_a_table_within_it(here):
+    table = numpy_helper.from_array(np.arange(14, dtype=np.float32).reshape(7, 2), "table")
+    nodes = [node("Gather", ["table", "ids"], ["g"]), node("Where", ["mask", "g", "zero"], ["y"])]
+    inputs = [value("ids", ["n"], TensorProto.INT64), value("mask", ["n", 1], TensorProto.BOOL)]
+    zero = numpy_helper.from_array(np.zeros(1, np.float32), "zero")
+    bundle = export(saved(model(nodes, inputs, initializers=[table, zero])), out="b")
+    with Predictor(bundle) as predictor:
+        found = predictor.run({"ids": np.array([6, 0]), "mask": np.array([[True], [False]])})
+    np.testing.assert_array_equal(found["y"], [[12, 13], [0, 0]])
+
+
+def test_given_arrays_are_what_is_compared_on(here):
+    os.mkdir("inputs")
+    np.savez("inputs/one.npz", image=random(2, 3, 8, 8))
+    bundle = export(saved(network()), calib_images="inputs", out="b")
+    assert bundle.manifest.verification["images"] == 1
+    np.savez("inputs/one.npz", image=random(2, 3, 9, 8))
+    with pytest.raises(InputError, match=r"image as float32 \[2, 3, 9, 8\], and 'net.onnx' takes"):
+        export("net.onnx", calib_images="inputs", out="c")
+    np.savez("inputs/one.npz", picture=random(2, 3, 8, 8))
+    with pytest.raises(InputError, match=r"has no array 'image'.*it has picture"):
+        export("net.onnx", calib_images="inputs", out="c")
+    (here / "inputs" / "one.npz").write_bytes(b"PK\x03\x04 not a zip")
+    with pytest.raises(InputError, match=r"cannot read .*one\.npz"):
+        export("net.onnx", calib_images="inputs", out="c")
+
+
+def test_images_without_preprocessing_are_refused(here, bundles, coco_tiny):
+    with pytest.raises(InputError, match="give --mean, --std and --scale"):
+        export(saved(network()), calib_images=coco_tiny / "val", out="b")
+
+
+def test_float16_inside_and_float32_outside(here):
+    bundle = export(saved(network()), precision="fp16", out="b")
+    assert bundle.manifest.conversion["nodes"] > 0
+    shipped = onnx.load("b/model.onnx")
+    kinds = {tensor.type.tensor_type.elem_type for tensor in (*shipped.graph.input, *shipped.graph.output)}
+    assert kinds == {TensorProto.FLOAT}
+    assert any(t.data_type == TensorProto.FLOAT16 for t in shipped.graph.initializer)
+
+
+# --- what is refused ----------------------------------------------------------------------------------------
+
+
+def test_what_is_no_onnx_file(here):
+    for content, pattern in (
+        (b"", "not an ONNX file"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), "not an ONNX file"),
+        (network().SerializeToString()[:-20], "not an ONNX file"),
+    ):
+        (here / "x.onnx").write_bytes(content)
+        with pytest.raises(InputError, match=pattern):
+            export("x.onnx", out="b")
+    with pytest.raises(InputError, match=r"no file 'y\.onnx'"):
+        export("y.onnx", out="b")
+    os.mkdir("z.onnx")
+    with pytest.raises(InputError, match="is a folder"):
+        export("z.onnx", out="b")
+
+
+def test_an_operator_that_onnx_runtime_lacks_is_named(here):
+    nodes = [node("Whirl", ["x"], ["y"], domain="com.acme")]
+    graph = helper.make_graph(nodes, "g", [value("x", [1])], [value("y", [1])])
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.acme", 1)]
+    with pytest.raises(InputError, match=r"cannot load 'net.onnx'.*com\.acme.*Whirl.*not exported"):
+        export(saved(helper.make_model(graph, opset_imports=opsets, ir_version=10)), out="b")
+
+
+@pytest.mark.parametrize("version", [0, 999])
+def test_an_unknown_opset(here, version):
+    proto = network()
+    proto.opset_import[0].version = version
+    with pytest.raises(InputError, match=f"opset {version}"):
+        export(saved(proto), out="b")
+
+
+def test_a_file_over_two_gigabytes(here):
+    with open("big.onnx", "wb") as stream:
+        stream.truncate(2**31)
+    with pytest.raises(InputError, match=r"over 2 GB.*save_as_external_data"):
+        export("big.onnx", out="b")
+
+
+def test_a_sequence_is_no_input(here):
+    kind = helper.make_sequence_type_proto(helper.make_tensor_type_proto(TensorProto.FLOAT, [2]))
+    inputs = [helper.make_value_info("x", kind)]
+    nodes = [node("ConcatFromSequence", ["x"], ["y"], axis=0)]
+    with pytest.raises(InputError, match="'x', which is not a tensor"):
+        export(saved(model(nodes, inputs)), out="b")
+
+
+# --- external data ------------------------------------------------------------------------------------------
+
+
+def external(folder, location="weights.bin"):
+    """The network with its weights in a file of their own."""
+    proto = network()
+    onnx.save(
+        proto, folder / "net.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0
+    )
+    if location != "weights.bin":
+        proto = onnx.load(folder / "net.onnx", load_external_data=False)
+        for tensor in proto.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = location
+        (folder / "net.onnx").write_bytes(proto.SerializeToString())
+    return folder / "net.onnx"
+
+
+def test_external_data_beside_the_file_is_read(here):
+    (here / "in").mkdir()
+    path = external(here / "in")
+    read = read_onnx(path)
+    for a, b in zip(read.graph.initializer, network().graph.initializer, strict=True):
+        np.testing.assert_array_equal(numpy_helper.to_array(a), numpy_helper.to_array(b))
+    export(path, out="b")
+    assert set(os.listdir("b")) == {"model.onnx", "manifest.json"}
+
+
+@pytest.mark.parametrize("location", ["../weights.bin", "/etc/hostname", "", "link.bin", "sub/../../x"])
+def test_external_data_elsewhere_is_not(here, location):
+    (here / "in").mkdir()
+    path = external(here / "in", location)
+    (here / "weights.bin").write_bytes(bytes(4096))
+    os.symlink(here / "weights.bin", here / "in" / "link.bin")
+    with pytest.raises(InputError, match="outside of its own folder"):
+        read_onnx(path)
+
+
+def test_external_data_that_is_missing_or_short(here):
+    (here / "in").mkdir()
+    path = external(here / "in")
+    (here / "in" / "weights.bin").write_bytes(bytes(8))
+    with pytest.raises(InputError, match=r"expects more in 'weights.bin'"):
+        read_onnx(path)
+    (here / "in" / "weights.bin").unlink()
+    with pytest.raises(InputError, match=r"keeps weights in 'weights.bin', which cannot be read"):
+        read_onnx(path)
+
+
+# --- verification -------------------------------------------------------------------------------------------
+
+
+def test_a_graph_that_answers_otherwise_is_not_written(here, monkeypatch):
+    from meta_deploy.export import pipeline
+
+    def broken(proto, names, prices, explain=False):
+        wrong = onnx.ModelProto.FromString(proto.SerializeToString())
+        matrix = next(t for t in wrong.graph.initializer if t.name == "m")
+        matrix.CopyFrom(numpy_helper.from_array(1.01 * numpy_helper.to_array(matrix), "m"))
+        return wrong, []
+
+    monkeypatch.setattr(pipeline, "run_passes", broken)
+    with pytest.raises(VerificationError, match="does not match the original on 2 inputs: scores are off"):
+        export(saved(network()), out="b")
+    assert not os.path.exists("b")
