@@ -17,7 +17,6 @@ from meta_deploy.errors import BundleError
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-ENGINE_TARGETS = ("tensorrt", "tensorrt-rtx")  # bundles with a model.engine, and an `engine` about it
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_CLASSES = 32767  # class maps are int16
 
