@@ -131,8 +131,8 @@ def segmenter(size: tuple[int, int], dynamic: bool = False) -> bytes:
     return model.SerializeToString()
 
 
-def raw_manifest(image: bool = False, **changes) -> RawManifest:
-    """Of `doubler`, or with `image` of `average`, which takes one of 64x64, stretched and in BGR."""
+def raw_manifest(of_images: bool = False, **changes) -> RawManifest:
+    """Of `doubler`, or with `of_images` of `average`, which takes one of 64x64, stretched and in BGR."""
     size = (1, 3, 64, 64)
     fields = {
         "model": ModelInfo(name="doubler"),
@@ -147,7 +147,7 @@ def raw_manifest(image: bool = False, **changes) -> RawManifest:
         "target": "onnxruntime",
         "precision": "fp32",
     }
-    if image:
+    if of_images:
         fields |= {
             "model": ModelInfo(name="average"),
             "inputs": (RawInput(name="pixels", dtype="float32", shape=size, min=size, opt=size, max=size),),
@@ -160,12 +160,12 @@ def raw_manifest(image: bool = False, **changes) -> RawManifest:
     return RawManifest(**fields | changes)
 
 
-def raw_model(image: bool = False) -> bytes:
+def raw_model(of_images: bool = False) -> bytes:
     """`doubler`: a/y = 2 x, more = k > 5. `average`: the mean of each channel."""
     from onnx import TensorProto as T
     from onnx import helper as h
 
-    if image:
+    if of_images:
         nodes = [h.make_node("ReduceMean", ["pixels"], ["mean"], axes=[2, 3], keepdims=0)]
         inputs = [h.make_tensor_value_info("pixels", T.FLOAT, [1, 3, 64, 64])]
         outputs = [h.make_tensor_value_info("mean", T.FLOAT, [1, 3])]

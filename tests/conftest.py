@@ -27,7 +27,7 @@ def coco_tiny() -> Path:
 
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory) -> Path:
-    """All 64x64: detector, detector-batch (4), detector-dynamic, segmenter, *-dynamic, raw, raw-image."""
+    """Bundles of 64x64: detector, detector-batch (4), segmenter, *-dynamic, raw-image; and raw."""
     folder = tmp_path_factory.mktemp("bundles")
     size = (64, 64)
     instances, semantic = "instance-segmentation", "semantic-segmentation"
@@ -38,7 +38,7 @@ def bundles(tmp_path_factory) -> Path:
         "segmenter": (manifest(semantic, size), segmenter(size)),
         "segmenter-dynamic": (manifest(semantic, size, True), segmenter(size, True)),
         "raw": (raw_manifest(), raw_model()),
-        "raw-image": (raw_manifest(image=True), raw_model(image=True)),
+        "raw-image": (raw_manifest(of_images=True), raw_model(of_images=True)),
     }
     for name, (content, model) in made.items():
         write_bundle(folder / name, content, {"model.onnx": model})

@@ -423,7 +423,7 @@ def _said(error: msgspec.ValidationError, content: Any, name: str) -> str:
     for step in re.findall(r"[^.\[\]]+|\.\.\.", place):
         if step == "...":  # an entry of a dictionary: msgspec does not tell which
             return f"has a wrong value for '{dotted}' ({reason})"
-        value = value[int(step) if isinstance(value, list) else step]
+        value = value[step if isinstance(value, dict) else int(step)]
     shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
     if repr(_LINE) in reason:
         reason = "Expected a line of printable text"
@@ -439,8 +439,8 @@ def _problem(manifest: Manifest) -> str | None:
     if isinstance(manifest, RawManifest):
         if (spec is None) != (manifest.preprocess is None):
             return "has one of 'image' and 'preprocess' without the other"
-        if spec is not None and spec.name not in {value.name for value in manifest.inputs}:
-            return f"lacks the input '{spec.name}', which 'image' names"
+        if spec is not None and not (len(manifest.inputs) == 1 and _takes(manifest.inputs[0], spec.profile)):
+            return "has an 'image' that its one input does not take"
     resize = manifest.preprocess and manifest.preprocess.resize
     if spec and isinstance(resize, (Fit, Stretch)) and not _within(resize.size, spec.size.max):
         return "resizes to more than its largest input"
@@ -455,6 +455,14 @@ def _problem(manifest: Manifest) -> str | None:
         if name in ("", ".", "..", MANIFEST) or set(name) & set("/\\:") or not name.isprintable():
             return f"lists {name!r}, which is not a plain file name"
     return None
+
+
+def _takes(given: RawInput, profile: Profile) -> bool:
+    """Whether a float32 input takes every shape of a profile."""
+    return (given.name, given.dtype, len(given.shape)) == (profile.name, "float32", len(profile.min)) and all(
+        low <= least and most <= high
+        for low, least, most, high in zip(given.min, profile.min, profile.max, given.max, strict=True)
+    )
 
 
 def _within(size: Size, largest: Size) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -94,20 +93,6 @@ def find_files(folder: str | Path | None) -> list[Path]:
         if path.suffix != ".npz":
             read_image(path)  # a broken one is told before the long work, not after it
     return chosen
-
-
-def read_arrays(path: Path) -> Feed:
-    """The arrays of an .npz file, by name. Nothing in the file is executed.
-
-    Raises:
-        InputError: it cannot be read, or holds Python objects.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
-        raise InputError(f"cannot read '{path}': {reason}; write it with numpy.savez") from error
 
 
 def corners(sizes: Mapping[str, tuple[int, int]]) -> Iterator[dict[str, int]]:

@@ -96,8 +96,7 @@ class Predictor:
             As for one image.
         """
         results: list[Result] = []
-        most = self.bundle.input.batch.max
-        size = 1 if self.bundle.task == "raw" else most
+        size = 1 if self.bundle.task == "raw" else self.bundle.input.batch.max
         for start in range(0, len(images), size):
             results.extend(self._group(images[start : start + size]))
         return results
@@ -111,11 +110,12 @@ class Predictor:
         return self._backend.run({name: np.asarray(array) for name, array in arrays.items()})
 
     def _group(self, images: Sequence[ImageLike]) -> Iterator[Result]:
+        spec = self.bundle.input  # an error where the bundle takes arrays only
         pixels = [read_image(image) for image in images]
         started = perf_counter()
         batch, placements = self._preprocess(pixels)
         prepared = perf_counter()
-        outputs = self.run({self.bundle.input.name: self._padded(batch)})
+        outputs = self.run({spec.name: self._padded(batch)})
         done = perf_counter()
         share = 1000 / len(images)
         padded = batch.shape[2], batch.shape[3]

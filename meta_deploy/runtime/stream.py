@@ -15,9 +15,8 @@ import numpy as np
 
 from meta_deploy.errors import ImageError, InputError
 from meta_deploy.imaging.images import Source, Video, read_image
-from meta_deploy.runtime.arrays import read_arrays
 from meta_deploy.runtime.predictor import Predictor
-from meta_deploy.tasks.raw import Arrays
+from meta_deploy.tasks.raw import Arrays, read_arrays
 from meta_deploy.tasks.results import Result, Timings
 
 READERS = 2

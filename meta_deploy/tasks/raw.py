@@ -1,6 +1,6 @@
-"""Any graph: named arrays in, named arrays out. The task, and its result.
+"""Any graph: named arrays in, named arrays out. The task, its result, and the files that arrays come from.
 
-Knows arrays; must not know files beyond its own, nor back ends.
+Knows arrays; must not know back ends.
 """
 
 from __future__ import annotations
@@ -66,7 +66,10 @@ class Arrays(Result):
         with atomic_write(path) as stream, zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, array in self.outputs.items():
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
-                    np.lib.format.write_array(entry, np.asanyarray(array), allow_pickle=False)
+                    plain = (
+                        array.astype(str) if array.dtype == object else array
+                    )  # text, as ONNX Runtime has it
+                    np.lib.format.write_array(entry, np.asanyarray(plain), allow_pickle=False)
 
 
 class Raw(Task):
@@ -89,3 +92,27 @@ class Raw(Task):
 
     def comparison(self, tolerance: Mapping[str, float], score_threshold: float = 0.0) -> Comparison:
         return RawComparison(tolerance)
+
+
+def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file. Pickled objects, which can run code, are refused.
+
+    Raises:
+        InputError: it is missing, damaged, empty or no .npz.
+    """
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            raise ValueError("it is a single array, an .npy")
+        with loaded:
+            arrays = {name: loaded[name] for name in loaded.files}
+        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+            raise ValueError("it holds other files than arrays")
+    except Exception as error:  # a damaged one raises anything from zipfile, zlib or numpy
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise InputError(
+            f"cannot read arrays from '{path}': {' '.join(reason.split())}; write it with numpy.savez"
+        ) from error
+    if not arrays:
+        raise InputError(f"there is no array in '{path}'; write it with numpy.savez")
+    return arrays

@@ -16,7 +16,7 @@ from meta_deploy.bundle import bundle as module
 from meta_deploy.bundle.bundle import Bundle, check_out_dir, write_bundle
 from meta_deploy.bundle.manifest import Thresholds
 from meta_deploy.errors import BundleError, InputError
-from tests.bundles_by_hand import CLASSES, input_spec, manifest
+from tests.bundles_by_hand import CLASSES, input_spec, manifest, raw_manifest
 
 MANIFEST = manifest("instance-segmentation", (64, 64))
 BOXES = {"name": "boxes", "dtype": "float32", "shape": [1, 5, 4]}
@@ -184,6 +184,46 @@ def paths(part, before=()):
     for step, value in entries:
         yield (*before, step)
         yield from paths(value, (*before, step))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"preprocess": None}, "one of 'image' and 'preprocess' without the other"),
+        ({"image": None}, "one of 'image' and 'preprocess' without the other"),
+        ({"image": input_spec((64, 64), name="y")}, "an 'image' that its one input does not take"),
+        ({"image": input_spec((32, 32), name="pixels")}, "an 'image' that its one input does not take"),
+        ({"inputs": raw_manifest().inputs[:1]}, "an 'image' that its one input does not take"),
+        ({"inputs": raw_manifest().inputs}, "an 'image' that its one input does not take"),
+        ({"inputs": ()}, "for 'inputs'"),
+        (
+            {"outputs": ({"name": "y", "dtype": "bool", "shape": [None]},)},
+            r"None for 'outputs\[0\].shape\[0\]'",
+        ),
+    ],
+)
+def test_a_raw_manifest_whose_image_is_not_its_input_is_refused(tmp_path, changes, said):
+    assert write_bundle(tmp_path / "b", raw_manifest(of_images=True), {"model.onnx": b""}).task == "raw"
+    with pytest.raises(BundleError, match=said):
+        write_bundle(tmp_path / "b", raw_manifest(of_images=True, **changes), {"model.onnx": b""})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"min": [3, 3]}, "min, opt and max out of order"),
+        ({"min": [1]}, "of other lengths"),
+        ({"max": [4, 4]}, "min and max that are not its shape"),
+        ({"opt": [2, -3]}, r"-3 for 'inputs\[0\].opt\[1\]'"),
+    ],
+)
+def test_an_input_of_a_raw_manifest_whose_range_is_none_is_refused(tmp_path, changes, said):
+    bundle = write_bundle(tmp_path / "b", raw_manifest(), {"model.onnx": b""})
+    content = json.loads((bundle.path / "manifest.json").read_text())
+    content["inputs"][0] |= changes
+    (bundle.path / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(BundleError, match=said):
+        Bundle.open(bundle.path)
 
 
 def test_a_field_of_a_newer_version_is_ignored(written):

@@ -448,3 +448,74 @@ def test_rebuild_without_a_gpu_builds_nothing(here, infer, engine, monkeypatch):
     sys.modules["cuda.bindings.runtime"].fail("cudaSetDevice", "cudaErrorNoDevice")
     one_line(*infer("a.jpg", "--rebuild", model=bundle), "no NVIDIA GPU")
     assert not built
+
+
+# --- raw bundles ---
+
+
+@pytest.fixture
+def npz(here):
+    """Files of arrays that the raw bundle takes: one.npz and two.npz."""
+    for name, count in (("one.npz", 1), ("two.npz", 2)):
+        np.savez(here / name, x=np.full((count, 3), 1.5, np.float32), k=np.array([5, 6]))
+    return here
+
+
+def test_arrays_give_a_line_and_a_file_each(npz, infer):
+    code, out, _ = infer("one.npz", "two.npz", model="raw")
+    first, second, last = out.splitlines()
+    assert code == 0
+    assert first.startswith("one.npz: a/y float32 (1, 3), more bool (2,); ")
+    assert second.startswith("two.npz: a/y float32 (2, 3), more bool (2,); ")
+    assert last.startswith(f"arrays in meta-infer-out{os.sep}; median ms: ")
+    with np.load("meta-infer-out/two-outputs.npz") as stored:
+        np.testing.assert_array_equal(stored["a/y"], np.full((2, 3), 3.0, np.float32))
+        np.testing.assert_array_equal(stored["more"], [False, True])
+
+
+def test_json_of_arrays_has_types_shapes_and_small_values(npz, infer):
+    code, out, _ = infer("*.npz", "--json", "--out", "out", model="raw")
+    document = json.loads(out)
+    assert (code, document["task"]) == (0, "raw")
+    assert [entry["path"] for entry in document["images"]] == ["one.npz", "two.npz"]
+    first = document["images"][0]
+    assert first["outputs"]["a/y"] == {"dtype": "float32", "shape": [1, 3], "values": [[3.0, 3.0, 3.0]]}
+    assert first["file"] == os.path.join("out", "one-outputs.npz")
+    assert os.path.exists(first["file"])
+
+
+def test_an_image_for_a_raw_bundle_gives_arrays(here, infer):
+    code, out, _ = infer("a.jpg", model="raw-image")
+    assert (code, out.startswith("a.jpg: mean float32 (1, 3); ")) == (0, True)
+    assert os.listdir("meta-infer-out") == ["a-outputs.npz"]
+
+
+def test_bad_arrays_are_a_line_each_and_the_others_are_done(npz, infer):
+    (npz / "broken.npz").write_bytes((npz / "one.npz").read_bytes()[:100])
+    np.savez("less.npz", x=np.zeros((1, 3), np.float32))
+    np.savez("other.npz", x=np.zeros((1, 4), np.float32), k=np.array([5, 6]))
+    bad = ("broken.npz", "less.npz", "other.npz", "none.npz")
+    code, out, err = infer(*bad, "one.npz", "--backend", "onnxruntime", model="raw")
+    assert code == 2
+    assert out.startswith("one.npz: ")
+    *lines, last = err.splitlines()
+    for name, line in zip(bad, lines, strict=True):
+        assert line.startswith("meta-infer: ")
+        assert f"'{name}'" in line
+    assert last == "meta-infer: 4 could not be read, 1 done"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "model", "said"),
+    [
+        (["one.npz"], "detector", "'one.npz' holds arrays"),
+        (["a.jpg"], "raw", "takes arrays and not images"),
+        (["one.npz", "--coco-json", "c.json"], "raw", "--coco-json is for objects"),
+        (["one.npz", "--batch", "2"], "raw", "--batch is for images"),
+        (["clip.mp4"], "raw-image", "'clip.mp4' is a video"),
+    ],
+)
+def test_what_does_not_go_with_the_bundle_is_one_line(npz, infer, arguments, model, said):
+    one_line(*infer(*arguments, model=model), said)
+    assert not os.path.exists("c.json")
+    assert not os.path.exists("meta-infer-out")

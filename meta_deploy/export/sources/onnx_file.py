@@ -25,13 +25,14 @@ from meta_deploy.bundle.manifest import (
 from meta_deploy.errors import InputError, VerificationError
 from meta_deploy.export.onnx_reader import numpy_name, read_onnx, tensors_of
 from meta_deploy.export.options import Options, check_size
-from meta_deploy.export.samples import ImageSamples, Samples, read_arrays
+from meta_deploy.export.samples import ImageSamples, Samples
 from meta_deploy.export.shapes import ANY, OpenInput, choose_shapes, open_inputs
 from meta_deploy.export.sources.source import CLASS_NAMES, Source
 from meta_deploy.export.verify import OnnxRun
 from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.tasks import get_task
 from meta_deploy.tasks.comparison import Comparison
+from meta_deploy.tasks.raw import read_arrays
 
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 UNNAMED_CLASSES = 1000
