@@ -29,7 +29,7 @@ from meta_deploy.graph.pipeline import run_passes
 from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.graph.precision.emulate import emulated
 from meta_deploy.targets import choose_target
-from meta_deploy.targets.target import MODEL, BuildOptions, Built, Target
+from meta_deploy.targets.target import BuildOptions, Target
 
 
 def export(source: str | Path, *, progress: Progress | None = None, **options: Any) -> Bundle:
@@ -86,11 +86,9 @@ def run(path: str | Path, options: Options, progress: Progress) -> Bundle:
                 graph, samples, target.float32_operators.get(precision.name, ()), progress.note
             )
     shipped = ship(graph, source)
-    built = Built({MODEL: serialize(shipped)})
-    if target.builds:
-        with progress.stage("engine"):
-            build_options = replace(build_options, attention=attention_count(shipped))
-            built = target.build(built.files[MODEL], source.profiles, build_options, progress.count)
+    with progress.stage("engine") if target.builds else contextlib.nullcontext():
+        build_options = replace(build_options, attention=attention_count(shipped))
+        built = target.build(serialize(shipped), source.profiles, build_options, progress.count)
     verification = None
     if options.check:
         with progress.stage("verify"):
