@@ -81,7 +81,10 @@ class OpenVINO(Target):
         return Built(files, section)
 
     def runner(self, files: Mapping[str, bytes], profiles: Sequence[Profile], precision: str) -> Runner:
-        return _Model(compile_model(files[XML], files[WEIGHTS], _HINTS[precision]), _HINTS[precision])
+        hint = _HINTS[precision]
+        with _told("load the model that it made", "use --target onnxruntime", EngineError):
+            compiled = compile_model(files[XML], files[WEIGHTS], hint)
+        return _Model(compiled, hint, "the model that it made")
 
     def describe(self, section: Engine) -> str:
         assert isinstance(section, OpenVINOModel)
@@ -119,7 +122,7 @@ class OpenVINOBackend(Backend):
         # Outputs that were found to be the same as another tensor have the names of both.
         outputs = {name: _value(port) for port in compiled.outputs for name in port.get_names()}
         self._contract.check(inputs, outputs)
-        self._model: _Model | None = _Model(compiled, hint)
+        self._model: _Model | None = _Model(compiled, hint, self._contract.what)
         self.runs_on = self._model.runs_on
 
     def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
@@ -127,8 +130,7 @@ class OpenVINOBackend(Backend):
         if model is None:
             raise BackendError("the back end is closed; open the predictor again")
         self._contract.check_inputs(inputs)
-        with _told(f"run {self._contract.what}", "export it again, or use another back end"):
-            found = model(inputs)
+        found = model(inputs)
         outputs = {name: found[name] for name in self._contract.outputs}
         self._contract.check_outputs(inputs, outputs)
         return outputs
@@ -140,8 +142,8 @@ class OpenVINOBackend(Backend):
 class _Model:
     """A compiled model as a function of arrays by name. Each thread that runs it has a request of its own."""
 
-    def __init__(self, compiled: Any, hint: str):
-        self._compiled = compiled
+    def __init__(self, compiled: Any, hint: str, what: str):
+        self._compiled, self._what = compiled, what
         self._idle: list[Any] = []  # requests that nobody uses; taking and giving back are atomic
         device = compiled.get_property("EXECUTION_DEVICES")
         self.runs_on = f"OpenVINO {_version()} on the {device[0]} in {_WORDS[hint]}"
@@ -152,7 +154,8 @@ class _Model:
         except IndexError:
             request = self._compiled.create_infer_request()
         # A request that failed is not used again.
-        found = request.infer({name: np.ascontiguousarray(array) for name, array in inputs.items()})
+        with _told(f"run {self._what}", "export it again, or for onnxruntime"):
+            found = request.infer({name: np.ascontiguousarray(array) for name, array in inputs.items()})
         outputs = {name: found[port] for port in self._compiled.outputs for name in port.get_names()}
         self._idle.append(request)
         return outputs

@@ -32,7 +32,6 @@ from meta_deploy.models.checkpoint.save import save_checkpoint
 from meta_deploy.models.registry import config_from_dict
 from meta_deploy.runtime.predictor import Predictor
 from meta_deploy.targets import TARGETS
-from meta_deploy.targets.target import Built
 from tests.tiny_models import SIZE, detector, exported, lively
 
 CONFIG = detector()
@@ -448,11 +447,12 @@ def test_what_was_built_wrong_is_caught_and_nothing_is_written(quick, tmp_path, 
     openvino, build = TARGETS["openvino"], type(TARGETS["openvino"]).build
     pytest.importorskip("openvino")
 
-    def wrong(self, *arguments, **options):
-        built = build(self, *arguments, **options)
-        weights = np.frombuffer(built.files["model.bin"], np.uint8).copy()
-        weights[len(weights) // 2 :] = 0
-        return Built({**built.files, "model.bin": weights.tobytes()}, built.engine)
+    def wrong(self, model, *arguments):
+        proto = onnx.load_from_string(model)
+        floats = [t for t in proto.graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
+        weight = max(floats, key=lambda tensor: len(tensor.raw_data))
+        weight.CopyFrom(onnx.numpy_helper.from_array(0.5 * onnx.numpy_helper.to_array(weight), weight.name))
+        return build(self, proto.SerializeToString(), *arguments)
 
     monkeypatch.setattr(type(openvino), "build", wrong)
     with pytest.raises(VerificationError, match="does not match"):

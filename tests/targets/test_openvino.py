@@ -288,6 +288,34 @@ def test_what_openvino_does_not_take_is_one_line():
     one_line(caught.value)
 
 
+def test_what_was_built_and_does_not_load_is_one_line():
+    built = TARGET.build(segmenter(SIZE), [], BuildOptions())
+    with pytest.raises(EngineError, match="OpenVINO cannot load the model that it made") as caught:
+        TARGET.runner({**built.files, "model.xml": b"<net>"}, [], "fp32")
+    one_line(caught.value)
+
+
+def test_a_run_that_fails_is_one_line_and_the_next_one_works(make):
+    from onnx import helper, numpy_helper
+
+    one_size = model(
+        [
+            helper.make_node("AveragePool", ["images"], ["p"], kernel_shape=[4, 4], strides=[4, 4]),
+            helper.make_node("Reshape", ["p", "shape"], ["logits"]),
+        ],
+        [value("images", ["b", 3, "h", "w"])],
+        [value("logits", ["b", 3, "qh", "qw"])],
+        [numpy_helper.from_array(np.array([1, 3, 16, 16]), "shape")],
+        infer=False,
+    )
+    _, bundle = make(SEMANTIC, dynamic=True, onnx=one_size.SerializeToString())
+    with open_backend(bundle) as backend:
+        with pytest.raises(BackendError, match=r"OpenVINO cannot run model\.xml") as caught:
+            backend.run(images(1, (32, 32)))
+        one_line(caught.value)
+        assert backend.run(images())["logits"].shape == (1, 3, 16, 16)
+
+
 @pytest.mark.parametrize("backend", ["onnxruntime", "cuda", "tensorrt"])
 def test_other_back_ends_have_no_file_to_run(make, backend):
     _, bundle = make()
