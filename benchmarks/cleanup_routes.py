@@ -47,11 +47,12 @@ from meta_deploy.export.options import Options
 from meta_deploy.export.sources.checkpoint import input_spec, preprocess_rules
 from meta_deploy.export.trace import drop_outputs, export_onnx
 from meta_deploy.graph.graph import to_proto
-from meta_deploy.graph.pipeline import PIPELINES, run_passes
+from meta_deploy.graph.pipeline import run_passes
 from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.imaging.images import read_image
 from meta_deploy.imaging.preprocess import Preprocessor
 from meta_deploy.models.checkpoint.load import load_model
+from meta_deploy.targets import TARGETS
 from meta_deploy.tasks import get_task
 
 CASE = "meta-t-mask-rcnn@512"
@@ -66,7 +67,7 @@ def clean_up(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def all_passes(proto: onnx.ModelProto) -> onnx.ModelProto:
-    return run_passes(proto, list(PIPELINES["onnxruntime"]))[0]
+    return run_passes(proto, list(TARGETS["onnxruntime"].passes))[0]
 
 
 def lifted(proto: onnx.ModelProto) -> ir.Model:

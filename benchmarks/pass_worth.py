@@ -22,6 +22,7 @@ from benchmarks.common import Case, interleave, machine, open_session, parser, r
 from benchmarks.graph_surgery import (
     CASES,
     ENGINES,
+    OURS,
     THREADS,
     counted,
     engine_measures,
@@ -30,8 +31,9 @@ from benchmarks.graph_surgery import (
     translate,
 )
 from meta_deploy.errors import EngineError
-from meta_deploy.graph.pipeline import COSTS, PIPELINES, run_passes
+from meta_deploy.graph.pipeline import run_passes
 from meta_deploy.graph.precision import PRECISIONS
+from meta_deploy.targets import TARGETS
 from meta_deploy.targets.tensorrt.build import available
 
 WHOLE = "whole pipeline"
@@ -48,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, images = subject(args.case, args.photos)
     literal = translate(traced(model, images))
     results: dict[str, dict[str, dict[str, Any]]] = {}
-    for target, pipeline in PIPELINES.items():
+    for target in OURS:
+        pipeline, prices = TARGETS[target].passes, TARGETS[target].prices
         with tempfile.TemporaryDirectory() as folder:
             results[target] = rows = {}
             files: dict[str, Path] = {}
@@ -57,11 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 copy = onnx.ModelProto()
                 copy.CopyFrom(literal)
                 names = [name for name in pipeline if name != left_out]
-                proto, _ = run_passes(copy, names, COSTS[target])
+                proto, _ = run_passes(copy, names, prices)
                 rows[left_out] = counted(proto)
                 files[left_out] = Path(folder) / f"{len(files)}.onnx"
                 onnx.save(proto, files[left_out])
-                if target != "onnxruntime" and not args.no_engines and available(ENGINES):
+                if target == "tensorrt" and not args.no_engines and available(ENGINES):
                     rows[left_out] |= engine(proto)
                 print(f"{target} without {left_out}", file=sys.stderr)
             if target == "onnxruntime" and not args.no_time:

@@ -25,9 +25,11 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.common import machine, parser, save, table
+from meta_deploy.targets import TARGETS
 
 NODES = (5_000, 10_000, 20_000)
 GOAL = {"nodes": 20_000, "seconds": 60, "peak_mb": 4096}
+DEFAULT = ["onnxruntime", "tensorrt"]  # the others' passes are among these
 DIM, HEADS, SIDE = 16, 2, 8
 TOKENS = SIDE * SIDE
 
@@ -129,11 +131,11 @@ def made_up(nodes: int, seed: int = 0) -> onnx.ModelProto:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from meta_deploy.graph.pipeline import PIPELINES
-
     p = parser(__doc__, "surgery_scaling")
     p.add_argument("--nodes", nargs="+", type=int, default=list(NODES), help="default: 5000 10000 20000")
-    p.add_argument("--targets", nargs="+", choices=PIPELINES, default=list(PIPELINES), help="default: all")
+    p.add_argument(
+        "--targets", nargs="+", choices=list(TARGETS), default=DEFAULT, help=f"default: {' '.join(DEFAULT)}"
+    )
     args = p.parse_args(argv)
     here, runs, missed = machine(), {}, []
     for target in args.targets:
@@ -161,11 +163,11 @@ def alone(nodes: int, target: str) -> dict[str, Any]:
 def run(nodes: int, target: str) -> dict[str, Any]:
     """Run a pipeline on a graph of `nodes` nodes: seconds in total and per pass, and peak memory."""
     from meta_deploy.export.pipeline import peak_rss_mb
-    from meta_deploy.graph.pipeline import COSTS, PIPELINES, run_passes
+    from meta_deploy.graph.pipeline import run_passes
 
     graph = made_up(nodes)
     began = time.perf_counter()
-    _, results = run_passes(graph, list(PIPELINES[target]), COSTS[target])
+    _, results = run_passes(graph, list(TARGETS[target].passes), TARGETS[target].prices)
     return {
         "nodes": len(graph.graph.node),
         "seconds": time.perf_counter() - began,

@@ -10,11 +10,12 @@ from torch import nn
 from meta_deploy.export.options import Options
 from meta_deploy.export.sources.checkpoint import input_spec
 from meta_deploy.export.trace import export_onnx, quiet
-from meta_deploy.graph.pipeline import COSTS, PIPELINES, run_passes
+from meta_deploy.graph.pipeline import run_passes
 from meta_deploy.models.backbones.meta import METAConfig
 from meta_deploy.models.heads.mask_rcnn import MaskRCNNConfig
 from meta_deploy.models.heads.upernet import UPerNetConfig
 from meta_deploy.models.registry import build_model
+from meta_deploy.targets import TARGETS
 
 SIZE = (96, 128)
 BACKBONE = {"embed_dim": 16, "depth": 4, "num_heads": 2, "inplanes": 4, "adapter_parts": 1, "pos_grid": 4}
@@ -99,8 +100,8 @@ class Exported:
         options = Options(batch=batch, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
         self.spec = input_spec(size or config.input_size, options)
         self.literal = export_onnx(self.model, self.spec, operators)
-        pipeline = "onnxruntime" if operators == "native" else "tensorrt"
-        self.graph, self.passes = run_passes(self.literal, list(PIPELINES[pipeline]), COSTS[pipeline])
+        target = TARGETS["onnxruntime" if operators == "native" else "tensorrt"]
+        self.graph, self.passes = run_passes(self.literal, list(target.passes), target.prices)
 
     @functools.cached_property
     def session(self):

@@ -1,6 +1,6 @@
 """Graph passes: graph in, changes made out, one a file. They know ONNX graphs, not models.
 
-`PASSES` names them; `PIPELINES` is the order that each target runs them in.
+`PASSES` names them; which of them run, and in which order, is the targets' affair.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from meta_deploy.graph.passes.order_tokens import order_tokens
 from meta_deploy.graph.passes.share_norms import share_norms
 from meta_deploy.graph.passes.slices_to_split import slices_to_split
 from meta_deploy.graph.passes.stack_attention import stack_attention
-from meta_deploy.graph.prices import CPU, GPU, Cost
+from meta_deploy.graph.prices import CPU, Cost
 from meta_deploy.graph.traffic import bytes_known
 
 PASSES: dict[str, Callable[[gs.Graph], int]] = {
@@ -58,21 +58,6 @@ PRICED: dict[str, Callable[[gs.Graph, Cost], int]] = {
     "fold-branches": fold_branches,
     "distribute-sums": distribute_sums,
 }
-# What each pass is worth: benchmarks/README.md.
-PIPELINES: dict[str, tuple[str, ...]] = {
-    "onnxruntime": (
-        *("clean-up", "fuse-layer-norm", "share-norms", "fold-batch-norm", "merge-siblings"),
-        *("fuse-attention", "move-linears", "slices-to-split", "collapse-chains"),
-        *("fold-branches", "distribute-sums", "fold-scales", "discarded-rows"),
-    ),
-    "tensorrt": (
-        *("clean-up", "fuse-layer-norm", "share-norms", "fold-batch-norm", "merge-siblings"),
-        *("slices-to-split", "collapse-chains", "move-linears", "collapse-chains"),
-        *("fold-scales", "order-tokens", "stack-attention"),
-        *("fold-branches", "distribute-sums", "flatten-concats", "collapse-chains"),
-    ),
-}
-COSTS = {"onnxruntime": CPU, "tensorrt": GPU}
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from meta_deploy.models.checkpoint.save import save_checkpoint
 from meta_deploy.models.registry import config_from_dict
 from meta_deploy.runtime.predictor import Predictor
 from meta_deploy.targets import TARGETS
+from meta_deploy.targets.target import Built
 from tests.tiny_models import SIZE, detector, exported, lively
 
 CONFIG = detector()
@@ -422,6 +423,40 @@ def test_an_engine_that_cannot_be_built_leaves_nothing(quick, tmp_path, monkeypa
     monkeypatch.setattr(type(TARGETS["tensorrt-rtx"]), "build", refuse)
     with pytest.raises(EngineError):
         quick(target="tensorrt-rtx", check=False)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_bundle_for_openvino_holds_the_model_that_was_checked(quick):
+    pytest.importorskip("openvino")
+    sizes = {}
+    for precision in ("fp32", "fp16"):
+        bundle = quick(target="openvino", precision=precision)
+        assert set(bundle.manifest.files) == {"model.xml", "model.bin"}
+        sizes[precision] = bundle.manifest.files["model.bin"].bytes
+        assert (bundle.engine.library, bundle.engine.precision_hint) == ("openvino", "f32")
+        assert bundle.manifest.conversion is None  # it is the weights that are in float16
+        verification = bundle.manifest.verification
+        assert verification["backend"].startswith("OpenVINO ")
+        assert verification["stages"]["detections"]["compared"] > 0
+        with Predictor(bundle) as predictor:
+            assert predictor.backend == "openvino"
+            assert len(predictor("pictures/a.png").scores) > 0
+    assert sizes["fp16"] < 0.7 * sizes["fp32"]
+
+
+def test_what_was_built_wrong_is_caught_and_nothing_is_written(quick, tmp_path, monkeypatch):
+    openvino, build = TARGETS["openvino"], type(TARGETS["openvino"]).build
+    pytest.importorskip("openvino")
+
+    def wrong(self, *arguments, **options):
+        built = build(self, *arguments, **options)
+        weights = np.frombuffer(built.files["model.bin"], np.uint8).copy()
+        weights[len(weights) // 2 :] = 0
+        return Built({**built.files, "model.bin": weights.tobytes()}, built.engine)
+
+    monkeypatch.setattr(type(openvino), "build", wrong)
+    with pytest.raises(VerificationError, match="does not match"):
+        quick(target="openvino")
     assert not (tmp_path / "bundle").exists()
 
 

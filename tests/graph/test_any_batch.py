@@ -6,8 +6,9 @@ import pytest
 from onnx import TensorProto, numpy_helper
 
 from meta_deploy.graph.graph import BATCH
-from meta_deploy.graph.pipeline import PASSES, PIPELINES, run_passes
+from meta_deploy.graph.pipeline import PASSES, run_passes
 from meta_deploy.graph.prices import Cost
+from meta_deploy.targets import TARGETS
 from tests.graph.rewriting import node
 from tests.small_graphs import model, run, value
 
@@ -47,7 +48,7 @@ def unharmed(nodes, inputs, shapes, initializers=(), cost=FREE, outputs=("y",)):
     proto = model(nodes, made, wanted, initializers, infer=False)
     proto.graph.value_info.extend(value(k, shape) for k, shape in shapes.items() if k not in outputs)
     onnx.checker.check_model(proto, full_check=True)
-    for names in (*([name] for name in PASSES), *PIPELINES.values()):
+    for names in (*([name] for name in PASSES), *dict.fromkeys(t.passes for t in TARGETS.values())):
         after, _ = run_passes(proto, list(names), cost)
         assert not any(number > 0 and number % BATCH == 0 for number in numbers(after)), names
         for batch in (1, 2, 3):

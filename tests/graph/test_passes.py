@@ -6,7 +6,8 @@ import onnxruntime
 import pytest
 
 from meta_deploy.graph.graph import IdentitySet, to_graph, to_proto
-from meta_deploy.graph.pipeline import PASSES, PIPELINES, run_passes
+from meta_deploy.graph.pipeline import PASSES, run_passes
+from meta_deploy.targets import TARGETS
 from tests.graph.rewriting import ops, shuffled
 from tests.small_graphs import model, value
 from tests.tiny_models import OTHERS, exported, other, pictures
@@ -36,7 +37,7 @@ def same(expected, actual, tolerance):
         )
 
 
-def unharmed(proto, feeds, passes=PIPELINES["onnxruntime"], tolerance=1e-5):
+def unharmed(proto, feeds, passes=TARGETS["onnxruntime"].passes, tolerance=1e-5):
     """The new graph, after asserting equal outputs, and that a second round changes nothing."""
     after, _ = run_passes(proto, list(passes))
     same(run(proto, feeds), run(after, feeds), tolerance)
@@ -94,7 +95,7 @@ def test_every_stage_of_a_model_answers_as_the_literal_graph(kind):
         assert before.moves_after == after.moves_before
     collapse = next(result for result in e.passes if result.name == "collapse-chains")
     assert collapse.moves_after <= collapse.moves_before
-    _, again = run_passes(e.graph, list(PIPELINES["onnxruntime"]))
+    _, again = run_passes(e.graph, list(TARGETS["onnxruntime"].passes))
     assert not any(result.changes for result in again if result.name != "clean-up")
 
 
@@ -118,7 +119,7 @@ def test_models_of_others_go_through_unharmed(name, opset):
 def test_models_of_others_of_any_batch_go_through_unharmed(name):
     proto, feeds = other(name, dynamic=True)
     unharmed(proto, feeds)
-    after, _ = run_passes(proto, list(PIPELINES["onnxruntime"]))
+    after, _ = run_passes(proto, list(TARGETS["onnxruntime"].passes))
     more = {"x": np.concatenate([feeds["x"], feeds["x"][:1] + 1])}
     same(run(proto, more), run(after, more), 1e-5)
 
@@ -145,8 +146,8 @@ def test_a_bias_between_is_not_lost():
 def test_names_and_order_of_nodes_do_not_matter(name, seed):
     proto, feeds = other(name)
     changed = scrambled(proto, seed)
-    one, first = run_passes(proto, list(PIPELINES["onnxruntime"]))
-    two, second = run_passes(changed, list(PIPELINES["onnxruntime"]))
+    one, first = run_passes(proto, list(TARGETS["onnxruntime"].passes))
+    two, second = run_passes(changed, list(TARGETS["onnxruntime"].passes))
     assert [r.changes for r in first] == [r.changes for r in second]
     assert sorted(ops(one)) == sorted(ops(two))
     expected, actual = run(one, feeds), run(two, {"t0": feeds["x"]})
@@ -176,13 +177,9 @@ def scrambled(proto, seed):
 
 def test_results_say_what_each_pass_did():
     proto, _ = other("packed")
-    after, results = run_passes(proto, list(PIPELINES["onnxruntime"]))
-    assert [result.name for result in results] == list(PIPELINES["onnxruntime"])
+    after, results = run_passes(proto, list(TARGETS["onnxruntime"].passes))
+    assert [result.name for result in results] == list(TARGETS["onnxruntime"].passes)
     assert results[0].nodes_before >= len(to_graph(proto).nodes) > results[0].nodes_after
     assert results[-1].nodes_after == len(after.graph.node)
     assert results[-1].moves_after == sum(op in ("Transpose", "Reshape") for op in ops(after))
     assert set(results[0].to_dict()) >= {"name", "changes", "nodes_before", "nodes_after", "seconds"}
-
-
-def test_every_pipeline_is_of_passes_that_there_are():
-    assert all(name in PASSES for names in PIPELINES.values() for name in names)

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from meta_deploy.graph.graph import to_graph, to_proto
-from meta_deploy.graph.pipeline import COSTS, PIPELINES, run_passes
+from meta_deploy.graph.pipeline import run_passes
 from meta_deploy.graph.traffic import bytes_known, bytes_moved
+from meta_deploy.targets import TARGETS
 from tests.graph.rewriting import node
 from tests.small_graphs import calls, model, run, value
 from tests.tiny_models import other
@@ -192,18 +193,18 @@ def test_bytes_are_those_of_the_arrays_that_flow(data):
     assert bytes_moved(graph) == expected
 
 
-@pytest.mark.parametrize("target", PIPELINES)
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
 @pytest.mark.parametrize("name", ["packed", "shifted windows", "residual"])
 def test_bytes_are_known_and_right_before_and_after_every_pass(name, target):
     proto, feeds = other(name)
-    for step in PIPELINES[target]:
+    for step in TARGETS[target].passes:
         before = by_running(to_proto(to_graph(proto)), feeds)
-        proto, [result] = run_passes(proto, [step], COSTS[target])
+        proto, [result] = run_passes(proto, [step], TARGETS[target].prices)
         assert (result.bytes_before, result.bytes_after) == (before, by_running(proto, feeds)), step
 
 
 def test_results_go_on_from_each_other():
-    _, results = run_passes(other("packed")[0], list(PIPELINES["onnxruntime"]))
+    _, results = run_passes(other("packed")[0], list(TARGETS["onnxruntime"].passes))
     for result, following in itertools.pairwise(results):
         assert result.bytes_after == following.bytes_before
     assert results[-1].bytes_after < results[0].bytes_before
