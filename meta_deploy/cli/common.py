@@ -73,8 +73,8 @@ def run(main_fn: Callable[[], int | None], prog: str | None = None) -> int:
             _silence_stdout()
             return _fail(prog, f"{error.strerror}; free space or write elsewhere", EXIT_INPUT)
         what = f"{type(error).__name__}: {error}"
-        hint = "this is a fault of ours: please report it with the output of META_DEPLOY_DEBUG=1"
-        return _fail(prog, f"{what} ({hint})", EXIT_FAULT)
+        hint = "please report it with the output of META_DEPLOY_DEBUG=1"
+        return _fail(prog, f"internal error: {what}; {hint}", EXIT_FAULT)
 
 
 def _silence_stdout() -> None:

@@ -19,6 +19,7 @@ from meta_deploy.errors import InputError
 from meta_deploy.export.options import Options
 from meta_deploy.export.progress import Progress
 from meta_deploy.export.samples import Samples, find_files
+from meta_deploy.export.shapes import ANY
 from meta_deploy.export.sources import check_options, open_source
 from meta_deploy.export.sources.source import Source, output_specs
 from meta_deploy.export.trace import drop_outputs
@@ -66,11 +67,13 @@ def run(path: str | Path, options: Options, progress: Progress) -> Bundle:
     with progress.stage("load"):
         source = open_source(path, options, progress.note)
         samples = source.samples(files) if needed else Samples()
+    if target.bounded:
+        check_bounds(source)
     progress.note(source.describe())
     progress.note(f"target {target.name} ({reason}), {precision.name}")
     if passes and not source.static:
         progress.note("open input sizes disable most passes; one --input-size gives a leaner, faster graph")
-    with progress.stage("export"):
+    with progress.stage("export") if source.traced else contextlib.nullcontext():
         graph = source.graph(form)
         before = node_count(graph)
     with progress.stage("passes"):
@@ -126,6 +129,20 @@ def choose_passes(passes: str, target: Target) -> list[str]:
             f"choose all, none, or some of {', '.join(dict.fromkeys(target.passes))}"
         )
     return [name for name in target.passes if name in names or name in target.required_passes]
+
+
+def check_bounds(source: Source) -> None:
+    """Refuse sizes without an upper end, for which an engine would have to reserve memory.
+
+    Raises:
+        InputError: an input has one.
+    """
+    for profile in source.profiles:
+        if ANY in profile.max:
+            raise InputError(
+                f"an engine needs a largest shape, and input '{profile.name}' of '{source.name}' has none; "
+                "give --batch or --dynamic-batch, --input-size, or --shape"
+            )
 
 
 def node_count(graph: onnx.ModelProto) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import io
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -231,7 +232,9 @@ def compile_model(
         compiled = core.compile_model(core.read_model(model, weights), DEVICE, settings)
         if kept:
             with contextlib.suppress(InputError):  # it only saves time
-                cache.write(_CACHE, key, compiled.export_model().getvalue(), {"settings": settings})
+                stream = io.BytesIO()
+                compiled.export_model(stream)
+                cache.write(_CACHE, key, stream.getvalue(), {"settings": settings})
     taken = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
     if taken != hint:
         raise BackendError(f"OpenVINO computes in {taken} here, and {hint} was verified; export it again")

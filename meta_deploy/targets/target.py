@@ -96,6 +96,7 @@ class Target(ABC):
         rounds_each_operator: its kernels round to the graph's precision where a CPU may carry on in float32;
             such a graph is verified with the rounding written out.
         builds: what ships is more than the graph, and making it takes time.
+        bounded: what is built reserves memory for the largest input, so that every size needs an upper end.
         backends: what `--backend` can name for its bundles.
         automatic: those of them that `--backend auto` tries, the best first.
         gpu_only: precisions that only a GPU runs.
@@ -113,6 +114,7 @@ class Target(ABC):
     float32_operators: Mapping[str, tuple[str, ...]] = {}
     rounds_each_operator: bool = False
     builds: bool = False
+    bounded: bool = False
     backends: tuple[str, ...]
     automatic: tuple[str, ...]
     gpu_only: tuple[str, ...] = ()

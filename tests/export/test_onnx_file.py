@@ -198,6 +198,12 @@ def test_images_without_preprocessing_are_refused(here, bundles, coco_tiny):
         export(saved(network()), calib_images=coco_tiny / "val", out="b")
 
 
+def test_an_engine_needs_a_largest_shape(here):
+    pytest.importorskip("tensorrt_rtx")
+    with pytest.raises(InputError, match=r"input 'image' of 'net' has none; give --batch"):
+        export(saved(network()), target="tensorrt-rtx", out="b")
+
+
 def test_float16_inside_and_float32_outside(here):
     bundle = export(saved(network()), precision="fp16", out="b")
     assert bundle.manifest.conversion["nodes"] > 0

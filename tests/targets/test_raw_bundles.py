@@ -8,7 +8,7 @@ from onnx import TensorProto, helper
 
 from meta_deploy.bundle.bundle import write_bundle
 from meta_deploy.bundle.manifest import ModelInfo, RawInput, RawManifest, TensorRTRTXEngine, TensorSpec
-from meta_deploy.errors import BackendError
+from meta_deploy.errors import BackendError, InputError
 from meta_deploy.targets import get_target, open_backend
 from meta_deploy.targets.target import BuildOptions
 from tests.small_graphs import model, value
@@ -52,8 +52,12 @@ def bundle(request, monkeypatch, tmp_path):
         bindings, _ = install(monkeypatch)
         files, engine = {"model.onnx": GRAPH, "model.engine": engine_of(GRAPH, *profiles)}, ENGINE
     else:
-        pytest.importorskip(request.param)
-        built = get_target(request.param).build(GRAPH, profiles, BuildOptions())
+        target = get_target(request.param)
+        try:
+            target.check(BuildOptions())
+        except InputError as error:
+            pytest.skip(str(error))
+        built = target.build(GRAPH, profiles, BuildOptions())
         files, engine = built.files, built.engine
     manifest = RawManifest(
         model=ModelInfo(name="by-hand"),

@@ -57,7 +57,6 @@ def test_a_target_names_only_what_there_is(name):
 
 def test_the_choices_are_the_targets_and_their_back_ends_and_auto():
     assert ("auto", *TARGETS) == TARGET_NAMES
-    assert len(TARGETS) == len(set(TARGETS)) == 4
     assert set(BACKEND_NAMES) == {"auto", *(name for target in TARGETS.values() for name in target.backends)}
 
 
@@ -100,9 +99,10 @@ def test_auto_takes_tensorrt_where_it_can_run_and_says_why(machine, installed, g
     assert choose_target("auto", "fp32") == (TARGETS[chosen], reason)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_what_is_asked_for_is_taken(target):
-    assert choose_target(target, "fp16") == (TARGETS[target], "asked for")
+@pytest.mark.parametrize("name", TARGETS)
+def test_what_is_asked_for_is_taken(name):
+    for precision in TARGETS[name].precisions:
+        assert choose_target(name, precision) == (TARGETS[name], "asked for")
 
 
 @pytest.mark.parametrize("target", ENGINES)
@@ -146,8 +146,8 @@ def test_what_is_not_bound_to_a_machine_is_not_rebuilt(name):
 
 
 def test_operators_are_the_targets_own_choice_or_one_that_it_runs():
-    chosen = {name: target.choose_operators(None) for name, target in TARGETS.items()}
-    assert chosen == {"onnxruntime": "native", "openvino": "native", **dict.fromkeys(ENGINES, "lowered")}
+    assert {get_target(name).choose_operators(None) for name in ("onnxruntime", "openvino")} == {"native"}
+    assert {get_target(name).choose_operators(None) for name in ENGINES} == {"lowered"}
     assert get_target("tensorrt").choose_operators("native") == "native"
     assert get_target("onnxruntime").choose_operators("lowered") == "lowered"
     with pytest.raises(

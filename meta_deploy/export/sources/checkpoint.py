@@ -34,6 +34,8 @@ DIVISOR = 32  # every model here takes sizes that are multiples of this
 class CheckpointSource(Source):
     """A checkpoint of one of our models."""
 
+    traced = True
+
     def __init__(self, path: str | Path, options: Options, note: Callable[[str], None]) -> None:
         self.original, self.reference = "PyTorch", f"PyTorch {torch.__version__} float32"
         # Refused now rather than after loading.

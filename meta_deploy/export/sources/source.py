@@ -34,6 +34,7 @@ class Source(ABC):
         static: whether all sizes but the batch are fixed.
         classes: their names; None for a raw graph.
         score_threshold: where a detector cuts its list of detections off.
+        traced: whether `graph` takes time, being traced from PyTorch.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Source(ABC):
     static: bool
     classes: tuple[str, ...] | None = None
     score_threshold: float = 0.0
+    traced: bool = False
 
     @abstractmethod
     def describe(self) -> str:

@@ -36,7 +36,7 @@ class TensorRT(Target):
     rounds_each_operator = True
     backends = ("tensorrt", "cuda", "onnxruntime", "openvino")
     automatic = ("tensorrt", "cuda", "onnxruntime")
-    builds = True
+    builds = bounded = True
     gpu_only = ("bf16",)
     last_resort = "on a CPU a bundle made for onnxruntime is several times faster"
 
