@@ -174,10 +174,11 @@ class Exam:
         }
 
     def detections(self, answers: Arrays) -> list[Detections]:
-        """As the predictor makes them."""
+        """As the predictor makes them, but that it would refuse what is not finite; here that is zero."""
         size, score = self.bundle.input.size.max, self.config.score_threshold
+        finite = {name: np.nan_to_num(array, posinf=0, neginf=0) for name, array in answers.items()}
         return [
-            self.task.decode(self.bundle, answers, i, placement, size, score)
+            self.task.decode(self.bundle, finite, i, placement, size, score)
             for i, placement in enumerate(self.placements)
         ]
 

@@ -1,6 +1,7 @@
 """Who may import whom, read from the sources; and what importing must not load."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,26 @@ def test_graph_knows_no_models():
         for name in imported(path):
             assert name.split(".")[0] not in TORCH, f"{path.name} imports {name}"
             assert not name.startswith("meta_deploy.models"), f"{path.name} imports {name}"
+
+
+def test_no_pass_imports_another():
+    for path in (PACKAGE / "graph" / "passes").glob("*.py"):
+        for name in imported(path):
+            assert not name.startswith("meta_deploy.graph.passes"), f"{path.name} imports {name}"
+
+
+def test_no_test_module_imports_another():
+    for path in Path(__file__).parent.rglob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = (
+                [alias.name for alias in getattr(node, "names", ())] if isinstance(node, ast.Import) else []
+            )
+            names += (
+                [f"{node.module}.{a.name}" for a in node.names] if isinstance(node, ast.ImportFrom) else []
+            )
+            for name in names:
+                found = name.startswith("tests.") and re.search(r"\.test_\w+", name)
+                assert not found, f"{path.name} imports {name}"
 
 
 def test_every_folder_has_its_rule():

@@ -352,18 +352,26 @@ def explanation(rows: list[dict], chosen: str) -> str:
 
 
 def reason_lines(declined: list[dict]) -> list[str]:
-    """A line for each reason, up to the names in it, with the first of the nodes."""
-    groups: dict[tuple[str, str], list[dict]] = {}
+    """A line for each operator and reason, whatever its names and sizes, with the first of the nodes."""
+    groups: dict[tuple[str, str], dict[str, str]] = {}
     for place in declined:
-        groups.setdefault((place["op"], re.sub(r"'[^']*'|[\d.]+(e\+\d+)?", "", place["reason"])), []).append(
-            place
+        groups.setdefault((place["op"], wording(place["reason"])), {}).setdefault(
+            place["node"], place["reason"]
         )
     lines = []
-    for (op, _), places in groups.items():
-        names = ", ".join(place["node"] for place in places[:3]) + (", …" if len(places) > 3 else "")
-        example = "for the first, " if len(places) > 1 else ""
-        lines.append(f"  {len(places)} {op} ({names}): {example}{places[0]['reason']}")
+    for (op, _), reasons in groups.items():
+        names = ", ".join(list(reasons)[:3]) + (", …" if len(reasons) > 3 else "")
+        example = "for the first, " if len(reasons) > 1 else ""
+        lines.append(f"  {len(reasons)} {op} ({names}): {example}{next(iter(reasons.values()))}")
     return lines
+
+
+def wording(reason: str) -> str:
+    """A reason without names, shapes and numbers."""
+    rest = re.sub(r"'[^']*'", "", reason)
+    while (shorter := re.sub(r"\([^()]*\)", "", rest)) != rest:
+        rest = shorter
+    return re.sub(r"[\d.]+(e[+-]\d+)?", "", rest)
 
 
 def verdict(verification: dict | None) -> str:

@@ -175,8 +175,9 @@ def read_by(node: gs.Node) -> Iterator[gs.Tensor]:
     yield from node.inputs
     inner = list(node.subgraphs(recursive=True))
     own = IdentitySet(tensor for g in inner for tensor in (*g.inputs, *made_in(g)))
-    read = (tensor for g in inner for tensor in (*g.outputs, *(t for n in g.nodes for t in n.inputs)))
-    yield from (tensor for tensor in read if tensor not in own and not isinstance(tensor, gs.Constant))
+    for tensor in (tensor for g in inner for n in g.nodes for tensor in n.inputs):
+        if tensor not in own and not isinstance(tensor, gs.Constant):
+            yield tensor
 
 
 def made_in(graph: gs.Graph) -> list[gs.Tensor]:

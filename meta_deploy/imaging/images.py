@@ -30,6 +30,7 @@ IMAGE_SUFFIXES = frozenset((
 ))
 VIDEO_SUFFIXES = frozenset((".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv"))
 # fmt: on
+ARRAY_SUFFIXES = frozenset((".npz",))
 # Named, because Pillow also opens formats that run other programs (EPS).
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
 
@@ -139,17 +140,17 @@ class Source:
 
     @property
     def arrays(self) -> bool:
-        return self.path.suffix.lower() == ".npz"
+        return self.path.suffix.lower() in ARRAY_SUFFIXES
 
 
 def expand(arguments: Iterable[str]) -> list[Source]:
     """Arguments (image, video, .npz, folder, or glob pattern) to the files they name, each once, in order.
 
-    A folder gives the images directly in it, sorted, by suffix. A file that does not exist is kept, for
-    reading it to say so.
+    A folder gives the images directly in it, sorted, by suffix; without images, the .npz files. A file that
+    does not exist is kept, for reading it to say so.
 
     Raises:
-        InputError: a folder without images, or a pattern without matches.
+        InputError: a folder without either, or a pattern without matches.
     """
     found: dict[str, Source] = {}
     for argument in arguments:
@@ -162,7 +163,9 @@ def _matches(argument: str) -> list[Path]:
     path = Path(argument)
     if os.path.isdir(path):  # unlike Path's own, false where it cannot be known: a name too long
         try:
-            paths = sorted(p for p in path.iterdir() if _known(p, IMAGE_SUFFIXES))
+            files = sorted(path.iterdir())
+            paths = [p for p in files if _known(p, IMAGE_SUFFIXES)]
+            paths = paths or [p for p in files if _known(p, ARRAY_SUFFIXES)]
         except OSError as error:
             raise InputError(f"cannot read the folder '{argument}': {error.strerror}") from error
         if not paths:
@@ -172,7 +175,7 @@ def _matches(argument: str) -> list[Path]:
         paths = sorted(
             p
             for p in map(Path, glob.glob(argument, recursive=True))
-            if _known(p, IMAGE_SUFFIXES | VIDEO_SUFFIXES | {".npz"})
+            if _known(p, IMAGE_SUFFIXES | VIDEO_SUFFIXES | ARRAY_SUFFIXES)
         )
         if not paths:
             raise InputError(f"no image or video matches '{argument}'; check the pattern")

@@ -66,9 +66,8 @@ class Arrays(Result):
         with atomic_write(path) as stream, zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, array in self.outputs.items():
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
-                    plain = (
-                        array.astype(str) if array.dtype == object else array
-                    )  # text, as ONNX Runtime has it
+                    # ONNX Runtime has text as objects, which only a pickle could hold.
+                    plain = array.astype(str) if array.dtype == object else array
                     np.lib.format.write_array(entry, np.asanyarray(plain), allow_pickle=False)
 
 

@@ -207,7 +207,7 @@ def test_without_a_gpu_only_the_cpu_is_checked():
 
 
 def test_with_a_gpu_all_are_checked_and_the_cpu_apart():
-    chosen, notes = choose(KINDS, gpu_check.PRECISIONS[:3], gpu=True, torch_gpu=True)
+    chosen, notes = choose(KINDS, gpu_check.PRECISION_NAMES[:3], gpu=True, torch_gpu=True)
     assert not notes
     assert {one.kind for one in chosen} == set(KINDS)
     on_gpu, on_cpu = groups(chosen, torch_gpu=True)

@@ -11,7 +11,7 @@ ROWS = [
     {
         "name": "fuse-attention",
         "declined": [
-            *(place(f"softmax_{i}", f"'add_{i}' (1, {i}) comes from Add 'mask_{i}'") for i in range(4)),
+            *(place(f"softmax_{i}", f"'add_{i}' (1, n*({i})) comes from Add 'mask_{i}'") for i in range(4)),
             place("softmax_9", "the scale is 0.0"),
         ],
     },
@@ -24,7 +24,7 @@ def test_reasons_that_differ_by_a_name_or_a_size_are_one_line():
     assert explanation(ROWS, "fuse-attention").splitlines() == [
         "fuse-attention left as they are:",
         "  4 Softmax (softmax_0, softmax_1, softmax_2, …): "
-        "for the first, 'add_0' (1, 0) comes from Add 'mask_0'",
+        "for the first, 'add_0' (1, n*(0)) comes from Add 'mask_0'",
         "  1 Softmax (softmax_9): the scale is 0.0",
     ]
 

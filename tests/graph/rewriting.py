@@ -275,7 +275,7 @@ class Writer:
         self.rng = np.random.default_rng(seed)
 
     def input(self, name, shape, kind=None):
-        self.inputs.append(value(self.n(name), list(shape), kind or self.kind))
+        self.inputs.append(value(self.n(name), shape and list(shape), kind or self.kind))
         return self.n(name)
 
     def constant(self, name, array, dtype=None):

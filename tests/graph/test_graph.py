@@ -10,10 +10,15 @@ from onnx import TensorProto, helper, numpy_helper
 from meta_deploy.graph.graph import (
     BATCH,
     IR_VERSION,
+    IdentitySet,
     constant_value,
+    detach,
+    is_output,
+    own_nodes,
     producer,
     sole_consumer,
     static_shape,
+    tidy,
     to_graph,
     to_proto,
 )
@@ -215,3 +220,49 @@ def test_constant_value_is_that_of_constants_only():
     np.testing.assert_array_equal(constant_value(tensors["c"]), [3])
     assert constant_value(tensors["x"]) is None
     assert constant_value(tensors["h"]) is None
+
+
+def branch_model(then):
+    """y is what a node makes of h = -x in one branch, or the negative of h."""
+    out = value(then.output[0], [2])
+    other = helper.make_graph([helper.make_node("Neg", ["h"], ["o"])], "else", [], [value("o", [2])])
+    nodes = [
+        helper.make_node("Neg", ["x"], ["h"]),
+        helper.make_node("Relu", ["x"], ["dead"]),
+        helper.make_node(
+            "If", ["c"], ["y"], then_branch=helper.make_graph([then], "then", [], [out]), else_branch=other
+        ),
+    ]
+    return model(nodes, [value("x", [2]), value("c", [], TensorProto.BOOL)])
+
+
+def test_tidy_keeps_what_a_branch_reads_and_drops_the_rest():
+    graph = to_graph(branch_model(helper.make_node("Relu", ["h"], ["t"])))
+    tidy(graph)
+    assert [node.op for node in graph.nodes] == ["Neg", "If"]
+
+
+def test_a_branch_owns_its_nodes_though_they_read_the_graphs_tensors():
+    graph = to_graph(branch_model(helper.make_node("Relu", ["h"], ["t"])))
+    own = own_nodes(graph)
+    (h,) = graph.nodes[0].outputs
+    assert {node.op: node in own for node in h.outputs} == {"Relu": False, "Neg": False}
+    assert [node.op for node in own] == ["Neg", "Relu", "If"]
+    assert is_output(graph, graph.nodes[2].outputs[0])
+    assert not is_output(graph, h)
+
+
+def test_nodes_alike_are_different_members():
+    nodes = [gs.Node("Relu"), gs.Node("Relu")]
+    found = IdentitySet([nodes[1], nodes[0], nodes[1]])
+    assert [node is nodes[1] for node in found] == [True, False]
+    assert len(found) == 2
+    assert gs.Node("Relu") not in found
+
+
+def test_detach_goes_back_to_the_first_node_that_something_else_needs():
+    chain = [helper.make_node("Neg", ["x"], ["a"]), helper.make_node("Relu", ["a"], ["b"])]
+    chain += [helper.make_node("Abs", ["b"], ["c"]), helper.make_node("Exp", ["a"], ["y"])]
+    graph = to_graph(model(chain, [value("x", [2])]))
+    detach(graph, graph.nodes[2])
+    assert [len(node.inputs) for node in graph.nodes] == [1, 0, 0, 1]

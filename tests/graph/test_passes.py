@@ -5,10 +5,10 @@ import onnx
 import onnxruntime
 import pytest
 
-from meta_deploy.graph.graph import to_graph, to_proto
+from meta_deploy.graph.graph import IdentitySet, to_graph, to_proto
 from meta_deploy.graph.pipeline import PASSES, run_passes
 from meta_deploy.targets import TARGETS
-from tests.graph.rewriting import ops
+from tests.graph.rewriting import ops, shuffled
 from tests.small_graphs import model, value
 from tests.tiny_models import OTHERS, exported, other, pictures
 
@@ -163,19 +163,12 @@ def test_an_empty_graph_stays_empty(name):
 
 def scrambled(proto, seed):
     """The same graph, its nodes in another topological order and its tensors called otherwise."""
-    graph = to_graph(proto)
-    rng = np.random.default_rng(seed)
-    left, order, made = list(graph.nodes), [], set()
-    produced = {id(tensor) for n in left for tensor in n.outputs}
-    while left:
-        ready = [
-            i for i, n in enumerate(left) if all(id(t) in made or id(t) not in produced for t in n.inputs)
-        ]
-        order.append(left.pop(ready[rng.integers(len(ready))]))
-        made.update(id(tensor) for tensor in order[-1].outputs)
-    graph.nodes = order
+    rng, copy = np.random.default_rng(seed), onnx.ModelProto.FromString(proto.SerializeToString())
+    del copy.graph.node[:]
+    copy.graph.node.extend(shuffled(proto.graph.node, seed + 1))
+    graph = to_graph(copy)
     tensors = [*graph.inputs, *rng.permutation(np.array([*graph.tensors().values()], object))]
-    for i, tensor in enumerate({id(t): t for t in tensors if not t.is_empty()}.values()):
+    for i, tensor in enumerate(IdentitySet(t for t in tensors if not t.is_empty())):
         tensor.name = f"t{i}"
     for n in graph.nodes:
         n.name = ""

@@ -192,6 +192,18 @@ def test_a_name_with_brackets_is_a_file_before_it_is_a_pattern(tmp_path):
     assert names(expand([str(tmp_path / "a[1].png")])) == ["a[1].png"]
 
 
+def test_a_folder_without_images_gives_its_arrays(tmp_path):
+    for name in ("b.npz", "a.NPZ", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    sources = expand([str(tmp_path)])
+    assert [(source.path.name, source.arrays, source.video) for source in sources] == [
+        ("a.NPZ", True, False),
+        ("b.npz", True, False),
+    ]
+    (tmp_path / "c.png").write_bytes(b"")
+    assert [source.path.name for source in expand([str(tmp_path)])] == ["c.png"]
+
+
 def test_a_folder_or_pattern_without_images_is_refused(tmp_path):
     with pytest.raises(InputError, match="no image in the folder"):
         expand([str(tmp_path)])

@@ -36,12 +36,13 @@ def fuse_attention(graph: gs.Graph) -> int:
         found = find_attention(graph, node) if is_op(node, "Softmax") else None
         if found is None:
             continue
-        if found.last not in inside or is_batch(found.q.shape[1]):
-            place = "it is used inside a branch or a loop" if found.last not in inside else None
-            declined(node, place or f"the number of heads of {shown(found.q)} is not known")
-            continue
-        _rewrite(graph, found, fresh)
-        changes += 1
+        if found.last not in inside:
+            declined(node, "it is used inside a branch or a loop")
+        elif is_batch(found.q.shape[1]):
+            declined(node, f"the number of heads of {shown(found.q)} is not known")
+        else:
+            _rewrite(graph, found, fresh)
+            changes += 1
     if changes:
         graph.import_domains = _with_domain(graph)
         tidy(graph)

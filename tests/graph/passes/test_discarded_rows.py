@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from meta_deploy.graph.graph import to_graph
 from meta_deploy.graph.passes.discarded_rows import discarded_rows
 from tests.graph import rewriting
-from tests.graph.rewriting import RANDOM, node
+from tests.graph.rewriting import RANDOM, node, shuffled
 from tests.small_graphs import model, run, value
 
 
@@ -100,7 +100,7 @@ class Head:
             outputs.append(n("z"))
         if self.extra_output:
             outputs.insert(0, n(self.extra_output))
-        proto = model(self.shuffled(nodes), inputs, outputs, initializers)
+        proto = model(shuffled(nodes, self.shuffle), inputs, outputs, initializers)
         if isinstance(B, str):  # as PyTorch's exporter says it, and ONNX cannot infer
             for info in proto.graph.value_info:
                 if info.name == n("value"):
@@ -109,20 +109,6 @@ class Head:
 
     def n(self, name):
         return self.prefix + name
-
-    def shuffled(self, nodes):
-        """Another order of the nodes that is topological too."""
-        if not self.shuffle:
-            return nodes
-        rng, made, left, order = np.random.default_rng(self.shuffle), set(), list(nodes), []
-        produced = {out for nd in nodes for out in nd.output}
-        while left:
-            ready = [nd for nd in left if all(i in made or i not in produced for i in nd.input)]
-            chosen = ready[rng.integers(len(ready))]
-            left.remove(chosen)
-            order.append(chosen)
-            made.update(chosen.output)
-        return order
 
     def feeds(self, keep=None, seed=1):
         rng = np.random.default_rng(seed)

@@ -18,7 +18,7 @@ from meta_deploy.graph.passes.share_norms import share_norms
 from meta_deploy.graph.pipeline import run_passes
 from meta_deploy.models.backbones.mea import MEABlock
 from tests.graph import rewriting
-from tests.graph.rewriting import RANDOM, node, ops, same, shuffled
+from tests.graph.rewriting import RANDOM, Writer, node, ops, same
 from tests.small_graphs import calls, model, run, value
 from tests.tiny_models import exported, pictures
 
@@ -74,6 +74,9 @@ class Norms:
     shuffle: int = 0
     seed: int = 0
 
+    def n(self, name):
+        return self.prefix + name
+
     def proto(self):
         return Builder(self).proto()
 
@@ -88,28 +91,13 @@ class Norms:
         return feeds
 
 
-class Builder:
+class Builder(Writer):
     def __init__(self, case):
-        self.case, self.rng = case, np.random.default_rng(case.seed)
-        self.nodes, self.constants, self.outputs = [], [], []
-        self.kind = helper.np_dtype_to_tensor_dtype(np.dtype(case.dtype))
-
-    def n(self, name):
-        return self.case.prefix + name
-
-    def constant(self, name, array):
-        array = np.asarray(array)
-        if array.dtype.kind == "f":
-            array = array.astype(self.case.dtype)
-        self.constants.append(numpy_helper.from_array(array, self.n(name)))
-        return self.n(name)
+        super().__init__(case, case.seed)
+        self.outputs = []
 
     def weight(self, name, *shape):
         return self.constant(name, self.rng.standard_normal(shape) / 3)
-
-    def add(self, op, inputs, out, **attrs):
-        self.nodes.append(node(op, inputs, [self.n(out)], **attrs))
-        return self.n(out)
 
     def proto(self):
         case, n = self.case, self.n
@@ -130,17 +118,12 @@ class Builder:
             self.outputs += names[1:]
             for j, reader in enumerate(norm.readers):
                 self.read(reader, n(f"y{i}"), f"r{i}_{j}")
-        inputs = [value(n("x"), case.shape, self.kind)]
+        self.input("x", case.shape)
         if any("branch" in norm.readers for norm in case.norms):
-            inputs.append(value(n("c"), [], TensorProto.BOOL))
+            self.input("c", [], TensorProto.BOOL)
         if any(norm.scale == "input" for norm in case.norms):
-            inputs.append(value(n("g"), [C], self.kind))
-        infos = [helper.make_empty_tensor_value_info(name) for name in self.outputs]
-        for info in infos:
-            info.type.tensor_type.elem_type = self.kind
-        nodes = shuffled(self.nodes, case.shuffle)
-        imports = [helper.make_opsetid("", case.opset)]
-        return model(nodes, inputs, infos, self.constants, opset_imports=imports)
+            self.input("g", [C])
+        return self.model(self.outputs, shuffle=case.shuffle)
 
     def affine(self, norm, pairs):
         if norm.like is not None:
@@ -278,7 +261,7 @@ class Builder:
         )
 
     def _reshape(self, y, out):
-        flat = self.add("Reshape", [y, self.constant(f"{out}_s", np.array([-1, 2 * C]))], f"{out}_f")
+        flat = self.add("Reshape", [y, self.constant(f"{out}_s", [-1, 2 * C], np.int64)], f"{out}_f")
         self.outputs.append(self.add("MatMul", [flat, self.weight(f"{out}_w", 2 * C, OUT)], out))
 
     def _two_moves(self, y, out):
