@@ -23,7 +23,7 @@ from meta_deploy.export.shapes import ANY
 from meta_deploy.export.sources import check_options, open_source
 from meta_deploy.export.sources.source import Source, output_specs
 from meta_deploy.export.trace import drop_outputs
-from meta_deploy.export.verify import OnnxRun, verify
+from meta_deploy.export.verify import OnnxRun, Run, WithStages, verify
 from meta_deploy.graph.attention import attention_count
 from meta_deploy.graph.pipeline import run_passes
 from meta_deploy.graph.precision import PRECISIONS
@@ -94,9 +94,9 @@ def run(path: str | Path, options: Options, progress: Progress) -> Bundle:
         with progress.stage("verify"):
             # What a GPU rounds after each operator, a CPU may carry on in float32.
             rounded = conversion is not None and target.rounds_each_operator
-            exported = target.runner(built.files, source.profiles, precision.name) or OnnxRun(
-                emulated(graph) if rounded else graph
-            )
+            exported: Run = OnnxRun(emulated(graph) if rounded else graph)
+            if shipped_run := target.runner(built.files, source.profiles, precision.name):
+                exported = WithStages(shipped_run, exported)
             verification = verify(source, exported, samples, precision.tolerances, progress.count)
             verification["emulated"] = rounded
     with progress.stage("write"):

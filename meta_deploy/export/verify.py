@@ -108,6 +108,22 @@ class OnnxRun:
         return dict(zip(self.names, values, strict=True))
 
 
+class WithStages:
+    """What ships, and beside its outputs the stages that only the graph still has.
+
+    Final outputs of a detector alone would hide a fault: boxes that are off are few among many.
+    """
+
+    def __init__(self, shipped: Run, graph: Run) -> None:
+        self.shipped, self.graph = shipped, graph
+        self.runs_on = (
+            f"{getattr(shipped, 'runs_on', 'the target')}; stages on {getattr(graph, 'runs_on', '')}"
+        )
+
+    def __call__(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {**self.graph(feed), **self.shipped(feed)}
+
+
 @contextlib.contextmanager
 def told(verb: str) -> Iterator[None]:
     """ONNX Runtime's own errors, which have no common class, as ours."""

@@ -307,6 +307,14 @@ def test_a_pass_that_harms_is_caught_and_nothing_is_written(quick, tmp_path, mon
 
 
 @pytest.mark.slow
+def test_a_harm_that_final_boxes_hide_is_caught_for_openvino_too(quick, monkeypatch):
+    pytest.importorskip("openvino")
+    monkeypatch.setitem(PASSES, "discarded-rows", corrupt)
+    with pytest.raises(VerificationError, match=r"does not match PyTorch .* are off"):
+        quick(target="openvino")
+
+
+@pytest.mark.slow
 def test_an_older_bundle_is_replaced_by_a_good_export_only(quick, monkeypatch):
     old = quick(check=False).manifest
     with monkeypatch.context() as patch:
