@@ -62,7 +62,9 @@ def run(path: str | Path, options: Options, progress: Progress) -> Bundle:
     lowered = precision.name not in ("fp32", *target.lowered_by_build)
     needed = options.check or (lowered and precision.measures)
     files = find_files(options.calib_images) if needed or options.calib_images is not None else []
-    folder = check_out_dir(options.out or f"{Path(path).stem}-{target.name}-{precision.name}")
+    named = f"{Path(path).stem}-{target.name}-{precision.name}"
+    folder = Path(named if options.out is None else options.out)
+    check_out_dir(folder)
 
     with progress.stage("load"):
         source = open_source(path, options, progress.note)

@@ -66,7 +66,7 @@ def choose_target(name: str, precision: str) -> tuple[Target, str]:
         raise InputError(f"'{precision}' is not a precision; choose {', '.join(known)}")
     raise InputError(
         f"precision {precision} is not written for {target.name}; use --target {_either(others)}, "
-        f"or --{_either(target.precisions)}"
+        f"or {_either([f'--{name}' for name in target.precisions])}"
     )
 
 
