@@ -278,7 +278,7 @@ class _Manifest(Struct, frozen=True, kw_only=True, tag_field="task"):
     target: Line
     precision: Line
     operators: str | None = None
-    outputs: tuple[TensorSpec, ...]
+    outputs: Annotated[tuple[TensorSpec, ...], Meta(min_length=1)]
     files: dict[str, FileEntry] = {}
     parameters: Count = 0
     nodes: Nodes | None = None

@@ -65,6 +65,8 @@ def run(main_fn: Callable[[], int | None], prog: str | None = None) -> int:
         return _fail(prog, "terminated", EXIT_TERMINATED)
     except KeyboardInterrupt:
         return _fail(prog, "interrupted", EXIT_INTERRUPT)
+    except MemoryError:
+        return _fail(prog, "there is not enough memory for this; take a smaller batch or size", EXIT_INPUT)
     except BrokenPipeError:
         _silence_stdout()
         return EXIT_PIPE

@@ -17,6 +17,16 @@ if TYPE_CHECKING:
     from meta_deploy.bundle.bundle import Bundle
 
 
+_EPILOG = """\
+examples:
+  meta-export --ckpt model.pth --fp16
+  meta-export --onnx model.onnx --target openvino
+  meta-export --onnx model.onnx --scale 0.00392157 --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225
+
+Exit code 0: done; 2: bad input or usage; 3: the export does not match the original; 1: internal error.
+"""
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     return run(lambda: export_command(parser().parse_args(argv)), "meta-export")
@@ -26,6 +36,8 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="meta-export",
         description="Turn a checkpoint or an ONNX file into a bundle for meta-infer, verified against it.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_source(p.add_argument_group("source"))
     _add_target(p.add_argument_group("target and precision"))
@@ -113,9 +125,9 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
 def _add_onnx(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--shape",
-        action="append",
+        action=Shapes,
         type=input_shape,
-        default=[],
+        default={},
         metavar="NAME=1x3x…",
         help="fix the shape of an input that leaves it open; may be given several times",
     )
@@ -167,6 +179,17 @@ def number(text: str) -> float:
     return value
 
 
+class Shapes(argparse.Action):
+    """Gathers --shape NAME=..., each name once."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        name, shape = value
+        shapes = getattr(namespace, self.dest)
+        if name in shapes:
+            parser.error(f"{option_string} gives '{name}' twice")
+        setattr(namespace, self.dest, {**shapes, name: shape})
+
+
 def input_shape(text: str) -> tuple[str, tuple[int, ...]]:
     """An option's value as an input's name and shape, such as images=1x3x224x224."""
     name, _, sizes = text.rpartition("=")
@@ -207,7 +230,7 @@ def export_command(args: argparse.Namespace) -> int:
     else:
         print(summary(bundle, time.perf_counter() - started), flush=True)
     if args.explain is not None:
-        print(explanation(bundle.manifest["passes"], args.explain), file=sys.stderr)
+        print(explanation(document(bundle)["passes"], args.explain), file=sys.stderr)
     return 0
 
 
@@ -236,7 +259,7 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
         "workspace_mb": args.workspace,
         "input_size": tuple(args.input_size) if args.input_size else None,
         "dynamic_batch": tuple(args.dynamic_batch) if args.dynamic_batch else None,
-        "shapes": dict(args.shape),
+        "shapes": args.shape,
         "mean": three("mean", args.mean),
         "std": three("std", args.std),
         "class_names": class_names(args.class_names),
@@ -382,15 +405,17 @@ def verdict(verification: dict | None) -> str:
     for name, stage in verification["stages"].items():
         if "rms_relative_error" in stage.get("tolerance", ()):
             rms, most = stage["rms_relative_error"], stage["max_relative_error"]
-            parts.append(f"{name} within {rms:.1e} (rms; {most:.1e} at most)")
+            parts.append(f"{name} within {rms:.1e} (rms; single values {most:.1e} of the largest)")
         elif "max_relative_error" in stage:
             parts.append(f"{name} within {stage['max_relative_error']:.1e}")
         elif stage.get("compared", 1) == 0:
             parts.append(f"no {name} on them to compare")
         else:
             parts.append(f"{stage['agreement']:.1%} of {name} agree")
-    original, samples = verification.get("original", "PyTorch"), verification.get("samples", "images")
-    return f"matches {original} on {verification['images']} {samples}: {', '.join(parts)}"
+    from meta_deploy.export.verify import counted
+
+    original = verification.get("original", "PyTorch")
+    return f"matches {original} on {counted(verification)}: {', '.join(parts)}"
 
 
 class StageDisplay:

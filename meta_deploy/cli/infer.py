@@ -33,7 +33,7 @@ examples:
   meta-infer clip.mp4 --model my-bundle --json > clip.json
   meta-infer input.npz --model raw-bundle               arrays by name, to meta-infer-out/input-outputs.npz
 
-Exit code 0: done; 2: bad input (the images that could be read are done); 1: a fault of ours.
+Exit code 0: done; 2: bad input (the images that could be read are done); 1: internal error.
 """
 
 

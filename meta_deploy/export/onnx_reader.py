@@ -45,6 +45,8 @@ def read_onnx(path: Path) -> onnx.ModelProto:
         raise InputError(f"'{path}' is not an ONNX file, or is damaged; fetch or save it again") from error
     if not proto.ir_version or not proto.graph.output:
         raise InputError(f"'{path}' is not an ONNX file, or is damaged: it has no outputs; save it again")
+    if proto.graph.sparse_initializer:
+        raise InputError(f"'{path}' has sparse initializers, which are not supported; save them dense")
     _check_opset(proto, path)
     _load_external(proto, path)
     return proto
@@ -70,15 +72,11 @@ def _load_external(proto: onnx.ModelProto, path: Path) -> None:
     folder = path.resolve().parent
     total = proto.ByteSize()
     for tensor in tensors:
-        info = external_data_helper.ExternalDataInfo(tensor)
+        info = _external_info(tensor, path)
         place = _inside(folder, info.location, path)
-        try:
-            size = place.stat().st_size
-        except OSError as error:
-            raise InputError(
-                f"'{path}' keeps weights in '{info.location}', which cannot be read ({error.strerror}); "
-                "put that file beside it"
-            ) from error
+        if not place.is_file():
+            raise InputError(f"'{path}' keeps weights in '{info.location}', which is not there; put it there")
+        size = place.stat().st_size
         start, length = (
             info.offset or 0,
             info.length if info.length is not None else size - (info.offset or 0),
@@ -93,11 +91,24 @@ def _load_external(proto: onnx.ModelProto, path: Path) -> None:
                 f"'{path}' holds over 2 GB of weights, and this version writes graphs up to 2 GB; "
                 "convert its weights to float16 first"
             )
-        with place.open("rb") as stream:
-            stream.seek(start)
-            tensor.raw_data = stream.read(length)
+        try:
+            with place.open("rb") as stream:
+                stream.seek(start)
+                tensor.raw_data = stream.read(length)
+        except OSError as error:
+            raise InputError(f"cannot read '{place}': {error.strerror}; check its permissions") from error
         tensor.data_location = TensorProto.DEFAULT
         del tensor.external_data[:]
+
+
+def _external_info(tensor: TensorProto, path: Path) -> external_data_helper.ExternalDataInfo:
+    try:
+        info = external_data_helper.ExternalDataInfo(tensor)
+    except ValueError as error:
+        raise InputError(f"'{path}' does not say where the weights '{tensor.name}' are: {error}") from error
+    if "\0" in info.location:
+        raise InputError(f"'{path}' keeps weights in a file whose name is none; save it again")
+    return info
 
 
 def _inside(folder: Path, location: str, path: Path) -> Path:

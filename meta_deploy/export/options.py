@@ -8,6 +8,7 @@ from pathlib import Path
 
 from meta_deploy.errors import InputError
 
+MOST = 1e6  # of mean, std and scale
 MAX_INPUT_VALUES = 2**31  # 8 GB of input alone; no model runs on more
 
 
@@ -62,6 +63,18 @@ class Options:
     out: str | Path | None = None
     check: bool = True
     allow_partial: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in (("scale", (self.scale,)), ("mean", self.mean), ("std", self.std)):
+            for number in value or ():
+                if number is None:
+                    continue
+                least = -MOST if name == "mean" else 1 / MOST
+                if not least <= number <= MOST:  # false for NaN too
+                    raise InputError(f"--{name} {number:g} is not from {least:g} to {MOST:g}")
+        for name, shape in self.shapes.items():
+            if not all(isinstance(size, int) and size > 0 for size in shape):
+                raise InputError(f"--shape of '{name}' is {shape}, and has to be sizes of at least 1")
 
     @property
     def takes_images(self) -> bool:

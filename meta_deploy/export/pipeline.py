@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from meta_deploy.export.shapes import ANY
 from meta_deploy.export.sources import check_options, open_source
 from meta_deploy.export.sources.source import Source, output_specs
 from meta_deploy.export.trace import drop_outputs
-from meta_deploy.export.verify import OnnxRun, Run, WithStages, verify
+from meta_deploy.export.verify import OnnxRun, Recorded, Run, WithStages, verify
 from meta_deploy.graph.attention import attention_count
 from meta_deploy.graph.pipeline import run_passes
 from meta_deploy.graph.precision import PRECISIONS
@@ -47,11 +47,14 @@ def export(source: str | Path, *, progress: Progress | None = None, **options: A
         InputError: an option, the source, an image or the output folder cannot be used.
         VerificationError: the exported graph does not agree with the original; nothing is written.
     """
+    known = {field.name for field in fields(Options)}
+    if unknown := sorted(options.keys() - known):
+        raise InputError(f"export has no option '{unknown[0]}'; choose from {', '.join(sorted(known))}")
     return run(source, Options(**options), progress or Progress())
 
 
 def run(path: str | Path, options: Options, progress: Progress) -> Bundle:
-    """The order of an export."""
+    """`export` with checked options."""
     target, reason = choose_target(options.target, options.precision)
     precision = PRECISIONS[options.precision]
     build_options = BuildOptions(precision.name, tuple(options.gpus), options.workspace_mb)
@@ -74,7 +77,9 @@ def run(path: str | Path, options: Options, progress: Progress) -> Bundle:
     progress.note(source.describe())
     progress.note(f"target {target.name} ({reason}), {precision.name}")
     if passes and not source.static:
-        progress.note("open input sizes disable most passes; one --input-size gives a leaner, faster graph")
+        progress.note(
+            "open input sizes disable most passes; fix them (--input-size, --shape) for a leaner graph"
+        )
     with progress.stage("export") if source.traced else contextlib.nullcontext():
         graph = source.graph(form)
         before = node_count(graph)
@@ -91,7 +96,7 @@ def run(path: str | Path, options: Options, progress: Progress) -> Bundle:
     with progress.stage("engine") if target.builds else contextlib.nullcontext():
         build_options = replace(build_options, attention=attention_count(shipped))
         built = target.build(serialize(shipped), source.profiles, build_options, progress.count)
-    verification = None
+    verification, shapes = None, {}
     if options.check:
         with progress.stage("verify"):
             # What a GPU rounds after each operator, a CPU may carry on in float32.
@@ -99,12 +104,13 @@ def run(path: str | Path, options: Options, progress: Progress) -> Bundle:
             exported: Run = OnnxRun(emulated(graph) if rounded else graph)
             if shipped_run := target.runner(built.files, source.profiles, precision.name):
                 exported = WithStages(shipped_run, exported)
-            verification = verify(source, exported, samples, precision.tolerances, progress.count)
-            verification["emulated"] = rounded
+            recorded = Recorded(exported)
+            verification = verify(source, recorded, samples, precision.tolerances, progress.count)
+            verification["emulated"], shapes = rounded, recorded.shapes
     with progress.stage("write"):
         manifest = source.manifest(
             created_by=versions(),
-            outputs=output_specs(shipped),
+            outputs=output_specs(shipped, shapes),
             target=target.name,
             precision=precision.name,
             operators=form,

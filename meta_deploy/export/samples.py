@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -38,10 +37,7 @@ class Samples:
 
 
 class ImageSamples(Samples):
-    """Image files, preprocessed. Of a dynamic batch, the largest and the smallest are met.
-
-    Raises ImageError from the constructor, not in the middle of long work, where a file cannot be read.
-    """
+    """Image files, preprocessed. Of a dynamic batch, the largest and the smallest are met."""
 
     noun = "images"
 
@@ -64,7 +60,7 @@ class ImageSamples(Samples):
 
 
 def _groups(count: int, spec: InputSpec) -> Iterator[list[int]]:
-    """Every image once, in batches of the largest size, then of the smallest, then of the usual one."""
+    """Every image at least once: a batch of the largest size, one of the smallest, then the usual ones."""
     sizes = [spec.batch.max, spec.batch.min] if not spec.static_batch else []
     start = 0
     while start < count or sizes:
@@ -93,13 +89,3 @@ def find_files(folder: str | Path | None) -> list[Path]:
         if path.suffix != ".npz":
             read_image(path)  # a broken one is told before the long work, not after it
     return chosen
-
-
-def corners(sizes: Mapping[str, tuple[int, int]]) -> Iterator[dict[str, int]]:
-    """All open sizes at their first, then all at their second, each distinct choice once."""
-    choices = ({name: pair[which] for name, pair in sizes.items()} for which in (0, 1))
-    seen: list[dict[str, int]] = []
-    for choice in itertools.chain(choices):
-        if choice not in seen:
-            seen.append(choice)
-            yield choice

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,7 +14,7 @@ import onnx
 from meta_deploy.bundle.manifest import Profile
 from meta_deploy.errors import InputError
 from meta_deploy.export.onnx_reader import numpy_name
-from meta_deploy.export.options import Options
+from meta_deploy.export.options import MAX_INPUT_VALUES, Options
 
 ANY = 65536  # the upper end of a size that nothing bounds
 _ANY_BATCH, _ANY_EDGE, _ANY_LENGTH = (1, 2), (224, 448), (16, 24)  # what open sizes are tried at
@@ -110,6 +112,12 @@ def open_inputs(proto: onnx.ModelProto, path: Path) -> list[OpenInput]:
         inputs.append(OpenInput(given.name, dtype, shape, _below(proto.graph, given.name), {}, {}))
     if not inputs:
         raise InputError(f"'{path}' takes no inputs, so there is nothing to run")
+    for output in proto.graph.output:
+        tensor = output.type.WhichOneof("value") in (None, "tensor_type")
+        if not tensor or numpy_name(output.type.tensor_type.elem_type) not in (*_TYPES, "unknown"):
+            raise InputError(
+                f"'{path}' gives '{output.name}', which is not a tensor of numbers; not supported"
+            )
     return inputs
 
 
@@ -139,10 +147,12 @@ def choose_shapes(
     _apply_shapes(inputs, options, fixed, path)
     _apply_batch(inputs, options, fixed, ranges, path)
     _apply_size(inputs, options, fixed, ranges, path)
+    if both := fixed.keys() & ranges.keys():
+        raise InputError(f"the size '{min(both)}' of '{path}' is both fixed and a range; give one of them")
     _fix(proto, fixed)
     trials = _trials(inputs, ranges)
     usual = {name: ranges.get(name, (1, trials[name][0], ANY)) for name in trials}
-    return [
+    chosen = [
         replace(
             given,
             shape=tuple(fixed.get(size, size) if isinstance(size, str) else size for size in given.shape),
@@ -151,6 +161,10 @@ def choose_shapes(
         )
         for given in inputs
     ]
+    for given in chosen:
+        if math.prod(given.profile.opt) > MAX_INPUT_VALUES:
+            raise InputError(f"an input of {given.shown} has over 2**31 numbers; take smaller sizes")
+    return chosen
 
 
 def _apply_shapes(inputs: Sequence[OpenInput], options: Options, fixed: dict[str, int], path: Path) -> None:
@@ -166,8 +180,8 @@ def _apply_shapes(inputs: Sequence[OpenInput], options: Options, fixed: dict[str
             asked = "x".join(map(str, shape))
             raise InputError(f"'{path}' takes {name} as {given.shown}, and --shape asks for {asked}")
         for size, wanted in zip(given.shape, shape, strict=True):
-            if isinstance(size, str) and fixed.setdefault(size, wanted) != wanted:
-                raise InputError(f"--shape gives the size '{size}' of '{path}' two values")
+            if isinstance(size, str):
+                _assign(fixed, size, wanted, path)
 
 
 def _apply_batch(
@@ -180,15 +194,17 @@ def _apply_batch(
     if options.batch is None and options.dynamic_batch is None:
         return
     batches = options.batches()
+    if not any(given.shape for given in inputs):
+        raise InputError(f"'{path}' has no input with a batch; leave out --batch and --dynamic-batch")
     for size in {given.shape[0] for given in inputs if given.shape}:
         if isinstance(size, int):
             if batches != (size,) * 3:
                 option = "--dynamic-batch" if options.dynamic_batch else f"--batch {options.batch}"
                 raise InputError(f"'{path}' has its batch fixed at {size}; leave out {option}")
         elif options.dynamic_batch:
-            ranges[size] = batches
+            _assign(ranges, size, batches, path)
         else:
-            fixed.setdefault(size, batches[0])
+            _assign(fixed, size, batches[0], path)
 
 
 def _apply_size(
@@ -214,9 +230,16 @@ def _apply_size(
                         f"'{path}' takes {given.name} as {given.shown} only; leave out --input-size"
                     )
             elif options.dynamic_size:
-                ranges[size] = (32, wanted, largest)
+                _assign(ranges, size, (32, wanted, largest), path)
             else:
-                fixed.setdefault(size, wanted)
+                _assign(fixed, size, wanted, path)
+
+
+def _assign(fixed: dict[str, Any], size: str, value: Any, path: Path) -> None:
+    if fixed.setdefault(size, value) != value:
+        raise InputError(
+            f"the options give the size '{size}' of '{path}' both as {fixed[size]} and as {value}"
+        )
 
 
 def _trials(inputs: Sequence[OpenInput], ranges: Mapping[str, Range]) -> dict[str, tuple[int, int]]:

@@ -55,7 +55,7 @@ def verify(
         "reference": source.reference,
         "backend": getattr(run, "runs_on", "unknown"),
         "stages": stages,
-        "passed": all(stage["passed"] for stage in stages.values()),
+        "passed": bool(stages) and all(stage["passed"] for stage in stages.values()),
     }
     if not result["passed"]:
         raise _failure(result)
@@ -67,11 +67,17 @@ def _failure(result: dict[str, Any]) -> VerificationError:
     figures = ", ".join(f"{k} {_short(v)}" for k, v in stage.items() if k not in ("passed", "tolerance"))
     limits = ", ".join(f"{k} {_short(v)}" for k, v in stage["tolerance"].items())
     error = VerificationError(
-        f"the exported model does not match {result['original']} on {result['images']} {result['samples']}: "
+        f"the exported model does not match {result['original']} on {counted(result)}: "
         f"{name} are off ({figures}; wanted: {limits}); no bundle was written"
     )
     error.figures = result  # type: ignore[attr-defined]
     return error
+
+
+def counted(result: Mapping[str, Any]) -> str:
+    """What was compared on: "8 images", "1 input"."""
+    count, noun = result["images"], result.get("samples", "images")
+    return f"{count} {noun.removesuffix('s') if count == 1 else noun}"
 
 
 def _short(value: object) -> str:
@@ -106,6 +112,21 @@ class OnnxRun:
         with told("run"):
             values = self.session.run(None, {name: feed[name] for name in self.takes if name in feed})
         return dict(zip(self.names, values, strict=True))
+
+
+class Recorded:
+    """A model that keeps the shapes of what it gave: `shapes` has them by output."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self.runs_on = getattr(run, "runs_on", "the target")
+        self.shapes: dict[str, list[tuple[int, ...]]] = {}
+
+    def __call__(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        outputs = self._run(feed)
+        for name, array in outputs.items():
+            self.shapes.setdefault(name, []).append(np.shape(array))
+        return outputs
 
 
 class WithStages:

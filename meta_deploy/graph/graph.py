@@ -6,6 +6,7 @@ like any other, and a pass need not know of it.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
@@ -17,8 +18,11 @@ import onnx_ir as ir
 from onnx_graphsurgeon.logger import G_LOGGER
 from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass, ShapeInferencePass
 
+from meta_deploy.errors import InputError
+
 # Its remarks go to standard output, which is the commands' own; what is an error it raises as well.
 G_LOGGER.severity = G_LOGGER.CRITICAL + 1
+logging.getLogger("onnx_ir").setLevel(logging.CRITICAL)  # shape inference that fails, with a traceback
 
 _MAKE_SEQUENCES = (
     *("SplitToSequence", "SequenceConstruct", "SequenceEmpty"),
@@ -92,9 +96,16 @@ def normalized(proto: onnx.ModelProto) -> ir.Model:
     """A copy of a model with local functions inlined, constants as initializers, and shapes inferred.
 
     graph-surgeon reads a Constant node's `value_floats` as float64, and not every Constant can be lifted.
+
+    Raises:
+        InputError: the model has what cannot be read, as functions of another opset.
     """
-    model = ir.from_proto(proto)
-    InlinePass()(model)
+    try:
+        model = ir.from_proto(proto)
+        InlinePass()(model)
+    except Exception as error:  # of a foreign file, anything
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        raise InputError(f"the graph cannot be rewritten: {reason}; simplify it first") from error
     for node in model.graph.all_nodes():
         if node.op_type == "Constant" and "value_floats" in node.attributes:
             numbers = np.array(node.attributes.pop("value_floats").as_floats(), np.float32)

@@ -155,7 +155,9 @@ class _Model:
             request = self._compiled.create_infer_request()
         # A request that failed is not used again.
         with _told(f"run {self._what}", "export it again, or for onnxruntime"):
-            found = request.infer({name: np.ascontiguousarray(array) for name, array in inputs.items()})
+            # By port: OpenVINO knows no input that nothing reads. In C's order, which keeps a scalar one.
+            ports = {port: port.node.get_friendly_name() for port in self._compiled.inputs}
+            found = request.infer({port: np.asarray(inputs[name], order="C") for port, name in ports.items()})
         outputs = {name: found[port] for port in self._compiled.outputs for name in port.get_names()}
         self._idle.append(request)
         return outputs

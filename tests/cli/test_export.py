@@ -254,7 +254,10 @@ def test_a_terminal_sees_the_stage_while_it_runs(monkeypatch):
         (["--model", "resnet50"], ["'resnet50'", "meta-t-mask-rcnn"]),
         (["--target", "cuda"], ["'cuda'", "tensorrt"]),
         (["--target", "tensorrt"], ["tensorrt", "cannot be imported", "pip install"]),
-        (["--bf16"], ["precision bf16 is not written for onnxruntime", "--target openvino", "or --fp32 or --fp16"]),
+        (
+            ["--bf16"],
+            ["precision bf16 is not written for onnxruntime", "openvino", "--fp32 or --fp16"],
+        ),
         *[([f"--{p}"], [f"unrecognized arguments: --{p}"]) for p in ("int8", "fp8")],
         (["--explain", "tidy"], ["'tidy' is not a graph pass", "clean-up"]),
         (["--onnx", "x.onnx"], ["not allowed with argument --ckpt"]),

@@ -19,7 +19,7 @@ from meta_deploy.bundle.manifest import (
     Preprocess,
     SizeRange,
 )
-from meta_deploy.errors import CheckpointError
+from meta_deploy.errors import CheckpointError, InputError
 from meta_deploy.export.options import Options, check_size
 from meta_deploy.export.samples import ImageSamples, Samples
 from meta_deploy.export.sources.source import Source
@@ -60,6 +60,10 @@ class CheckpointSource(Source):
         return export_onnx(self.loaded.model, self.spec, operators)
 
     def samples(self, paths: Sequence[Path]) -> Samples:
+        if arrays := [path for path in paths if path.suffix == ".npz"]:
+            raise InputError(
+                f"'{arrays[0]}' is not an image, which a checkpoint is compared on; leave it out"
+            )
         return ImageSamples(paths, self.spec, self.preprocess)
 
     def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

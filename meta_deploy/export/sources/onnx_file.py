@@ -30,12 +30,17 @@ from meta_deploy.export.shapes import ANY, OpenInput, choose_shapes, open_inputs
 from meta_deploy.export.sources.source import CLASS_NAMES, Source
 from meta_deploy.export.verify import OnnxRun
 from meta_deploy.graph.precision import PRECISIONS
-from meta_deploy.tasks import get_task
+from meta_deploy.tasks import TASKS, get_task
 from meta_deploy.tasks.comparison import Comparison
 from meta_deploy.tasks.raw import read_arrays
 
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 UNNAMED_CLASSES = 1000
+RANDOM = {
+    *("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"),
+    *("Multinomial", "Bernoulli"),
+}
 BATCH_OF_ANY = 8  # the most images a call where the file takes any number
 
 
@@ -48,6 +53,7 @@ class OnnxSource(Source):
         self.reference = f"{path.name} on ONNX Runtime {onnxruntime.__version__}, as it is"
         self.name = path.stem
         self.proto = read_onnx(path)
+        self._note = note
         self._original = _open_original(self.proto, path)
         inputs = open_inputs(self.proto, path)
         self.task = get_task(_task_of(self.proto, inputs))
@@ -55,10 +61,18 @@ class OnnxSource(Source):
         self.profiles = [given.profile for given in self.inputs]
         self.static = all(given.static_but_batch for given in self.inputs)
         self.outputs = [output.name for output in self.proto.graph.output]
-        self.parameters = sum(int(np.prod(tensor.dims)) for tensor in tensors_of(self.proto.graph))
+        floats = (t for t in tensors_of(self.proto.graph) if t.data_type in FLOATS)
+        self.parameters = sum(int(np.prod(tensor.dims)) for tensor in floats)
         self.image = self._image_input()
         self.preprocess = self._preprocess()
         self.classes = self._class_names(note) if self.task.name != "raw" else None
+        if self.classes is None and options.class_names is not None:
+            raise InputError(f"'{path}' is no detector or segmenter; leave out --class-names")
+        if self.classes is not None and not options.takes_images:
+            note(
+                f"its outputs' names make it a model for {self.task.name}, and images are normalized with "
+                "ImageNet's mean and standard deviation; for others give --mean, --std and --scale"
+            )
 
     def describe(self) -> str:
         shapes = ", ".join(f"{given.name} {given.dtype} {given.shown}" for given in self.inputs)
@@ -68,6 +82,12 @@ class OnnxSource(Source):
         return self.proto
 
     def samples(self, paths: Sequence[Path]) -> Samples:
+        random = {node.op_type for node in self.proto.graph.node} & RANDOM
+        if random and self.options.check:
+            raise InputError(
+                f"'{self.path}' has random operators ({', '.join(sorted(random))}), so that no two runs "
+                "agree; use --no-verify"
+            )
         arrays = [path for path in paths if path.suffix == ".npz"]
         if arrays:
             return Samples([self._checked(read_arrays(path), path) for path in arrays])
@@ -138,6 +158,8 @@ class OnnxSource(Source):
                 feeds.append(feed)
         if not feeds and refusal is not None:
             raise refusal
+        if refusal is not None:
+            self._note("the original runs on one of the two trial sizes only; the other is not compared")
         return feeds
 
     def _image_input(self) -> InputSpec | None:
@@ -170,20 +192,14 @@ class OnnxSource(Source):
             return None
         options, size = self.options, self.image.size.opt
         scale = options.scale if options.scale is not None else 1.0
-        raw = self.task.name == "raw"
-        usual = (
-            ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-            if raw or options.takes_images
-            else (IMAGENET_MEAN, IMAGENET_STD)
-        )
-        mean, std = usual
-        if options.mean is not None:
-            mean = (options.mean[0] / scale, options.mean[1] / scale, options.mean[2] / scale)
-        if options.takes_images:
-            given = options.std or (1.0, 1.0, 1.0)
-            std = (given[0] / scale, given[1] / scale, given[2] / scale)
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
+        if options.takes_images:  # in units of pixel * scale; the manifest has them in units of pixels
+            red, green, blue = options.mean or (0.0, 0.0, 0.0)
+            mean = (red / scale, green / scale, blue / scale)
+            red, green, blue = options.std or (1.0, 1.0, 1.0)
+            std = (red / scale, green / scale, blue / scale)
         return Preprocess(
-            resize=Stretch(size=size) if raw else Fit(size=size),
+            resize=Stretch(size=size) if self.task.name == "raw" else Fit(size=size),
             mean=mean,
             std=std,
             channels="bgr" if options.bgr else "rgb",
@@ -191,8 +207,15 @@ class OnnxSource(Source):
 
     def _class_names(self, note: Callable[[str], None]) -> tuple[str, ...]:
         """What was given, else what the file's metadata holds, else numbers."""
+        logits = next((o for o in self.proto.graph.output if o.name == "logits"), None)
+        count = logits.type.tensor_type.shape.dim[1].dim_value if logits is not None else 0
         if self.options.class_names is not None:
-            return tuple(self.options.class_names)
+            given = tuple(self.options.class_names)
+            if count and len(given) != count:
+                raise InputError(
+                    f"--class-names has {len(given)} names, and '{self.path}' has {count} classes"
+                )
+            return given
         metadata = {entry.key: entry.value for entry in self.proto.metadata_props}
         try:
             names = json.loads(metadata.get(CLASS_NAMES, "null"))
@@ -201,8 +224,6 @@ class OnnxSource(Source):
         if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
             return tuple(names)
         note("the file holds no class names, so classes are numbered; give --class-names FILE, a name a line")
-        logits = next((o for o in self.proto.graph.output if o.name == "logits"), None)
-        count = logits.type.tensor_type.shape.dim[1].dim_value if logits is not None else 0
         return tuple(f"class {i}" for i in range(count or UNNAMED_CLASSES))
 
 
@@ -221,10 +242,12 @@ def _task_of(proto: onnx.ModelProto, inputs: Sequence[OpenInput]) -> str:
     for output in proto.graph.output:
         tensor = output.type.tensor_type
         given[output.name] = numpy_name(tensor.elem_type), len(tensor.shape.dim)
-    for name in ("instance-segmentation", "detection", "semantic-segmentation"):
-        wanted = {key: (value.dtype, len(value.dims)) for key, value in get_task(name).outputs.items()}
-        if all(given.get(key) == value for key, value in wanted.items()):
-            return name
+    for task in TASKS.values():
+        wanted = {key: (value.dtype, len(value.dims)) for key, value in task.outputs.items()}
+        # "logits" alone is a name that many models have, so the input has to be ours as well.
+        ours = len(wanted) > 1 or inputs[0].name == "images"
+        if wanted and ours and all(given.get(key) == value for key, value in wanted.items()):
+            return task.name
     return "raw"
 
 

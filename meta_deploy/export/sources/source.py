@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 
 from meta_deploy.bundle.manifest import MANIFESTS, Manifest, Profile, TensorSpec, Thresholds
+from meta_deploy.errors import InputError
 from meta_deploy.export.onnx_reader import numpy_name
 from meta_deploy.export.samples import Samples
 from meta_deploy.tasks.comparison import Comparison
@@ -95,13 +96,38 @@ class Source(ABC):
         return {} if self.classes is None else {CLASS_NAMES: json.dumps(list(self.classes))}
 
 
-def output_specs(proto: onnx.ModelProto) -> tuple[TensorSpec, ...]:
-    """A graph's outputs as a manifest lists them; sizes without a name are "?"."""
+def output_specs(
+    proto: onnx.ModelProto, seen: Mapping[str, Sequence[tuple[int, ...]]]
+) -> tuple[TensorSpec, ...]:
+    """A graph's outputs as a manifest lists them.
+
+    What the graph says of a size and what came out is not always the same: then the size is "?".
+
+    Args:
+        proto: the graph that ships.
+        seen: output -> the shapes that it had on the samples.
+
+    Raises:
+        InputError: an output's rank changes.
+    """
     specs = []
     for output in proto.graph.output:
         tensor = output.type.tensor_type
-        sizes = [
-            dim.dim_param or dim.dim_value if dim.WhichOneof("value") else "?" for dim in tensor.shape.dim
-        ]
-        specs.append(TensorSpec(name=output.name, dtype=numpy_name(tensor.elem_type), shape=tuple(sizes)))
+        shapes = seen.get(output.name, [])
+        if len({len(shape) for shape in shapes}) > 1:
+            raise InputError(f"output '{output.name}' has shapes {shapes}: a changing rank is not supported")
+        sizes: list[int | str] = [_size(dim) for dim in tensor.shape.dim]
+        for shape in shapes:
+            if len(shape) != len(sizes):
+                sizes = ["?"] * len(shape)
+            pairs = zip(sizes, shape, strict=True)
+            sizes = ["?" if isinstance(size, int) and size != found else size for size, found in pairs]
+        dtype = numpy_name(tensor.elem_type)
+        specs.append(TensorSpec(name=output.name, dtype=dtype, shape=tuple(sizes)))
     return tuple(specs)
+
+
+def _size(dim: onnx.TensorShapeProto.Dimension) -> int | str:
+    if dim.WhichOneof("value") == "dim_value" and dim.dim_value >= 0:
+        return dim.dim_value
+    return dim.dim_param or "?"

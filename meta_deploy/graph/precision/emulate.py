@@ -13,6 +13,7 @@ from meta_deploy.graph.precision.values import (
     LOW,
     Names,
     cast_node,
+    is_constant,
     numbers_of,
     set_constant,
     set_fill,
@@ -27,9 +28,20 @@ def emulated(proto: onnx.ModelProto) -> onnx.ModelProto:
     """
     model = ir.from_proto(proto)
     graph = model.graph
+    if any(
+        value.dtype in LOW for node in graph.all_nodes() if node.graph is not graph for value in node.outputs
+    ):
+        return proto  # branches and loops stay as they are, and so does what they read
     names = Names(graph)
-    for value in list(graph.initializers.values()):
+    for value in graph.inputs:
         if value.dtype in LOW:
+            readers = list(value.uses())
+            cast = cast_node(value, FLOAT, names.fresh(f"{value.name}/float"))
+            graph.insert_before(graph[0], cast)
+            for reader, place in readers:
+                reader.replace_input_with(place, cast.outputs[0])
+    for value in list(graph.initializers.values()):
+        if value.dtype in LOW and is_constant(value):
             set_constant(value, numbers_of(value).astype(np.float32))
     for node in list(graph):
         if node.op_type == "ConstantOfShape" and node.outputs[0].dtype in LOW:

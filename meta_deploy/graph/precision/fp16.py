@@ -7,6 +7,7 @@ from meta_deploy.graph.precision.precision import Precision
 # An activation may be this much larger on other inputs than on those it was measured on.
 HEADROOM = 4.0
 LARGEST = 65504.0
+FLOAT32_MAX = 3.4028235e38  # stands for infinity, which JSON has no number for
 
 
 class FP16(Precision):
@@ -43,4 +44,5 @@ class FP16(Precision):
 
 def overflowing(maxima: dict[str, float], headroom: float = HEADROOM) -> dict[str, float]:
     """Those of tensors' largest magnitudes that come within `headroom` times of float16's limit."""
-    return {name: value for name, value in maxima.items() if not value <= LARGEST / headroom}
+    largest = LARGEST / headroom
+    return {name: min(value, FLOAT32_MAX) for name, value in maxima.items() if not value <= largest}

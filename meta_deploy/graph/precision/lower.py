@@ -17,7 +17,6 @@ from meta_deploy.graph.graph import IR_VERSION
 from meta_deploy.graph.precision.ranges import EXACT
 from meta_deploy.graph.precision.values import (
     FLOAT,
-    LOW,
     NUMPY,
     Names,
     beyond,
@@ -172,7 +171,7 @@ def apply(model: ir.Model, plan: Plan) -> Conversion:
                 output.dtype = plan.low
         if node in plan.attributes:
             _convert_attributes(node, plan.low)
-    _restore_outputs(graph, caster)
+    _restore_outputs(graph, plan, caster)
     _drop_unread_constants(graph)
     computed = plan.computed.values()
     return Conversion(len(computed), list(computed).count(False), caster.count, plan.overflow)
@@ -358,10 +357,10 @@ class _Caster:
         return node.outputs[0]
 
 
-def _restore_outputs(graph: ir.Graph, caster: _Caster) -> None:
-    """Outputs in float32 under their own names."""
+def _restore_outputs(graph: ir.Graph, plan: Plan, caster: _Caster) -> None:
+    """Outputs that were float32 are so again, under their own names."""
     for i, output in enumerate(graph.outputs):
-        if output.producer() is None or output.dtype not in LOW:
+        if output not in plan.lowered or output.dtype is None:
             continue
         name = output.name
         new = caster.cast(output, FLOAT)
