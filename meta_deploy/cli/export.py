@@ -129,7 +129,7 @@ def _add_onnx(group: argparse._ArgumentGroup) -> None:
         type=input_shape,
         default={},
         metavar="NAME=1x3x…",
-        help="fix the shape of an input that leaves it open; may be given several times",
+        help="fix the shape of an input that leaves it open (? leaves a size open); may be repeated",
     )
     for name, what in (("mean", "subtracted from"), ("std", "that divides")):
         group.add_argument(
@@ -194,9 +194,9 @@ def input_shape(text: str) -> tuple[str, tuple[int, ...]]:
     """An option's value as an input's name and shape, such as images=1x3x224x224."""
     name, _, sizes = text.rpartition("=")
     parts = sizes.lower().split("x")
-    if not name or not all(part.isascii() and part.isdecimal() and int(part) > 0 for part in parts):
+    if not name or not all(re.fullmatch("[1-9][0-9]{0,9}|[?]", part) for part in parts):
         raise argparse.ArgumentTypeError(f"'{text}' is not a name and a shape such as images=1x3x224x224")
-    return name, tuple(map(int, parts))
+    return name, tuple(0 if part == "?" else int(part) for part in parts)
 
 
 def capabilities(text: str) -> tuple[str, ...]:

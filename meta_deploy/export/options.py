@@ -29,7 +29,7 @@ class Options:
         batch: images a call; None: 1, or what the ONNX file says.
         dynamic_batch: (min, opt, max) images a call, instead of `batch`.
         dynamic_size: take any size up to the longer side of `input_size`, in steps of 32.
-        shapes: input name -> shape, for an ONNX file whose shapes are open.
+        shapes: input name -> shape, for an ONNX file whose shapes are open; 0 leaves a size open.
         mean, std: of each channel, R G B, in units of pixel * scale; they make an ONNX file take images.
         scale: what pixels (0 to 255) are multiplied by first.
         bgr: the network wants its channels in the order B, G, R.
@@ -73,8 +73,8 @@ class Options:
                 if not least <= number <= MOST:  # false for NaN too
                     raise InputError(f"--{name} {number:g} is not from {least:g} to {MOST:g}")
         for name, shape in self.shapes.items():
-            if not all(isinstance(size, int) and size > 0 for size in shape):
-                raise InputError(f"--shape of '{name}' is {shape}, and has to be sizes of at least 1")
+            if not all(isinstance(size, int) and size >= 0 for size in shape):
+                raise InputError(f"--shape of '{name}' is {shape}, and has to be whole numbers")
 
     @property
     def takes_images(self) -> bool:

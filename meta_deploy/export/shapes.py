@@ -174,13 +174,14 @@ def _apply_shapes(inputs: Sequence[OpenInput], options: Options, fixed: dict[str
             raise InputError(f"'{path}' has no input '{name}'; it takes {', '.join(known)}")
         given = known[name]
         agrees = len(shape) == len(given.shape) and all(
-            isinstance(size, str) or size == wanted for size, wanted in zip(given.shape, shape, strict=False)
+            isinstance(size, str) or wanted in (0, size)
+            for size, wanted in zip(given.shape, shape, strict=False)
         )
         if not agrees:
-            asked = "x".join(map(str, shape))
+            asked = "x".join(str(size or "?") for size in shape)
             raise InputError(f"'{path}' takes {name} as {given.shown}, and --shape asks for {asked}")
         for size, wanted in zip(given.shape, shape, strict=True):
-            if isinstance(size, str):
+            if isinstance(size, str) and wanted:
                 _assign(fixed, size, wanted, path)
 
 

@@ -80,8 +80,12 @@ def test_options_fix_open_sizes(here):
     assert list(fixed.inputs[0].shape) == [2, 3, 32, 32]
     shaped = export("net.onnx", shapes={"image": (1, 3, 16, 16)}, out="c").manifest
     assert list(shaped.inputs[0].shape) == [1, 3, 16, 16]
-    ranged = export("net.onnx", dynamic_batch=(1, 2, 4), shapes={"image": (1, 3, 9, 9)}, out="d")
-    assert ranged.manifest.inputs[0].max == (1, 3, 9, 9)
+    ranged = export("net.onnx", dynamic_batch=(1, 2, 4), shapes={"image": (0, 3, 9, 9)}, out="d")
+    assert ranged.manifest.inputs[0].max == (4, 3, 9, 9)
+    with pytest.raises(InputError, match="both fixed and a range"):
+        export("net.onnx", dynamic_batch=(1, 2, 4), shapes={"image": (1, 3, 9, 9)}, out="e")
+    with pytest.raises(InputError, match="both as 2 and as 4"):
+        export("net.onnx", batch=4, shapes={"image": (2, 3, 9, 9)}, out="e")
 
 
 def test_a_fixed_size_that_only_the_graph_shows_is_compared(here):
@@ -204,6 +208,37 @@ def test_an_engine_needs_a_largest_shape(here):
         export(saved(network()), target="tensorrt-rtx", out="b")
 
 
+def test_float16_outputs_stay_float16(here):
+    nodes = [node("MatMul", ["x", "w"], ["y"])]
+    half = TensorProto.FLOAT16
+    proto = model(
+        nodes, [value("x", [2, 4], half)], [value("y", [2, 3], half)], [weights(4, 3, kind=np.float16)]
+    )
+    for precision in ("fp32", "fp16"):
+        bundle = export(saved(proto), precision=precision, out=precision)
+        assert [output.dtype for output in bundle.manifest.outputs] == ["float16"]
+        feed = {"x": random(2, 4).astype(np.float16)}
+        with Predictor(bundle) as predictor:
+            np.testing.assert_array_equal(predictor.run(feed)["y"], answer(proto, feed)["y"])
+
+
+def test_a_mask_of_minus_infinity_is_no_trouble_in_float16(here):
+    mask = numpy_helper.from_array(np.array([0, -np.inf, 0], np.float32), "mask")
+    nodes = [node("Add", ["x", "mask"], ["m"]), node("Softmax", ["m"], ["y"], axis=-1)]
+    proto = model(nodes, [value("x", [2, 3])], [value("y", [2, 3])], [mask])
+    assert export(saved(proto), precision="fp16", out="b").manifest.verification["passed"]
+
+
+def test_sizes_that_the_file_gets_wrong_are_open_in_the_manifest(here):
+    proto = model([node("Relu", ["x"], ["y"])], [value("x", ["b", 4])], [value("y", ["b", 4])], infer=False)
+    del proto.graph.output[0].type.tensor_type.shape.dim[:]
+    for size in (1, 4):
+        proto.graph.output[0].type.tensor_type.shape.dim.add().dim_value = size
+    bundle = export(saved(proto), out="b")
+    with Predictor(bundle) as predictor:
+        assert predictor.run({"x": random(3, 4)})["y"].shape == (3, 4)
+
+
 def test_float16_inside_and_float32_outside(here):
     bundle = export(saved(network()), precision="fp16", out="b")
     assert bundle.manifest.conversion["nodes"] > 0
@@ -253,6 +288,43 @@ def test_a_file_over_two_gigabytes(here):
         stream.truncate(2**31)
     with pytest.raises(InputError, match=r"over 2 GB.*save_as_external_data"):
         export("big.onnx", out="b")
+
+
+def test_random_operators_cannot_be_compared(here):
+    nodes = [node("RandomNormalLike", ["x"], ["r"]), node("Add", ["x", "r"], ["y"])]
+    proto = model(nodes, [value("x", [2])], [value("y", [2])])
+    with pytest.raises(InputError, match=r"RandomNormalLike.*--no-verify"):
+        export(saved(proto), out="b")
+    export("net.onnx", check=False, out="b")
+
+
+@pytest.mark.parametrize(
+    ("options", "pattern"),
+    [
+        ({"scale": 0.0}, "--scale 0 is not from"),
+        ({"std": (1.0, float("nan"), 1.0)}, "--std nan"),
+        ({"class_names": ["a"]}, "no detector or segmenter; leave out --class-names"),
+        ({"fp16": True}, "export has no option 'fp16'"),
+        ({"shapes": {"image": (100000, 3, 8, 8), "x": (-1,)}}, "--shape of 'x'"),
+        ({"batch": 10**8}, "over 2.*31 numbers"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(here, options, pattern):
+    with pytest.raises(InputError, match=pattern):
+        export(saved(network()), out="b", **options)
+
+
+@pytest.mark.parametrize(("key", "text"), [("offset", "zz"), ("offset", "-4"), ("length", "999999")])
+def test_external_data_with_odd_numbers(here, key, text):
+    (here / "in").mkdir()
+    path = external(here / "in")
+    proto = onnx.load(path, load_external_data=False)
+    entries = proto.graph.initializer[0].external_data
+    entry = next((e for e in entries if e.key == key), None) or entries.add(key=key)
+    entry.value = text
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(InputError, match=r"net\.onnx"):
+        read_onnx(path)
 
 
 def test_a_sequence_is_no_input(here):
@@ -309,7 +381,7 @@ def test_external_data_that_is_missing_or_short(here):
     with pytest.raises(InputError, match=r"expects more in 'weights.bin'"):
         read_onnx(path)
     (here / "in" / "weights.bin").unlink()
-    with pytest.raises(InputError, match=r"keeps weights in 'weights.bin', which cannot be read"):
+    with pytest.raises(InputError, match=r"keeps weights in 'weights.bin', which is not there"):
         read_onnx(path)
 
 

@@ -192,7 +192,7 @@ def test_headroom_is_for_images_not_seen():
     near = np.full((2, 4), 10_000, np.float32)
     assert overflowing(proto, [near], names) == {"z": 20000.0}
     assert overflowing(proto, [near], names, headroom=1.0) == {}
-    assert overflowing(proto, [np.full((2, 4), np.nan, np.float32)], names)["z"] == np.inf
+    assert overflowing(proto, [np.full((2, 4), np.nan, np.float32)], names)["z"] == fp16.FLOAT32_MAX
 
 
 def test_magnitudes_are_numpys():

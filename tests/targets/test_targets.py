@@ -116,7 +116,7 @@ def test_a_precision_that_is_not_written_is_refused_with_what_is():
     """It is not ignored: a bundle that says bf16 would hold bf16."""
     wanted = (
         "precision bf16 is not written for onnxruntime; use --target openvino, tensorrt or tensorrt-rtx, "
-        "or --fp32 or fp16"
+        "or --fp32 or --fp16"
     )
     with pytest.raises(InputError, match=wanted):
         choose_target("onnxruntime", "bf16")
