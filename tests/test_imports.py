@@ -16,8 +16,7 @@ ALLOWED = {
     "tasks": {"tasks", "imaging", "bundle"},
     "targets": {"targets", "tasks", "graph", "bundle"},
     "runtime": {"runtime", "targets", "tasks", "imaging", "bundle"},
-    "calib": {"calib", "graph", "imaging", "bundle"},
-    "export": {"export", "models", "calib", "graph", "targets", "tasks", "imaging", "bundle"},
+    "export": {"export", "models", "graph", "targets", "tasks", "imaging", "bundle"},
     "report": {"report", "runtime", "graph", "targets", "tasks", "imaging", "bundle"},
 }
 EVERYTHING = {*ALLOWED, "cli"}
