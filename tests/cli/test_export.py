@@ -17,7 +17,6 @@ import pytest
 from PIL import Image
 
 from meta_deploy.bundle.bundle import Bundle
-from meta_deploy.bundle.manifest import PassRow
 from meta_deploy.cli.export import StageDisplay, main, passes_table, verdict
 from meta_deploy.errors import BundleError
 from meta_deploy.models.checkpoint.save import save_checkpoint
@@ -140,7 +139,7 @@ def test_text_names_passes_verdict_bundle_and_next_step(meta_export, pictures):
     assert re.search(r"^pass +changes +nodes +transpose\+reshape +MB moved +seconds$", out, re.MULTILINE)
     row = r"^clean-up +\d+ +\d+ -> \d+ +\d+ -> \d+ +>?\d+\.\d -> >?\d+\.\d +\d+\.\d$"
     assert re.search(row, out, re.MULTILINE)
-    assert re.search(r"matches PyTorch on 1 images: maps within \d", out)
+    assert re.search(r"matches PyTorch on 1 image: maps within \d", out)
     assert "100.0% of detections agree" in out
     assert re.search(r"^b: \d+\.\d MB, fp32, in \d+ s", out, re.MULTILINE)
     assert out.endswith("next: meta-infer IMAGE --model b\n")
@@ -169,7 +168,7 @@ def pass_entry(name, changes, nodes, moves, moved, seconds, exact=True):
     entry = {"name": name, "changes": changes, "seconds": seconds, "bytes_exact": exact}
     for what, (before, after) in {"nodes": nodes, "moves": moves, "bytes": moved}.items():
         entry |= {f"{what}_before": before, f"{what}_after": after}
-    return PassRow(**entry)
+    return entry
 
 
 def test_the_table_of_passes_lines_up_and_ends_with_all_of_them():
@@ -387,7 +386,7 @@ def test_a_failed_verification_is_3_and_leaves_no_bundle(meta_export, pictures, 
     assert code == 3
     assert out == ""
     assert re.fullmatch(
-        r"meta-export: the exported model does not match PyTorch on 1 images: .*", err.splitlines()[-1]
+        r"meta-export: the exported model does not match PyTorch on 1 image: .*", err.splitlines()[-1]
     )
     assert list(here.iterdir()) == []
 

@@ -326,7 +326,7 @@ def test_our_own_fault_says_how_to_report_it(here, infer, monkeypatch):
     monkeypatch.setattr("meta_deploy.runtime.stream.predict", broken)
     code, _, err = infer("a.jpg")
     assert code == 1
-    assert err.startswith("meta-infer: ZeroDivisionError: oops (")
+    assert err.startswith("meta-infer: internal error: ZeroDivisionError: oops; ")
     assert "META_DEPLOY_DEBUG=1" in err
     assert len(err.splitlines()) == 1
     monkeypatch.setenv("META_DEPLOY_DEBUG", "1")

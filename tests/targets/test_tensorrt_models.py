@@ -5,10 +5,10 @@ The graphs have random weights: what is built, and out of what, hangs on shapes 
 
 import functools
 import platform
-from dataclasses import replace
 
 import onnx
 import pytest
+from msgspec.structs import replace
 
 from meta_deploy.export.options import Options
 from meta_deploy.export.sources.checkpoint import input_spec
