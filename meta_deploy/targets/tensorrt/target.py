@@ -85,7 +85,7 @@ class TensorRT(Target):
 
     def describe(self, section: Engine) -> str:
         assert isinstance(section, TensorRTEngine)
-        gpus = section.gpu or ", ".join(section.compute_capabilities) or "all GPUs that it knows"
+        gpus = section.gpu or ", ".join(section.compute_capabilities) or "all its GPUs"
         line = f"engine of {section.library} {section.version} for {gpus}: "
         if section.layers is None:
             return f"{line}{section.plan_mb:.1f} MB (its log does not tell what is inside)"
