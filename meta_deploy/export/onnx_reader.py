@@ -77,10 +77,8 @@ def _load_external(proto: onnx.ModelProto, path: Path) -> None:
         if not place.is_file():
             raise InputError(f"'{path}' keeps weights in '{info.location}', which is not there; put it there")
         size = place.stat().st_size
-        start, length = (
-            info.offset or 0,
-            info.length if info.length is not None else size - (info.offset or 0),
-        )
+        start = info.offset or 0
+        length = size - start if info.length is None else info.length
         if start < 0 or length < 0 or start + length > size:
             raise InputError(
                 f"'{path}' expects more in '{info.location}' than its {size} bytes; copy it again"

@@ -244,7 +244,7 @@ def _assign(fixed: dict[str, Any], size: str, value: Any, path: Path) -> None:
 
 
 def _trials(inputs: Sequence[OpenInput], ranges: Mapping[str, Range]) -> dict[str, tuple[int, int]]:
-    """Two sizes for each open one; height and width change apart, so that one taken for the other shows."""
+    """Two sizes for each open one; height changes and width stays, so that one taken for the other shows."""
     trials: dict[str, tuple[int, int]] = {}
     for given in inputs:
         for axis, size in enumerate(given.shape):

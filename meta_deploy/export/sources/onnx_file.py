@@ -67,7 +67,7 @@ class OnnxSource(Source):
         self.parameters = sum(int(np.prod(tensor.dims)) for tensor in floats)
         self.image = self._image_input()
         self.preprocess = self._preprocess()
-        self.classes = self._class_names(note) if self.task.name != "raw" else None
+        self.classes = self._class_names() if self.task.name != "raw" else None
         if self.classes is None and options.class_names is not None:
             raise InputError(f"'{path}' is no detector or segmenter; leave out --class-names")
         if self.classes is not None and not options.takes_images:
@@ -211,7 +211,7 @@ class OnnxSource(Source):
             channels="bgr" if options.bgr else "rgb",
         )
 
-    def _class_names(self, note: Callable[[str], None]) -> tuple[str, ...]:
+    def _class_names(self) -> tuple[str, ...]:
         """What was given, else what the file's metadata holds, else numbers."""
         logits = next((o for o in self.proto.graph.output if o.name == "logits"), None)
         count = logits.type.tensor_type.shape.dim[1].dim_value if logits is not None else 0
@@ -229,7 +229,9 @@ class OnnxSource(Source):
             names = None
         if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
             return tuple(names)
-        note("the file holds no class names, so classes are numbered; give --class-names FILE, a name a line")
+        self._note(
+            "the file holds no class names, so classes are numbered; give --class-names FILE, a name a line"
+        )
         return tuple(f"class {i}" for i in range(count or UNNAMED_CLASSES))
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from meta_deploy.graph.graph import IR_VERSION
+from meta_deploy.graph.precision.lower import to_proto
 from meta_deploy.graph.precision.ranges import EXACT
 from meta_deploy.graph.precision.values import (
     FLOAT,
@@ -57,9 +57,7 @@ def emulated(proto: onnx.ModelProto) -> onnx.ModelProto:
                 _insert_casts(graph, names, node, output, FLOAT)
             elif node.op_type not in EXACT:
                 _insert_casts(graph, names, node, output, kind, FLOAT)
-    result = ir.to_proto(model)
-    result.ir_version = IR_VERSION
-    return result
+    return to_proto(model)
 
 
 def _insert_casts(graph: ir.Graph, names: Names, node: ir.Node, value: ir.Value, *kinds: ir.DataType) -> None:
