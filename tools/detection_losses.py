@@ -27,6 +27,10 @@ class Truth:
     labels: Tensor
     masks: Tensor
 
+    def to(self, device: torch.device) -> Truth:
+        """The same on a device."""
+        return Truth(self.boxes.to(device), self.labels.to(device), self.masks.to(device))
+
 
 @dataclass(frozen=True)
 class LossSettings:
@@ -61,7 +65,7 @@ def assign(overlaps: Tensor, positive: float, negative: float, low_quality: floa
     """
     objects, candidates = overlaps.shape
     if objects == 0:
-        return torch.full((candidates,), NEGATIVE)
+        return torch.full((candidates,), NEGATIVE, device=overlaps.device)
     best, index = overlaps.max(dim=0)
     assigned = torch.full_like(index, IGNORED)
     assigned[best < negative] = NEGATIVE
@@ -88,7 +92,11 @@ def sample(assigned: Tensor, count: int, positives: float) -> tuple[Tensor, Tens
 
 
 def _choose(indices: Tensor, count: int) -> Tensor:
-    return indices[torch.randperm(len(indices))[:count]] if len(indices) > count else indices
+    return (
+        indices[torch.randperm(len(indices), device=indices.device)[:count]]
+        if len(indices) > count
+        else indices
+    )
 
 
 def detection_losses(
@@ -144,7 +152,7 @@ def rpn_losses(
         assigned = assign(box_iou(truth.boxes, all_anchors), 0.7, 0.3, low_quality=0.3)
         positive, negative = sample(assigned, settings.anchors, settings.anchor_positives)
         chosen = torch.cat([positive, negative])
-        target = torch.zeros(len(chosen))
+        target = torch.zeros(len(chosen), device=chosen.device)
         target[: len(positive)] = 1
         score_loss = score_loss + F.binary_cross_entropy_with_logits(
             all_logits[image, chosen], target, reduction="sum"
@@ -220,7 +228,7 @@ def pool_by_image(
     by_image = zip(*(feature.unbind(0) for feature in features[:4]), strict=True)
     return torch.cat(
         [
-            pool([m[None] for m in maps], rois, torch.zeros(len(rois), dtype=torch.long))
+            pool([m[None] for m in maps], rois, torch.zeros(len(rois), dtype=torch.long, device=rois.device))
             for maps, rois in zip(by_image, boxes, strict=True)
         ]
     )
@@ -236,7 +244,7 @@ def mask_loss(
     """Binary cross-entropy of the true class's mask, on at most `settings.masks` positive RoIs per image."""
     boxes, labels, targets = [], [], []
     for roi, truth in zip(rois, truths, strict=True):
-        chosen = torch.randperm(len(roi.objects))[: settings.masks]
+        chosen = torch.randperm(len(roi.objects), device=roi.objects.device)[: settings.masks]
         objects = roi.objects[chosen]
         boxes.append(roi.boxes[chosen])
         labels.append(truth.labels[objects])
@@ -246,7 +254,7 @@ def mask_loss(
         return features[0].sum() * 0.0
     logits = roi_head.mask_head(pool_by_image(roi_head.mask_pool, features, boxes))
     return F.binary_cross_entropy_with_logits(
-        logits[torch.arange(len(label)), label].float(), torch.cat(targets)
+        logits[torch.arange(len(label), device=label.device), label].float(), torch.cat(targets)
     )
 
 
@@ -265,7 +273,7 @@ def crop_masks(masks: Tensor, objects: Tensor, boxes: Tensor, size: int = 28) ->
         (P, size, size) float32.
     """
     height, width = masks.shape[-2:]
-    steps = (torch.arange(2 * size) + 0.5) / (2 * size)
+    steps = (torch.arange(2 * size, device=boxes.device) + 0.5) / (2 * size)
     x = boxes[:, 0:1] + steps * (boxes[:, 2:3] - boxes[:, 0:1]) - 0.5  # (P, 2 * size)
     y = boxes[:, 1:2] + steps * (boxes[:, 3:4] - boxes[:, 1:2]) - 0.5
     x, y = x.clamp(0, width - 1), y.clamp(0, height - 1)

@@ -35,7 +35,7 @@ def write_images(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path, help="what tools/train_demo.py wrote")
+    parser.add_argument("checkpoint", type=Path, help="what tools/train.py wrote")
     args = parser.parse_args()
     write_images(ASSETS / "images")
     loaded = load_model(args.checkpoint)

@@ -17,7 +17,9 @@ import numpy as np
 
 
 def coco_ap(
-    ground_truth: dict[str, Any] | str | PathLike[str], results: Sequence[dict[str, Any]]
+    ground_truth: dict[str, Any] | str | PathLike[str],
+    results: Sequence[dict[str, Any]],
+    max_detections: int = 100,
 ) -> dict[str, dict[str, Any]]:
     """Average precision of `results` against `ground_truth`, as COCO defines it.
 
@@ -25,6 +27,7 @@ def coco_ap(
         ground_truth: a COCO annotation dictionary, or the path of its JSON file.
         results: COCO results: one entry a detection, with `image_id`, `category_id`, `score`, `bbox`
             (xywh, pixels) and, for mask AP, `segmentation` (RLE). Images without an entry count as empty.
+        max_detections: the most of an image that count, the best first; COCO's own is 100.
 
     Returns:
         `{"box": …, "mask": …}`, each `{"AP", "AP50", "AP75", "per_class": {class name: AP}}` in 0..1;
@@ -40,18 +43,66 @@ def coco_ap(
         # COCO wants these; deep-copied because it also writes into what it is given.
         truth.dataset = {"info": {}, "categories": [], **json.loads(json.dumps(ground_truth))}
         truth.createIndex()
-        report = {"box": _evaluate(truth, _as_boxes(results), "bbox")}
+        report = {"box": _evaluate(truth, _as_boxes(results), "bbox", max_detections)}
         if any("segmentation" in annotation for annotation in truth.dataset["annotations"]):
             with_mask = [result for result in results if result.get("segmentation") is not None]
-            report["mask"] = _evaluate(truth, with_mask, "segm")
+            report["mask"] = _evaluate(truth, with_mask, "segm", max_detections)
     return report
+
+
+def match_counts(
+    ground_truth: dict[str, Any], results: Sequence[dict[str, Any]], iou: float = 0.5
+) -> dict[int, tuple[int, int, int]]:
+    """True positives, false positives and false negatives of each image's masks, all scores counted.
+
+    TP / (TP + FP + FN) is what papers on cells call average precision at one IoU (Schmidt et al., MICCAI
+    2018). By falling score, each result takes the object of its class, not taken yet, that it overlaps most,
+    if their IoU is at least `iou`. Crowds are left out.
+
+    Args:
+        ground_truth: a COCO annotation dictionary with masks as RLE.
+        results: COCO results with `segmentation` (RLE).
+
+    Returns:
+        (TP, FP, FN) by image id.
+    """
+    from pycocotools import mask as rle
+
+    def by_image(records: Sequence[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
+        groups: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in ground_truth["images"]}
+        for record in records:
+            groups[record["image_id"]].append(record)
+        return groups
+
+    objects = by_image([a for a in ground_truth["annotations"] if not a.get("iscrowd")])
+    found = by_image(sorted(results, key=lambda result: -result["score"]))
+    counts = {}
+    for image_id, truths in objects.items():
+        masks = [result["segmentation"] for result in found[image_id]]
+        matched = 0
+        if masks and truths:
+            overlaps = rle.iou(masks, [truth["segmentation"] for truth in truths], [0] * len(truths))
+            same = [
+                [result["category_id"] == truth["category_id"] for truth in truths]
+                for result in found[image_id]
+            ]
+            overlaps = np.where(same, overlaps, -1.0)
+            for row in overlaps:  # a view: what is taken is struck out below
+                best = int(row.argmax())
+                if row[best] >= iou:
+                    matched += 1
+                    overlaps[:, best] = -1.0
+        counts[image_id] = (matched, len(masks) - matched, len(truths) - matched)
+    return counts
 
 
 def _as_boxes(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: r[key] for key in ("image_id", "category_id", "score", "bbox")} for r in results]
 
 
-def _evaluate(truth: Any, results: Sequence[dict[str, Any]], kind: str) -> dict[str, Any]:
+def _evaluate(
+    truth: Any, results: Sequence[dict[str, Any]], kind: str, max_detections: int
+) -> dict[str, Any]:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -68,9 +119,10 @@ def _evaluate(truth: Any, results: Sequence[dict[str, Any]], kind: str) -> dict[
         found.createIndex()
 
     evaluation = COCOeval(truth, found, kind)
+    evaluation.params.maxDets = [max_detections]
     evaluation.evaluate()
     evaluation.accumulate()
-    # (IoU thresholds 0.50:0.05:0.95, recalls, classes), all areas, 100 detections an image; -1: no object.
+    # (IoU thresholds 0.50:0.05:0.95, recalls, classes), all areas, max_detections; -1: no object.
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
 
     def mean(part: np.ndarray) -> float:

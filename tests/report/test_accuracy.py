@@ -7,11 +7,13 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from meta_deploy.report.accuracy import coco_ap
+from meta_deploy.report.accuracy import coco_ap, match_counts
 
 
 def encoded(x, y, w, h):
@@ -94,3 +96,68 @@ def test_reads_a_file_prints_nothing_and_leaves_its_arguments_alone(truth, perfe
     assert coco_ap(path, perfect) == coco_ap(truth, perfect)
     assert (truth, perfect) == before
     assert capsys.readouterr().out == ""
+
+
+def test_more_detections_than_a_hundred_count_where_they_are_asked_for():
+    boxes = [[10.0 * (k % 20), 10.0 * (k // 20), 8.0, 8.0] for k in range(150)]
+    truth = {
+        "images": [{"id": 1, "width": 200, "height": 80}],
+        "categories": [{"id": 1, "name": "cell"}],
+        "annotations": [
+            {"id": k + 1, "image_id": 1, "category_id": 1, "bbox": box, "area": 64, "iscrowd": 0}
+            for k, box in enumerate(boxes)
+        ],
+    }
+    results = [
+        {"image_id": 1, "category_id": 1, "score": 0.9 - k / 1000, "bbox": b} for k, b in enumerate(boxes)
+    ]
+    assert coco_ap(truth, results)["box"]["AP"] == pytest.approx(67 / 101, abs=0.01)
+    assert coco_ap(truth, results, max_detections=150)["box"]["AP"] == pytest.approx(1.0)
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=40, deadline=None)
+def test_matches_of_masks_that_do_not_overlap_are_the_best_assignment(seed):
+    """Where the masks on each side are disjoint, an IoU above a half names one partner at most."""
+    rng = np.random.default_rng(seed)
+
+    def label_map():
+        labels = np.zeros((24, 24), int)
+        for k in range(1, rng.integers(1, 7)):
+            y, x = rng.integers(0, 18, 2)
+            labels[y : y + rng.integers(2, 9), x : x + rng.integers(2, 9)] = k
+        return labels
+
+    def records(labels, more):
+        for k in np.unique(labels[labels > 0]):
+            mask = np.asfortranarray((labels == k).astype(np.uint8))
+            yield {"image_id": 5, "category_id": 1, "segmentation": rle.encode(mask), **more(k)}
+
+    wanted, found = label_map(), label_map()
+    if rng.random() < 0.5:
+        found[wanted > 0] = wanted[wanted > 0]
+    truth = {
+        "images": [{"id": 5}, {"id": 6}],
+        "annotations": list(records(wanted, lambda k: {"iscrowd": 0})),
+    }
+    results = list(records(found, lambda k: {"score": float(rng.random())}))
+    counts = match_counts(truth, results, iou=0.501)
+
+    pairs = 0
+    for a in np.unique(wanted[wanted > 0]):
+        for b in np.unique(found[found > 0]):
+            both, either = ((wanted == a) & (found == b)).sum(), ((wanted == a) | (found == b)).sum()
+            pairs += both / either >= 0.501
+    assert counts == {5: (pairs, len(results) - pairs, len(truth["annotations"]) - pairs), 6: (0, 0, 0)}
+
+
+def test_a_second_result_on_one_object_and_one_of_another_class_are_false():
+    mask = rle.encode(np.asfortranarray(np.ones((6, 6), np.uint8)))
+    truth = {"images": [{"id": 1}], "annotations": [{"image_id": 1, "category_id": 1, "segmentation": mask}]}
+
+    def result(category, score):
+        return {"image_id": 1, "category_id": category, "score": score, "segmentation": mask}
+
+    assert match_counts(truth, [result(1, 0.9), result(1, 0.8)]) == {1: (1, 1, 0)}
+    assert match_counts(truth, [result(2, 0.9)]) == {1: (0, 1, 1)}
+    assert match_counts(truth, []) == {1: (0, 0, 1)}

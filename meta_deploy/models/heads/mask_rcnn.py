@@ -32,6 +32,7 @@ class MaskRCNNConfig(HeadConfig, frozen=True, tag="mask-rcnn"):
 
     Attributes:
         fpn_channels, fc_channels, mask_channels: widths of the pyramid, the box head and the mask head.
+        anchor_scale: side of a square anchor, in strides of its level.
         rpn_pre_nms: anchors kept per level before NMS.
         rpn_nms, nms: IoU above which NMS drops a proposal, a detection.
         proposals, max_detections: the most per image.
@@ -43,6 +44,7 @@ class MaskRCNNConfig(HeadConfig, frozen=True, tag="mask-rcnn"):
     fpn_channels: Count = 256
     fc_channels: Count = 1024
     mask_channels: Count = 256
+    anchor_scale: Positive = 8.0
     rpn_pre_nms: Count = 1000
     rpn_nms: Positive = 0.7
     proposals: Count = 1000
@@ -165,7 +167,9 @@ class MaskRCNN(nn.Module):
         self.config = config
         self.backbone = backbone
         self.neck = FPN(backbone.out_channels, config.fpn_channels)
-        self.rpn_head = RPNHead(config.fpn_channels, config.rpn_pre_nms, config.rpn_nms, config.proposals)
+        self.rpn_head = RPNHead(
+            config.fpn_channels, config.rpn_pre_nms, config.rpn_nms, config.proposals, config.anchor_scale
+        )
         self.roi_head = RoIHead(config)
 
     def extract_features(self, images: Tensor) -> list[Tensor]:

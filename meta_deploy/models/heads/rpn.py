@@ -7,7 +7,6 @@ from torch.nn import functional as F
 from meta_deploy.models.init import zero_bias
 from meta_deploy.models.ops.boxes import INVALID, decode_boxes, has_area, nms, select_top, take
 
-_SCALE = 8
 _RATIOS = (0.5, 1.0, 2.0)
 _STDS = (1.0, 1.0, 1.0, 1.0)
 
@@ -20,15 +19,24 @@ class RPNHead(nn.Module):
         pre_nms: anchors kept per level before NMS.
         nms_threshold: IoU.
         max_proposals: proposals per image.
+        anchor_scale: side of a square anchor, in strides of its level.
     """
 
     strides = (4, 8, 16, 32, 64)
 
-    def __init__(self, channels: int, pre_nms: int, nms_threshold: float, max_proposals: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        pre_nms: int,
+        nms_threshold: float,
+        max_proposals: int,
+        anchor_scale: float = 8.0,
+    ) -> None:
         super().__init__()
         self.pre_nms = pre_nms
         self.nms_threshold = nms_threshold
         self.max_proposals = max_proposals
+        self.anchor_scale = anchor_scale
         self.rpn_conv = nn.Conv2d(channels, channels, 3, padding=1)
         self.rpn_cls = nn.Conv2d(channels, len(_RATIOS), 1)
         self.rpn_reg = nn.Conv2d(channels, len(_RATIOS) * 4, 1)
@@ -45,11 +53,11 @@ class RPNHead(nn.Module):
         """Per level (h * w * 3, 4) xyxy in input pixels, rows first, ratios last."""
         return [self._level_anchors(x, stride) for x, stride in zip(features, self.strides, strict=True)]
 
-    @staticmethod
-    def _level_anchors(feature: Tensor, stride: int) -> Tensor:
+    def _level_anchors(self, feature: Tensor, stride: int) -> Tensor:
         h, w = feature.shape[-2:]
         root = feature.new_tensor(_RATIOS).sqrt()
-        half_w, half_h = stride * _SCALE / root / 2, stride * _SCALE * root / 2
+        side = stride * self.anchor_scale
+        half_w, half_h = side / root / 2, side * root / 2
         base = torch.stack([-half_w, -half_h, half_w, half_h], dim=1)  # (3, 4)
         x = torch.arange(w, device=feature.device, dtype=feature.dtype)[None, :].expand(h, w) * stride
         y = torch.arange(h, device=feature.device, dtype=feature.dtype)[:, None].expand(h, w) * stride

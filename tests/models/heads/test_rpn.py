@@ -25,13 +25,13 @@ def predictions(H, W, B=1, seed=0, spread=1.0):
     return levels(H, W, 3, B, seed), deltas
 
 
-def mmdetection_anchors(H, W, stride):
-    """AnchorGenerator(scales=[8], ratios=[0.5, 1, 2], center_offset=0): rows, then columns, then ratios."""
+def mmdetection_anchors(H, W, stride, scale=8):
+    """AnchorGenerator(scales=[scale], ratios=[0.5, 1, 2], center_offset=0): rows, columns, ratios."""
     out = []
     for y in range(-(-H // stride)):
         for x in range(-(-W // stride)):
             for ratio in (0.5, 1.0, 2.0):
-                w, h = stride * 8 / np.sqrt(ratio), stride * 8 * np.sqrt(ratio)
+                w, h = stride * scale / np.sqrt(ratio), stride * scale * np.sqrt(ratio)
                 out.append([x * stride - w / 2, y * stride - h / 2, x * stride + w / 2, y * stride + h / 2])
     return np.array(out)
 
@@ -70,11 +70,12 @@ def test_anchors_are_mmdetections_at_stride_4():
     np.testing.assert_allclose(first[8 * 3 : 8 * 3 + 3].numpy(), np.add(expected, [0, 4, 0, 4]), rtol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [8, 2.5])
 @pytest.mark.parametrize("size", SIZES)
-def test_anchors_of_all_levels_run_over_rows_columns_ratios(size):
-    got = RPNHead(4, 10, 0.7, 10).anchors(levels(*size, 4))
+def test_anchors_of_all_levels_run_over_rows_columns_ratios(size, scale):
+    got = RPNHead(4, 10, 0.7, 10, anchor_scale=scale).anchors(levels(*size, 4))
     for anchors, stride in zip(got, RPNHead.strides, strict=True):
-        np.testing.assert_allclose(anchors.numpy(), mmdetection_anchors(*size, stride), atol=1e-5)
+        np.testing.assert_allclose(anchors.numpy(), mmdetection_anchors(*size, stride, scale), atol=1e-5)
 
 
 def test_head_is_a_shared_convolution_and_two_predictions():

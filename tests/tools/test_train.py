@@ -1,0 +1,42 @@
+"""The training tool: it goes on where it stopped, and what it writes can be exported."""
+
+import json
+
+import torch
+
+from meta_deploy.models.checkpoint.load import load_model
+from tools.train import Training, parse, train
+
+SMALL = ["meta-nano-upernet", "--sizes", "64", "--batch", "2", "--workers", "0", "--no-bf16"]
+
+
+def test_a_resumed_training_is_the_uninterrupted_one_and_can_be_loaded(tmp_path, monkeypatch):
+    def run(out, *more):
+        train(parse([*SMALL, "--out", str(tmp_path / out), "--steps", "4", "--validate", "1", *more]))
+        return load_model(tmp_path / out / "meta-nano-upernet.pth")
+
+    whole = run("whole")
+
+    class Stopped(Exception):
+        pass
+
+    def stop_at_two(self, *batch, step=Training.train_step):
+        if self.step == 2:
+            self.save(tmp_path / "parts")
+            raise Stopped
+        return step(self, *batch)
+
+    monkeypatch.setattr(Training, "train_step", stop_at_two)
+    try:
+        run("parts")
+    except Stopped:
+        monkeypatch.undo()
+    resumed = run("parts", "--resume")
+
+    assert whole.class_names[0] == "background"
+    assert whole.class_names[-1] == "boundary"
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(value, resumed.model.state_dict()[name], rtol=0, atol=1e-6)
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 4
+    assert set(lines[-1]["validation"]) >= {"IoU background", "IoU boundary"}
