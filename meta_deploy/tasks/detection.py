@@ -15,12 +15,15 @@ import numpy as np
 from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.bundle.manifest import Size
 from meta_deploy.errors import InputError
+from meta_deploy.imaging.images import ImageLike
 from meta_deploy.imaging.preprocess import Placement
 from meta_deploy.tasks.comparison import Comparison, DetectionComparison
 from meta_deploy.tasks.draw import draw_detections
 from meta_deploy.tasks.masks import Mask
-from meta_deploy.tasks.results import ImageResult, Timings, coco_category_ids, listed
+from meta_deploy.tasks.measure import label_image, measure
+from meta_deploy.tasks.results import ImageResult, Timings, coco_category_ids, image_of, listed
 from meta_deploy.tasks.task import Output, Task, check_classes, check_finite
+from meta_deploy.tasks.tiles import Seen, Tile, is_cut, join_objects
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -117,6 +120,31 @@ class Detections(ImageResult):
     def filter(self, score: float) -> Detections:
         """Those of at least this score."""
         return self[self.scores >= score]
+
+    def label_image(self) -> np.ndarray:
+        """The number of the object at each pixel, from 1 in the order of these: uint16 (H, W), 0 for none.
+
+        Where masks overlap, the one of the better score is seen.
+
+        Raises:
+            InputError: there are no masks, or more objects than 16 bits can number.
+        """
+        if self.segments is None:
+            raise InputError("a label image needs masks, and this model gives boxes only")
+        return label_image(self.segments, self.size)
+
+    def table(self, image: ImageLike | None = None) -> list[dict[str, Any]]:
+        """A row an object: object (its number from 1), class, score, and `measure.COLUMNS` in pixels.
+
+        Without `image` it is read from `path`. Raises as `draw`.
+        """
+        pixels = image_of(image, self.path, self.size)
+        segments = self.segments or [None] * len(self)
+        return [
+            {"object": i + 1, "class": name, "score": round(float(self.scores[i]), 6)}
+            | measure(self.boxes[i], segments[i], pixels)
+            for i, name in enumerate(self.names)
+        ]
 
     def to_supervision(self) -> Any:
         """As `supervision.Detections`, class names in its `data`. Raises InputError: not installed."""
@@ -229,6 +257,30 @@ class Detection(Task):
     ) -> tuple[Mask, ...] | None:
         """Masks of the entries `keep`, whose `boxes` are in the image's pixels and not clipped to it."""
         return None
+
+    def join(self, size: Size, tiles: Sequence[Tile], results: Sequence[Detections]) -> Detections:
+        found = []
+        for number, (tile, result) in enumerate(zip(tiles, results, strict=True)):
+            boxes = result.boxes + np.array([tile.left, tile.top] * 2, np.float32)
+            segments = result.segments or [None] * len(result)
+            for i, segment in enumerate(segments):
+                mask = None
+                if segment is not None:
+                    mask = (segment.crop(), segment.top + tile.top, segment.left + tile.left)
+                cut = is_cut(boxes[i], tile, size)
+                found.append(
+                    Seen(number, boxes[i], float(result.scores[i]), int(result.labels[i]), mask, cut)
+                )
+        objects = join_objects(tiles, found, size)
+        masked = all(result.segments is not None for result in results)
+        return Detections(
+            size,
+            np.array([seen.box for seen, _ in objects], np.float32).reshape(-1, 4),
+            np.array([seen.score for seen, _ in objects], np.float32),
+            np.array([seen.label for seen, _ in objects], np.int32),
+            results[0].classes,
+            tuple(mask for _, mask in objects if mask is not None) if masked else None,
+        )
 
     def comparison(self, tolerance: Mapping[str, float], score_threshold: float = 0.0) -> Comparison:
         return DetectionComparison(tolerance, score_threshold)

@@ -89,7 +89,7 @@ class ImageResult(Result):
             ImageError: the image cannot be read.
             InputError: it is not the size of the one this is the result of, or there is none.
         """
-        return self._drawn(_pixels(image, self.path, self.size))
+        return self._drawn(image_of(image, self.path, self.size))
 
     def save(self, path: str | os.PathLike[str], image: ImageLike | None = None) -> None:
         """Write the drawn image, in the format of `path`'s suffix, whole or not at all. Raises as `draw`."""
@@ -128,7 +128,13 @@ def save_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
         Image.fromarray(image).save(stream, format=form, **options)
 
 
-def _pixels(image: ImageLike | None, path: str | None, size: Size) -> np.ndarray:
+def image_of(image: ImageLike | None, path: str | None, size: Size) -> np.ndarray:
+    """The pixels that a result of `size` is of: `image`, or what `path` names. RGB uint8 (H, W, 3).
+
+    Raises:
+        ImageError: the image cannot be read.
+        InputError: there is none, or it is of another size.
+    """
     source = path if image is None else image
     if source is None:
         raise InputError("these results have no path to read the image from; pass the image to draw on")

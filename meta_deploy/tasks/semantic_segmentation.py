@@ -20,6 +20,7 @@ from meta_deploy.tasks.draw import draw_segmentation
 from meta_deploy.tasks.masks import Mask
 from meta_deploy.tasks.results import ImageResult, coco_category_ids, listed
 from meta_deploy.tasks.task import Output, Task, check_classes, check_finite
+from meta_deploy.tasks.tiles import Tile, join_maps
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -97,6 +98,10 @@ class SemanticSegmentation(Task):
         check_classes(bundle, len(logits))
         check_finite(bundle, logits)
         return Segmentation(class_map(logits, placement, padded), bundle.classes)
+
+    def join(self, size: Size, tiles: Sequence[Tile], results: Sequence[Segmentation]) -> Segmentation:
+        labels = join_maps(size, tiles, [result.labels for result in results])
+        return Segmentation(labels, results[0].classes)
 
     def comparison(self, tolerance: Mapping[str, float], score_threshold: float = 0.0) -> Comparison:
         return SegmentationComparison(tolerance)

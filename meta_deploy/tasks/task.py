@@ -6,17 +6,18 @@ Knows names, dtypes and dimensions; must not know which library runs the graph.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import ClassVar, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.bundle.manifest import Size
-from meta_deploy.errors import BackendError, BundleError
+from meta_deploy.errors import BackendError, BundleError, InputError
 from meta_deploy.imaging.preprocess import Placement
 from meta_deploy.tasks.comparison import Comparison
 from meta_deploy.tasks.results import Result
+from meta_deploy.tasks.tiles import Tile
 
 
 class Output(NamedTuple):
@@ -60,6 +61,14 @@ class Task(ABC):
             BackendError: values that are not finite.
             BundleError: more classes than the manifest names.
         """
+
+    def join(self, size: Size, tiles: Sequence[Tile], results: Sequence[Any]) -> Result:
+        """One result of an image of `size` from those of its tiles.
+
+        Raises:
+            InputError: the task's results cannot be joined.
+        """
+        raise InputError(f"results of the task '{self.name}' cannot be joined; run the image as a whole")
 
     @abstractmethod
     def comparison(self, tolerance: Mapping[str, float], score_threshold: float = 0.0) -> Comparison:

@@ -1,0 +1,55 @@
+"""Objects as numbers: an image of object numbers, and a table with a row an object.
+
+Knows pixels and masks; must not know models or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from meta_deploy.bundle.manifest import Size
+from meta_deploy.errors import InputError
+from meta_deploy.tasks.masks import Mask
+
+MOST_LABELS = np.iinfo(np.uint16).max
+COLUMNS = ("area", "centroid_x", "centroid_y", "x_min", "y_min", "x_max", "y_max", "mean_intensity")
+
+
+def label_image(segments: Sequence[Mask], size: Size) -> np.ndarray:
+    """Object numbers from 1, 0 where there is none: uint16 (H, W). Where masks overlap, the first one counts.
+
+    Raises:
+        InputError: more objects than 16 bits can number.
+    """
+    if len(segments) > MOST_LABELS:
+        raise InputError(
+            f"{len(segments)} objects do not fit a 16-bit label image; raise the score threshold"
+        )
+    labels = np.zeros(size, np.uint16)
+    for number, mask in reversed(list(enumerate(segments, 1))):
+        top, left = mask.top, mask.left
+        labels[top : top + mask.shape[0], left : left + mask.shape[1]][mask.crop()] = number
+    return labels
+
+
+def measure(box: np.ndarray, mask: Mask | None, image: np.ndarray) -> dict[str, float]:
+    """One object's `COLUMNS`, in pixels of its RGB image (H, W, 3) uint8.
+
+    Without a mask the object is its box, (4,) xyxy. The middle of the top left pixel is at (0.5, 0.5).
+    `mean_intensity` is the mean over the object's pixels and the three channels, 0 to 255; NaN where the
+    object has no pixel.
+    """
+    x0, y0, x1, y1 = (float(edge) for edge in box)
+    if mask is None:
+        rows, columns = slice(int(y0), int(np.ceil(y1))), slice(int(x0), int(np.ceil(x1)))
+        pixels = image[rows, columns].reshape(-1, 3)
+        area, centre = (x1 - x0) * (y1 - y0), ((x0 + x1) / 2, (y0 + y1) / 2)
+    else:
+        y, x = np.nonzero(mask.crop())
+        y, x = y + mask.top, x + mask.left
+        pixels, area = image[y, x], len(x)
+        centre = (x.mean() + 0.5, y.mean() + 0.5) if area else ((x0 + x1) / 2, (y0 + y1) / 2)
+    intensity = float(pixels.mean()) if pixels.size else float("nan")
+    return dict(zip(COLUMNS, (area, *centre, x0, y0, x1, y1, intensity), strict=True))
