@@ -12,8 +12,6 @@ from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.export.trace import export_onnx
 from meta_deploy.models.checkpoint.load import load_model
 
-SIDE = 320  # the demo model's
-
 
 @pytest.mark.parametrize("text", ["demo", "meta-t-upernet@512x512", "meta-b-mask-rcnn@768x1024+dynamic"])
 def test_a_case_is_written_as_it_is_read(text):
@@ -65,31 +63,29 @@ def numbers(options):
     return content
 
 
+@pytest.fixture(scope="module")
+def traced(tiny):
+    """Its graph as traced, which takes longer than what is done with it here."""
+    return export_onnx(load_model(tiny.checkpoint).model, Bundle.open(tiny.bundle).input)
+
+
 @pytest.mark.slow
-def test_export_time(small, capsys):
-    assert export_time.main(["demo", *small]) == 0
+def test_export_time(small, tiny, monkeypatch, capsys):
+    monkeypatch.setattr(common, "checkpoint", lambda case: tiny.checkpoint)
+    assert export_time.main([tiny.case, *small]) == 0
     content = numbers(small)
-    export, infer = content["exports"]["demo"], content["meta_infer"]["demo"]
+    export, infer = content["exports"][tiny.case], content["meta_infer"][tiny.case]
     assert export["nodes"]["after"] < export["nodes"]["before"]
     assert export["verification"]["passed"]
     assert (infer["images"], infer["errors"]) == (1, 0)
     assert len(capsys.readouterr().out.strip().split("\n\n")) == 3
 
 
-@pytest.fixture(scope="module")
-def traced():
-    """The demo model's graph as traced, which takes longer than what is done with it here."""
-    return export_onnx(
-        load_model(ASSETS / "meta-nano-mask-rcnn.pth").model, Bundle.open(ASSETS / "demo").input
-    )
-
-
 @pytest.mark.slow
-def test_cleanup_routes(small, traced, monkeypatch):
+def test_cleanup_routes(small, tiny, traced, monkeypatch):
     monkeypatch.setattr(cleanup_routes, "export_onnx", lambda model, spec: traced)
-    monkeypatch.setattr(cleanup_routes, "checkpoint", lambda case: ASSETS / "meta-nano-mask-rcnn.pth")
-    case = f"meta-nano-mask-rcnn@{SIDE}"
-    cleanup_routes.main([case, "--routes", "ours: clean-up", "onnx-ir passes", "--rounds", "1", *small])
+    monkeypatch.setattr(cleanup_routes, "checkpoint", lambda case: tiny.checkpoint)
+    cleanup_routes.main([tiny.case, "--routes", "ours: clean-up", "onnx-ir passes", "--rounds", "1", *small])
     literal, *routes = numbers(small)["routes"]
     for route in routes:
         assert route["nodes"] < literal["nodes"]
@@ -99,10 +95,11 @@ def test_cleanup_routes(small, traced, monkeypatch):
 
 
 @pytest.mark.slow
-def test_inference(small, traced, monkeypatch):
+def test_inference(small, tiny, traced, monkeypatch):
     monkeypatch.setattr(inference, "export_onnx", lambda model, spec: traced)
-    monkeypatch.setattr(inference, "export", lambda case: (ASSETS / "demo", Run(0, {}, 0.0, 0.0)))
-    inference.main(["demo", "--threads", "1", "--rounds", "1", *small])
+    monkeypatch.setattr(inference, "checkpoint", lambda case: tiny.checkpoint)
+    monkeypatch.setattr(inference, "export", lambda case: (tiny.bundle, Run(0, {}, 0.0, 0.0)))
+    inference.main([tiny.case, "--threads", "1", "--rounds", "1", *small])
     content = numbers(small)
     assert content["end_to_end"][0]["images/s, plain"] > 0
     assert content["model"][0]["PyTorch / bundle"] > 0

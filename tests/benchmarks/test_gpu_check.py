@@ -20,7 +20,6 @@ from benchmarks.gpu_check import (
     run_group,
 )
 
-CHECKPOINT = ASSETS / "meta-nano-mask-rcnn.pth"
 LIMITS = {"agreement": 0.99, "mean_score_difference": 1e-3}
 
 
@@ -35,11 +34,12 @@ def record(agreement=1.0, **more):
 
 
 @pytest.mark.slow
-def test_the_back_ends_of_the_cpu_are_checked_and_timed(tmp_path, monkeypatch, capsys):
+def test_the_back_ends_of_the_cpu_are_checked_and_timed(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, "WORK", tmp_path)
-    monkeypatch.setattr(gpu_check, "checkpoint", lambda case: CHECKPOINT)
+    for module in (common, gpu_check):
+        monkeypatch.setattr(module, "checkpoint", lambda case: tiny.checkpoint)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    options = ["--case", "meta-nano-mask-rcnn@128", "--batch", "1", "--precision", "fp32", "int8"]
+    options = ["--case", tiny.case, "--batch", "1", "--precision", "fp32", "int8"]
     options += ["--count", "2", "--runs", "2", "--backend", "pytorch", "onnxruntime", "cuda"]
     if not PHOTOS.is_dir():
         options += ["--photos", str(ASSETS / "images")]
@@ -49,7 +49,7 @@ def test_the_back_ends_of_the_cpu_are_checked_and_timed(tmp_path, monkeypatch, c
     assert "left out, as there is no NVIDIA GPU here: ONNX Runtime (CUDA)" in told.err
     content = json.loads((tmp_path / "numbers.json").read_text())
     assert content["machine"]["versions"]["torch"]
-    found = content["cases"]["meta-nano-mask-rcnn@128x128"]
+    found = content["cases"][tiny.case]
     assert set(found) == {"pytorch fp32", "onnxruntime fp32"}
     for name in found:
         one = found[name]["1"]
@@ -61,15 +61,16 @@ def test_the_back_ends_of_the_cpu_are_checked_and_timed(tmp_path, monkeypatch, c
 
 
 @pytest.fixture(scope="module")
-def exam():
-    return Exam(str(CHECKPOINT), (128, 128), [str(path) for path in photos(ASSETS / "images", 1)])
+def exam(tiny):
+    return Exam(str(tiny.checkpoint), tiny.size, [str(path) for path in photos(ASSETS / "images", 1)])
 
 
 def test_the_reference_agrees_with_itself_in_every_measure(exam):
     assert exam.expected["num_detections"].sum() > 0
     judged = exam.judge(exam.expected, "fp32")
     assert judged["passed"]
-    assert judged["ap"] == {"box": 1.0, "mask": 1.0}
+    assert judged["ap"]["box"] == 1.0
+    assert judged["ap"]["mask"] >= 0.8  # random weights: all masks of one of the five classes are empty
 
 
 @pytest.mark.parametrize(
@@ -114,10 +115,14 @@ def test_pytorch_agrees_with_the_reference_in_every_precision(exam, precision):
 
 
 @pytest.mark.slow
-def test_a_back_end_that_fails_leaves_the_others(tmp_path):
-    job = {"checkpoint": str(CHECKPOINT), "size": [320, 320], "photos": [str(photos(ASSETS / "images")[0])]}
+def test_a_back_end_that_fails_leaves_the_others(tiny, tmp_path):
+    job = {
+        "checkpoint": str(tiny.checkpoint),
+        "size": tiny.size,
+        "photos": [str(photos(ASSETS / "images")[0])],
+    }
     job |= {"reference": f"{tmp_path}/reference.npz", "batch": 1, "runs": 1, "seconds": 1}
-    bundles = {"onnxruntime": ASSETS / "demo", "cuda": ASSETS / "demo", "tensorrt": "not installed"}
+    bundles = {"onnxruntime": tiny.bundle, "cuda": tiny.bundle, "tensorrt": "not installed"}
     group = [Contender(kind, "fp32") for kind in bundles]
     bundles = dict(zip(group, bundles.values(), strict=True))
     bundles[Contender("onnxruntime", "fp16")] = tmp_path / "nowhere"
