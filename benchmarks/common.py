@@ -46,6 +46,10 @@ _PACKAGES = (
 )
 
 
+# Which of these a CPU has changes int8 and bfloat16 by several times.
+_TELLING = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+
+
 # --- what to measure on -------------------------------------------------------------------------------------
 
 
@@ -188,6 +192,7 @@ def machine() -> dict[str, Any]:
     card = gpu()
     return {
         "cpu": _cpu(),
+        "instruction_sets": [name for name in _TELLING if name in _cpu_fields().get("flags", "").split()],
         "cores": os.cpu_count(),
         **({"gpu": card} if card else {}),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
@@ -216,13 +221,18 @@ def gpu() -> dict[str, Any] | None:
 
 
 def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    name = fields.get("model name", platform.machine())
+    fields = _cpu_fields()
+    name = fields.get("model name") or platform.processor() or platform.machine()
     return f"{name} (family {fields.get('cpu family', '?')}, model {fields.get('model', '?')})"
+
+
+def _cpu_fields() -> dict[str, str]:
+    """What Linux tells of the first CPU; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+    except OSError:
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
