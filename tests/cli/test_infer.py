@@ -17,6 +17,7 @@ from PIL import Image
 from pycocotools import mask as coco
 from pycocotools.coco import COCO
 
+from meta_deploy.bundle.claims import Claims
 from meta_deploy.cli.infer import main
 from meta_deploy.cli.outputs import overlay_names
 from meta_deploy.imaging.images import Source
@@ -134,19 +135,25 @@ def test_no_two_inputs_share_an_overlay_and_none_is_overwritten(here, infer):
 
 def test_overlay_names_differ_where_case_does_not_count(tmp_path):
     sources = [Source(tmp_path / name, False) for name in ("A.JPG", "a.jpg", "a.png", "a.tif")]
-    names = [path.name for path in overlay_names(tmp_path / "out", sources).values()]
+    names = [path.name for path in overlay_names(tmp_path / "out", sources, Claims()).values()]
     assert names == ["A-overlay.jpg", "a-overlay-2.jpg", "a-overlay.png", "a-overlay-2.png"]
 
 
 def test_overlay_names_fit_a_file_system_and_stay_apart(tmp_path):
     sources = [Source(tmp_path / f"{'é' * 124}{end}.jpg", False) for end in "abc"]
-    names = [path.name for path in overlay_names(tmp_path, sources).values()]
+    names = [path.name for path in overlay_names(tmp_path, sources, Claims()).values()]
     assert len(set(names)) == 3
     assert all(len(os.fsencode(name)) <= 255 and "-overlay" in name for name in names)
 
 
-def test_an_empty_model_is_not_the_demo(here, capsys):
-    one_line(main(["a.jpg", "--model", ""]), *capsys.readouterr(), "path is empty")
+@pytest.mark.parametrize("options", [("",), ("a.jpg", ""), ("a.jpg", "--out", ""), ("a.jpg", "--coco-json=")])
+def test_an_empty_path_is_not_the_current_folder(here, infer, options):
+    one_line(*infer(*options), "the path is empty")
+    assert sorted(os.listdir(".")) == ["a.jpg", "b.png", "more"]
+
+
+def test_an_empty_model_is_not_the_demo(infer):
+    one_line(*infer("a.jpg", "--model", ""), "--model", "the path is empty")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a shell that can close standard output")
