@@ -17,6 +17,15 @@ COCO = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco-tiny"
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True)
+def signals():
+    """Commands take Ctrl-C and SIGTERM for themselves until their process ends; here it goes on."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session")
 def coco_tiny() -> Path:
     """The folder of real photos; the test is skipped where it is absent."""
