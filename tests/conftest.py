@@ -66,3 +66,13 @@ def photo() -> np.ndarray:
     image[..., 0] = np.linspace(0, 200, 96, dtype=np.uint8)
     image[:32, :32] = 255
     return image
+
+
+@pytest.fixture
+def full_disk():
+    """Files cannot grow beyond 8 KB: a write then does less than it should, or fails, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)

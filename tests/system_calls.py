@@ -87,8 +87,8 @@ class Stepped:
         return False
 
 
-def each_call(call: Callable[[], int]) -> Iterator[Stepped]:
-    """A fresh child for each system call that `call` makes, stopped before that one."""
+def each_call(call: Callable[[], int], step: int = 1) -> Iterator[Stepped]:
+    """A fresh child for each system call that `call` makes (or each `step`th), stopped before that one."""
     position = 0
     while True:
         child = Stepped(call)
@@ -101,4 +101,4 @@ def each_call(call: Callable[[], int]) -> Iterator[Stepped]:
             yield child
         finally:
             child.kill()
-        position += 1
+        position += step

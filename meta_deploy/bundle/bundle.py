@@ -291,6 +291,8 @@ def _check_place(out: Path, out_dir: str | os.PathLike[str]) -> None:
             raise InputError(f"'{out_dir}' is a file; choose another folder for the bundle")
         if os.path.ismount(out):
             raise InputError(f"'{out_dir}' is a mount point, which cannot be replaced; choose a folder in it")
+        if out.samefile(os.curdir):
+            raise InputError(f"'{out_dir}' is the current folder, which cannot be replaced; choose one in it")
         _check_replaceable(out, out_dir)
     parent = next(folder for folder in out.parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):

@@ -129,15 +129,15 @@ def _make(folder: Path, owner: str | None) -> tuple[Path, int | None]:
         path = scratch_path(folder, owner)
         try:
             path.mkdir(mode=0o700)
-            return path, _lock(path)
         except FileExistsError:
             if _clear_one(path):
                 continue
-            problem: OSError = BlockingIOError(None, "another process is writing it")
-        except (BlockingIOError, FileNotFoundError) as error:
-            problem = error  # that another cleared it away, as it was not locked yet; or it cannot be made
+        else:
+            # Another may find it before it is locked, and clear it away.
+            with contextlib.suppress(BlockingIOError, FileNotFoundError):
+                return path, _lock(path)
         if time.monotonic() > end:
-            raise problem
+            raise BlockingIOError(None, "another process is writing it")
         time.sleep(0.01)
 
 

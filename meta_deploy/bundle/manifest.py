@@ -428,6 +428,10 @@ def _convert(content: Any, type_: Any, name: str, path: Path) -> Any:
         raise BundleError(
             f"the manifest of bundle '{path}' {_said(error, content, name)}; export it again"
         ) from error
+    except UnicodeEncodeError as error:
+        raise BundleError(
+            f"the manifest of bundle '{path}' has half a character ({error.object!r}); export it again"
+        ) from error
 
 
 def _said(error: msgspec.ValidationError, content: Any, name: str) -> str:

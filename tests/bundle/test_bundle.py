@@ -1,6 +1,7 @@
 """A bundle is whole and as exported, or it is refused in one sentence; writing one is all or nothing."""
 
 import json
+import math
 import os
 
 import pytest
@@ -164,7 +165,7 @@ def test_a_wrong_value_anywhere_is_at_most_a_bundle_error(written):
     path = written.path / "manifest.json"
     content = json.loads(path.read_text())
     for steps in paths(content):
-        for value in (None, [], {}, 0.5, "", "\0", True, [[]]):
+        for value in (None, [], {}, 0.5, "", "\0", "\ud800", True, [[]], -1, 2**64, math.nan, math.inf):
             changed = json.loads(json.dumps(content))
             part = changed
             for step in steps[:-1]:
@@ -327,6 +328,13 @@ def test_a_full_disk_leaves_the_old_bundle_and_nothing_else(written, tmp_path, m
     assert Bundle.open(written.path).read("model.onnx") == b"weights"
 
 
+def test_a_disk_without_room_for_all_of_it_leaves_the_old_bundle(written, tmp_path, full_disk):
+    with pytest.raises(InputError, match="cannot write the bundle"):
+        write_bundle(written.path, MANIFEST, {"model.onnx": bytes(9000)})
+    assert os.listdir(tmp_path) == ["b"]
+    assert Bundle.open(written.path).read("model.onnx") == b"weights"
+
+
 def test_an_invalid_manifest_is_not_written(tmp_path):
     with pytest.raises(BundleError, match="'' for 'target'"):
         write_bundle(tmp_path / "x" / "b", replace(MANIFEST, target=""), {"model.onnx": b""})
@@ -338,6 +346,13 @@ def test_an_empty_path_is_not_the_current_folder(tmp_path, monkeypatch):
     for write in (reserve, lambda path: write_bundle(path, MANIFEST, {"model.onnx": b""})):
         with pytest.raises(InputError, match="is empty"):
             write("")
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_current_folder_is_not_replaced_under_the_shell_that_is_in_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="is the current folder"):
+        write_bundle(".", MANIFEST, {"model.onnx": b""})
     assert os.listdir(tmp_path) == []
 
 
