@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, NoReturn, TypeVar
 
 import msgspec
 
+from meta_deploy.bundle.claims import Claims
 from meta_deploy.bundle.folders import Replacement, moved_aside, replacing
 from meta_deploy.bundle.manifest import (
     MANIFEST,
@@ -224,15 +225,18 @@ def reserve_bundle(out_dir: str | os.PathLike[str], sources: Iterable[Path] = ()
             in it.
     """
     if not os.fspath(out_dir):
-        raise InputError("the bundle's folder is empty text; name a folder")
-    out = Path(os.path.realpath(out_dir))
-    with _told(out_dir):
-        _check_place(out, out_dir)
-        for source in sources:
-            if out in (real := Path(os.path.realpath(source)), *real.parents):
-                raise InputError(f"'{source}' is in '{out_dir}', which is to be replaced; use another --out")
-        with replacing(out) as replacement:
-            yield Reserved(out_dir, replacement)
+        raise InputError("the path of the bundle is empty; name a folder")
+    with contextlib.ExitStack() as stack:
+        with _told(out_dir):
+            out = Path(os.path.realpath(out_dir))
+            _check_place(out, out_dir)
+            claims = Claims()
+            claims.add(out, "replaced")
+            for source in sources:
+                if claims.holder(source):
+                    raise InputError(f"'{source}' is in '{out_dir}', which is replaced; use another folder")
+            replacement = stack.enter_context(replacing(out))
+        yield Reserved(out_dir, replacement)
 
 
 @contextlib.contextmanager
@@ -280,7 +284,7 @@ class Reserved:
             content = msgspec.to_builtins(msgspec.structs.replace(manifest, files=entries))
             manifest = from_dict(content, path)
             _store(to_json(manifest).encode(), new, MANIFEST)
-            _check_place(Path(os.path.realpath(path)), path)  # again: the work took its time
+            _check_place(self._replacement.out, path)  # again: the work took its time
             self._replacement.commit(written)
         return Bundle(path, manifest)
 
@@ -291,9 +295,9 @@ def _check_place(out: Path, out_dir: str | os.PathLike[str]) -> None:
             raise InputError(f"'{out_dir}' is a file; choose another folder for the bundle")
         if os.path.ismount(out):
             raise InputError(f"'{out_dir}' is a mount point, which cannot be replaced; choose a folder in it")
+        _check_replaceable(out, out_dir)
         if out.samefile(os.curdir):
             raise InputError(f"'{out_dir}' is the current folder, which cannot be replaced; choose one in it")
-        _check_replaceable(out, out_dir)
     parent = next(folder for folder in out.parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"cannot write the bundle '{out_dir}': '{parent}' is not a folder you can write to")

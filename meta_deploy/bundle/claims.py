@@ -5,6 +5,7 @@ Knows paths; must not know what the files are for.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Hashable
@@ -13,20 +14,18 @@ from meta_deploy.errors import InputError
 
 
 class Claims:
-    """Files and folders in use. Two names are the same file by links, by hard links, or by case alone.
-
-    Where standard input, output and error are files, they are in use from the start.
-    """
+    """Files and folders in use. Two names are the same file by links, by hard links, or by case alone."""
 
     def __init__(self) -> None:
         self._by: dict[Hashable, str] = {}
+
+    def add_streams(self) -> None:
+        """Take the files that standard input, output and error are, where they are files."""
         for number, name in enumerate(("standard input", "standard output", "standard error")):
-            try:
+            with contextlib.suppress(OSError):  # closed
                 status = os.fstat(number)
-            except OSError:  # closed
-                continue
-            if stat.S_ISREG(status.st_mode):
-                self._by[status.st_dev, status.st_ino] = name
+                if stat.S_ISREG(status.st_mode):
+                    self._by[status.st_dev, status.st_ino] = name
 
     def add(self, path: str | os.PathLike[str], what: str) -> None:
         """Take a file, or a folder with all that is in it. `what` it is, for messages: "an input"."""

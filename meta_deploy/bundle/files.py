@@ -26,13 +26,14 @@ except ImportError:  # Windows
 PREFIX = ".meta-deploy-"
 ASIDE = "aside"
 _LOCK = ".lock"
+_LONGEST_SUFFIX = 20
 _PATIENCE = 0.2  # seconds; clearing a leftover away takes less
 _cleared: set[Path] = set()
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path of the same name, made durable and moved to `path` at the end.
+    """A temporary path of the same suffix, made durable and moved to `path` at the end.
 
     After an exception what was at `path` is there as before.
 
@@ -42,7 +43,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = check_writable(path)
     try:
         with scratch_folder(target.parent) as folder:
-            temp = folder / target.name  # writers may choose the format by the suffix
+            # Writers may choose the format by the suffix; what else is in a name, some interpret.
+            temp = folder / f"new{target.suffix[:_LONGEST_SUFFIX]}"
             yield temp
             with temp.open("r+b") as stream:
                 os.fsync(stream.fileno())
@@ -109,7 +111,8 @@ def scratch_folder(folder: Path, owner: str | None = None) -> Iterator[Path]:
     try:
         yield path
     finally:
-        shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _remove(path)
         if lock is not None:
             os.close(lock)
         with contextlib.suppress(OSError):
@@ -173,7 +176,7 @@ def _clear(folder: Path) -> None:
 
 
 def _clear_one(path: Path) -> bool:
-    """Remove a scratch folder unless its process lives; what was moved aside from its place goes back."""
+    """Remove a scratch folder unless its process lives; whether it is gone."""
     try:
         lock = _lock(path)
     except FileNotFoundError:
@@ -183,15 +186,19 @@ def _clear_one(path: Path) -> bool:
     if lock is None:
         return False
     try:
-        for old in (path / ASIDE).glob("*"):
-            if not os.path.lexists(path.parent / old.name):
-                old.rename(path.parent / old.name)
-        shutil.rmtree(path)
-    except OSError:
-        return not path.exists()
+        with contextlib.suppress(OSError):
+            _remove(path)
     finally:
         os.close(lock)
-    return True
+    return not path.exists()
+
+
+def _remove(path: Path) -> None:
+    """Remove a scratch folder, once what was moved aside and not replaced is back in its place."""
+    for old in (path / ASIDE).glob("*"):
+        if not os.path.lexists(path.parent / old.name):
+            old.rename(path.parent / old.name)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def sync_folder(path: Path) -> None:

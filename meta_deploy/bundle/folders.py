@@ -22,11 +22,12 @@ class Replacement:
     """A folder in the making.
 
     Attributes:
+        out: what it is put in place of.
         new: where its files go.
     """
 
     def __init__(self, out: Path, scratch: Path):
-        self._out, self._aside = out, scratch / ASIDE
+        self.out, self._aside = out, scratch / ASIDE
         self.new = scratch / "new"
         self.new.mkdir()
 
@@ -43,19 +44,19 @@ class Replacement:
         with _signals_held():
             self._put()
             committed()
-        sync_folder(self._out.parent)
+        sync_folder(self.out.parent)
 
     def _put(self) -> None:
-        if not self._out.exists():
-            self.new.rename(self._out)
-        elif not _exchange(self.new, self._out):
+        if not self.out.exists():
+            self.new.rename(self.out)
+        elif not _exchange(self.new, self.out):
             self._aside.mkdir()
-            old = self._aside / self._out.name  # from where the next process puts it back
-            self._out.rename(old)
+            old = self._aside / self.out.name  # from where the next process puts it back
+            self.out.rename(old)
             try:
-                self.new.rename(self._out)
+                self.new.rename(self.out)
             except OSError:
-                old.rename(self._out)
+                old.rename(self.out)
                 raise
 
 

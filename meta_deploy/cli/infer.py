@@ -154,6 +154,7 @@ def _claims(args: Namespace, sources: Sequence[Source], out: str | None) -> Clai
     from meta_deploy.runtime.predictor import DEMO_BUNDLE
 
     claims = Claims()
+    claims.add_streams()
     for source in sources:
         claims.add(source.path, "an input")
     claims.add(DEMO_BUNDLE if args.model is None else args.model, "the bundle")

@@ -359,10 +359,16 @@ def test_the_current_folder_is_not_replaced_under_the_shell_that_is_in_it(tmp_pa
 def test_what_is_read_for_a_bundle_is_not_replaced_by_it(written, tmp_path):
     (tmp_path / "link").symlink_to(written.path)
     for out, source in (("b", "link/model.onnx"), ("link", "b"), ("link", "b/notes.txt")):
-        with pytest.raises(InputError, match="which is to be replaced"):
+        with pytest.raises(InputError, match="which is replaced"):
             reserve(tmp_path / out, [tmp_path / source])
     reserve(tmp_path / "b", [tmp_path / "c" / "model.onnx"])
     assert sorted(os.listdir(tmp_path)) == ["b", "link"]
+
+
+def test_an_error_of_the_work_in_between_is_its_own(tmp_path):
+    with pytest.raises(BrokenPipeError), reserve_bundle(tmp_path / "a" / "b"):
+        raise BrokenPipeError
+    assert os.listdir(tmp_path) == []
 
 
 def test_what_comes_to_be_in_its_place_meanwhile_is_kept(written):

@@ -124,7 +124,7 @@ def test_interrupted_at_any_moment_the_exit_code_says_which_is_there(out, number
         request.getfixturevalue("two_renames")
     codes = set()
     write(out, "old")
-    for child in each_call(lambda: export(out, "new")):
+    for child in each_call(lambda: export(out, "new"), step=2 if there == "two renames" else 1):
         code = child.end(number)
         assert look(out) == ("new" if code == 0 else "old"), code
         codes.add(code)
@@ -211,3 +211,14 @@ def test_a_place_that_fails_at_the_last_step_keeps_the_old_bundle(out, two_renam
     assert look(out) == "old"
     assert os.listdir(out.parent) == ["b"]
     assert write_bundle(out, MANIFEST, {"model.onnx": b""})
+
+
+def test_an_old_bundle_that_cannot_be_put_back_at_once_is_not_removed(out, two_renames, monkeypatch):
+    write(out, "old")
+    rename = folders.Path.rename
+    with monkeypatch.context() as patch:
+        patch.setattr(folders.Path, "rename", lambda a, b: rename(a, b) if a == out else b.stat())
+        with pytest.raises(InputError):
+            write(out, "new")
+    write(out.parent / "another", "one")
+    assert look(out) == "old"
