@@ -24,6 +24,10 @@ class BundleError(InputError):
     """A bundle is incomplete, altered, or from a newer version."""
 
 
+class BundleReplaced(BundleError):
+    """A bundle was replaced by another between its opening and the reading of a file; open it again."""
+
+
 class BackendError(InputError):
     """A back end is not installed, or cannot run this bundle on this machine."""
 

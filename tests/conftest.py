@@ -17,6 +17,15 @@ COCO = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco-tiny"
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True)
+def signals():
+    """Commands take Ctrl-C and SIGTERM for themselves until their process ends; here it goes on."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session")
 def coco_tiny() -> Path:
     """The folder of real photos; the test is skipped where it is absent."""
@@ -57,3 +66,13 @@ def photo() -> np.ndarray:
     image[..., 0] = np.linspace(0, 200, 96, dtype=np.uint8)
     image[:32, :32] = 255
     return image
+
+
+@pytest.fixture
+def full_disk():
+    """Files cannot grow beyond 8 KB: a write then does less than it should, or fails, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)

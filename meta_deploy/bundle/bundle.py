@@ -8,16 +8,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import shutil
-import tempfile
-import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
+import stat
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, NoReturn, TypeVar
 
 import msgspec
 
+from meta_deploy.bundle.claims import Claims
+from meta_deploy.bundle.folders import Replacement, moved_aside, replacing
 from meta_deploy.bundle.manifest import (
     MANIFEST,
     DetectionManifest,
@@ -28,13 +29,14 @@ from meta_deploy.bundle.manifest import (
     Preprocess,
     RawManifest,
     from_dict,
+    identity,
     read_manifest,
     to_json,
 )
-from meta_deploy.errors import BundleError, InputError
+from meta_deploy.errors import BundleError, BundleReplaced, InputError
 
 _CHUNK = 1 << 20
-_WRITING = threading.Lock()
+_PATIENCE = 10.0  # seconds in which a bundle may be replaced again and again while it is read
 _T = TypeVar("_T")
 
 
@@ -47,6 +49,7 @@ class Bundle:
 
     path: Path
     manifest: Manifest
+    _as_read: Any = field(default=None, compare=False)  # what tells this manifest.json from a later one
 
     def __repr__(self) -> str:
         size = sum(entry.bytes for entry in self.manifest.files.values()) / 1e6
@@ -55,15 +58,41 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Bundle:
-        """Open a folder and check it whole.
+        """Open a folder and check it whole. One that is replaced meanwhile is opened as old or as new.
 
         Raises:
             BundleError: not a bundle, a newer schema, a field missing or wrong, a file missing or altered.
         """
+        return cls.use(path, lambda bundle: bundle)
+
+    @classmethod
+    def use(cls, path: str | os.PathLike[str], read: Callable[[Bundle], _T]) -> _T:
+        """What `read` makes of an opened bundle; once more from the start where it was replaced meanwhile.
+
+        Raises:
+            BundleError: as `open`, or from `read`.
+        """
         if not os.fspath(path):
             raise BundleError("the bundle's path is empty; name a folder that meta-export wrote")
-        path = Path(path)
-        bundle = cls(path, from_dict(read_manifest(path), path))
+        end = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                return read(cls._opened(Path(path)))
+            except BundleReplaced:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.001)
+
+    @classmethod
+    def _opened(cls, path: Path) -> Bundle:
+        before = identity(path)
+        try:
+            content, as_read = read_manifest(path)
+        except BundleError as error:
+            if identity(path) != before or moved_aside(path):
+                raise _replaced(path) from error
+            raise
+        bundle = cls(path, from_dict(content, path), as_read)
         for name in bundle.manifest.files:
             with bundle._open_file(name) as stream:
                 bundle._compare(name, *_digest(stream))
@@ -73,6 +102,7 @@ class Bundle:
         """The bytes of one file, checked against the manifest as read: what is checked is what is used.
 
         Raises:
+            BundleReplaced: by another bundle, since this one was opened.
             BundleError: the manifest lists no such file, or the file is missing or altered.
         """
         if name not in self.manifest.files:
@@ -145,21 +175,28 @@ class Bundle:
         path = self.path / name
         try:
             if not path.is_file():
-                raise BundleError(
-                    f"bundle '{self.path}' lacks {name}, which its manifest lists; export it again"
-                )
+                self._refuse(f"bundle '{self.path}' lacks {name}, which its manifest lists; export it again")
             return path.open("rb")
         except OSError as error:
-            raise BundleError(f"cannot read '{path}': {error.strerror}; check its permissions") from error
+            self._refuse(f"cannot read '{path}': {error.strerror}; check its permissions", error)
 
     def _compare(self, name: str, sha256: str, size: int) -> None:
         entry = self.manifest.files[name]
         if sha256 == entry.sha256:
             return
         how = f"{size} bytes, not {entry.bytes}" if size != entry.bytes else "its sha256 differs"
-        raise BundleError(
+        self._refuse(
             f"'{self.path / name}' is not the file that was exported ({how}); copy or export it again"
         )
+
+    def _refuse(self, message: str, cause: Exception | None = None) -> NoReturn:
+        if self._as_read is not None and self._as_read != identity(self.path / MANIFEST):
+            raise _replaced(self.path) from cause
+        raise BundleError(message) from cause
+
+
+def _replaced(path: Path) -> BundleReplaced:
+    return BundleReplaced(f"bundle '{path}' is replaced by another while it is read; open it again")
 
 
 def write_bundle(
@@ -167,73 +204,103 @@ def write_bundle(
     manifest: Manifest,
     files: Mapping[str, str | os.PathLike[str] | bytes],
 ) -> Bundle:
-    """Write a bundle so that `out_dir` holds either what it held before or the whole new bundle.
+    """Write a bundle at once. See `reserve_bundle` and `Reserved.write`, whose errors it raises."""
+    with reserve_bundle(out_dir) as reserved:
+        return reserved.write(manifest, files)
 
-    `files` maps the name in the bundle to a path to copy or to the content; `manifest` needs no `files`,
-    which is computed here. An older bundle at `out_dir` is replaced. Killed at any point, this leaves at
-    most a hidden sibling folder, which the next write to the same place clears away.
+
+@contextlib.contextmanager
+def reserve_bundle(out_dir: str | os.PathLike[str], sources: Iterable[Path] = ()) -> Iterator[Reserved]:
+    """The right to write a bundle to `out_dir`, for one process or thread at a time; ask before long work.
+
+    `out_dir` holds what it held before, or nothing, until the whole new bundle is written; then an older
+    bundle is gone. What killed processes have left beside it is cleared away.
+
+    Args:
+        out_dir: absent, an empty folder, or a bundle alone.
+        sources: files and folders that are read on the way; none may be in `out_dir`.
 
     Raises:
-        InputError: `out_dir` is something else than a bundle, or cannot be written (permissions, disk full).
-        BundleError: the manifest is not valid.
+        InputError: `out_dir` is something else or cannot be written, another is writing it, or a source is
+            in it.
     """
-    out = check_out_dir(out_dir)
-    temp = out.with_name(f".{out.name}.tmp-{os.getpid()}")
-    with _WRITING:
-        made: list[Path] = []
-        try:
-            made = _make_parents(out.parent)
-            _clear_leftovers(out)
-            temp.mkdir()
-            entries = {name: _store(source, temp, name) for name, source in files.items()}
+    if not os.fspath(out_dir):
+        raise InputError("the path of the bundle is empty; name a folder")
+    with contextlib.ExitStack() as stack:
+        with _told(out_dir):
+            out = Path(os.path.realpath(out_dir))
+            _check_place(out, out_dir)
+            claims = Claims()
+            claims.add(out, "replaced")
+            for source in sources:
+                if claims.holder(source):
+                    raise InputError(f"'{source}' is in '{out_dir}', which is replaced; use another folder")
+            replacement = stack.enter_context(replacing(out))
+        yield Reserved(out_dir, replacement)
+
+
+@contextlib.contextmanager
+def _told(out_dir: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors of the system as one sentence."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "free space or choose another folder"
+        if isinstance(error, BlockingIOError):
+            remedy = "wait for it, or choose another folder"
+        where = f" ({error.filename})" if error.filename else ""
+        raise InputError(
+            f"cannot write the bundle '{out_dir}': {error.strerror or error}{where}; {remedy}"
+        ) from error
+
+
+class Reserved:
+    """A place for a bundle. `write` fills it, once."""
+
+    def __init__(self, out_dir: str | os.PathLike[str], replacement: Replacement):
+        self._out_dir, self._replacement = out_dir, replacement
+
+    def write(
+        self,
+        manifest: Manifest,
+        files: Mapping[str, str | os.PathLike[str] | bytes],
+        written: Callable[[], None] = lambda: None,
+    ) -> Bundle:
+        """Write the bundle, whole or not at all.
+
+        Args:
+            manifest: needs no `files`, which is computed here.
+            files: the name in the bundle -> a path to copy, or the content.
+            written: called when the bundle is in its place, before an interrupt can come.
+
+        Raises:
+            InputError: it cannot be written (disk full), or something else came to be at its place.
+            BundleError: the manifest is not valid.
+        """
+        path, new = Path(self._out_dir), self._replacement.new
+        with _told(path):
+            entries = {name: _store(source, new, name) for name, source in files.items()}
             # Through its JSON, as Structs check types when they are read and not when they are made.
             content = msgspec.to_builtins(msgspec.structs.replace(manifest, files=entries))
-            manifest = from_dict(content, out)
-            _store(to_json(manifest).encode(), temp, MANIFEST)
-            _sync_folder(temp)
-            _swap(temp, out)
-        except OSError as error:
-            where = f" ({error.filename})" if error.filename else ""
-            raise InputError(
-                f"cannot write the bundle '{out_dir}': {error.strerror or error}{where}; "
-                "free space or choose another folder"
-            ) from error
-        finally:
-            shutil.rmtree(temp, ignore_errors=True)
-            for folder in made:  # only those still empty go: nothing was put there
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
-    return Bundle(Path(out_dir), manifest)
-
-
-def check_out_dir(out_dir: str | os.PathLike[str]) -> Path:
-    """The real path of a folder that `write_bundle` may create or replace; call it before long work.
-
-    Raises:
-        InputError: it exists and is neither empty nor a bundle alone, or cannot be written.
-    """
-    out = Path(os.path.realpath(out_dir))
-    try:
-        _check_place(out, out_dir)
-    except OSError as error:
-        raise InputError(
-            f"cannot write the bundle '{out_dir}': {error.strerror}; choose another folder"
-        ) from error
-    return out
+            manifest = from_dict(content, path)
+            _store(to_json(manifest).encode(), new, MANIFEST)
+            _check_place(self._replacement.out, path)  # again: the work took its time
+            self._replacement.commit(written)
+        return Bundle(path, manifest)
 
 
 def _check_place(out: Path, out_dir: str | os.PathLike[str]) -> None:
-    if out.exists():
-        if not out.is_dir():
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        if not stat.S_ISDIR(os.lstat(out).st_mode):
             raise InputError(f"'{out_dir}' is a file; choose another folder for the bundle")
         if os.path.ismount(out):
             raise InputError(f"'{out_dir}' is a mount point, which cannot be replaced; choose a folder in it")
         _check_replaceable(out, out_dir)
+        if out.samefile(os.curdir):
+            raise InputError(f"'{out_dir}' is the current folder, which cannot be replaced; choose one in it")
     parent = next(folder for folder in out.parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"cannot write the bundle '{out_dir}': '{parent}' is not a folder you can write to")
-    # Permissions do not say all (/proc, a name too long): try. As long as any name used while writing.
-    Path(tempfile.mkdtemp(prefix=f".{out.name}.probe-", dir=parent)).rmdir()
 
 
 def _check_replaceable(out: Path, shown: object) -> None:
@@ -244,7 +311,7 @@ def _check_replaceable(out: Path, shown: object) -> None:
     if not present:
         return
     try:
-        manifest = read_manifest(out)
+        manifest, _ = read_manifest(out)
         listed = set(manifest["files"])
         _ = manifest["schema"], manifest["task"]
     except (BundleError, KeyError, TypeError):
@@ -280,66 +347,3 @@ def _store(source: str | os.PathLike[str] | bytes, folder: Path, name: str) -> F
         out.flush()
         os.fsync(out.fileno())
     return FileEntry(sha256=sha256, bytes=size)
-
-
-def _make_parents(folder: Path) -> list[Path]:
-    """Create the folders that are missing; returns those created, innermost first."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    return missing
-
-
-def _swap(new: Path, out: Path) -> None:
-    """Put `new` at `out`. What was there is moved aside first, and back again should that fail."""
-    aside = out.with_name(f".{out.name}.old-{os.getpid()}")
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            out.rename(aside)
-        try:
-            new.rename(out)
-        except OSError:
-            if aside.exists() and not out.exists():
-                aside.rename(out)
-            raise
-        _sync_folder(out.parent)
-    finally:
-        if out.exists():
-            shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a folder's entries durable, where the system lets a folder be synced."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _clear_leftovers(out: Path) -> None:
-    """Remove what killed writes left beside `out`; a bundle that one had moved aside goes back."""
-    for path in out.parent.iterdir():
-        for kind in ("old", "tmp"):
-            prefix = f".{out.name}.{kind}-"
-            pid = path.name.removeprefix(prefix)
-            if path.name.startswith(prefix) and pid.isdigit() and not _runs(int(pid)):
-                if kind == "old" and not out.exists():
-                    path.rename(out)
-                else:
-                    shutil.rmtree(path, ignore_errors=True)
-
-
-def _runs(pid: int) -> bool:
-    """Whether another process has this id (on Windows it cannot be asked harmlessly: assume so)."""
-    if pid == os.getpid():
-        return False
-    if os.name != "posix":
-        return True
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True

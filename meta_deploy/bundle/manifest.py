@@ -6,6 +6,7 @@ Knows JSON and field names; must not know the other files of a bundle.
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
@@ -349,23 +350,42 @@ Manifest: TypeAlias = (
 MANIFESTS: dict[str, Any] = {manifest.__struct_config__.tag: manifest for manifest in get_args(Manifest)}
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest in the folder `path`, parsed and not yet validated. Raises BundleError without one."""
+def read_manifest(path: Path) -> tuple[dict[str, Any], Any]:
+    """The manifest in the folder `path`, parsed and not yet validated, and its file's `identity`.
+
+    Raises:
+        BundleError: there is none.
+    """
     file = path / MANIFEST
     try:
         if not path.exists():
             raise BundleError(f"there is no bundle at '{path}'; write one with meta-export")
         if not file.is_file():
             raise BundleError(f"'{path}' is not a bundle: it has no {MANIFEST}; write one with meta-export")
-        if file.stat().st_size > MAX_MANIFEST_BYTES:
-            raise ValueError("it is larger than any manifest")
-        manifest = json.loads(file.read_bytes())
+        with file.open("rb") as stream:
+            status = os.fstat(stream.fileno())
+            if status.st_size > MAX_MANIFEST_BYTES:
+                raise ValueError("it is larger than any manifest")
+            manifest = json.loads(stream.read())
         if not isinstance(manifest, dict):
             raise ValueError("it is not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise BundleError(f"cannot read '{file}': {reason}; export the bundle again") from error
-    return manifest
+    return manifest, _identity(status)
+
+
+def identity(file: Path) -> Any:
+    """What tells a file or folder from one that took its place; None without one."""
+    try:
+        return _identity(file.stat())
+    except OSError:
+        return None
+
+
+def _identity(status: os.stat_result) -> Any:
+    # A number of a file that is gone is given to the next one.
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
 
 
 def from_dict(content: dict[str, Any], path: Path) -> Manifest:
@@ -407,6 +427,10 @@ def _convert(content: Any, type_: Any, name: str, path: Path) -> Any:
     except msgspec.ValidationError as error:
         raise BundleError(
             f"the manifest of bundle '{path}' {_said(error, content, name)}; export it again"
+        ) from error
+    except UnicodeEncodeError as error:
+        raise BundleError(
+            f"the manifest of bundle '{path}' has half a character ({error.object!r}); export it again"
         ) from error
 
 

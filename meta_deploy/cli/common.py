@@ -34,9 +34,24 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, as containers and job schedulers send it: cleaned up after like Ctrl-C."""
 
 
-def _terminate(signum: int, frame: object) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one waits for nothing
-    raise Terminated
+_done = False
+
+
+def done() -> None:
+    """From here on Ctrl-C and SIGTERM come too late: what was asked for is there, as the exit code says."""
+    global _done
+    _done = True
+
+
+def _terminate(signum: int, frame: object) -> None:
+    if not _done:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one waits for nothing
+        raise Terminated
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    if not _done:
+        raise KeyboardInterrupt
 
 
 def run(main_fn: Callable[[], int | None], prog: str | None = None) -> int:
@@ -45,10 +60,14 @@ def run(main_fn: Callable[[], int | None], prog: str | None = None) -> int:
     InputError gives 2, VerificationError 3, Ctrl-C 130, SIGTERM 143, a closed pipe 141, anything else 1. With
     META_DEPLOY_DEBUG=1 the traceback is printed too.
     """
+    global _done
+    _done = False
     prog = prog or Path(sys.argv[0]).name
     with contextlib.suppress(ValueError):  # not the main thread: signals are not its business
         if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             signal.signal(signal.SIGTERM, _terminate)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _interrupt)
     if sys.stdout is None:  # closed (`>&-`): what is printed goes nowhere, the work is done all the same
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if sys.stderr is None:
@@ -89,6 +108,13 @@ def _fail(prog: str, message: str, code: int) -> int:
         traceback.print_exc()
     print(f"{prog}: {' '.join(message.split())}", file=sys.stderr)
     return code
+
+
+def path(text: str) -> str:
+    """An option's value as a path. An empty one, as of an unset variable, would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return text
 
 
 def positive_int(text: str) -> int:

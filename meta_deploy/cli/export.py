@@ -10,7 +10,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from meta_deploy.cli.common import Parser, positive_int, run
+from meta_deploy.cli.common import Parser, done, path, positive_int, run
 from meta_deploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_source(group: argparse._ArgumentGroup) -> None:
     source = group.add_mutually_exclusive_group(required=True)
-    source.add_argument("--ckpt", metavar="PATH", help="checkpoint: .pth, .pt or .safetensors")
-    source.add_argument("--onnx", metavar="PATH", help="any ONNX file")
+    source.add_argument("--ckpt", type=path, metavar="PATH", help="checkpoint: .pth, .pt or .safetensors")
+    source.add_argument("--onnx", type=path, metavar="PATH", help="any ONNX file")
     group.add_argument("--model", metavar="NAME", help="such as meta-t-mask-rcnn (default: inferred)")
     group.add_argument("--allow-partial", action="store_true", help="accept a checkpoint that lacks tensors")
 
@@ -144,7 +144,7 @@ def _add_onnx(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--bgr", action="store_true", help="the network wants its channels as B, G, R")
     group.add_argument(
-        "--class-names", metavar="FILE", help="class names, one a line, of a detector without them"
+        "--class-names", type=path, metavar="FILE", help="class names, one a line, of a detector without them"
     )
 
 
@@ -159,12 +159,13 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--calib-images",
+        type=path,
         metavar="DIR",
         help="images, or .npz files of an ONNX file's inputs, to measure and verify on "
         "(default: eight images of the package, or seeded random inputs)",
     )
     group.add_argument("--no-verify", action="store_true", help="skip the comparison with the original")
-    group.add_argument("--out", metavar="DIR", help="the bundle (default: NAME-TARGET-PRECISION)")
+    group.add_argument("--out", type=path, metavar="DIR", help="the bundle (default: NAME-TARGET-PRECISION)")
     group.add_argument("--json", action="store_true", help="print one JSON document instead of text")
 
 
@@ -220,7 +221,7 @@ def export_command(args: argparse.Namespace) -> int:
     try:
         bundle = export(
             source_of(args),
-            progress=Progress(display.note, display.start, display.end, display.count),
+            progress=Progress(display.note, display.start, display.end, display.count, done),
             **options_of(args),
         )
     finally:

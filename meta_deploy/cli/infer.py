@@ -12,13 +12,14 @@ from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from meta_deploy.cli.common import EXIT_INPUT, Parser, fraction, positive_int, run, thread_count
+from meta_deploy.cli.common import EXIT_INPUT, Parser, fraction, path, positive_int, run, thread_count
 from meta_deploy.targets import BACKEND_NAMES
 
 if TYPE_CHECKING:
     from argparse import Namespace
 
     from meta_deploy.bundle.bundle import Bundle
+    from meta_deploy.bundle.claims import Claims
     from meta_deploy.imaging.images import Source
     from meta_deploy.runtime.predictor import Predictor
 
@@ -48,11 +49,14 @@ def parser() -> Parser:
     p.add_argument(
         "inputs",
         nargs="+",
+        type=path,
         metavar="IMAGE|DIR|GLOB|VIDEO|NPZ",
         help="image files, videos, folders (the images directly in them) or quoted patterns; for a raw "
         "bundle .npz files with an array for each of the graph's inputs",
     )
-    p.add_argument("--model", metavar="BUNDLE", help="the bundle to run (default: the demo bundle)")
+    p.add_argument(
+        "--model", type=path, metavar="BUNDLE", help="the bundle to run (default: the demo bundle)"
+    )
     p.add_argument(
         "--backend",
         choices=BACKEND_NAMES,
@@ -85,6 +89,7 @@ def parser() -> Parser:
     )
     p.add_argument(
         "--out",
+        type=path,
         metavar="DIR",
         help=f"folder for the overlays, NAME-overlay.jpg or .png, .mp4 for a video, and for the arrays of a "
         f"raw bundle, NAME-outputs.npz (default: {OUT}; "
@@ -92,6 +97,7 @@ def parser() -> Parser:
     )
     p.add_argument(
         "--coco-json",
+        type=path,
         metavar="FILE",
         help="write COCO results; image_id is the number that the file is named by, if all are, else the "
         "place in the order of input, from 1; category_id is COCO's for its 80 classes, else label + 1",
@@ -118,13 +124,14 @@ def _infer(args: Namespace) -> int:
 
     sources = expand(args.inputs)
     out = args.out or (None if args.json or args.coco_json else OUT)
+    claims = _claims(args, sources, out)
     with folder_for(out) as folder, CocoFile(args.coco_json, sources) as coco, _open(args) as predictor:
         _check(args, sources, predictor.bundle)
         intro = f"meta-infer: runs on {predictor.runs_on}" if args.backend == "auto" else None
         report = Report(sources, as_json=args.json, intro=intro)
         raw = predictor.bundle.task == "raw"
         batch = 1 if raw else args.batch or predictor.bundle.input.batch.opt
-        with Overlays(folder, sources, raw) as overlays, report:
+        with Overlays(folder, sources, claims, raw) as overlays, report:
             for frame in predict(predictor, sources, batch):
                 if frame.result is None:
                     report.fail(frame)
@@ -134,6 +141,28 @@ def _infer(args: Namespace) -> int:
                 report.add(frame, shown, overlays.add(frame, shown))
         report.finish(predictor, args.score_threshold, folder, args.coco_json)
     return EXIT_INPUT if report.failed else 0
+
+
+def _claims(args: Namespace, sources: Sequence[Source], out: str | None) -> Claims:
+    """What is read, and the one file that is named for writing.
+
+    Raises:
+        InputError: that file, or the folder `out`, is one that is read or in it.
+    """
+    from meta_deploy.bundle.claims import Claims
+    from meta_deploy.errors import InputError
+    from meta_deploy.runtime.predictor import DEMO_BUNDLE
+
+    claims = Claims()
+    claims.add_streams()
+    for source in sources:
+        claims.add(source.path, "an input")
+    claims.add(DEMO_BUNDLE if args.model is None else args.model, "the bundle")
+    if args.coco_json is not None:
+        claims.write(args.coco_json, "--coco-json")
+    if out is not None and (user := claims.holder(out)) is not None:
+        raise InputError(f"--out '{out}' is {user}, or in it, and nothing is written there; name a folder")
+    return claims
 
 
 def _open(args: Namespace) -> Predictor:

@@ -20,7 +20,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from meta_deploy.bundle.files import atomic_path, atomic_write
+from meta_deploy.bundle.claims import Claims
+from meta_deploy.bundle.files import atomic_path, atomic_write, scratch_folder
 from meta_deploy.errors import ImageError, InputError
 from meta_deploy.imaging.images import Source, Video
 from meta_deploy.runtime.predictor import Predictor
@@ -48,9 +49,8 @@ def folder_for(path: str | None) -> Iterator[Path | None]:
         try:
             missing = [p for p in (folder, *folder.parents) if not p.exists()]
             folder.mkdir(parents=True, exist_ok=True)
-            with atomic_write(folder / ".meta-infer-probe"):
+            with scratch_folder(folder):
                 pass
-            (folder / ".meta-infer-probe").unlink()
         except FileExistsError as error:
             raise InputError(f"--out '{path}' is a file; name a folder") from error
         except OSError as error:
@@ -69,10 +69,10 @@ class Overlays:
 
     MOST_WAITING = 4
 
-    def __init__(self, folder: Path | None, sources: Sequence[Source], raw: bool = False):
-        """`raw`: the results are arrays."""
+    def __init__(self, folder: Path | None, sources: Sequence[Source], claims: Claims, raw: bool = False):
+        """`claims`: what must not be written over; `raw`: the results are arrays."""
         self._folder = folder
-        self._names = overlay_names(folder, sources, raw) if folder else {}
+        self._names = overlay_names(folder, sources, claims, raw) if folder else {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="draw")
         self._waiting: deque[Future] = deque()
         self._video: VideoFile | None = None
@@ -132,9 +132,10 @@ def _draw_frame(video: VideoFile, image: np.ndarray, shown: ImageResult) -> None
     video.write(shown.draw(image))
 
 
-def overlay_names(folder: Path, sources: Sequence[Source], raw: bool = False) -> dict[Source, Path]:
-    """A file in `folder` for each source: no two alike, even where case does not count, and none an input."""
-    taken = {os.path.abspath(source.path).casefold() for source in sources}
+def overlay_names(
+    folder: Path, sources: Sequence[Source], claims: Claims, raw: bool = False
+) -> dict[Source, Path]:
+    """A file in `folder` for each source, none of which is in use; they are then."""
     names: dict[Source, Path] = {}
     for source in sources:
         lossy = source.path.suffix.lower() in (".jpg", ".jpeg")
@@ -145,11 +146,10 @@ def overlay_names(folder: Path, sources: Sequence[Source], raw: bool = False) ->
         while True:
             end = f"-{what}{'' if number == 1 else f'-{number}'}{suffix}"
             path = folder / f"{_fitting(stem, MAX_NAME - len(end))}{end}"
-            key = os.path.abspath(path).casefold()
-            if key not in taken:
+            if claims.user(path) is None:
                 break
             number += 1
-        taken.add(key)
+        claims.add(path, "an overlay")
         names[source] = path
     return names
 

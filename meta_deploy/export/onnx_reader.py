@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from onnx import TensorProto, external_data_helper
 
 from meta_deploy.errors import InputError
@@ -65,10 +65,7 @@ def _check_opset(proto: onnx.ModelProto, path: Path) -> None:
 
 
 def _load_external(proto: onnx.ModelProto, path: Path) -> None:
-    tensors = [tensor for tensor in tensors_of(proto.graph) if tensor.data_location == TensorProto.EXTERNAL]
-    for function in proto.functions:
-        for node in function.node:
-            tensors += [t for t in _in_node(node) if t.data_location == TensorProto.EXTERNAL]
+    tensors = [tensor for tensor in tensors_of(proto) if tensor.data_location == TensorProto.EXTERNAL]
     folder = path.resolve().parent
     total = proto.ByteSize()
     for tensor in tensors:
@@ -119,22 +116,15 @@ def _inside(folder: Path, location: str, path: Path) -> Path:
     return place
 
 
-def tensors_of(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    """Every constant of a graph and of the graphs in it."""
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    for node in graph.node:
-        yield from _in_node(node)
-
-
-def _in_node(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
-    for attribute in node.attribute:
-        if attribute.HasField("t"):
-            yield attribute.t
-        yield from attribute.tensors
-        for inner in (attribute.g, *attribute.graphs):
-            yield from tensors_of(inner)
+def tensors_of(message: Message) -> Iterator[onnx.TensorProto]:
+    """Every constant in a model or graph, wherever it is: in attributes, inner graphs, functions."""
+    if isinstance(message, TensorProto):
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for inner in (value,) if isinstance(value, Message) else value:
+                yield from tensors_of(inner)
 
 
 def numpy_name(kind: int) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import onnx
 
-from meta_deploy.bundle.bundle import Bundle, check_out_dir, write_bundle
+from meta_deploy.bundle.bundle import Bundle, reserve_bundle
 from meta_deploy.bundle.manifest import Nodes, PassRow
 from meta_deploy.errors import InputError
 from meta_deploy.export.options import Options
@@ -66,63 +66,62 @@ def run(path: str | Path, options: Options, progress: Progress) -> Bundle:
     needed = options.check or (lowered and precision.measures)
     files = find_files(options.calib_images) if needed or options.calib_images is not None else []
     named = f"{Path(path).stem}-{target.name}-{precision.name}"
-    folder = Path(named if options.out is None else options.out)
-    check_out_dir(folder)
-
-    with progress.stage("load"):
-        source = open_source(path, options, progress.note)
-        samples = source.samples(files) if needed else Samples()
-    if target.bounded:
-        check_bounds(source)
-    progress.note(source.describe())
-    progress.note(f"target {target.name} ({reason}), {precision.name}")
-    if passes and not source.static:
-        progress.note(
-            "open input sizes disable most passes; fix them (--input-size, --shape) for a leaner graph"
-        )
-    with progress.stage("export") if source.traced else contextlib.nullcontext():
-        graph = source.graph(form)
-        before = node_count(graph)
-    with progress.stage("passes"):
-        graph, rows = run_passes(graph, passes, target.prices, explain=options.explain)
-        gc.collect()  # a graph refers to itself in circles, and a large model's holds gigabytes
-    conversion = None
-    if lowered:
-        with progress.stage("precision"):
-            graph, conversion = precision.convert(
-                graph, samples, target.float32_operators.get(precision.name, ()), progress.note
+    folder = named if options.out is None else options.out
+    with reserve_bundle(folder, [Path(path), *files]) as reserved:
+        with progress.stage("load"):
+            source = open_source(path, options, progress.note)
+            samples = source.samples(files) if needed else Samples()
+        if target.bounded:
+            check_bounds(source)
+        progress.note(source.describe())
+        progress.note(f"target {target.name} ({reason}), {precision.name}")
+        if passes and not source.static:
+            progress.note(
+                "open input sizes disable most passes; fix them (--input-size, --shape) for a leaner graph"
             )
-    shipped = ship(graph, source)
-    with progress.stage("engine") if target.builds else contextlib.nullcontext():
-        build_options = replace(build_options, attention=attention_count(shipped))
-        built = target.build(serialize(shipped), source.profiles, build_options, progress.count)
-    verification, shapes = None, {}
-    if options.check:
-        with progress.stage("verify"):
-            # What a GPU rounds after each operator, a CPU may carry on in float32.
-            rounded = conversion is not None and target.rounds_each_operator
-            exported: Run = OnnxRun(emulated(graph) if rounded else graph)
-            if shipped_run := target.runner(built.files, source.profiles, precision.name):
-                exported = WithStages(shipped_run, exported)
-            recorded = Recorded(exported)
-            verification = verify(source, recorded, samples, precision.tolerances, progress.count)
-            verification["emulated"], shapes = rounded, recorded.shapes
-    with progress.stage("write"):
-        manifest = source.manifest(
-            created_by=versions(),
-            outputs=output_specs(shipped, shapes),
-            target=target.name,
-            precision=precision.name,
-            operators=form,
-            conversion=conversion.to_dict() if conversion else None,
-            nodes=Nodes(before=before, after=node_count(shipped)),
-            passes=tuple(msgspec.convert(row.to_dict(), PassRow) for row in rows),
-            verification=verification,
-            seconds={stage: round(seconds, 2) for stage, seconds in progress.seconds.items()},
-            peak_rss_mb=peak_rss_mb(),
-            engine=built.engine,
-        )
-        return write_bundle(folder, manifest, built.files)
+        with progress.stage("export") if source.traced else contextlib.nullcontext():
+            graph = source.graph(form)
+            before = node_count(graph)
+        with progress.stage("passes"):
+            graph, rows = run_passes(graph, passes, target.prices, explain=options.explain)
+            gc.collect()  # a graph refers to itself in circles, and a large model's holds gigabytes
+        conversion = None
+        if lowered:
+            with progress.stage("precision"):
+                graph, conversion = precision.convert(
+                    graph, samples, target.float32_operators.get(precision.name, ()), progress.note
+                )
+        shipped = ship(graph, source)
+        with progress.stage("engine") if target.builds else contextlib.nullcontext():
+            build_options = replace(build_options, attention=attention_count(shipped))
+            built = target.build(serialize(shipped), source.profiles, build_options, progress.count)
+        verification, shapes = None, {}
+        if options.check:
+            with progress.stage("verify"):
+                # What a GPU rounds after each operator, a CPU may carry on in float32.
+                rounded = conversion is not None and target.rounds_each_operator
+                exported: Run = OnnxRun(emulated(graph) if rounded else graph)
+                if shipped_run := target.runner(built.files, source.profiles, precision.name):
+                    exported = WithStages(shipped_run, exported)
+                recorded = Recorded(exported)
+                verification = verify(source, recorded, samples, precision.tolerances, progress.count)
+                verification["emulated"], shapes = rounded, recorded.shapes
+        with progress.stage("write"):
+            manifest = source.manifest(
+                created_by=versions(),
+                outputs=output_specs(shipped, shapes),
+                target=target.name,
+                precision=precision.name,
+                operators=form,
+                conversion=conversion.to_dict() if conversion else None,
+                nodes=Nodes(before=before, after=node_count(shipped)),
+                passes=tuple(msgspec.convert(row.to_dict(), PassRow) for row in rows),
+                verification=verification,
+                seconds={stage: round(seconds, 2) for stage, seconds in progress.seconds.items()},
+                peak_rss_mb=peak_rss_mb(),
+                engine=built.engine,
+            )
+            return reserved.write(manifest, built.files, progress.written)
 
 
 def choose_passes(passes: str, target: Target) -> list[str]:

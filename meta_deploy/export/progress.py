@@ -17,6 +17,7 @@ class Progress:
         start: called with the name of a stage that begins.
         end: called with the name of the stage that ended, and its seconds.
         count: called with (done, total) inside a stage that can count.
+        written: called when the bundle is in its place, before an interrupt can come.
         seconds: stage -> seconds, of the stages that ended.
     """
 
@@ -24,6 +25,7 @@ class Progress:
     start: Callable[[str], None] = lambda stage: None
     end: Callable[[str, float], None] = lambda stage, seconds: None
     count: Callable[[int, int], None] = lambda done, total: None
+    written: Callable[[], None] = lambda: None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextlib.contextmanager

@@ -150,7 +150,7 @@ def expand(arguments: Iterable[str]) -> list[Source]:
     does not exist is kept, for reading it to say so.
 
     Raises:
-        InputError: a folder without either, or a pattern without matches.
+        InputError: a folder without either, a pattern without matches, or an empty name.
     """
     found: dict[str, Source] = {}
     for argument in arguments:
@@ -160,6 +160,8 @@ def expand(arguments: Iterable[str]) -> list[Source]:
 
 
 def _matches(argument: str) -> list[Path]:
+    if not argument:
+        raise InputError("an input's name is empty; name an image, a folder or a pattern")
     path = Path(argument)
     if os.path.isdir(path):  # unlike Path's own, false where it cannot be known: a name too long
         try:

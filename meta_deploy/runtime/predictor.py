@@ -54,12 +54,16 @@ class Predictor:
         if threads is not None and not 1 <= threads <= MAX_THREADS:
             raise InputError(f"threads must be from 1 to {MAX_THREADS}, not {threads}")
         bundle = DEMO_BUNDLE if bundle is None else bundle
-        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        if isinstance(bundle, Bundle):
+            self.bundle, self._backend = bundle, open_backend(bundle, backend, threads)
+        else:
+            self.bundle, self._backend = Bundle.use(
+                bundle, lambda opened: (opened, open_backend(opened, backend, threads))
+            )
         self.score_threshold = self.bundle.score_threshold if score_threshold is None else score_threshold
         self._task = get_task(self.bundle.task)
         if self.bundle.takes_images:
             self._preprocess = Preprocessor(self.bundle.input, self.bundle.preprocess)
-        self._backend = open_backend(self.bundle, backend, threads)
 
     @property
     def backend(self) -> str:

@@ -1,4 +1,5 @@
-"""What was built for this machine, kept in the user's cache folder for next time: files with a record each.
+"""What was built for this machine, kept in the user's cache folder for next time: files that begin with a
+record, so that whatever several processes write, both are of one.
 
 Knows folders, sha256 and who may write where; must not know what the files are for.
 """
@@ -12,9 +13,10 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from meta_deploy.bundle.files import atomic_path
+from meta_deploy.bundle.files import atomic_write
 from meta_deploy.errors import InputError
 
+_LONGEST_RECORD = 1 << 20
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -65,8 +67,9 @@ def read(folder: str, key: str) -> tuple[bytes, dict[str, Any]] | None:
         path = root(folder)
         if not _is_ours(path):
             return None
-        record = json.loads((path / f"{key}.json").read_bytes())
-        data = (path / f"{key}.bin").read_bytes()
+        with (path / f"{key}.bin").open("rb") as stream:
+            record = json.loads(stream.readline(_LONGEST_RECORD))
+            data = stream.read()
     except (OSError, ValueError, RecursionError, InputError):
         return None
     if not isinstance(record, dict) or record.get("sha256") != hashlib.sha256(data).hexdigest():
@@ -75,16 +78,16 @@ def read(folder: str, key: str) -> tuple[bytes, dict[str, Any]] | None:
 
 
 def write(folder: str, key: str, data: bytes, record: dict[str, Any]) -> Path:
-    """Store the data, then the record that makes it valid, each whole or not at all; returns the file.
+    """Store the data after its record, whole or not at all; returns the file.
 
     Raises:
         InputError: it cannot be written, or the folder is not safe.
     """
     path = make_folder(folder) / f"{key}.bin"
     record = {**record, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-    for target, content in ((path, data), (path.with_suffix(".json"), json.dumps(record, indent=1).encode())):
-        with atomic_path(target) as temp, temp.open("xb") as stream:
-            stream.write(content)
+    with atomic_write(path) as stream:
+        stream.write(json.dumps(record).encode() + b"\n")
+        stream.write(data)
     return path
 
 

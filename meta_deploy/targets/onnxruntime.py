@@ -14,6 +14,7 @@ from meta_deploy.errors import BackendError
 from meta_deploy.graph.prices import CPU
 from meta_deploy.targets.cache import make_folder
 from meta_deploy.targets.contract import Contract, Value
+from meta_deploy.targets.model_file import read_model
 from meta_deploy.targets.target import MODEL, Arrays, Backend, Target, open_model_file
 
 _FATAL = 4
@@ -115,7 +116,7 @@ class OnnxRuntimeBackend(Backend):
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
-            session = ort.InferenceSession(bundle.read(MODEL), options, providers=_providers(name))
+            session = ort.InferenceSession(read_model(bundle), options, providers=_providers(name))
         except Exception as error:
             if reason := _reason(error):
                 raise BackendError(

@@ -23,6 +23,7 @@ from meta_deploy.errors import BackendError, EngineError, InputError
 from meta_deploy.graph.prices import CPU
 from meta_deploy.targets import cache
 from meta_deploy.targets.contract import Contract, Value
+from meta_deploy.targets.model_file import read_model
 from meta_deploy.targets.target import MODEL, Arrays, Backend, BuildOptions, Built, Runner, Target
 
 XML, WEIGHTS = "model.xml", "model.bin"
@@ -114,7 +115,7 @@ class OpenVINOBackend(Backend):
         own = isinstance(bundle.engine, OpenVINOModel)
         hint = bundle.engine.precision_hint if isinstance(bundle.engine, OpenVINOModel) else "f32"
         self._contract = Contract(bundle, XML if own else MODEL)
-        model = bundle.read(XML if own else MODEL)
+        model = bundle.read(XML) if own else read_model(bundle)
         weights = bundle.read(WEIGHTS) if own else b""
         with _told(f"load {self._contract.what}", "export it again"):
             compiled = compile_model(model, weights, hint, threads, kept=True)

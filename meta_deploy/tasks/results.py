@@ -5,6 +5,7 @@ Knows arrays and names; must not know bundles, back ends or the network's input.
 
 from __future__ import annotations
 
+import io
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -124,8 +125,14 @@ def save_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
     if form not in ("JPEG", "PNG", "WEBP", "BMP", "TIFF"):
         raise InputError(f"cannot write '{path}': '{suffix}' is no image suffix known here; use .jpg or .png")
     options = {"quality": 92} if form in ("JPEG", "WEBP") else {}
+    # Not into the file: encoders that write to a file by themselves take a full disk for a success.
+    encoded = io.BytesIO()
+    try:
+        Image.fromarray(image).save(encoded, format=form, **options)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot write '{path}' as {form}: {error}; use .png") from error
     with atomic_write(path) as stream:
-        Image.fromarray(image).save(stream, format=form, **options)
+        stream.write(encoded.getbuffer())
 
 
 def image_of(image: ImageLike | None, path: str | None, size: Size) -> np.ndarray:

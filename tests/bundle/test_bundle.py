@@ -1,19 +1,14 @@
 """A bundle is whole and as exported, or it is refused in one sentence; writing one is all or nothing."""
 
 import json
-import multiprocessing
+import math
 import os
-import pickle
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 from msgspec.structs import replace
 
 from meta_deploy.bundle import bundle as module
-from meta_deploy.bundle.bundle import Bundle, check_out_dir, write_bundle
+from meta_deploy.bundle.bundle import Bundle, reserve_bundle, write_bundle
 from meta_deploy.bundle.manifest import Thresholds
 from meta_deploy.errors import BundleError, InputError
 from tests.bundles_by_hand import CLASSES, input_spec, manifest, raw_manifest
@@ -25,6 +20,11 @@ BOXES = {"name": "boxes", "dtype": "float32", "shape": [1, 5, 4]}
 @pytest.fixture
 def written(tmp_path):
     return write_bundle(tmp_path / "b", MANIFEST, {"model.onnx": b"weights", "notes.txt": b""})
+
+
+def reserve(path, sources=()):
+    with reserve_bundle(path, sources):
+        pass
 
 
 def edit(bundle, **changes):
@@ -165,7 +165,7 @@ def test_a_wrong_value_anywhere_is_at_most_a_bundle_error(written):
     path = written.path / "manifest.json"
     content = json.loads(path.read_text())
     for steps in paths(content):
-        for value in (None, [], {}, 0.5, "", "\0", True, [[]]):
+        for value in (None, [], {}, 0.5, "", "\0", "\ud800", True, [[]], -1, 2**64, math.nan, math.inf):
             changed = json.loads(json.dumps(content))
             part = changed
             for step in steps[:-1]:
@@ -297,22 +297,22 @@ def test_a_place_that_cannot_be_written_is_one_sentence():
     with pytest.raises(InputError, match="cannot write the bundle '/proc/b'"):
         write_bundle("/proc/b", MANIFEST, {"model.onnx": b""})
     with pytest.raises(InputError, match="cannot write the bundle '/proc/b'"):
-        check_out_dir("/proc/b")
+        reserve("/proc/b")
 
 
-@pytest.mark.parametrize("length", [250, 300])
-def test_a_name_that_is_too_long_is_one_sentence(tmp_path, length):
+def test_a_name_that_is_too_long_is_one_sentence(tmp_path):
     with pytest.raises(InputError, match="cannot write the bundle"):
-        check_out_dir(tmp_path / ("x" * length))
-    assert os.listdir(tmp_path) == []
+        reserve(tmp_path / ("x" * 256))
     with pytest.raises(BundleError):
-        Bundle.open(tmp_path / ("x" * length))
+        Bundle.open(tmp_path / ("x" * 256))
+    assert os.listdir(tmp_path) == []
+    assert write_bundle(tmp_path / ("x" * 255), MANIFEST, {"model.onnx": b""})
 
 
 def test_a_place_below_a_file_is_refused_early(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(InputError, match="not a folder you can write to"):
-        check_out_dir(tmp_path / "file" / "b")
+        reserve(tmp_path / "file" / "b")
 
 
 def test_a_full_disk_leaves_the_old_bundle_and_nothing_else(written, tmp_path, monkeypatch):
@@ -328,52 +328,52 @@ def test_a_full_disk_leaves_the_old_bundle_and_nothing_else(written, tmp_path, m
     assert Bundle.open(written.path).read("model.onnx") == b"weights"
 
 
+def test_a_disk_without_room_for_all_of_it_leaves_the_old_bundle(written, tmp_path, full_disk):
+    with pytest.raises(InputError, match="cannot write the bundle"):
+        write_bundle(written.path, MANIFEST, {"model.onnx": bytes(9000)})
+    assert os.listdir(tmp_path) == ["b"]
+    assert Bundle.open(written.path).read("model.onnx") == b"weights"
+
+
 def test_an_invalid_manifest_is_not_written(tmp_path):
     with pytest.raises(BundleError, match="'' for 'target'"):
         write_bundle(tmp_path / "x" / "b", replace(MANIFEST, target=""), {"model.onnx": b""})
     assert os.listdir(tmp_path) == []
 
 
-def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, "_swap", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        write_bundle(tmp_path / "b", MANIFEST, {"model.onnx": b""})
+def test_an_empty_path_is_not_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for write in (reserve, lambda path: write_bundle(path, MANIFEST, {"model.onnx": b""})):
+        with pytest.raises(InputError, match="is empty"):
+            write("")
     assert os.listdir(tmp_path) == []
 
 
-def test_a_killed_write_leaves_no_bundle_and_the_next_one_clears_up(tmp_path):
-    script = f"""
-import os, pickle, time
-from meta_deploy.bundle import bundle
-manifest = pickle.loads({pickle.dumps(MANIFEST)!r})
-def stop(*_):
-    print("ready", flush=True)
-    time.sleep(60)
-bundle._swap = stop
-bundle.write_bundle({str(tmp_path / "b")!r}, manifest, {{"model.onnx": b"half"}})
-"""
-    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert child.stdout.readline() == "ready\n"
-    # While it lives, its work is left alone.
-    write_bundle(tmp_path / "b", MANIFEST, {"model.onnx": b"mine"})
-    assert f".b.tmp-{child.pid}" in os.listdir(tmp_path)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    child.stdout.close()
-    assert Bundle.open(tmp_path / "b").read("model.onnx") == b"mine"
-    write_bundle(tmp_path / "b", MANIFEST, {"model.onnx": b"again"})
-    assert os.listdir(tmp_path) == ["b"]
+def test_the_current_folder_is_not_replaced_under_the_shell_that_is_in_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="is the current folder"):
+        write_bundle(".", MANIFEST, {"model.onnx": b""})
+    assert os.listdir(tmp_path) == []
 
 
-def test_a_bundle_moved_aside_by_a_killed_write_comes_back(written, tmp_path, monkeypatch):
-    child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(0,))
-    child.start()
-    child.join()
-    written.path.rename(tmp_path / f".b.old-{child.pid}")
-    monkeypatch.setattr(module, "_store", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
-    with pytest.raises(InputError):
-        write_bundle(written.path, MANIFEST, {"model.onnx": b"newer"})
-    assert Bundle.open(written.path).read("model.onnx") == b"weights"
+def test_what_is_read_for_a_bundle_is_not_replaced_by_it(written, tmp_path):
+    (tmp_path / "link").symlink_to(written.path)
+    for out, source in (("b", "link/model.onnx"), ("link", "b"), ("link", "b/notes.txt")):
+        with pytest.raises(InputError, match="which is replaced"):
+            reserve(tmp_path / out, [tmp_path / source])
+    reserve(tmp_path / "b", [tmp_path / "c" / "model.onnx"])
+    assert sorted(os.listdir(tmp_path)) == ["b", "link"]
+
+
+def test_an_error_of_the_work_in_between_is_its_own(tmp_path):
+    with pytest.raises(BrokenPipeError), reserve_bundle(tmp_path / "a" / "b"):
+        raise BrokenPipeError
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_comes_to_be_in_its_place_meanwhile_is_kept(written):
+    with reserve_bundle(written.path) as reserved:
+        (written.path / "my-notes.txt").write_bytes(b"dear")
+        with pytest.raises(InputError, match=r"holds 'my-notes\.txt'"):
+            reserved.write(MANIFEST, {"model.onnx": b"newer"})
+    assert (written.path / "my-notes.txt").read_bytes() == b"dear"

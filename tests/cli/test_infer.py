@@ -1,8 +1,10 @@
 """meta-infer keeps its contract: what it prints, what it writes, its exit codes, one line for bad input."""
 
 import json
+import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +19,13 @@ from PIL import Image
 from pycocotools import mask as coco
 from pycocotools.coco import COCO
 
+from meta_deploy.bundle.bundle import write_bundle
+from meta_deploy.bundle.claims import Claims
 from meta_deploy.cli.infer import main
 from meta_deploy.cli.outputs import overlay_names
 from meta_deploy.imaging.images import Source
+from meta_deploy.runtime.predictor import Predictor
+from tests.bundles_by_hand import detector, manifest
 
 
 @pytest.fixture
@@ -134,19 +140,25 @@ def test_no_two_inputs_share_an_overlay_and_none_is_overwritten(here, infer):
 
 def test_overlay_names_differ_where_case_does_not_count(tmp_path):
     sources = [Source(tmp_path / name, False) for name in ("A.JPG", "a.jpg", "a.png", "a.tif")]
-    names = [path.name for path in overlay_names(tmp_path / "out", sources).values()]
+    names = [path.name for path in overlay_names(tmp_path / "out", sources, Claims()).values()]
     assert names == ["A-overlay.jpg", "a-overlay-2.jpg", "a-overlay.png", "a-overlay-2.png"]
 
 
 def test_overlay_names_fit_a_file_system_and_stay_apart(tmp_path):
     sources = [Source(tmp_path / f"{'é' * 124}{end}.jpg", False) for end in "abc"]
-    names = [path.name for path in overlay_names(tmp_path, sources).values()]
+    names = [path.name for path in overlay_names(tmp_path, sources, Claims()).values()]
     assert len(set(names)) == 3
     assert all(len(os.fsencode(name)) <= 255 and "-overlay" in name for name in names)
 
 
-def test_an_empty_model_is_not_the_demo(here, capsys):
-    one_line(main(["a.jpg", "--model", ""]), *capsys.readouterr(), "path is empty")
+@pytest.mark.parametrize("options", [("",), ("a.jpg", ""), ("a.jpg", "--out", ""), ("a.jpg", "--coco-json=")])
+def test_an_empty_path_is_not_the_current_folder(here, infer, options):
+    one_line(*infer(*options), "the path is empty")
+    assert sorted(os.listdir(".")) == ["a.jpg", "b.png", "more"]
+
+
+def test_an_empty_model_is_not_the_demo(infer):
+    one_line(*infer("a.jpg", "--model", ""), "--model", "the path is empty")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a shell that can close standard output")
@@ -251,6 +263,146 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_no_half_file(here, infer, m
     assert code == 2
     assert "No space left on device" in err
     assert sorted(os.listdir(".")) == ["a.jpg", "b.png", "more"]
+
+
+@pytest.mark.parametrize("options", [("--out", "out"), ("--coco-json", "coco.json")])
+def test_a_disk_without_room_is_one_line_and_no_file(here, infer, full_disk, options):
+    noise = np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8)
+    for i in range(150 if "--coco-json" in options else 1):
+        Image.fromarray(noise).save(f"more/{i}.jpg", quality=95)
+    code, _, err = infer("more", *options)
+    assert code == 2
+    assert "cannot write" in err.splitlines()[-1]
+    assert not os.path.exists("out")
+    assert not os.path.exists("coco.json")
+
+
+def test_one_image_in_a_fixed_batch_of_eight_gives_one_result(here, infer, tmp_path):
+    content = manifest("instance-segmentation", (64, 64), batch=8)
+    write_bundle(tmp_path / "eight", content, {"model.onnx": detector((64, 64), batch=8)})
+    code, out, _ = infer("a.jpg", "--json", "--out", "o", "--coco-json", "c.json", model=tmp_path / "eight")
+    assert code == 0
+    assert [len(image["detections"]) for image in json.loads(out)["images"]] == [2]
+    assert os.listdir("o") == ["a-overlay.jpg"]
+    assert {record["image_id"] for record in json.loads((here / "c.json").read_text())} == {1}
+    with Predictor(tmp_path / "eight") as predictor:
+        assert len(predictor.batch(["a.jpg"])) == 1
+        assert len(predictor.batch(["a.jpg"] * 9)) == 9
+
+
+@pytest.mark.parametrize("name", ["detector", "segmenter-dynamic", "raw-image"])
+def test_a_wrong_value_anywhere_in_a_manifest_is_one_line_or_no_matter(here, infer, bundles, name):
+    shutil.copytree(bundles / name, "bundle")
+    path = here / "bundle" / "manifest.json"
+    content = json.loads(path.read_text())
+    values = (
+        None,
+        [],
+        {"a": [1]},
+        -1,
+        10**30,
+        math.nan,
+        "x",
+        "\ud800",
+        True,
+        json.loads("[" * 99 + "]" * 99),
+    )
+    for number, (part, key) in enumerate(entries(content)):
+        right = part[key]
+        for value in values[number % 2 :: 2]:
+            part[key] = value
+            path.write_text(json.dumps(content))
+            code, _, err = infer("a.jpg", "--json", model=here / "bundle")
+            assert code in (0, 2), (key, value, err)
+            assert code == 0 or len(err.splitlines()) == 1, (key, value, err)
+        part[key] = right
+
+
+def entries(part):
+    """Every place in nested lists and dictionaries: what holds it, and its key there."""
+    for key in list(part) if isinstance(part, dict) else range(len(part)):
+        yield part, key
+        if isinstance(part[key], (dict, list)):
+            yield from entries(part[key])
+
+
+# --- nothing is written over ---
+
+
+def state(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("coco", "said"),
+    [
+        ("a.jpg", "an input"),
+        ("./more/../a.jpg", "an input"),
+        ("link.jpg", "an input"),
+        ("hard.jpg", "an input"),
+        ("A.JPG", "an input"),
+        ("linked/a.jpg", "an input"),
+        ("bundle/manifest.json", "the bundle"),
+        ("bundle/results.json", "the bundle"),
+        ("-", "names no file"),
+        ("more", "a folder"),
+        ("fifo", "not a regular file"),
+        ("/dev/null", "not a regular file"),
+    ],
+)
+def test_coco_results_are_written_over_nothing_that_is_read(here, infer, bundles, coco, said):
+    os.symlink("a.jpg", "link.jpg")
+    os.link("a.jpg", "hard.jpg")
+    os.symlink(".", "linked")
+    os.mkfifo("fifo")
+    shutil.copytree(bundles / "detector", "bundle")
+    before = state(here)
+    one_line(*infer("a.jpg", "--coco-json", coco, model=here / "bundle"), coco, said)
+    assert state(here) == before
+
+
+def test_coco_results_and_overlays_keep_apart(here, infer):
+    os.symlink("o", "also")  # to what is not there yet
+    for _ in range(2):
+        assert infer("a.jpg", "--out", "o", "--coco-json", "also/A-overlay.jpg")[0] == 0
+        assert sorted(os.listdir("o")) == ["A-overlay.jpg", "a-overlay-2.jpg"]
+        json.loads((here / "o" / "A-overlay.jpg").read_text())
+
+
+@pytest.mark.parametrize("out", ["linked", "more/..", "other"])
+def test_overlays_are_written_over_no_input_whatever_its_name(here, infer, out):
+    os.symlink(".", "linked")
+    os.mkdir("other")
+    Image.open("a.jpg").save("a-overlay.jpg")
+    os.symlink("../a-overlay.jpg", "other/a-overlay.jpg")
+    before = state(here)
+    assert infer("a.jpg", "a-overlay.jpg", "--out", out)[0] == 0
+    after = state(here)
+    assert {path: after[path] for path in before} == before
+    assert len({path.resolve() for path in after}) == len({path.resolve() for path in before}) + 2
+
+
+def test_overlays_do_not_go_into_the_bundle(here, infer, bundles):
+    shutil.copytree(bundles / "detector", "bundle")
+    for out in ("bundle", "bundle/overlays"):
+        one_line(*infer("a.jpg", "--out", out, model=here / "bundle"), "--out", "the bundle")
+    assert sorted(os.listdir("bundle")) == ["manifest.json", "model.onnx"]
+
+
+@pytest.mark.parametrize("options", [("--coco-json", "/dev/stdout"), ("--coco-json", "out.txt")])
+def test_standard_output_is_not_written_over(here, bundles, options):
+    with open("out.txt", "w") as stream:
+        line = command("a.jpg", *options, "--model", bundles / "detector")
+        process = subprocess.run(line, stdout=stream, stderr=subprocess.PIPE, text=True)
+    assert process.returncode == 2
+    assert "is standard output" in process.stderr
+    process = subprocess.run(
+        command("a.jpg", "--coco-json", "/dev/stdout", "--model", bundles / "detector"),
+        capture_output=True,
+        text=True,
+    )
+    assert (process.returncode, process.stdout) == (2, "")
+    assert "not a regular file" in process.stderr
 
 
 def test_a_disk_that_fills_up_under_a_video_is_one_line(here, infer, monkeypatch):

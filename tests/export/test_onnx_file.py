@@ -374,6 +374,29 @@ def test_external_data_elsewhere_is_not(here, location):
         read_onnx(path)
 
 
+@pytest.mark.parametrize(
+    "place", ["function", "default of a function", "training", "list", "sparse attribute"]
+)
+def test_external_data_elsewhere_is_found_wherever_it_is(here, place):
+    tensor = TensorProto(name="x", data_type=TensorProto.FLOAT, dims=[1], data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="../weights.bin")
+    proto = network()
+    node = helper.make_node("Constant", [], ["x"], value=tensor)
+    if place == "function":
+        proto.functions.add(name="f", domain="own").node.append(node)
+    elif place == "default of a function":
+        proto.functions.add(name="f", domain="own").attribute_proto.append(node.attribute[0])
+    elif place == "training":
+        proto.training_info.add().initialization.node.append(node)
+    elif place == "list":
+        proto.graph.node[0].attribute.append(helper.make_attribute("more", [tensor]))
+    else:
+        proto.graph.node[0].attribute.add(name="more").sparse_tensor.values.CopyFrom(tensor)
+    (here / "net.onnx").write_bytes(proto.SerializeToString())
+    with pytest.raises(InputError, match="outside of its own folder"):
+        read_onnx(here / "net.onnx")
+
+
 def test_external_data_that_is_missing_or_short(here):
     (here / "in").mkdir()
     path = external(here / "in")

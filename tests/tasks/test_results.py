@@ -15,7 +15,8 @@ from pycocotools import mask as coco
 from meta_deploy.errors import InputError
 from meta_deploy.tasks.detection import Detections
 from meta_deploy.tasks.masks import Mask
-from meta_deploy.tasks.results import Timings, coco_category_ids
+from meta_deploy.tasks.raw import Arrays
+from meta_deploy.tasks.results import Timings, coco_category_ids, save_image
 from meta_deploy.tasks.semantic_segmentation import Segmentation
 
 CLASSES = ("disc", "star")
@@ -196,6 +197,25 @@ def test_a_class_map_lists_its_classes_by_area():
     assert [(s["name"], s["pixels"]) for s in segments] == [("star", 2000), ("disc", 400)]
     np.testing.assert_array_equal(coco.decode(segments[0]["mask"]), labels == 1)
     np.testing.assert_array_equal(coco.decode(result.to_coco(1)[1]["segmentation"]), labels == 0)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "npz"])
+def test_what_a_disk_has_no_room_for_is_an_error_and_the_old_file_stays(tmp_path, full_disk, suffix):
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
+    path = tmp_path / f"out.{suffix}"
+    path.write_bytes(b"old")
+    save = Arrays({"x": noise}).save if suffix == "npz" else lambda path: save_image(path, noise)
+    with pytest.raises(InputError, match="cannot write"):
+        save(path)
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_an_image_that_its_format_cannot_hold_is_one_sentence(tmp_path):
+    for name in ("wide.jpg", "wide.webp"):
+        with pytest.raises(InputError, match=r"cannot write.*as (JPEG|WEBP).*use \.png"):
+            save_image(tmp_path / name, np.zeros((2, 70_000, 3), np.uint8))
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".JPEG"])

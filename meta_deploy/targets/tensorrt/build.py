@@ -21,7 +21,8 @@ from meta_deploy.bundle.files import atomic_write
 from meta_deploy.bundle.manifest import Profile, TensorRTEngine, TensorRTRTXEngine
 from meta_deploy.errors import BackendError, EngineError, InputError
 from meta_deploy.targets import cache
-from meta_deploy.targets.target import MODEL, profiles
+from meta_deploy.targets.model_file import read_model
+from meta_deploy.targets.target import profiles
 from meta_deploy.targets.tensorrt import cache as engine_cache
 from meta_deploy.targets.tensorrt.build_log import Layer, parse_log
 from meta_deploy.targets.tensorrt.library import Here, load, logger, module_name, title
@@ -90,7 +91,7 @@ def rebuild(bundle: Bundle, progress: Callable[[str], None] = lambda line: None)
     """
     here = Here.find(bundle.target)
     progress(f"building an engine for {here.machine.title} on {here.machine.gpu}")
-    engine = build_engine(bundle.read(MODEL), bundle.target, profiles(bundle))
+    engine = build_engine(read_model(bundle), bundle.target, profiles(bundle))
     section = engine.section()
     engine_cache.store(bundle, here.machine, engine.plan, section)
     progress(f"built in {engine.seconds:.0f} s")
