@@ -16,7 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from meta_deploy.cli.terminal import streams, tell
 from meta_deploy.errors import InputError, VerificationError
+from meta_deploy.interrupts import end_process, second_signal_ends
+from meta_deploy.text import escaped
 
 EXIT_FAULT, EXIT_INPUT, EXIT_VERIFICATION = 1, 2, 3
 EXIT_INTERRUPT, EXIT_PIPE, EXIT_TERMINATED = 130, 141, 143  # 128 and the signal
@@ -27,7 +30,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line and exit with 2."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(EXIT_INPUT, f"{self.prog}: {escaped(message)} (see {self.prog} --help)\n")
 
 
 class Terminated(KeyboardInterrupt):
@@ -43,16 +46,19 @@ def run(main_fn: Callable[[], int | None], prog: str | None = None) -> int:
     """Run a command's body and turn what it raises into one line on stderr and an exit code.
 
     InputError gives 2, VerificationError 3, Ctrl-C 130, SIGTERM 143, a closed pipe 141, anything else 1. With
-    META_DEPLOY_DEBUG=1 the traceback is printed too.
+    META_DEPLOY_DEBUG=1 the traceback is printed too. A second Ctrl-C ends at once.
     """
     prog = prog or Path(sys.argv[0]).name
     with contextlib.suppress(ValueError):  # not the main thread: signals are not its business
         if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             signal.signal(signal.SIGTERM, _terminate)
-    if sys.stdout is None:  # closed (`>&-`): what is printed goes nowhere, the work is done all the same
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    with streams(), second_signal_ends():
+        code = _guarded(main_fn, prog)
+        end_process(code)
+        return code
+
+
+def _guarded(main_fn: Callable[[], int | None], prog: str) -> int:
     try:
         code = main_fn() or 0
         sys.stdout.flush()
@@ -74,7 +80,7 @@ def run(main_fn: Callable[[], int | None], prog: str | None = None) -> int:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             _silence_stdout()
             return _fail(prog, f"{error.strerror}; free space or write elsewhere", EXIT_INPUT)
-        what = f"{type(error).__name__}: {error}"
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         hint = "please report it with the output of META_DEPLOY_DEBUG=1"
         return _fail(prog, f"internal error: {what}; {hint}", EXIT_FAULT)
 
@@ -87,7 +93,7 @@ def _silence_stdout() -> None:
 def _fail(prog: str, message: str, code: int) -> int:
     if os.environ.get("META_DEPLOY_DEBUG", "") not in ("", "0"):
         traceback.print_exc()
-    print(f"{prog}: {' '.join(message.split())}", file=sys.stderr)
+    tell(f"{prog}: {message}")
     return code
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from meta_deploy.cli.common import EXIT_INPUT, Parser, fraction, positive_int, run, thread_count
+from meta_deploy.cli.terminal import tell
 from meta_deploy.targets import BACKEND_NAMES
 
 if TYPE_CHECKING:
@@ -102,8 +103,7 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point; returns the exit code."""
-    args = parser().parse_args(argv)
-    return run(lambda: _infer(args), "meta-infer")
+    return run(lambda: _infer(parser().parse_args(argv)), "meta-infer")
 
 
 def _infer(args: Namespace) -> int:
@@ -188,7 +188,7 @@ def _rebuilt(path: str | os.PathLike[str], backend: str) -> tuple[Bundle, str]:
     best = target.automatic[0]
     if backend not in ("auto", best):
         raise InputError(f"--rebuild makes an engine, which --backend {backend} does not use; leave one out")
-    target.rebuild(bundle, lambda line: print(f"meta-infer: {line}", file=sys.stderr))
+    target.rebuild(bundle, lambda line: tell(f"meta-infer: {line}"))
     return bundle, best
 
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 
+from meta_deploy import ort
 from meta_deploy.errors import VerificationError
 from meta_deploy.export.samples import Samples
 from meta_deploy.export.sources.source import Source
+from meta_deploy.ort import onnxruntime
 
 Run = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 
@@ -110,7 +111,7 @@ class OnnxRun:
 
     def __call__(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         with told("run"):
-            values = self.session.run(None, {name: feed[name] for name in self.takes if name in feed})
+            values = ort.run(self.session, None, {name: feed[name] for name in self.takes if name in feed})
         return dict(zip(self.names, values, strict=True))
 
 

@@ -53,7 +53,7 @@ TARGETS = (OnnxRuntime(),)
 
 def _library() -> Any:
     try:
-        import onnxruntime
+        from meta_deploy.ort import onnxruntime
     except ImportError as error:
         raise BackendError(f"ONNX Runtime cannot be imported ({error}); pip install onnxruntime") from error
     return onnxruntime
@@ -136,7 +136,9 @@ class OnnxRuntimeBackend(Backend):
             raise BackendError("the back end is closed; open the predictor again")
         self._contract.check_inputs(inputs)
         try:
-            values = session.run(list(self._contract.outputs), dict(inputs))
+            from meta_deploy.ort import run
+
+            values = run(session, list(self._contract.outputs), inputs)
         except Exception as error:
             if reason := _reason(error):
                 raise BackendError(f"ONNX Runtime cannot run {self._contract.what}: {reason}") from error

@@ -21,6 +21,7 @@ from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.bundle.manifest import Engine, OpenVINOModel, Profile
 from meta_deploy.errors import BackendError, EngineError, InputError
 from meta_deploy.graph.prices import CPU
+from meta_deploy.interrupts import interruptible
 from meta_deploy.targets import cache
 from meta_deploy.targets.contract import Contract, Value
 from meta_deploy.targets.target import MODEL, Arrays, Backend, BuildOptions, Built, Runner, Target
@@ -157,7 +158,8 @@ class _Model:
         with _told(f"run {self._what}", "export it again, or for onnxruntime"):
             # By port: OpenVINO knows no input that nothing reads. In C's order, which keeps a scalar one.
             ports = {port: port.node.get_friendly_name() for port in self._compiled.inputs}
-            found = request.infer({port: np.asarray(inputs[name], order="C") for port, name in ports.items()})
+            feed = {port: np.asarray(inputs[name], order="C") for port, name in ports.items()}
+            found = interruptible(lambda: request.infer(feed), request.cancel)
         outputs = {name: found[port] for port in self._compiled.outputs for name in port.get_names()}
         self._idle.append(request)
         return outputs

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnx import TensorProto
 
 from meta_deploy.bundle.manifest import (
@@ -31,6 +30,7 @@ from meta_deploy.export.shapes import ANY, OpenInput, choose_shapes, open_inputs
 from meta_deploy.export.sources.source import CLASS_NAMES, Source
 from meta_deploy.export.verify import OnnxRun
 from meta_deploy.graph.precision import PRECISIONS
+from meta_deploy.ort import onnxruntime
 from meta_deploy.tasks import TASKS, get_task
 from meta_deploy.tasks.comparison import Comparison
 from meta_deploy.tasks.raw import read_arrays
