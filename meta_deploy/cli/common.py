@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import math
 import os
+import re
 import signal
 import sys
 import traceback
@@ -24,10 +26,21 @@ from meta_deploy.text import escaped
 EXIT_FAULT, EXIT_INPUT, EXIT_VERIFICATION = 1, 2, 3
 EXIT_INTERRUPT, EXIT_PIPE, EXIT_TERMINATED = 130, 141, 143  # 128 and the signal
 MAX_THREADS = 1024
+MAX_INT = 2**31 - 1
+_NUMBER = r"[+-]?([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][+-]?[0-9]{1,4})?"
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line and exit with 2."""
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
+        """As argparse's. Raises InputError in a folder that was deleted, where libraries crash."""
+        parsed = super().parse_args(args, namespace)
+        try:
+            os.getcwd()
+        except OSError as error:
+            raise InputError("the current folder is gone; change to another") from error
+        return parsed
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_INPUT, f"{self.prog}: {escaped(message)} (see {self.prog} --help)\n")
@@ -98,13 +111,11 @@ def _fail(prog: str, message: str, code: int) -> int:
 
 
 def positive_int(text: str) -> int:
-    """An option's value as a whole number of at least 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    """An option's value as a whole number from 1 to 2147483647."""
+    # int() also takes other scripts' digits, spaces and 1_0.
+    value = int(text) if re.fullmatch("[0-9]{1,10}", text) else 0
+    if not 1 <= value <= MAX_INT:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1, up to {MAX_INT}")
     return value
 
 
@@ -116,12 +127,17 @@ def thread_count(text: str) -> int:
     return value
 
 
+def number(text: str) -> float:
+    """An option's value as a finite number."""
+    value = float(text) if re.fullmatch(_NUMBER, text) else math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number")
+    return value
+
+
 def fraction(text: str) -> float:
     """An option's value as a number from 0 to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
+    value = float(text) if re.fullmatch(_NUMBER, text) else -1.0
     if not 0.0 <= value <= 1.0:
         raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 to 1")
     return value

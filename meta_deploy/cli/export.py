@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from meta_deploy.cli.common import Parser, positive_int, run
+from meta_deploy.cli.common import Parser, number, positive_int, run
 from meta_deploy.cli.terminal import tell
 from meta_deploy.errors import InputError
 from meta_deploy.text import escaped
@@ -168,17 +167,6 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--no-verify", action="store_true", help="skip the comparison with the original")
     group.add_argument("--out", metavar="DIR", help="the bundle (default: NAME-TARGET-PRECISION)")
     group.add_argument("--json", action="store_true", help="print one JSON document instead of text")
-
-
-def number(text: str) -> float:
-    """An option's value as a finite number."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value) or "_" in text:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number")
-    return value
 
 
 class Shapes(argparse.Action):

@@ -82,7 +82,10 @@ def parser() -> Parser:
         help="images a run of the model (default: what the bundle was made for)",
     )
     p.add_argument(
-        "--threads", type=thread_count, metavar="N", help="CPU threads, 1 to 1024 (default: all cores)"
+        "--threads",
+        type=thread_count,
+        metavar="N",
+        help="CPU threads, 1 to 1024 (default: all that this process may use)",
     )
     p.add_argument(
         "--out",
@@ -139,10 +142,11 @@ def _infer(args: Namespace) -> int:
 def _open(args: Namespace) -> Predictor:
     import cv2
 
+    from meta_deploy.cpus import limited_threads
     from meta_deploy.runtime.predictor import DEMO_BUNDLE, Predictor
 
-    if args.threads:
-        cv2.setNumThreads(args.threads)
+    if threads := args.threads or limited_threads():
+        cv2.setNumThreads(threads)
     # COCO results hold everything; else what is not shown need not be computed.
     threshold = None if args.coco_json else args.score_threshold
     bundle, backend = args.model, args.backend

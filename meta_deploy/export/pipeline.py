@@ -14,8 +14,8 @@ import msgspec
 import onnx
 
 from meta_deploy.bundle.bundle import Bundle, check_out_dir, write_bundle
-from meta_deploy.bundle.manifest import Nodes, PassRow
-from meta_deploy.errors import InputError
+from meta_deploy.bundle.manifest import FileEntry, Nodes, PassRow, TensorSpec, from_dict, to_json
+from meta_deploy.errors import BundleError, InputError
 from meta_deploy.export.options import Options
 from meta_deploy.export.progress import Progress
 from meta_deploy.export.samples import Samples, find_files
@@ -29,7 +29,7 @@ from meta_deploy.graph.pipeline import run_passes
 from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.graph.precision.emulate import emulated
 from meta_deploy.targets import choose_target
-from meta_deploy.targets.target import BuildOptions, Target
+from meta_deploy.targets.target import MODEL, BuildOptions, Target
 
 
 def export(source: str | Path, *, progress: Progress | None = None, **options: Any) -> Bundle:
@@ -74,6 +74,7 @@ def run(path: str | Path, options: Options, progress: Progress) -> Bundle:
         samples = source.samples(files) if needed else Samples()
     if target.bounded:
         check_bounds(source)
+    check_manifest(path, source)
     progress.note(source.describe())
     progress.note(f"target {target.name} ({reason}), {precision.name}")
     if passes and not source.static:
@@ -154,6 +155,25 @@ def check_bounds(source: Source) -> None:
                 f"an engine needs a largest shape, and input '{profile.name}' of '{source.name}' has none; "
                 "give --batch or --dynamic-batch, --input-size, or --shape"
             )
+
+
+def check_manifest(path: str | Path, source: Source) -> None:
+    """Refuse now what the manifest at the end could not hold: a name, a threshold, a mean.
+
+    Raises:
+        InputError: the source or an option brought such a value.
+    """
+    outputs = tuple(TensorSpec(name=name, dtype="float32", shape=()) for name in source.outputs)
+    files = {MODEL: FileEntry(sha256="?", bytes=0)}
+    try:
+        planned = source.manifest(target="onnxruntime", precision="fp32", outputs=outputs, files=files)
+        from_dict(msgspec.to_builtins(planned), Path(path))
+        to_json(planned)
+    except (BundleError, ValueError) as error:
+        what = str(error).removeprefix(f"the manifest of bundle '{path}' ").removesuffix("; export it again")
+        raise InputError(
+            f"'{path}' cannot be exported: its manifest {what}; correct that value in it, or the option"
+        ) from error
 
 
 def node_count(graph: onnx.ModelProto) -> int:

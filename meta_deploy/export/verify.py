@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 
 from meta_deploy import ort
+from meta_deploy.cpus import limited_threads
 from meta_deploy.errors import VerificationError
 from meta_deploy.export.samples import Samples
 from meta_deploy.export.sources.source import Source
@@ -99,6 +100,7 @@ class OnnxRun:
         options.add_session_config_entry(
             "session.intra_op.allow_spinning", "0"
         )  # the original's turn is next
+        options.intra_op_num_threads = limited_threads()
         if literally:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         self.runs_on = f"ONNX Runtime {onnxruntime.__version__} CPU"

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from meta_deploy import ort
+from meta_deploy.cpus import limited_threads
 from meta_deploy.graph.precision.values import FLOAT, is_constant, unholdable
 from meta_deploy.ort import onnxruntime
 
@@ -48,6 +49,7 @@ def activation_maxima(
     graph.outputs[:] = [_magnitude(graph, value, f"maximum_{i}") for i, value in enumerate(watched)]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    options.intra_op_num_threads = limited_threads()
     options.enable_cpu_mem_arena = False  # a large model's tensors are gigabytes
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED  # in the graph's order: each at once
     session = onnxruntime.InferenceSession(
