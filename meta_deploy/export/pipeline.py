@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +16,7 @@ import onnx
 
 from meta_deploy.bundle.bundle import Bundle, check_out_dir, write_bundle
 from meta_deploy.bundle.manifest import FileEntry, Nodes, PassRow, TensorSpec, from_dict, to_json
-from meta_deploy.errors import BundleError, InputError
+from meta_deploy.errors import BundleError, InputError, VerificationError
 from meta_deploy.export.options import Options
 from meta_deploy.export.progress import Progress
 from meta_deploy.export.samples import Samples, find_files
@@ -84,12 +85,12 @@ def run(path: str | Path, options: Options, progress: Progress) -> Bundle:
     with progress.stage("export") if source.traced else contextlib.nullcontext():
         graph = source.graph(form)
         before = node_count(graph)
-    with progress.stage("passes"):
+    with progress.stage("passes"), sound(source):
         graph, rows = run_passes(graph, passes, target.prices, explain=options.explain)
         gc.collect()  # a graph refers to itself in circles, and a large model's holds gigabytes
     conversion = None
     if lowered:
-        with progress.stage("precision"):
+        with progress.stage("precision"), sound(source):
             graph, conversion = precision.convert(
                 graph, samples, target.float32_operators.get(precision.name, ()), progress.note
             )
@@ -155,6 +156,22 @@ def check_bounds(source: Source) -> None:
                 f"an engine needs a largest shape, and input '{profile.name}' of '{source.name}' has none; "
                 "give --batch or --dynamic-batch, --input-size, or --shape"
             )
+
+
+@contextlib.contextmanager
+def sound(source: Source) -> Iterator[None]:
+    """Where a step fails that no sound graph makes fail, say so if this one is not sound.
+
+    Raises:
+        InputError: the original is at fault; otherwise what the step raised.
+    """
+    try:
+        yield
+    except (InputError, VerificationError):
+        raise
+    except Exception:
+        source.check_sound()
+        raise
 
 
 def check_manifest(path: str | Path, source: Source) -> None:

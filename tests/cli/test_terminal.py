@@ -57,7 +57,7 @@ def test_names_of_any_bytes_are_printed_a_line_each(tmp_path, detector_bundle, e
         assert "\u202e".encode() not in output
     assert b"a\\nb.jpg" in done.stdout
     assert b"\\x1b[31mred.jpg" in done.stdout
-    assert b"missing\\n\\x1b[1m.jpg" in done.stderr
+    assert b"missing\\n\\x1b(1m.jpg" in done.stderr
     assert len(os.listdir(tmp_path / "o\nut")) == len(ODD_NAMES)
 
 

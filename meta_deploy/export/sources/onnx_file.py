@@ -118,6 +118,12 @@ class OnnxSource(Source):
                 "that it takes with --shape, --batch or --input-size, or inputs as .npz with --calib-images"
             ) from error
 
+    def check_sound(self) -> None:
+        try:
+            OnnxRun(self.proto, literally=True)
+        except VerificationError as error:
+            raise InputError(f"'{self.path}' is not a sound model: {_reason(error)}; correct it") from error
+
     def facts(self) -> dict[str, Any]:
         known = {"model": ModelInfo(name=self.name), "preprocess": self.preprocess}
         if self.task.name != "raw":

@@ -12,6 +12,7 @@ import stat
 import threading
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -50,8 +51,29 @@ class _Inert:
         pass
 
 
+class _Dictionary:
+    """Stands in for a subclass of dict, whose items torch would put into nothing but these."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> OrderedDict[Any, Any]:  # type: ignore[misc]
+        return OrderedDict()
+
+
 # Harmless beside the weights (options, metrics, logs), and no reason to refuse a checkpoint. Whatever else a
 # pickle names is refused.
+_DICTIONARIES = (
+    "collections.defaultdict",
+    "addict.addict.Dict",
+    "easydict.EasyDict",
+    "yacs.config.CfgNode",
+    "fvcore.common.config.CfgNode",
+    "detectron2.config.config.CfgNode",
+    "mmcv.utils.config.ConfigDict",
+    "mmengine.config.config.ConfigDict",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+    "lightning.pytorch.utilities.parsing.AttributeDict",
+    "lightning_fabric.utilities.data.AttributeDict",
+    "lightning.fabric.utilities.data.AttributeDict",
+)
 _IGNORED_GLOBALS = (
     "argparse.Namespace",
     "builtins.getattr",  # how a HistoryBuffer's own methods are named
@@ -65,8 +87,14 @@ _IGNORED_GLOBALS = (
     "numpy.core.multiarray._reconstruct",
     "numpy._core.multiarray.scalar",
     "numpy._core.multiarray._reconstruct",
-    "mmcv.utils.config.ConfigDict",
-    "mmengine.config.config.ConfigDict",
+    "types.SimpleNamespace",
+    "datetime.datetime",
+    "datetime.timedelta",
+    "typing.Any",
+    *(f"builtins.{name}" for name in ("dict", "list", "tuple", "int", "float", "str", "bool", "bytes")),
+    *(f"omegaconf.{name}" for name in ("dictconfig.DictConfig", "listconfig.ListConfig")),
+    *(f"omegaconf.base.{name}" for name in ("ContainerMetadata", "Metadata")),
+    *(f"omegaconf.nodes.{name}Node" for name in ("Any", "Integer", "Float", "String", "Boolean", "Path")),
     "mmengine.logging.history_buffer.HistoryBuffer",
 )
 
@@ -192,12 +220,13 @@ def _refuse_unpickled(path: Path, error: Exception) -> NoReturn:
 
 
 def _torch_load(path: Path, mmap: bool) -> Any:
-    ignored = [(_Inert, name) for name in _IGNORED_GLOBALS]
+    ignored: list[Any] = [(_Inert, name) for name in _IGNORED_GLOBALS]
+    ignored += [(_Dictionary, name) for name in _DICTIONARIES]
     try:
         with (
             _UNPICKLING,
             warnings.catch_warnings(),
-            torch.serialization.safe_globals(ignored),  # type: ignore[arg-type]
+            torch.serialization.safe_globals(ignored),
         ):
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)

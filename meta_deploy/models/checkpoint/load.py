@@ -41,6 +41,7 @@ from meta_deploy.models.registry import ModelConfig, backbone_of, build_model, g
 from meta_deploy.models.shapes import without_prefix
 
 MAX_NAME = 200  # characters of a class name
+BACKGROUND = ("background", "bg")
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,8 @@ def load_vit_weights(model: nn.Module, checkpoint: Checkpoint | str | os.PathLik
 def _class_names(checkpoint: Checkpoint, config: ModelConfig) -> tuple[list[str], list[str]]:
     """The checkpoint's class names where they can be used, else the usual data set's; and notes."""
     names, notes = checkpoint.class_names, []
+    if names is not None and len(names) == config.num_classes + 1:
+        names = _without_background(names)
     if names is not None and len(names) != config.num_classes:
         notes.append(f"{len(names)} class names for {config.num_classes} classes: not used")
     elif names is not None and not all(map(_is_name, names)):
@@ -222,6 +225,13 @@ def _class_names(checkpoint: Checkpoint, config: ModelConfig) -> tuple[list[str]
     if len(usual) == config.num_classes:
         return list(usual), notes
     return [f"class {i}" for i in range(config.num_classes)], notes
+
+
+def _without_background(names: list[str]) -> list[str]:
+    """Class names without a background at either end, which trainers count or do not count as a class."""
+    if names[0].strip(" _").lower() in BACKGROUND:
+        return names[1:]
+    return names[:-1] if names[-1].strip(" _").lower() in BACKGROUND else names
 
 
 def _is_name(name: str) -> bool:

@@ -1,9 +1,15 @@
 """Pickles that torch's own reader would crash on, hang on or fill the memory for are refused before it."""
 
+import argparse
+import collections
+import datetime
 import io
 import pickle
 import struct
+import sys
 import time
+import types
+import typing
 import zipfile
 
 import numpy as np
@@ -11,7 +17,7 @@ import pytest
 import torch
 
 from meta_deploy.models.checkpoint.load import load_model
-from tests.models.checkpoint.checkpoints import prefixed, refusal, same
+from tests.models.checkpoint.checkpoints import build, prefixed, refusal, same, small
 
 START = b"\x80\x02"
 
@@ -156,6 +162,62 @@ def test_a_checkpoint_with_much_beside_the_weights_is_read(path, state):
     log = [{"step": i, "loss": 0.5, "name": "train"} for i in range(5000)]
     torch.save({"module." + name: tensor for name, tensor in state.items()} | {"log": log}, path)
     assert same(load_model(path).model.state_dict(), state)
+
+
+@pytest.mark.parametrize("zipped_too", [True, False])
+def test_options_of_many_kinds_beside_the_weights_are_read_as_nothing(path, state, monkeypatch, zipped_too):
+    counts = collections.defaultdict(int)
+    counts["x"] = 3
+    options = [
+        argparse.Namespace(lr=0.1, inner=argparse.Namespace(a=1)),
+        types.SimpleNamespace(a=1),
+        datetime.datetime(2026, 1, 1),
+        [np.float32(1), np.int64(2), np.bool_(True), np.str_("a"), np.arange(3), np.array(["a"])],
+        counts,
+        {1, 2},
+        b"abc",
+        *_stand_ins(monkeypatch),
+    ]
+    torch.save(
+        {"state_dict": state, "hyper_parameters": options}, path, _use_new_zipfile_serialization=zipped_too
+    )
+    assert same(load_model(path).model.state_dict(), state)
+
+
+def _stand_ins(monkeypatch):
+    """Objects that pickle as OmegaConf's and EasyDict's do, without these libraries."""
+    made = []
+    for name, base, content in (
+        ("omegaconf.dictconfig.DictConfig", object, {"_content": {"a": 1}, "_metadata": typing.Any}),
+        ("easydict.EasyDict", dict, {"a": 1}),
+    ):
+        module, _, last = name.rpartition(".")
+        kind = type(last, (base,), {"__module__": module})
+        for part in (module.split(".")[0], module):
+            monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
+        setattr(sys.modules[module], last, kind)
+        thing = kind()
+        thing.__dict__.update(content)
+        if base is dict:
+            thing.update(content)
+        made.append(thing)
+    return made
+
+
+@pytest.mark.parametrize("count", [1, 2, 36, 93])
+def test_any_number_of_classes_is_loaded(path, count):
+    config = small(num_classes=count)
+    names = [f"kind {i}" for i in range(count)]
+    content = {"state_dict": build(config).state_dict(), "meta": {"CLASSES": names}}
+    torch.save(content, path)
+    loaded = load_model(path)
+    assert (loaded.config.num_classes, loaded.class_names) == (count, names)
+    content["meta"] = {"CLASSES": [*names, "background"]}
+    torch.save(content, path)
+    assert load_model(path).class_names == names
+    content["meta"] = {"CLASSES": ["__background__", *names]}
+    torch.save(content, path)
+    assert load_model(path).class_names == names
 
 
 # --- which of several states -------------------------------------------------------------------------------
