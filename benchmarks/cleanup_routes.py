@@ -26,7 +26,6 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import onnx_ir as ir
-import onnxruntime
 import torch
 from onnx_ir.passes import common as ir_passes
 from onnxscript import optimizer
@@ -52,6 +51,7 @@ from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.imaging.images import read_image
 from meta_deploy.imaging.preprocess import Preprocessor
 from meta_deploy.models.checkpoint.load import load_model
+from meta_deploy.ort import onnxruntime
 from meta_deploy.targets import TARGETS
 from meta_deploy.tasks import get_task
 

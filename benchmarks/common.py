@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
+
+from meta_deploy.ort import onnxruntime
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "meta_deploy" / "assets"

@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import math
 import os
+import re
 import signal
 import sys
 import traceback
@@ -16,18 +18,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from meta_deploy.cli.terminal import streams, tell
 from meta_deploy.errors import InputError, VerificationError
+from meta_deploy.interrupts import end_process, second_signal_ends
+from meta_deploy.text import escaped
 
 EXIT_FAULT, EXIT_INPUT, EXIT_VERIFICATION = 1, 2, 3
 EXIT_INTERRUPT, EXIT_PIPE, EXIT_TERMINATED = 130, 141, 143  # 128 and the signal
 MAX_THREADS = 1024
+MAX_INT = 2**31 - 1
+_NUMBER = r"[+-]?([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][+-]?[0-9]{1,4})?"
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line and exit with 2."""
 
+    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
+        """As argparse's. Raises InputError in a folder that was deleted, where libraries crash."""
+        parsed = super().parse_args(args, namespace)
+        try:
+            os.getcwd()
+        except OSError as error:
+            raise InputError("the current folder is gone; change to another") from error
+        return parsed
+
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(EXIT_INPUT, f"{self.prog}: {escaped(message)} (see {self.prog} --help)\n")
 
 
 class Terminated(KeyboardInterrupt):
@@ -58,7 +74,7 @@ def run(main_fn: Callable[[], int | None], prog: str | None = None) -> int:
     """Run a command's body and turn what it raises into one line on stderr and an exit code.
 
     InputError gives 2, VerificationError 3, Ctrl-C 130, SIGTERM 143, a closed pipe 141, anything else 1. With
-    META_DEPLOY_DEBUG=1 the traceback is printed too.
+    META_DEPLOY_DEBUG=1 the traceback is printed too. A second Ctrl-C ends at once.
     """
     global _done
     _done = False
@@ -68,10 +84,13 @@ def run(main_fn: Callable[[], int | None], prog: str | None = None) -> int:
             signal.signal(signal.SIGTERM, _terminate)
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, _interrupt)
-    if sys.stdout is None:  # closed (`>&-`): what is printed goes nowhere, the work is done all the same
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    with streams(), second_signal_ends(unless=lambda: _done):
+        code = _guarded(main_fn, prog)
+        end_process(code)
+        return code
+
+
+def _guarded(main_fn: Callable[[], int | None], prog: str) -> int:
     try:
         code = main_fn() or 0
         sys.stdout.flush()
@@ -93,7 +112,7 @@ def run(main_fn: Callable[[], int | None], prog: str | None = None) -> int:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             _silence_stdout()
             return _fail(prog, f"{error.strerror}; free space or write elsewhere", EXIT_INPUT)
-        what = f"{type(error).__name__}: {error}"
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         hint = "please report it with the output of META_DEPLOY_DEBUG=1"
         return _fail(prog, f"internal error: {what}; {hint}", EXIT_FAULT)
 
@@ -106,7 +125,7 @@ def _silence_stdout() -> None:
 def _fail(prog: str, message: str, code: int) -> int:
     if os.environ.get("META_DEPLOY_DEBUG", "") not in ("", "0"):
         traceback.print_exc()
-    print(f"{prog}: {' '.join(message.split())}", file=sys.stderr)
+    tell(f"{prog}: {message}")
     return code
 
 
@@ -118,13 +137,11 @@ def path(text: str) -> str:
 
 
 def positive_int(text: str) -> int:
-    """An option's value as a whole number of at least 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    """An option's value as a whole number from 1 to 2147483647."""
+    # int() also takes other scripts' digits, spaces and 1_0.
+    value = int(text) if re.fullmatch("[0-9]{1,10}", text) else 0
+    if not 1 <= value <= MAX_INT:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1, up to {MAX_INT}")
     return value
 
 
@@ -136,12 +153,17 @@ def thread_count(text: str) -> int:
     return value
 
 
+def number(text: str) -> float:
+    """An option's value as a finite number."""
+    value = float(text) if re.fullmatch(_NUMBER, text) else math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number")
+    return value
+
+
 def fraction(text: str) -> float:
     """An option's value as a number from 0 to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
+    value = float(text) if re.fullmatch(_NUMBER, text) else -1.0
     if not 0.0 <= value <= 1.0:
         raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 to 1")
     return value

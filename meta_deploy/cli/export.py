@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from meta_deploy.cli.common import Parser, done, path, positive_int, run
+from meta_deploy.cli.common import Parser, done, number, path, positive_int, run
+from meta_deploy.cli.terminal import tell
 from meta_deploy.errors import InputError
+from meta_deploy.text import escaped
 
 if TYPE_CHECKING:
     from meta_deploy.bundle.bundle import Bundle
@@ -169,17 +170,6 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--json", action="store_true", help="print one JSON document instead of text")
 
 
-def number(text: str) -> float:
-    """An option's value as a finite number."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value) or "_" in text:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number")
-    return value
-
-
 class Shapes(argparse.Action):
     """Gathers --shape NAME=..., each name once."""
 
@@ -330,10 +320,11 @@ def summary(bundle: Bundle, seconds: float) -> str:
         lines.append(target.describe(manifest.engine))
     size = sum(entry.bytes for entry in manifest.files.values()) / 1e6
     memory = f", peak memory {manifest.peak_rss_mb / 1e3:.1f} GB" if manifest.peak_rss_mb else ""
-    lines.append(f"{bundle.path}: {size:.1f} MB, {bundle.precision}, in {seconds:.0f} s{memory}")
+    path = escaped(str(bundle.path))
+    lines.append(f"{path}: {size:.1f} MB, {bundle.precision}, in {seconds:.0f} s{memory}")
     where = ", on a machine with a GPU" if bundle.precision in target.gpu_only else ""
     what = "IMAGE" if manifest.preprocess is not None else "INPUTS.npz"
-    lines.append(f"next{where}: meta-infer {what} --model {bundle.path}")
+    lines.append(f"next{where}: meta-infer {what} --model {path}")
     return "\n".join(lines)
 
 
@@ -386,7 +377,7 @@ def reason_lines(declined: list[dict]) -> list[str]:
     for (op, _), reasons in groups.items():
         names = ", ".join(list(reasons)[:3]) + (", …" if len(reasons) > 3 else "")
         example = "for the first, " if len(reasons) > 1 else ""
-        lines.append(f"  {len(reasons)} {op} ({names}): {example}{next(iter(reasons.values()))}")
+        lines.append(escaped(f"  {len(reasons)} {op} ({names}): {example}{next(iter(reasons.values()))}"))
     return lines
 
 
@@ -438,7 +429,7 @@ class StageDisplay:
 
     def note(self, line: str) -> None:
         self._clear()
-        print(line, file=sys.stderr, flush=True)
+        tell(line)
 
     def start(self, stage: str) -> None:
         self.title = self.TITLES[stage]
@@ -449,7 +440,7 @@ class StageDisplay:
 
     def end(self, stage: str, seconds: float) -> None:
         self._clear()
-        print(f"{self.title} {seconds:.1f} s", file=sys.stderr, flush=True)
+        tell(f"{self.title} {seconds:.1f} s")
         self.title = ""
 
     def close(self) -> None:

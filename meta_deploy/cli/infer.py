@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from meta_deploy.cli.common import EXIT_INPUT, Parser, fraction, path, positive_int, run, thread_count
+from meta_deploy.cli.terminal import tell
 from meta_deploy.targets import BACKEND_NAMES
 
 if TYPE_CHECKING:
@@ -85,7 +86,10 @@ def parser() -> Parser:
         help="images a run of the model (default: what the bundle was made for)",
     )
     p.add_argument(
-        "--threads", type=thread_count, metavar="N", help="CPU threads, 1 to 1024 (default: all cores)"
+        "--threads",
+        type=thread_count,
+        metavar="N",
+        help="CPU threads, 1 to 1024 (default: all that this process may use)",
     )
     p.add_argument(
         "--out",
@@ -108,8 +112,7 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point; returns the exit code."""
-    args = parser().parse_args(argv)
-    return run(lambda: _infer(args), "meta-infer")
+    return run(lambda: _infer(parser().parse_args(argv)), "meta-infer")
 
 
 def _infer(args: Namespace) -> int:
@@ -168,10 +171,11 @@ def _claims(args: Namespace, sources: Sequence[Source], out: str | None) -> Clai
 def _open(args: Namespace) -> Predictor:
     import cv2
 
+    from meta_deploy.cpus import limited_threads
     from meta_deploy.runtime.predictor import DEMO_BUNDLE, Predictor
 
-    if args.threads:
-        cv2.setNumThreads(args.threads)
+    if threads := args.threads or limited_threads():
+        cv2.setNumThreads(threads)
     # COCO results hold everything; else what is not shown need not be computed.
     threshold = None if args.coco_json else args.score_threshold
     bundle, backend = args.model, args.backend
@@ -217,7 +221,7 @@ def _rebuilt(path: str | os.PathLike[str], backend: str) -> tuple[Bundle, str]:
     best = target.automatic[0]
     if backend not in ("auto", best):
         raise InputError(f"--rebuild makes an engine, which --backend {backend} does not use; leave one out")
-    target.rebuild(bundle, lambda line: print(f"meta-infer: {line}", file=sys.stderr))
+    target.rebuild(bundle, lambda line: tell(f"meta-infer: {line}"))
     return bundle, best
 
 

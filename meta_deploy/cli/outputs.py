@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from meta_deploy.bundle.claims import Claims
 from meta_deploy.bundle.files import atomic_path, atomic_write, scratch_folder
+from meta_deploy.cli.terminal import say, tell
 from meta_deploy.errors import ImageError, InputError
 from meta_deploy.imaging.images import Source, Video
 from meta_deploy.runtime.predictor import Predictor
@@ -271,7 +272,7 @@ class Report:
     def add(self, frame: Frame, shown: Result, overlay: Path | None) -> None:
         """Take one result in."""
         if self._intro is not None:
-            tqdm.write(self._intro, file=sys.stderr)
+            tell(self._intro)
             self._intro = None
         for name, values in self._times.items():
             values.append(getattr(shown.timings, name))
@@ -283,7 +284,7 @@ class Report:
             entry["file" if isinstance(shown, Arrays) else "overlay"] = str(overlay) if overlay else None
             self._entries.append(json.dumps(entry))
         elif frame.index is None:
-            self._line(f"{_title(frame.source, shown)}: {shown!r}; {shown.timings.total:.1f} ms")
+            say(f"{_title(frame.source, shown)}: {shown!r}; {shown.timings.total:.1f} ms")
         else:
             if self._video is None:
                 self._video = _VideoLine(frame.source)
@@ -295,7 +296,7 @@ class Report:
         self.failed += 1
         self._errors.append({"path": str(frame.source.path), "error": str(frame.error)})
         skipped = "; skipped" if self._several else ""
-        tqdm.write(f"meta-infer: {' '.join(str(frame.error).split())}{skipped}", file=sys.stderr)
+        tell(f"meta-infer: {frame.error}{skipped}")
         self._bar.update()
 
     def finish(
@@ -318,16 +319,13 @@ class Report:
             what = "arrays" if predictor.bundle.task == "raw" else "overlays"
             where = f"{what} in {folder}{os.sep}; " if folder else ""
             where += f"COCO results in {coco_json}; " if coco_json else ""
-            print(f"{where}median ms: {times}", file=sys.stderr if self._json else sys.stdout)
+            say(f"{where}median ms: {times}", sys.stderr if self._json else sys.stdout)
         if self.failed and self._several:
-            print(f"meta-infer: {self.failed} could not be read, {done} done", file=sys.stderr)
-
-    def _line(self, text: str) -> None:
-        tqdm.write(text, file=sys.stdout)
+            tell(f"meta-infer: {self.failed} could not be read, {done} done")
 
     def _end_video(self, current: Source | None) -> None:
         if self._video is not None and self._video.source != current:
-            self._line(self._video.text())
+            say(self._video.text())
             self._video = None
 
     def __enter__(self) -> Report:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,8 +15,8 @@ import msgspec
 import onnx
 
 from meta_deploy.bundle.bundle import Bundle, reserve_bundle
-from meta_deploy.bundle.manifest import Nodes, PassRow
-from meta_deploy.errors import InputError
+from meta_deploy.bundle.manifest import FileEntry, Nodes, PassRow, TensorSpec, from_dict, to_json
+from meta_deploy.errors import BundleError, InputError, VerificationError
 from meta_deploy.export.options import Options
 from meta_deploy.export.progress import Progress
 from meta_deploy.export.samples import Samples, find_files
@@ -29,7 +30,7 @@ from meta_deploy.graph.pipeline import run_passes
 from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.graph.precision.emulate import emulated
 from meta_deploy.targets import choose_target
-from meta_deploy.targets.target import BuildOptions, Target
+from meta_deploy.targets.target import MODEL, BuildOptions, Target
 
 
 def export(source: str | Path, *, progress: Progress | None = None, **options: Any) -> Bundle:
@@ -73,6 +74,7 @@ def run(path: str | Path, options: Options, progress: Progress) -> Bundle:
             samples = source.samples(files) if needed else Samples()
         if target.bounded:
             check_bounds(source)
+        check_manifest(path, source)
         progress.note(source.describe())
         progress.note(f"target {target.name} ({reason}), {precision.name}")
         if passes and not source.static:
@@ -82,12 +84,12 @@ def run(path: str | Path, options: Options, progress: Progress) -> Bundle:
         with progress.stage("export") if source.traced else contextlib.nullcontext():
             graph = source.graph(form)
             before = node_count(graph)
-        with progress.stage("passes"):
+        with progress.stage("passes"), sound(source):
             graph, rows = run_passes(graph, passes, target.prices, explain=options.explain)
             gc.collect()  # a graph refers to itself in circles, and a large model's holds gigabytes
         conversion = None
         if lowered:
-            with progress.stage("precision"):
+            with progress.stage("precision"), sound(source):
                 graph, conversion = precision.convert(
                     graph, samples, target.float32_operators.get(precision.name, ()), progress.note
                 )
@@ -153,6 +155,41 @@ def check_bounds(source: Source) -> None:
                 f"an engine needs a largest shape, and input '{profile.name}' of '{source.name}' has none; "
                 "give --batch or --dynamic-batch, --input-size, or --shape"
             )
+
+
+@contextlib.contextmanager
+def sound(source: Source) -> Iterator[None]:
+    """Where a step fails that no sound graph makes fail, say so if this one is not sound.
+
+    Raises:
+        InputError: the original is at fault; otherwise what the step raised.
+    """
+    try:
+        yield
+    except (InputError, VerificationError):
+        raise
+    except Exception:
+        source.check_sound()
+        raise
+
+
+def check_manifest(path: str | Path, source: Source) -> None:
+    """Refuse now what the manifest at the end could not hold: a name, a threshold, a mean.
+
+    Raises:
+        InputError: the source or an option brought such a value.
+    """
+    outputs = tuple(TensorSpec(name=name, dtype="float32", shape=()) for name in source.outputs)
+    files = {MODEL: FileEntry(sha256="?", bytes=0)}
+    try:
+        planned = source.manifest(target="onnxruntime", precision="fp32", outputs=outputs, files=files)
+        from_dict(msgspec.to_builtins(planned), Path(path))
+        to_json(planned)
+    except (BundleError, ValueError) as error:
+        what = str(error).removeprefix(f"the manifest of bundle '{path}' ").removesuffix("; export it again")
+        raise InputError(
+            f"'{path}' cannot be exported: its manifest {what}; correct that value in it, or the option"
+        ) from error
 
 
 def node_count(graph: onnx.ModelProto) -> int:

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 
+from meta_deploy import ort
+from meta_deploy.cpus import limited_threads
 from meta_deploy.errors import VerificationError
 from meta_deploy.export.samples import Samples
 from meta_deploy.export.sources.source import Source
+from meta_deploy.ort import onnxruntime
 
 Run = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 
@@ -98,6 +100,7 @@ class OnnxRun:
         options.add_session_config_entry(
             "session.intra_op.allow_spinning", "0"
         )  # the original's turn is next
+        options.intra_op_num_threads = limited_threads()
         if literally:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         self.runs_on = f"ONNX Runtime {onnxruntime.__version__} CPU"
@@ -110,7 +113,7 @@ class OnnxRun:
 
     def __call__(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         with told("run"):
-            values = self.session.run(None, {name: feed[name] for name in self.takes if name in feed})
+            values = ort.run(self.session, None, {name: feed[name] for name in self.takes if name in feed})
         return dict(zip(self.names, values, strict=True))
 
 

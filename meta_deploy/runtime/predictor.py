@@ -5,6 +5,7 @@ Knows the order of the runtime's parts; must not know how any of them does its w
 
 from __future__ import annotations
 
+import numbers
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ import numpy as np
 
 from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.errors import InputError
+from meta_deploy.imaging.given import given_image
 from meta_deploy.imaging.images import ImageLike, read_image
 from meta_deploy.imaging.preprocess import Preprocessor
 from meta_deploy.targets import open_backend
@@ -42,17 +44,18 @@ class Predictor:
         """Open a bundle (None: the demo bundle of the package) on a back end.
 
         `score_threshold` is the least score of a detection, 0 to 1 (None: the bundle's own); `threads` the
-        CPU threads of the model, 1 to 1024 (None: the back end's choice).
+        CPU threads of the model, 1 to 1024 (None: all CPUs that affinity and a container's quota leave to
+        this process; half of them for a predictor opened beside another, a third for the next, …).
 
         Raises:
             BundleError: not a bundle, or one altered or too new.
             BackendError: the back end is not installed, or cannot run this bundle here.
             InputError: a threshold or thread count out of range.
         """
-        if score_threshold is not None and not 0 <= score_threshold <= 1:
-            raise InputError(f"score_threshold must be from 0 to 1, not {score_threshold}")
-        if threads is not None and not 1 <= threads <= MAX_THREADS:
-            raise InputError(f"threads must be from 1 to {MAX_THREADS}, not {threads}")
+        if score_threshold is not None and not _is_number(score_threshold, 0, 1):
+            raise InputError(f"score_threshold must be a number from 0 to 1, not {score_threshold!r}")
+        if threads is not None and not _is_number(threads, 1, MAX_THREADS, numbers.Integral):
+            raise InputError(f"threads must be a whole number from 1 to {MAX_THREADS}, not {threads!r}")
         bundle = DEMO_BUNDLE if bundle is None else bundle
         if isinstance(bundle, Bundle):
             self.bundle, self._backend = bundle, open_backend(bundle, backend, threads)
@@ -80,7 +83,8 @@ class Predictor:
         return f"Predictor of {self.bundle!r}, runs on {self._backend.runs_on}"
 
     def __call__(self, image: ImageLike) -> Result:
-        """One image: a path, an encoded file's bytes, a Pillow image, or an RGB uint8 array (H, W, 3).
+        """One image: a path, an encoded file's bytes or an open file of them, a Pillow image, or an RGB
+        uint8 array (H, W, 3).
 
         Returns:
             What the bundle's task gives: Detections, a Segmentation, or of a raw bundle Arrays.
@@ -99,6 +103,7 @@ class Predictor:
         Raises:
             As for one image.
         """
+        images = [given_image(image) for image in images]
         results: list[Result] = []
         size = 1 if self.bundle.task == "raw" else self.bundle.input.batch.max
         for start in range(0, len(images), size):
@@ -149,3 +154,8 @@ class Predictor:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _is_number(value: object, low: int, high: int, kind: type = numbers.Real) -> bool:
+    """Whether it is a number of this kind in the range; True and False are none."""
+    return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high  # type: ignore[operator]

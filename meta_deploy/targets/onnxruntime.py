@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from meta_deploy.bundle.bundle import Bundle
+from meta_deploy.cpus import Share
 from meta_deploy.errors import BackendError
 from meta_deploy.graph.prices import CPU
 from meta_deploy.targets.cache import make_folder
@@ -54,7 +55,7 @@ TARGETS = (OnnxRuntime(),)
 
 def _library() -> Any:
     try:
-        import onnxruntime
+        from meta_deploy.ort import onnxruntime
     except ImportError as error:
         raise BackendError(f"ONNX Runtime cannot be imported ({error}); pip install onnxruntime") from error
     return onnxruntime
@@ -95,7 +96,7 @@ class OnnxRuntimeBackend(Backend):
     """A bundle's model.onnx in an ONNX Runtime session."""
 
     def __init__(self, bundle: Bundle, name: str, threads: int | None = None):
-        """`name` is onnxruntime, cuda or tensorrt; `threads` for the CPU, None for ONNX Runtime's choice.
+        """`name` is onnxruntime, cuda or tensorrt; `threads` for the CPU, None for this process' share.
 
         Raises:
             BackendError: no such provider here, or the model cannot be loaded or is not the manifest's.
@@ -113,8 +114,8 @@ class OnnxRuntimeBackend(Backend):
         options.log_severity_level = _FATAL  # errors arrive as exceptions, warnings are not the user's
         # Idle workers that spin take the cores from the postprocessing, and from whatever else runs here.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if threads is not None:
-            options.intra_op_num_threads = threads
+        self._share = Share(threads)
+        options.intra_op_num_threads = self._share.threads
         try:
             session = ort.InferenceSession(read_model(bundle), options, providers=_providers(name))
         except Exception as error:
@@ -137,7 +138,9 @@ class OnnxRuntimeBackend(Backend):
             raise BackendError("the back end is closed; open the predictor again")
         self._contract.check_inputs(inputs)
         try:
-            values = session.run(list(self._contract.outputs), dict(inputs))
+            from meta_deploy.ort import run
+
+            values = run(session, list(self._contract.outputs), inputs)
         except Exception as error:
             if reason := _reason(error):
                 raise BackendError(f"ONNX Runtime cannot run {self._contract.what}: {reason}") from error
@@ -148,6 +151,7 @@ class OnnxRuntimeBackend(Backend):
 
     def close(self) -> None:
         self._session = None
+        self._share.close()
 
 
 def _values(given: Any) -> dict[str, Value]:

@@ -19,8 +19,10 @@ import numpy as np
 
 from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.bundle.manifest import Engine, OpenVINOModel, Profile
+from meta_deploy.cpus import Share, limited_threads
 from meta_deploy.errors import BackendError, EngineError, InputError
 from meta_deploy.graph.prices import CPU
+from meta_deploy.interrupts import interruptible
 from meta_deploy.targets import cache
 from meta_deploy.targets.contract import Contract, Value
 from meta_deploy.targets.model_file import read_model
@@ -84,7 +86,7 @@ class OpenVINO(Target):
     def runner(self, files: Mapping[str, bytes], profiles: Sequence[Profile], precision: str) -> Runner:
         hint = _HINTS[precision]
         with _told("load the model that it made", "use --target onnxruntime", EngineError):
-            compiled = compile_model(files[XML], files[WEIGHTS], hint)
+            compiled = compile_model(files[XML], files[WEIGHTS], hint, limited_threads())
         return _Model(compiled, hint, "the model that it made")
 
     def describe(self, section: Engine) -> str:
@@ -105,7 +107,7 @@ class OpenVINOBackend(Backend):
     name = "openvino"
 
     def __init__(self, bundle: Bundle, threads: int | None = None):
-        """`threads` is the CPU's; None leaves it to OpenVINO, which takes all cores.
+        """`threads` is the CPU's; None for this process' share of them.
 
         Raises:
             BackendError: OpenVINO is not installed, cannot load the model or compute in its precision here,
@@ -118,7 +120,8 @@ class OpenVINOBackend(Backend):
         model = bundle.read(XML) if own else read_model(bundle)
         weights = bundle.read(WEIGHTS) if own else b""
         with _told(f"load {self._contract.what}", "export it again"):
-            compiled = compile_model(model, weights, hint, threads, kept=True)
+            self._share = Share(threads)
+            compiled = compile_model(model, weights, hint, self._share.threads, kept=True)
         inputs = {port.node.get_friendly_name(): _value(port) for port in compiled.inputs}
         # Outputs that were found to be the same as another tensor have the names of both.
         outputs = {name: _value(port) for port in compiled.outputs for name in port.get_names()}
@@ -138,6 +141,7 @@ class OpenVINOBackend(Backend):
 
     def close(self) -> None:
         self._model = None
+        self._share.close()
 
 
 class _Model:
@@ -158,7 +162,8 @@ class _Model:
         with _told(f"run {self._what}", "export it again, or for onnxruntime"):
             # By port: OpenVINO knows no input that nothing reads. In C's order, which keeps a scalar one.
             ports = {port: port.node.get_friendly_name() for port in self._compiled.inputs}
-            found = request.infer({port: np.asarray(inputs[name], order="C") for port, name in ports.items()})
+            feed = {port: np.asarray(inputs[name], order="C") for port, name in ports.items()}
+            found = interruptible(lambda: request.infer(feed), request.cancel)
         outputs = {name: found[port] for port in self._compiled.outputs for name in port.get_names()}
         self._idle.append(request)
         return outputs
@@ -215,10 +220,10 @@ def _check_hint(core: Any, hint: str) -> None:
         raise BackendError("this processor does not compute in bfloat16; use --fp16 or --fp32")
 
 
-def compile_model(
-    model: bytes, weights: bytes, hint: str, threads: int | None = None, kept: bool = False
-) -> Any:
+def compile_model(model: bytes, weights: bytes, hint: str, threads: int = 0, kept: bool = False) -> Any:
     """A model compiled for this processor; `kept`: taken from the user's cache folder, and put there.
+
+    `threads` of 0 is OpenVINO's choice, all cores.
 
     Raises:
         BackendError: OpenVINO is not installed or cannot compute in this precision here.
@@ -229,7 +234,7 @@ def compile_model(
     # One stream: all threads work on one image, for the shortest time of each. Not pinned to cores, where
     # they would wait for whatever else runs there.
     settings = {"INFERENCE_PRECISION_HINT": hint, "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False}
-    if threads is not None:
+    if threads:
         settings["INFERENCE_NUM_THREADS"] = threads
     processor = core.get_property(DEVICE, "FULL_DEVICE_NAME"), *core.get_property(DEVICE, _CAPABILITIES)
     digests = [hashlib.sha256(data).hexdigest() for data in (model, weights)]

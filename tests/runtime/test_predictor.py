@@ -232,7 +232,7 @@ def test_a_model_with_other_types_is_refused(tmp_path):
 
 def test_outputs_of_other_shapes_than_promised_are_an_error(bundles):
     class Session:
-        def run(self, names, _):
+        def run(self, names, *_):
             sizes = {"num_detections": (1,), "boxes": (1, 5, 4), "labels": (1, 6), "masks": (1, 5, 28, 28)}
             return [np.zeros(sizes.get(name, (1, 5)), np.float32) for name in names]
 

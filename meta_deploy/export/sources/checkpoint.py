@@ -19,6 +19,7 @@ from meta_deploy.bundle.manifest import (
     Preprocess,
     SizeRange,
 )
+from meta_deploy.cpus import limited_threads
 from meta_deploy.errors import CheckpointError, InputError
 from meta_deploy.export.options import Options, check_size
 from meta_deploy.export.samples import ImageSamples, Samples
@@ -38,6 +39,8 @@ class CheckpointSource(Source):
 
     def __init__(self, path: str | Path, options: Options, note: Callable[[str], None]) -> None:
         self.original, self.reference = "PyTorch", f"PyTorch {torch.__version__} float32"
+        if threads := limited_threads():
+            torch.set_num_threads(threads)
         # Refused now rather than after loading.
         input_spec(options.input_size or (DIVISOR, DIVISOR), options)
         self.loaded = load_model(path, options.model, allow_partial=options.allow_partial, log=note)

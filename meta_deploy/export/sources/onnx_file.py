@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnx import TensorProto
 
 from meta_deploy.bundle.manifest import (
@@ -31,9 +30,11 @@ from meta_deploy.export.shapes import ANY, OpenInput, choose_shapes, open_inputs
 from meta_deploy.export.sources.source import CLASS_NAMES, Source
 from meta_deploy.export.verify import OnnxRun
 from meta_deploy.graph.precision import PRECISIONS
+from meta_deploy.ort import onnxruntime
 from meta_deploy.tasks import TASKS, get_task
 from meta_deploy.tasks.comparison import Comparison
 from meta_deploy.tasks.raw import read_arrays
+from meta_deploy.text import escaped
 
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
@@ -42,6 +43,7 @@ RANDOM = {
     *("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"),
     *("Multinomial", "Bernoulli"),
 }
+MAX_NAME = 200  # characters of a model's name
 BATCH_OF_ANY = 8  # the most images a call where the file takes any number
 
 
@@ -51,8 +53,8 @@ class OnnxSource(Source):
     def __init__(self, path: Path, options: Options, note: Callable[[str], None]) -> None:
         self.path, self.options = path, options
         self.original = "the original"
-        self.reference = f"{path.name} on ONNX Runtime {onnxruntime.__version__}, as it is"
-        self.name = path.stem
+        self.reference = f"{escaped(path.name)} on ONNX Runtime {onnxruntime.__version__}, as it is"
+        self.name = escaped(path.stem)[:MAX_NAME]
         self.proto = read_onnx(path)
         self._note = note
         if options.check:
@@ -115,6 +117,12 @@ class OnnxSource(Source):
                 f"the original '{self.path}' does not run on {shapes}: {_reason(error)}; give shapes "
                 "that it takes with --shape, --batch or --input-size, or inputs as .npz with --calib-images"
             ) from error
+
+    def check_sound(self) -> None:
+        try:
+            OnnxRun(self.proto, literally=True)
+        except VerificationError as error:
+            raise InputError(f"'{self.path}' is not a sound model: {_reason(error)}; correct it") from error
 
     def facts(self) -> dict[str, Any]:
         known = {"model": ModelInfo(name=self.name), "preprocess": self.preprocess}

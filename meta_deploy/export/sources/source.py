@@ -82,6 +82,13 @@ class Source(ABC):
     def facts(self) -> dict[str, Any]:
         """Fields of the manifest that only this source knows: model, inputs, preprocessing."""
 
+    def check_sound(self) -> None:
+        """Look again at an original that nobody has run yet, after its graph could not be dealt with.
+
+        Raises:
+            InputError: it is itself at fault.
+        """
+
     def manifest(self, **common: Any) -> Manifest:
         """The manifest: `common` fields, and this source's."""
         fields = {"parameters": self.parameters, **self.facts(), **common}

@@ -8,7 +8,6 @@ takes two seconds; onnxslim 11 s and onnxscript's full optimizer 21 s remove lit
 import numpy as np
 import onnx_graphsurgeon as gs
 import onnx_ir as ir
-import onnxruntime
 from onnx_ir.passes.common import (
     CommonSubexpressionEliminationPass,
     IdentityEliminationPass,
@@ -26,6 +25,7 @@ from meta_deploy.graph.graph import (
     take_over,
     to_model,
 )
+from meta_deploy.ort import onnxruntime
 
 _DOMAIN = "meta_deploy.pins"
 _RANDOM = (

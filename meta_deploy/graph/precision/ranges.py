@@ -6,9 +6,11 @@ from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 
+from meta_deploy import ort
+from meta_deploy.cpus import limited_threads
 from meta_deploy.graph.precision.values import FLOAT, is_constant, unholdable
+from meta_deploy.ort import onnxruntime
 
 # These pass numbers on as they are.
 EXACT = frozenset(
@@ -47,6 +49,7 @@ def activation_maxima(
     graph.outputs[:] = [_magnitude(graph, value, f"maximum_{i}") for i, value in enumerate(watched)]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    options.intra_op_num_threads = limited_threads()
     options.enable_cpu_mem_arena = False  # a large model's tensors are gigabytes
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED  # in the graph's order: each at once
     session = onnxruntime.InferenceSession(
@@ -55,7 +58,7 @@ def activation_maxima(
     taken = [given.name for given in session.get_inputs()]
     maxima = np.zeros(len(watched))
     for feed in feeds:
-        values = np.array([float(v) for v in session.run(None, {name: feed[name] for name in taken})])
+        values = np.array([float(v) for v in ort.run(session, None, {name: feed[name] for name in taken})])
         maxima = np.maximum(maxima, np.where(np.isnan(values), np.inf, values))
     return {value.name: float(most) for value, most in zip(watched, maxima, strict=True) if value.name}
 

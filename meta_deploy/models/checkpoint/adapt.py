@@ -73,7 +73,7 @@ def compare(
         if name not in state:
             if not name.endswith(COUNTER):
                 report.missing.append(name)
-        elif name.endswith(COUNTER) and state[name].shape != wanted.shape:
+        elif name.endswith(COUNTER) and not _alike(state[name], wanted):
             report.ignored.append(name)
         elif state[name].shape != wanted.shape:
             report.mismatched.append(f"{name}: {_dims(state[name])} instead of {_dims(wanted)}")
@@ -86,6 +86,10 @@ def compare(
             known = name.startswith(harmless) or name.removeprefix(vit).startswith(HARMLESS_IN_VIT)
             (report.ignored if known or tensor.ndim == 0 else report.unexpected).append(name)
     return report
+
+
+def _alike(tensor: Tensor, wanted: Tensor) -> bool:
+    return tensor.shape == wanted.shape and tensor.is_floating_point() == wanted.is_floating_point()
 
 
 def _dims(tensor: Tensor) -> str:

@@ -5,18 +5,23 @@ Runs nothing that the file says and raises only `CheckpointError`; must not know
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import stat
 import threading
 import warnings
 import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import torch
 
 from meta_deploy.errors import CheckpointError
+from meta_deploy.models.checkpoint.pickles import Refused, check_pickle
+from meta_deploy.text import escaped
 
 RESAVE = "re-save the weights alone: torch.save(model.state_dict(), ...) or safetensors.torch.save_file"
 
@@ -46,8 +51,29 @@ class _Inert:
         pass
 
 
+class _Dictionary:
+    """Stands in for a subclass of dict, whose items torch would put into nothing but these."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> OrderedDict[Any, Any]:  # type: ignore[misc]
+        return OrderedDict()
+
+
 # Harmless beside the weights (options, metrics, logs), and no reason to refuse a checkpoint. Whatever else a
 # pickle names is refused.
+_DICTIONARIES = (
+    "collections.defaultdict",
+    "addict.addict.Dict",
+    "easydict.EasyDict",
+    "yacs.config.CfgNode",
+    "fvcore.common.config.CfgNode",
+    "detectron2.config.config.CfgNode",
+    "mmcv.utils.config.ConfigDict",
+    "mmengine.config.config.ConfigDict",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+    "lightning.pytorch.utilities.parsing.AttributeDict",
+    "lightning_fabric.utilities.data.AttributeDict",
+    "lightning.fabric.utilities.data.AttributeDict",
+)
 _IGNORED_GLOBALS = (
     "argparse.Namespace",
     "builtins.getattr",  # how a HistoryBuffer's own methods are named
@@ -61,15 +87,21 @@ _IGNORED_GLOBALS = (
     "numpy.core.multiarray._reconstruct",
     "numpy._core.multiarray.scalar",
     "numpy._core.multiarray._reconstruct",
-    "mmcv.utils.config.ConfigDict",
-    "mmengine.config.config.ConfigDict",
+    "types.SimpleNamespace",
+    "datetime.datetime",
+    "datetime.timedelta",
+    "typing.Any",
+    *(f"builtins.{name}" for name in ("dict", "list", "tuple", "int", "float", "str", "bool", "bytes")),
+    *(f"omegaconf.{name}" for name in ("dictconfig.DictConfig", "listconfig.ListConfig")),
+    *(f"omegaconf.base.{name}" for name in ("ContainerMetadata", "Metadata")),
+    *(f"omegaconf.nodes.{name}Node" for name in ("Any", "Integer", "Float", "String", "Boolean", "Path")),
     "mmengine.logging.history_buffer.HistoryBuffer",
 )
 
 
 def shown(text: object, limit: int = 80) -> str:
-    """A name out of a file, fit for one line of a message: no control characters, not too long."""
-    line = "".join(c if c.isprintable() else "?" for c in str(text)[: limit + 1])
+    """A name out of a file, fit for one line of a message: control characters escaped, not too long."""
+    line = escaped(str(text)[: limit + 1])
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
@@ -97,10 +129,12 @@ def read_file(path: str | os.PathLike[str]) -> tuple[Any, dict[str, str]]:
     start = _first_bytes(path)
     if start[:4] == b"PK\x03\x04":
         _check_zip(path)
+        _check_pickles(path, _main_pickle)
         return _torch_load(path, mmap=True), {}
     if start[8:9] == b"{":
         return _read_safetensors(path)
     if start[:1] == b"\x80":
+        _check_pickles(path, _legacy_pickles)
         return _torch_load(path, mmap=False), {}
     refuse(path, f"{_foreign_kind(path, start)}; give a .pth, .pt or .safetensors file")
 
@@ -158,13 +192,41 @@ def _check_zip(path: Path) -> None:
         refuse(path, f"is damaged: the checksum of '{shown(damaged)}' is wrong; fetch or save it again")
 
 
+def _check_pickles(path: Path, opened: Callable[[Path], tuple[IO[bytes], int]]) -> None:
+    """Refuse pickles that would do harm when they are loaded; `opened` gives a stream and how many."""
+    try:
+        stream, count = opened(path)
+        with stream:
+            check_pickle(stream, path.stat().st_size, count)
+    except Refused as error:
+        refuse(path, f"is not loaded, as it {error}; {RESAVE}", error)
+    except Exception as error:  # pickletools raises many kinds on what is no pickle
+        _refuse_unpickled(path, error)
+
+
+def _main_pickle(path: Path) -> tuple[IO[bytes], int]:
+    """The one of a zip archive, by torch's own reader: others may take another entry for it."""
+    with path.open("rb") as stream:
+        return io.BytesIO(torch._C.PyTorchFileReader(stream).get_record("data.pkl")), 1
+
+
+def _legacy_pickles(path: Path) -> tuple[IO[bytes], int]:
+    """Those of the format before zip: a magic number, version, system, objects, keys of storages."""
+    return path.open("rb"), 5
+
+
+def _refuse_unpickled(path: Path, error: Exception) -> NoReturn:
+    refuse(path, f"cannot be unpickled ({_reason(error)}): damaged, or not from torch.save; {RESAVE}", error)
+
+
 def _torch_load(path: Path, mmap: bool) -> Any:
-    ignored = [(_Inert, name) for name in _IGNORED_GLOBALS]
+    ignored: list[Any] = [(_Inert, name) for name in _IGNORED_GLOBALS]
+    ignored += [(_Dictionary, name) for name in _DICTIONARIES]
     try:
         with (
             _UNPICKLING,
             warnings.catch_warnings(),
-            torch.serialization.safe_globals(ignored),  # type: ignore[arg-type]
+            torch.serialization.safe_globals(ignored),
         ):
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -172,9 +234,7 @@ def _torch_load(path: Path, mmap: bool) -> Any:
         rejected = _REJECTED_GLOBAL.search(str(error))
         if rejected:
             refuse(path, f"pickles code: it names '{shown(rejected[1])}', which is not run; {RESAVE}", error)
-        refuse(
-            path, f"cannot be unpickled ({_reason(error)}): damaged, or not from torch.save; {RESAVE}", error
-        )
+        _refuse_unpickled(path, error)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:

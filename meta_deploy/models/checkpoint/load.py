@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from meta_deploy.errors import InputError
+from meta_deploy.errors import CheckpointError, InputError
 from meta_deploy.models.backbones.vit import VisionTransformer
 from meta_deploy.models.checkpoint.adapt import (
     COUNTER,
@@ -28,7 +28,7 @@ from meta_deploy.models.checkpoint.adapt import (
 from meta_deploy.models.checkpoint.configure import choose_config, config_around_vit
 from meta_deploy.models.checkpoint.file import first_few, one_line, refuse, shown
 from meta_deploy.models.checkpoint.foreign import foreign_adapter
-from meta_deploy.models.checkpoint.read import Checkpoint, read_checkpoint
+from meta_deploy.models.checkpoint.read import Checkpoint, read_candidates, read_checkpoint
 from meta_deploy.models.checkpoint.recognise import (
     ALLOW,
     find_backbone,
@@ -41,6 +41,7 @@ from meta_deploy.models.registry import ModelConfig, backbone_of, build_model, g
 from meta_deploy.models.shapes import without_prefix
 
 MAX_NAME = 200  # characters of a class name
+BACKGROUND = ("background", "bg")
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,28 @@ def load_model(
     """
     if model_name is not None:
         get_config(model_name)  # an unknown name is refused before the file is read
-    checkpoint = read_checkpoint(path)
+    candidates = read_candidates(path)
+    passed_over: list[str] = []
+    # In part only if none fits whole: averaged weights without a head do not win over whole plain ones.
+    for partial in (False, True) if allow_partial else (False,):
+        for candidate in candidates:
+            try:
+                loaded = _load(candidate.open(), model_name, partial)
+            except CheckpointError as error:
+                refusal = error
+                if not partial:
+                    passed_over.append(f"the {candidate.title} are left out: {_reason(error, path)}")
+                continue
+            if not partial:
+                loaded.report.notes[:0] = passed_over
+            for note in loaded.report.notes:
+                log(note)
+            return loaded
+    raise refusal
+
+
+def _load(checkpoint: Checkpoint, model_name: str | None, allow_partial: bool) -> LoadedModel:
+    """`load_model` with one of a file's states."""
     notes = list(checkpoint.notes)
     if find_backbone(checkpoint.state):
         config, decisions = choose_config(checkpoint, model_name, allow_partial)
@@ -88,9 +110,12 @@ def load_model(
         refuse_foreign(checkpoint)
     names, decisions = _class_names(checkpoint, config)
     report.notes.extend(notes + decisions + _summary(report, model))
-    for note in report.notes:
-        log(note)
     return LoadedModel(model.eval(), config, names, report)
+
+
+def _reason(error: CheckpointError, path: str | os.PathLike[str]) -> str:
+    """What a refusal says of the file, without what to do about it."""
+    return str(error).removeprefix(f"checkpoint '{shown(path, 300)}' ").split(";")[0]
 
 
 def _load_all(
@@ -188,6 +213,8 @@ def load_vit_weights(model: nn.Module, checkpoint: Checkpoint | str | os.PathLik
 def _class_names(checkpoint: Checkpoint, config: ModelConfig) -> tuple[list[str], list[str]]:
     """The checkpoint's class names where they can be used, else the usual data set's; and notes."""
     names, notes = checkpoint.class_names, []
+    if names is not None and len(names) == config.num_classes + 1:
+        names = _without_background(names)
     if names is not None and len(names) != config.num_classes:
         notes.append(f"{len(names)} class names for {config.num_classes} classes: not used")
     elif names is not None and not all(map(_is_name, names)):
@@ -198,6 +225,13 @@ def _class_names(checkpoint: Checkpoint, config: ModelConfig) -> tuple[list[str]
     if len(usual) == config.num_classes:
         return list(usual), notes
     return [f"class {i}" for i in range(config.num_classes)], notes
+
+
+def _without_background(names: list[str]) -> list[str]:
+    """Class names without a background at either end, which trainers count or do not count as a class."""
+    if names[0].strip(" _").lower() in BACKGROUND:
+        return names[1:]
+    return names[:-1] if names[-1].strip(" _").lower() in BACKGROUND else names
 
 
 def _is_name(name: str) -> bool:

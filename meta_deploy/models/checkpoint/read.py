@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
+from meta_deploy.errors import CheckpointError
 from meta_deploy.models.backbones.backbone import BACKBONES
 from meta_deploy.models.checkpoint.file import first_few, one_line, read_file, refuse
-from meta_deploy.models.checkpoint.unwrap import find_class_names, find_weights, plain_weights
+from meta_deploy.models.checkpoint.unwrap import Weights, find_class_names, find_weights, plain_weights
 from meta_deploy.models.registry import ModelConfig, config_from_dict
 
 
@@ -43,20 +44,57 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         CheckpointError: absent, not a checkpoint, damaged, naming code, without tensors, or with NaN in them.
     """
+    return read_candidates(path)[0].open()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One of the states that a file holds, and what was saved beside it; `title` is for people."""
+
+    weights: Weights
+    beside: Mapping[str, Any]
+    path: Path
+
+    @property
+    def title(self) -> str:
+        return self.weights.title
+
+    def open(self) -> Checkpoint:
+        """Check and convert the tensors.
+
+        Raises:
+            CheckpointError: NaN in them, or tensors that are no weights; a configuration that is none.
+        """
+        tensors = self.weights.tensors
+        if any(backbone.recognise(tensors) for backbone in BACKBONES.values()):  # saved without the rest
+            tensors = {f"backbone.{name}": tensor for name, tensor in tensors.items()}
+        return Checkpoint(
+            state=plain_weights(tensors, self.path),
+            config=_embedded_config(self.beside.get("config"), len(tensors), self.path),
+            class_names=find_class_names(self.beside),
+            path=self.path,
+            notes=self.weights.notes,
+        )
+
+
+def read_candidates(path: str | os.PathLike[str]) -> list[Candidate]:
+    """The states that a file holds, at least one, the best first: averaged (EMA) weights before plain ones.
+
+    Raises:
+        CheckpointError: absent, not a checkpoint, damaged, naming code, or without tensors.
+    """
     raw, metadata = read_file(path)
-    tensors, notes = find_weights(raw, path)
-    if not tensors:
-        refuse(path, f"holds no tensors by name (it holds {_contents(raw)}); save model.state_dict()")
-    if any(backbone.recognise(tensors) for backbone in BACKBONES.values()):  # saved without the rest
-        tensors = {f"backbone.{name}": tensor for name, tensor in tensors.items()}
-    own = {**_parse_metadata(metadata), **(raw if isinstance(raw, Mapping) and not metadata else {})}
-    return Checkpoint(
-        state=plain_weights(tensors, path),
-        config=_embedded_config(own.get("config"), len(tensors), path),
-        class_names=find_class_names(own),
-        path=Path(path),
-        notes=tuple(notes),
-    )
+    try:
+        found = find_weights(raw, path)
+        own = {**_parse_metadata(metadata), **(raw if isinstance(raw, Mapping) and not metadata else {})}
+        contents = _contents(raw)
+    except CheckpointError:
+        raise
+    except Exception as error:  # untrusted: a saved mapping may carry attributes instead of its own methods
+        refuse(path, f"holds what is no plain dict ({one_line(error)}); save model.state_dict()", error)
+    if not found:
+        refuse(path, f"holds no tensors by name (it holds {contents}); save model.state_dict()")
+    return [Candidate(weights, own, Path(path)) for weights in found]
 
 
 def _contents(raw: Any) -> str:

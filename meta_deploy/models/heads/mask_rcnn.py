@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from meta_deploy.models.backbones.backbone import BackboneModule
 from meta_deploy.models.class_names import COCO_CLASSES
-from meta_deploy.models.config import Count, NotNegative, Positive
+from meta_deploy.models.config import Count, Fraction, Positive
 from meta_deploy.models.heads.fpn import FPN, ConvModule
 from meta_deploy.models.heads.head import Head, HeadConfig, register
 from meta_deploy.models.heads.rpn import RPNHead
@@ -48,7 +48,7 @@ class MaskRCNNConfig(HeadConfig, frozen=True, tag="mask-rcnn"):
     rpn_pre_nms: Count = 1000
     rpn_nms: Positive = 0.7
     proposals: Count = 1000
-    score_threshold: NotNegative = 0.05
+    score_threshold: Fraction = 0.05
     nms: Positive = 0.5
     max_detections: Count = 100
 

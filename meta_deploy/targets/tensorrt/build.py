@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import re
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.bundle.files import atomic_write
 from meta_deploy.bundle.manifest import Profile, TensorRTEngine, TensorRTRTXEngine
 from meta_deploy.errors import BackendError, EngineError, InputError
+from meta_deploy.interrupts import interruptible
 from meta_deploy.targets import cache
 from meta_deploy.targets.model_file import read_model
 from meta_deploy.targets.target import profiles
@@ -230,34 +230,13 @@ def _profile(builder: Any, profiles: Sequence[Profile]) -> Any:
 
 
 def _build(trt: Any, builder: Any, network: Any, config: Any, progress: Callable[[int, int], None]) -> Any:
-    """The plan, None where TensorRT fails. It has a thread of its own, as Python hears Ctrl-C in ours."""
+    """The plan, None where TensorRT fails."""
     monitor = _monitor(trt, progress)
     config.progress_monitor = monitor
-    result: list[Any] = []
-    done = threading.Event()  # an interrupted `join` takes its thread for ended, up to Python 3.12
-
-    def work() -> None:
-        try:
-            result.append(builder.build_serialized_network(network, config))
-        finally:
-            done.set()
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while not done.wait(0.1):
-            pass
-    except BaseException:
-        monitor.cancelled = True
-        while not done.is_set():  # Python must not end before it: TensorRT would abort
-            with contextlib.suppress(KeyboardInterrupt):
-                done.wait(0.1)
-        raise
-    finally:
-        thread.join()
+    plan = interruptible(lambda: builder.build_serialized_network(network, config), monitor.cancel)
     if monitor.failure is not None:
         raise monitor.failure
-    return result[0] if result else None
+    return plan
 
 
 def _monitor(trt: Any, progress: Callable[[int, int], None]) -> Any:
@@ -270,6 +249,9 @@ def _monitor(trt: Any, progress: Callable[[int, int], None]) -> Any:
             self.failure: Exception | None = None  # of `progress`, which TensorRT would make a message of
             self.steps: dict[str, int] = {}
             self.longest = ""
+
+        def cancel(self) -> None:
+            self.cancelled = True
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             self.steps[phase_name] = num_steps

@@ -11,12 +11,13 @@ import msgspec
 
 from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.bundle.manifest import Engine, Profile, TensorRTEngine
-from meta_deploy.errors import BackendError
+from meta_deploy.errors import BackendError, InputError
 from meta_deploy.graph.prices import GPU
 from meta_deploy.targets.target import MODEL, Backend, BuildOptions, Built, Target, open_model_file
 from meta_deploy.targets.tensorrt.library import Here, load
 
 ENGINE = "model.engine"
+_MAX_WORKSPACE_MB = 2**43 - 1  # bytes are 63 bits and a sign
 
 
 class TensorRT(Target):
@@ -62,6 +63,11 @@ class TensorRT(Target):
             elsewhere = "" if self.name == "tensorrt-rtx" else "; --target tensorrt-rtx needs no GPU"
             raise BackendError(f"{error}{elsewhere}") from error
         check_gpus(self.name, options.gpus)
+        if options.workspace_mb is not None and not 1 <= options.workspace_mb <= _MAX_WORKSPACE_MB:
+            raise InputError(
+                f"--workspace must be from 1 to {_MAX_WORKSPACE_MB} MB, not {options.workspace_mb}; "
+                "leave it out for TensorRT's own limit"
+            )
 
     def build(
         self,
