@@ -21,6 +21,7 @@ from meta_deploy.errors import InputError, VerificationError
 EXIT_FAULT, EXIT_INPUT, EXIT_VERIFICATION = 1, 2, 3
 EXIT_INTERRUPT, EXIT_PIPE, EXIT_TERMINATED = 130, 141, 143  # 128 and the signal
 MAX_THREADS = 1024
+MAX_DEPTH = 32
 
 
 class Parser(argparse.ArgumentParser):
@@ -107,6 +108,14 @@ def thread_count(text: str) -> int:
     value = positive_int(text)
     if value > MAX_THREADS:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1 to {MAX_THREADS}")
+    return value
+
+
+def bit_depth(text: str) -> int:
+    """An option's value as a whole number from 1 to 32."""
+    value = positive_int(text)
+    if value > MAX_DEPTH:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1 to {MAX_DEPTH}")
     return value
 
 

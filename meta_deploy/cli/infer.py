@@ -12,7 +12,7 @@ from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from meta_deploy.cli.common import EXIT_INPUT, Parser, fraction, positive_int, run, thread_count
+from meta_deploy.cli.common import EXIT_INPUT, Parser, bit_depth, fraction, positive_int, run, thread_count
 from meta_deploy.targets import BACKEND_NAMES
 
 if TYPE_CHECKING:
@@ -84,6 +84,13 @@ def parser() -> Parser:
         "--threads", type=thread_count, metavar="N", help="CPU threads, 1 to 1024 (default: all cores)"
     )
     p.add_argument(
+        "--depth",
+        type=bit_depth,
+        metavar="BITS",
+        help="the bits that samples of 16-bit, 32-bit and float images really have, such as 12; 1 for floats "
+        "from 0 to 1 (default: what each file declares, else by the range of its values)",
+    )
+    p.add_argument(
         "--out",
         metavar="DIR",
         help=f"folder for the overlays, NAME-overlay.jpg or .png, .mp4 for a video, and for the arrays of a "
@@ -109,7 +116,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _infer(args: Namespace) -> int:
     # Decoders' own chatter: what matters of it arrives as an exception.
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     warnings.filterwarnings("ignore", module="PIL")
 
     from meta_deploy.cli.outputs import CocoFile, Overlays, Report, folder_for
@@ -124,7 +130,7 @@ def _infer(args: Namespace) -> int:
         report = Report(sources, as_json=args.json, intro=intro)
         raw = predictor.bundle.task == "raw"
         batch = 1 if raw else args.batch or predictor.bundle.input.batch.opt
-        with Overlays(folder, sources, raw) as overlays, report:
+        with Overlays(folder, sources, raw, args.depth) as overlays, report:
             for frame in predict(predictor, sources, batch):
                 if frame.result is None:
                     report.fail(frame)
@@ -148,7 +154,7 @@ def _open(args: Namespace) -> Predictor:
     bundle, backend = args.model, args.backend
     if args.rebuild:
         bundle, backend = _rebuilt(DEMO_BUNDLE if args.model is None else args.model, args.backend)
-    return Predictor(bundle, backend, threshold, args.threads)
+    return Predictor(bundle, backend, threshold, args.threads, args.depth)
 
 
 def _check(args: Namespace, sources: Sequence[Source], bundle: Bundle) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
+from PIL import Image
 
 from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.bundle.manifest import Size
@@ -171,8 +172,8 @@ class Detections(ImageResult):
             "timings": self.timings.to_dict(),
         }
 
-    def _drawn(self, image: np.ndarray) -> np.ndarray:
-        return draw_detections(image, self.boxes, self.scores, self.labels, self.names, self.segments)
+    def _drawn(self, picture: Image.Image) -> Image.Image:
+        return draw_detections(picture, self.boxes, self.scores, self.labels, self.names, self.segments)
 
 
 class Detection(Task):
