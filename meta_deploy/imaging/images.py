@@ -29,8 +29,8 @@ MAX_PIXELS = (
     178_956_970  # Pillow's own limit; a photo of 100 megapixels passes, a decompression bomb does not
 )
 LARGE = 1 << 25  # pixels; no usual photo has more
-_STRIP = 1 << 22  # pixels converted at a time
-_LARGE_LOCK = threading.Lock()
+_STRIP = 1 << 20  # pixels converted at a time
+_LARGE_LOCK = threading.RLock()
 # fmt: off
 IMAGE_SUFFIXES = frozenset((
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif",
@@ -99,10 +99,10 @@ def load(
     if isinstance(source, np.ndarray):
         pixels = _check_array(source)
         return Picture(pixels, (pixels.shape[0], pixels.shape[1]))
-    with _opened(source) as file, file.one_at_a_time():
+    with _opened(source) as file, one_at_a_time(file.size):
         upright = file.size[::-1] if file.orientation >= 5 else file.size
         factor = 1
-        if wanted is not None and file.large:
+        if wanted is not None and is_large(file.size):
             height, width = wanted(*upright)
             factor = max(1, min(upright[0] // (2 * height), upright[1] // (2 * width)))
         image = file.decode(depth, factor)
@@ -113,9 +113,19 @@ def read_canvas(source: ImageLike, depth: int | None = None) -> Image.Image:
     """As `read_image`, as a Pillow image in RGB that is not the caller's: to draw on, without a copy more."""
     if isinstance(source, np.ndarray):
         return Image.fromarray(_check_array(source))
-    with _opened(source) as file, file.one_at_a_time():
+    with _opened(source) as file, one_at_a_time(file.size):
         image = file.decode(depth)
         return image.copy() if image is source else image
+
+
+def is_large(size: Size) -> bool:
+    """Whether an image of this size is reduced while it is read, and worked on in strips."""
+    return size[0] * size[1] > LARGE
+
+
+def one_at_a_time(size: Size) -> contextlib.AbstractContextManager:
+    """A lock, for an image of this size, if that is large: several might not fit into memory together."""
+    return _LARGE_LOCK if is_large(size) else contextlib.nullcontext()
 
 
 class _File:
@@ -134,14 +144,6 @@ class _File:
         _check_size(self.size[1], self.size[0], name)
         self.orientation = self._orientation()
         self._refuse_thumbnail()
-
-    @property
-    def large(self) -> bool:
-        return self.size[0] * self.size[1] > LARGE
-
-    def one_at_a_time(self) -> contextlib.AbstractContextManager:
-        """A lock for large images, several of which might not fit into memory together."""
-        return _LARGE_LOCK if self.large else contextlib.nullcontext()
 
     def decode(self, depth: int | None = None, factor: int = 1) -> Image.Image:
         """The picture in RGB, upright, reduced by a whole factor."""
@@ -182,7 +184,7 @@ class _File:
         """Samples (H, W) or RGB and their declared bits, if they have more than 8 bits; else None."""
         image = self._image
         if self._tags is not None:
-            bits, kind = max(self._tags.get(258, (1,))), self._tag(339, 1)
+            bits, kind = max(_tuple(self._tags.get(258, 1))), self._tag(339, 1)
             colours = self._tag(262, 1)
             if (bits <= 8 and kind == 1) or (image is not None and colours > 2):
                 return None, None
@@ -237,7 +239,9 @@ class _File:
     def _tag(self, number: int, otherwise: int) -> int:
         """A TIFF tag's value, the first of several."""
         values = _tuple(self._tags.get(number, otherwise)) if self._tags is not None else ()
-        return int(values[0]) if values else otherwise
+        with contextlib.suppress(TypeError, ValueError, ArithmeticError):  # of another type than it should be
+            return int(values[0]) if values else otherwise
+        return otherwise
 
     def _orientation(self) -> int:
         with contextlib.suppress(Exception):  # broken EXIF data is no reason to fail
@@ -272,7 +276,7 @@ _TURNS = {
 
 
 def _tuple(value: Any) -> tuple:
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    return tuple(value) if isinstance(value, (tuple, list, bytes)) else (value,)
 
 
 def _reduced(image: Image.Image, factor: int) -> Image.Image:

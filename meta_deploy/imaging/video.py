@@ -262,7 +262,13 @@ def _open(path: Path, name: str) -> BinaryIO:
 
 def _codec(container: Any) -> str:
     """The codec that has no decoder, as libav's summary names it, with a space after; empty: it does not."""
-    found = re.search(r"Video: (\w+)(?: \((.{1,4}) / 0x)?", container.dumps_format())
+    import av
+
+    with av.logging.Capture():  # the summary goes by way of the log
+        av.logging.set_level(av.logging.INFO)
+        summary = container.dumps_format()
+        av.logging.set_level(None)
+    found = re.search(r"Video: (\w+)(?: \((.{1,4}) / 0x)?", summary)
     name = (found[1] if found[1] not in ("none", "unknown") else found[2]) if found else None
     return f"'{name}' " if name else ""
 

@@ -14,12 +14,12 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from meta_deploy.imaging.images import LARGE
+from meta_deploy.imaging.images import is_large
 from meta_deploy.tasks.masks import Mask
 
 SMALLEST = 384  # an image whose longer side is less is enlarged before drawing, or no name could be read
 TINT = 0.45
-STRIP = 1 << 22  # pixels that are drawn on at a time
+STRIP = 1 << 20  # pixels that are drawn on at a time
 MOST_SHOWN = 1000  # characters of a name; a picture is some 200 wide
 PALETTE = 96
 FIRST = (0.15, 0.55, 1.0)  # the colour of class 0: a blue that shows on skin, grass and asphalt
@@ -154,7 +154,7 @@ class _Masks:
 
     def __init__(self, picture: Image.Image, width: int):
         """`width` is that of lines."""
-        self._step = 1 if picture.width * picture.height <= LARGE else max(1, width // 4)
+        self._step = max(1, width // 4) if is_large(picture.size) else 1
         self._width = max(1, width - 1)
         # At every pixel, or every step, the colour's number in the palette and 1; 0: no mask.
         shape = -(-picture.height // self._step), -(-picture.width // self._step)

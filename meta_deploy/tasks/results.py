@@ -17,7 +17,7 @@ from PIL import Image
 from meta_deploy.bundle.files import atomic_write
 from meta_deploy.bundle.manifest import Size
 from meta_deploy.errors import InputError
-from meta_deploy.imaging.images import ImageLike, read_canvas
+from meta_deploy.imaging.images import ImageLike, one_at_a_time, read_canvas
 
 SHOWN = 5  # classes that a line names
 
@@ -96,7 +96,8 @@ class ImageResult(Result):
         self, path: str | os.PathLike[str], image: ImageLike | None = None, depth: int | None = None
     ) -> None:
         """Write the drawn image, in the format of `path`'s suffix, whole or not at all. Raises as `draw`."""
-        save_image(path, self._drawn(self._canvas(image, depth)))
+        with one_at_a_time(self.size):
+            save_image(path, self._drawn(self._canvas(image, depth)))
 
     def _canvas(self, image: ImageLike | None, depth: int | None) -> Image.Image:
         source = self.path if image is None else image

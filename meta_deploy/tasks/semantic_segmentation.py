@@ -15,7 +15,7 @@ from PIL import Image
 
 from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.bundle.manifest import Size
-from meta_deploy.imaging.images import LARGE
+from meta_deploy.imaging.images import is_large
 from meta_deploy.imaging.preprocess import Placement
 from meta_deploy.tasks.comparison import Comparison, SegmentationComparison
 from meta_deploy.tasks.draw import draw_segmentation
@@ -116,7 +116,7 @@ def class_map(logits: np.ndarray, placement: Placement, padded: Size) -> np.ndar
     image band by band.
     """
     height, width = placement.original
-    rows = height if height * width <= LARGE else BAND
+    rows = BAND if is_large(placement.original) else height
     labels = np.zeros((height, width), np.int16)
     best = np.empty((rows, width), np.float32)
     for top in range(0, height, rows):
