@@ -16,8 +16,7 @@ def main(video: str, bundle: str | None = None) -> None:
         for frame in predict(predictor, expand([video])):
             if frame.result is None:
                 sys.exit(f"bad input: {frame.error}")
-            seconds = frame.index / frame.fps
-            print(f"{seconds:7.2f} s: {dict(Counter(frame.result.names))}")
+            print(f"{float(frame.time):7.2f} s: {dict(Counter(frame.result.names))}")
 
 
 if __name__ == "__main__":

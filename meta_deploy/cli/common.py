@@ -28,6 +28,7 @@ EXIT_INTERRUPT, EXIT_PIPE, EXIT_TERMINATED = 130, 141, 143  # 128 and the signal
 MAX_THREADS = 1024
 MAX_INT = 2**31 - 1
 _NUMBER = r"[+-]?([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][+-]?[0-9]{1,4})?"
+MAX_DEPTH = 32
 
 
 class Parser(argparse.ArgumentParser):
@@ -158,6 +159,14 @@ def number(text: str) -> float:
     value = float(text) if re.fullmatch(_NUMBER, text) else math.nan
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"'{text}' is not a number")
+    return value
+
+
+def bit_depth(text: str) -> int:
+    """An option's value as a whole number from 1 to 32."""
+    value = positive_int(text)
+    if value > MAX_DEPTH:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1 to {MAX_DEPTH}")
     return value
 
 

@@ -12,7 +12,16 @@ from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from meta_deploy.cli.common import EXIT_INPUT, Parser, fraction, path, positive_int, run, thread_count
+from meta_deploy.cli.common import (
+    EXIT_INPUT,
+    Parser,
+    bit_depth,
+    fraction,
+    path,
+    positive_int,
+    run,
+    thread_count,
+)
 from meta_deploy.cli.terminal import tell
 from meta_deploy.targets import BACKEND_NAMES
 
@@ -92,6 +101,13 @@ def parser() -> Parser:
         help="CPU threads, 1 to 1024 (default: all that this process may use)",
     )
     p.add_argument(
+        "--depth",
+        type=bit_depth,
+        metavar="BITS",
+        help="the bits that samples of 16-bit, 32-bit and float images really have, such as 12; 1 for floats "
+        "from 0 to 1 (default: what each file declares, else by the range of its values)",
+    )
+    p.add_argument(
         "--out",
         type=path,
         metavar="DIR",
@@ -118,7 +134,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _infer(args: Namespace) -> int:
     # Decoders' own chatter: what matters of it arrives as an exception.
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     warnings.filterwarnings("ignore", module="PIL")
 
     from meta_deploy.cli.outputs import CocoFile, Overlays, Report, folder_for
@@ -134,7 +149,7 @@ def _infer(args: Namespace) -> int:
         report = Report(sources, as_json=args.json, intro=intro)
         raw = predictor.bundle.task == "raw"
         batch = 1 if raw else args.batch or predictor.bundle.input.batch.opt
-        with Overlays(folder, sources, claims, raw) as overlays, report:
+        with Overlays(folder, sources, claims, raw, args.depth) as overlays, report:
             for frame in predict(predictor, sources, batch):
                 if frame.result is None:
                     report.fail(frame)
@@ -181,7 +196,7 @@ def _open(args: Namespace) -> Predictor:
     bundle, backend = args.model, args.backend
     if args.rebuild:
         bundle, backend = _rebuilt(DEMO_BUNDLE if args.model is None else args.model, args.backend)
-    return Predictor(bundle, backend, threshold, args.threads)
+    return Predictor(bundle, backend, threshold, args.threads, args.depth)
 
 
 def _check(args: Namespace, sources: Sequence[Source], bundle: Bundle) -> None:

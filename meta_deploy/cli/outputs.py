@@ -9,9 +9,10 @@ import contextlib
 import json
 import os
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from statistics import median
 from types import TracebackType
@@ -21,15 +22,17 @@ import numpy as np
 from tqdm import tqdm
 
 from meta_deploy.bundle.claims import Claims
-from meta_deploy.bundle.files import atomic_path, atomic_write, scratch_folder
+from meta_deploy.bundle.files import atomic_write, scratch_folder
 from meta_deploy.cli.terminal import say, tell
-from meta_deploy.errors import ImageError, InputError
-from meta_deploy.imaging.images import Source, Video
+from meta_deploy.errors import InputError
+from meta_deploy.imaging.depth import Note
+from meta_deploy.imaging.images import Source
+from meta_deploy.imaging.video import VideoWriter
 from meta_deploy.runtime.predictor import Predictor
 from meta_deploy.runtime.stream import Frame
 from meta_deploy.tasks.detection import Detections
 from meta_deploy.tasks.raw import Arrays
-from meta_deploy.tasks.results import ImageResult, Result, save_image
+from meta_deploy.tasks.results import ImageResult, Result
 
 MAX_NAME = 255  # bytes of a file's name, on every file system in use
 
@@ -70,8 +73,24 @@ class Overlays:
 
     MOST_WAITING = 4
 
-    def __init__(self, folder: Path | None, sources: Sequence[Source], claims: Claims, raw: bool = False):
-        """`claims`: what must not be written over; `raw`: the results are arrays."""
+    def __init__(
+        self,
+        folder: Path | None,
+        sources: Sequence[Source],
+        claims: Claims,
+        raw: bool = False,
+        depth: int | None = None,
+    ):
+        """A writer of overlays.
+
+        Args:
+            folder: None writes nothing.
+            sources: what there will be results of.
+            claims: what must not be written over.
+            raw: the results are arrays.
+            depth: as in `read_image`, by which large images are read again.
+        """
+        self._depth = depth
         self._folder = folder
         self._names = overlay_names(folder, sources, claims, raw) if folder else {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="draw")
@@ -88,11 +107,11 @@ class Overlays:
         if isinstance(shown, Arrays):
             self._submit(shown.save, target)
         elif frame.index is None:
-            self._submit(_draw_image, target, frame.image, shown)
+            self._submit(_draw_image, target, frame, shown, self._depth)
         else:
             if self._video is None:
                 self._video = VideoFile(target, frame.fps or 25.0)
-            self._submit(_draw_frame, self._video, frame.image, shown)
+            self._submit(_draw_frame, self._video, frame, shown)
         return target
 
     def _submit(self, *task: Any) -> None:
@@ -125,12 +144,14 @@ class Overlays:
                 self._end_video(error)
 
 
-def _draw_image(target: Path, image: np.ndarray, shown: ImageResult) -> None:
-    save_image(target, shown.draw(image))
+def _draw_image(target: Path, frame: Frame, shown: ImageResult, depth: int | None) -> None:
+    assert frame.picture is not None
+    image = None if frame.picture.reduced else frame.picture.pixels
+    shown.save(target, image, depth)
 
 
-def _draw_frame(video: VideoFile, image: np.ndarray, shown: ImageResult) -> None:
-    video.write(shown.draw(image))
+def _draw_frame(video: VideoFile, frame: Frame, shown: ImageResult) -> None:
+    video.write(shown.draw(frame.image), frame.time or Fraction(0), frame.duration)
 
 
 def overlay_names(
@@ -167,43 +188,33 @@ class VideoFile:
 
     def __init__(self, target: Path, fps: float):
         self.target = target
-        self._fps = fps
-        self._count = 0
-        self._writer: Any = None
         self._stack = contextlib.ExitStack()
-        self._temp = self._stack.enter_context(atomic_path(target))
+        self._writer = VideoWriter(self._stack.enter_context(atomic_write(target)), fps)
 
-    def write(self, image: np.ndarray) -> None:
-        """Append an RGB uint8 frame (H, W, 3)."""
-        import cv2
-
-        if self._writer is None:
-            size = image.shape[1], image.shape[0]
-            self._writer = cv2.VideoWriter(str(self._temp), cv2.VideoWriter.fourcc(*"mp4v"), self._fps, size)
-            if not self._writer.isOpened():
-                raise InputError(f"cannot write the video '{self.target}'; choose another folder with --out")
-        self._writer.write(np.ascontiguousarray(image[:, :, ::-1]))
-        self._count += 1
+    def write(self, image: np.ndarray, time: Fraction, duration: Fraction | None) -> None:
+        """Append an RGB uint8 frame (H, W, 3), shown `time` seconds after the first."""
+        with self._said():
+            self._writer.write(image, time, duration)
 
     def close(self, error: BaseException | None = None) -> None:
         """Put the file in its place, or with an `error` remove it."""
-        if self._writer is not None:
-            self._writer.release()
         if error is not None:
+            with contextlib.suppress(Exception):
+                self._writer.close()
             self._stack.__exit__(type(error), error, error.__traceback__)
             return
-        with self._stack:
-            # The writer reports no full disk: count what arrived.
-            if _frame_count(self._temp) != self._count:
-                raise InputError(f"cannot write all of the video '{self.target}'; free space on its disk")
+        with self._stack, self._said():
+            self._writer.close()
 
-
-def _frame_count(path: Path) -> int:
-    try:
-        with Video(path) as video:
-            return video.count
-    except ImageError:
-        return 0
+    @contextlib.contextmanager
+    def _said(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            raise InputError(
+                f"cannot write the video '{self.target}': {reason}; free space or choose another --out"
+            ) from error
 
 
 class CocoFile:
@@ -268,6 +279,7 @@ class Report:
         many = self._several or self._total is None
         self._bar = tqdm(total=self._total, unit="image", disable=None if many else True, leave=False)
         self._video: _VideoLine | None = None
+        self._notes = _Notes()
 
     def add(self, frame: Frame, shown: Result, overlay: Path | None) -> None:
         """Take one result in."""
@@ -277,10 +289,12 @@ class Report:
         for name, values in self._times.items():
             values.append(getattr(shown.timings, name))
         self._end_video(frame.source)
+        self._notes.add(frame.notes)
         if self._json:
             entry = shown.to_dict()
             if frame.index is not None:
                 entry["frame"] = frame.index
+                entry["time"] = round(float(frame.time or 0), 6)
             entry["file" if isinstance(shown, Arrays) else "overlay"] = str(overlay) if overlay else None
             self._entries.append(json.dumps(entry))
         elif frame.index is None:
@@ -295,7 +309,7 @@ class Report:
         """Say on standard error what could not be read."""
         self.failed += 1
         self._errors.append({"path": str(frame.source.path), "error": str(frame.error)})
-        skipped = "; skipped" if self._several else ""
+        skipped = "; skipped" if self._several and frame.index is None else ""
         tell(f"meta-infer: {frame.error}{skipped}")
         self._bar.update()
 
@@ -320,6 +334,7 @@ class Report:
             where = f"{what} in {folder}{os.sep}; " if folder else ""
             where += f"COCO results in {coco_json}; " if coco_json else ""
             say(f"{where}median ms: {times}", sys.stderr if self._json else sys.stdout)
+        self._notes.finish()
         if self.failed and self._several:
             tell(f"meta-infer: {self.failed} could not be read, {done} done")
 
@@ -335,6 +350,26 @@ class Report:
         self._bar.close()
         if exc[0] is None:
             self._end_video(None)
+
+
+class _Notes:
+    """Says once of each kind what was decided of a picture, and at the end of how many more."""
+
+    def __init__(self) -> None:
+        self._said: dict[str, Counter[str]] = {}
+
+    def add(self, notes: Sequence[Note]) -> None:
+        for note in notes:
+            if note.kind not in self._said:
+                tqdm.write(f"meta-infer: {' '.join(note.text.split())}", file=sys.stderr)
+            self._said.setdefault(note.kind, Counter())[note.value] += 1
+
+    def finish(self) -> None:
+        for kind, values in self._said.items():
+            if kind == "depth" and len(values) > 1:
+                told = ", ".join(f"{value} ({count})" for value, count in values.items())
+                text = f"pictures were taken as of different depths: {told}; --depth sets one for all"
+                print(f"meta-infer: warning: {text}", file=sys.stderr)
 
 
 class _VideoLine:

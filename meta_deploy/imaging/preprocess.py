@@ -42,9 +42,16 @@ class Preprocessor:
         self.mean = np.array(rules.mean, np.float32)
         self.inverse_std = np.float32(1) / np.array(rules.std, np.float32)
 
-    def __call__(self, images: Sequence[np.ndarray]) -> tuple[np.ndarray, list[Placement]]:
-        """RGB uint8 images (H, W, 3) of any sizes, to the batch and one placement an image."""
-        placements = [self.place(image.shape[0], image.shape[1]) for image in images]
+    def __call__(
+        self, images: Sequence[np.ndarray], sizes: Sequence[Size] | None = None
+    ) -> tuple[np.ndarray, list[Placement]]:
+        """RGB uint8 images (H, W, 3) of any sizes, to the batch and one placement an image.
+
+        `sizes` are the (height, width) that they had before they were reduced; None: they were not.
+        """
+        if sizes is None:
+            sizes = [(image.shape[0], image.shape[1]) for image in images]
+        placements = [self.place(height, width) for height, width in sizes]
         height, width = self.padded_size(placements)
         batch = np.empty((len(images), 3, height, width), np.float32)
         for image, placement, out in zip(images, placements, batch, strict=True):
@@ -75,7 +82,7 @@ class Preprocessor:
     def _fill(self, image: np.ndarray, placement: Placement, out: np.ndarray) -> None:
         """Write one image into its (3, H, W) part of the batch."""
         height, width = placement.resized
-        if placement.resized != placement.original:
+        if placement.resized != image.shape[:2]:
             image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
         for channel, source in enumerate(self.order):
             plane = out[channel, :height, :width]

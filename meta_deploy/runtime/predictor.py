@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numbers
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,9 @@ import numpy as np
 
 from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.errors import InputError
+from meta_deploy.imaging.depth import check_depth
 from meta_deploy.imaging.given import given_image
-from meta_deploy.imaging.images import ImageLike, read_image
+from meta_deploy.imaging.images import ImageLike, ImageWarning, Picture, load
 from meta_deploy.imaging.preprocess import Preprocessor
 from meta_deploy.targets import open_backend
 from meta_deploy.tasks import get_task
@@ -40,22 +42,26 @@ class Predictor:
         backend: str = "auto",
         score_threshold: float | None = None,
         threads: int | None = None,
+        depth: int | None = None,
     ):
         """Open a bundle (None: the demo bundle of the package) on a back end.
 
         `score_threshold` is the least score of a detection, 0 to 1 (None: the bundle's own); `threads` the
         CPU threads of the model, 1 to 1024 (None: all CPUs that affinity and a container's quota leave to
-        this process; half of them for a predictor opened beside another, a third for the next, …).
+        this process; half of them for a predictor opened beside another, a third for the next, …); `depth`
+        the bits that samples of 16-bit, 32-bit and float images really have (None: see `read_image`).
 
         Raises:
             BundleError: not a bundle, or one altered or too new.
             BackendError: the back end is not installed, or cannot run this bundle here.
-            InputError: a threshold or thread count out of range.
+            InputError: a threshold, thread count or depth out of range.
         """
         if score_threshold is not None and not _is_number(score_threshold, 0, 1):
             raise InputError(f"score_threshold must be a number from 0 to 1, not {score_threshold!r}")
         if threads is not None and not _is_number(threads, 1, MAX_THREADS, numbers.Integral):
             raise InputError(f"threads must be a whole number from 1 to {MAX_THREADS}, not {threads!r}")
+        check_depth(depth)
+        self.depth = depth
         bundle = DEMO_BUNDLE if bundle is None else bundle
         if isinstance(bundle, Bundle):
             self.bundle, self._backend = bundle, open_backend(bundle, backend, threads)
@@ -95,7 +101,16 @@ class Predictor:
         """
         return self.batch([image])[0]
 
-    def batch(self, images: Sequence[ImageLike]) -> list[Result]:
+    def read(self, image: ImageLike) -> Picture:
+        """An image for `batch`, by this predictor's `depth`; a very large one no larger than the model needs.
+
+        Raises:
+            As for one image.
+        """
+        _ = self.bundle.input  # an error where the bundle takes arrays only
+        return load(image, self.depth, lambda height, width: self._preprocess.place(height, width).resized)
+
+    def batch(self, images: Sequence[ImageLike | Picture]) -> list[Result]:
         """Several images, in groups as large as the bundle's batch takes; the results in the same order.
 
         A raw bundle gets them one by one, since which of its outputs belongs to which is not known.
@@ -103,7 +118,7 @@ class Predictor:
         Raises:
             As for one image.
         """
-        images = [given_image(image) for image in images]
+        images = [image if isinstance(image, Picture) else given_image(image) for image in images]
         results: list[Result] = []
         size = 1 if self.bundle.task == "raw" else self.bundle.input.batch.max
         for start in range(0, len(images), size):
@@ -118,11 +133,11 @@ class Predictor:
         """
         return self._backend.run({name: np.asarray(array) for name, array in arrays.items()})
 
-    def _group(self, images: Sequence[ImageLike]) -> Iterator[Result]:
-        spec = self.bundle.input  # an error where the bundle takes arrays only
-        pixels = [read_image(image) for image in images]
+    def _group(self, images: Sequence[ImageLike | Picture]) -> Iterator[Result]:
+        spec = self.bundle.input
+        pictures = [image if isinstance(image, Picture) else self._read_and_tell(image) for image in images]
         started = perf_counter()
-        batch, placements = self._preprocess(pixels)
+        batch, placements = self._preprocess([p.pixels for p in pictures], [p.size for p in pictures])
         prepared = perf_counter()
         outputs = self.run({spec.name: self._padded(batch)})
         done = perf_counter()
@@ -137,6 +152,12 @@ class Predictor:
             )
             path = os.fspath(image) if isinstance(image, (str, os.PathLike)) else None
             yield replace(result, path=path, timings=timings)
+
+    def _read_and_tell(self, image: ImageLike) -> Picture:
+        picture = self.read(image)
+        for note in picture.notes:
+            warnings.warn(note.text, ImageWarning, stacklevel=4)
+        return picture
 
     def _padded(self, batch: np.ndarray) -> np.ndarray:
         """The batch, filled up with zeros to the least that the graph takes."""

@@ -6,15 +6,19 @@ Knows the order of things; must not know what becomes of the results.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 
 from meta_deploy.errors import ImageError, InputError
-from meta_deploy.imaging.images import Source, Video, read_image
+from meta_deploy.imaging.depth import Note
+from meta_deploy.imaging.images import Picture, Source, load, read_image
+from meta_deploy.imaging.video import Video
 from meta_deploy.runtime.predictor import Predictor
 from meta_deploy.tasks.raw import Arrays, read_arrays
 from meta_deploy.tasks.results import Result, Timings
@@ -26,17 +30,32 @@ READERS = 2
 class Frame:
     """An image, one frame of a video, or a file of arrays.
 
-    It is read (`image`, RGB uint8 (H, W, 3), or `arrays`) or failed (`error`).
-    `index` counts a video's frames from 0 and is None for an image; `result` is there once predicted.
+    It is read (`picture` or `arrays`) or failed (`error`). `index` counts a video's frames from 0, those that
+    cannot be read too, and is None for an image; a frame is shown `time` seconds after the first, for
+    `duration` seconds where the video says so. `result` is there once predicted.
     """
 
     source: Source
     index: int | None = None
-    image: np.ndarray | None = None
+    picture: Picture | None = None
     arrays: Mapping[str, np.ndarray] | None = None
     error: InputError | None = None
     result: Result | None = None
     fps: float | None = None
+    time: Fraction | None = None
+    duration: Fraction | None = None
+
+    @property
+    def image(self) -> np.ndarray | None:
+        """RGB uint8 (H, W, 3); read again where the picture is a reduced one."""
+        if self.picture is None:
+            return None
+        return read_image(self.source.path) if self.picture.reduced else self.picture.pixels
+
+    @property
+    def notes(self) -> tuple[Note, ...]:
+        """What was decided that the file leaves open."""
+        return self.picture.notes if self.picture else ()
 
 
 def predict(predictor: Predictor, sources: Iterable[Source], batch: int = 1) -> Iterator[Frame]:
@@ -46,7 +65,7 @@ def predict(predictor: Predictor, sources: Iterable[Source], batch: int = 1) -> 
     its error, and the others are done.
     """
     group: list[Frame] = []
-    for frame in read_ahead(sources, depth=batch + READERS):
+    for frame in read_ahead(sources, depth=batch + READERS, read=predictor.read):
         group.append(frame)
         if sum(frame.error is None for frame in group) == batch:
             yield from _predict_group(predictor, group)
@@ -55,9 +74,9 @@ def predict(predictor: Predictor, sources: Iterable[Source], batch: int = 1) -> 
 
 
 def _predict_group(predictor: Predictor, group: list[Frame]) -> Iterator[Frame]:
-    results = iter(predictor.batch([frame.image for frame in group if frame.image is not None]))
+    results = iter(predictor.batch([frame.picture for frame in group if frame.picture is not None]))
     for frame in group:
-        if frame.image is not None:
+        if frame.picture is not None:
             yield replace(frame, result=replace(next(results), path=str(frame.source.path)))
         elif frame.arrays is not None:
             yield _predict_arrays(predictor, frame, frame.arrays)
@@ -75,15 +94,20 @@ def _predict_arrays(predictor: Predictor, frame: Frame, arrays: Mapping[str, np.
     return replace(frame, result=Arrays(outputs, path=str(frame.source.path), timings=timings))
 
 
-def read_ahead(sources: Iterable[Source], depth: int) -> Iterator[Frame]:
-    """The images, frames and arrays of `sources` in order, up to `depth` read before they are asked for."""
+def read_ahead(
+    sources: Iterable[Source], depth: int, read: Callable[[Path], Picture] = load
+) -> Iterator[Frame]:
+    """The images, frames and arrays of `sources` in order, up to `depth` read before they are asked for.
+
+    `read` reads images.
+    """
     pool = ThreadPoolExecutor(READERS, thread_name_prefix="read")
     pending: deque[tuple[Source, Future]] = deque()
     try:
         for source in sources:
             if not source.video:
-                read = read_arrays if source.arrays else read_image
-                pending.append((source, pool.submit(read, source.path)))  # type: ignore[arg-type]
+                task = read_arrays if source.arrays else read
+                pending.append((source, pool.submit(task, source.path)))  # type: ignore[arg-type]
             while pending and (source.video or len(pending) > depth):
                 yield _frame(*pending.popleft())
             if source.video:
@@ -96,24 +120,28 @@ def read_ahead(sources: Iterable[Source], depth: int) -> Iterator[Frame]:
 
 def _frame(source: Source, content: Future) -> Frame:
     try:
-        return Frame(source, **{"arrays" if source.arrays else "image": content.result()})
+        return Frame(source, **{"arrays" if source.arrays else "picture": content.result()})
     except InputError as error:
         return Frame(source, error=error)
 
 
 def _video_frames(source: Source, pool: ThreadPoolExecutor) -> Iterator[Frame]:
     """A video's frames; one is decoded ahead."""
+    index = None
     try:
         with Video(source.path) as video:
             frames = iter(video)
-            index = 0
+            notes = (Note("video", "HDR", video.warning),) if video.warning else ()
             ahead = pool.submit(next, frames, None)
             try:
-                while (image := ahead.result()) is not None:
+                while (frame := ahead.result()) is not None:
                     ahead = pool.submit(next, frames, None)
-                    yield Frame(source, index, image, fps=video.fps)
-                    index += 1
+                    index, size = frame.index, (frame.image.shape[0], frame.image.shape[1])
+                    picture = Picture(frame.image, size, notes)
+                    yield Frame(
+                        source, index, picture, fps=video.fps, time=frame.time, duration=frame.duration
+                    )
             finally:
                 wait([ahead])  # before the video closes under it
     except ImageError as error:
-        yield Frame(source, error=error)
+        yield Frame(source, index, error=error)

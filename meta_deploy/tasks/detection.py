@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
+from PIL import Image
 
 from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.bundle.manifest import Size
@@ -21,7 +22,7 @@ from meta_deploy.tasks.comparison import Comparison, DetectionComparison
 from meta_deploy.tasks.draw import draw_detections
 from meta_deploy.tasks.masks import Mask
 from meta_deploy.tasks.measure import label_image, measure
-from meta_deploy.tasks.results import ImageResult, Timings, coco_category_ids, image_of, listed
+from meta_deploy.tasks.results import ImageResult, Timings, coco_category_ids, listed
 from meta_deploy.tasks.task import Output, Task, check_classes, check_finite
 from meta_deploy.tasks.tiles import Seen, Tile, is_cut, join_objects
 
@@ -133,12 +134,12 @@ class Detections(ImageResult):
             raise InputError("a label image needs masks, and this model gives boxes only")
         return label_image(self.segments, self.size)
 
-    def table(self, image: ImageLike | None = None) -> list[dict[str, Any]]:
+    def table(self, image: ImageLike | None = None, depth: int | None = None) -> list[dict[str, Any]]:
         """A row an object: object (its number from 1), class, score, and `measure.COLUMNS` in pixels.
 
-        Without `image` it is read from `path`. Raises as `draw`.
+        `image` and `depth` are as in `draw`, and so is what is raised.
         """
-        pixels = image_of(image, self.path, self.size)
+        pixels = np.asarray(self._canvas(image, depth))
         segments = self.segments or [None] * len(self)
         return [
             {"object": i + 1, "class": name, "score": round(float(self.scores[i]), 6)}
@@ -199,8 +200,8 @@ class Detections(ImageResult):
             "timings": self.timings.to_dict(),
         }
 
-    def _drawn(self, image: np.ndarray) -> np.ndarray:
-        return draw_detections(image, self.boxes, self.scores, self.labels, self.names, self.segments)
+    def _drawn(self, picture: Image.Image) -> Image.Image:
+        return draw_detections(picture, self.boxes, self.scores, self.labels, self.names, self.segments)
 
 
 class Detection(Task):

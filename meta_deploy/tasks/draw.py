@@ -8,16 +8,18 @@ from __future__ import annotations
 import colorsys
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from meta_deploy.imaging.images import is_large
 from meta_deploy.tasks.masks import Mask
 
 SMALLEST = 384  # an image whose longer side is less is enlarged before drawing, or no name could be read
 TINT = 0.45
+STRIP = 1 << 20  # pixels that are drawn on at a time
 MOST_SHOWN = 1000  # characters of a name; a picture is some 200 wide
 PALETTE = 96
 FIRST = (0.15, 0.55, 1.0)  # the colour of class 0: a blue that shows on skin, grass and asphalt
@@ -46,74 +48,96 @@ def _palette() -> tuple[Color, ...]:
 
 
 def draw_detections(
-    image: np.ndarray,
+    picture: Image.Image,
     boxes: np.ndarray,
     scores: np.ndarray,
     labels: np.ndarray,
     names: Sequence[str],
     segments: Sequence[Mask] | None = None,
-) -> np.ndarray:
-    """Masks, boxes (N, 4) xyxy, names and scores on a copy of an RGB uint8 image (H, W, 3).
+) -> Image.Image:
+    """Masks, boxes (N, 4) xyxy, names and scores on an RGB picture, which is drawn on and given back.
 
-    `labels` (N,) choose the colours. The copy is larger by a whole factor where the image's longer side is
-    under SMALLEST pixels.
+    `labels` (N,) choose the colours. A picture whose longer side is under SMALLEST pixels is not: a copy
+    that is larger by a whole factor comes back.
     """
-    factor = _factor(image)
-    canvas = _enlarged(image, factor)
-    width = _line_width(canvas)
+    factor = _factor(picture)
+    picture = _enlarged_picture(picture, factor)
+    width = _line_width(picture)
     boxes = np.rint(boxes * factor).astype(int)
     # The smallest last, on top of what surrounds them.
     order = np.argsort(-(boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), kind="stable")
-    if segments is not None:
-        masks = ((segments[i], class_color(labels[i])) for i in order)
-        canvas = _draw_masks(canvas, masks, factor, width)
-    for i in order:
-        _outline(canvas, boxes[i], class_color(labels[i]), width)
+    masks = _Masks(picture, width)
+    for i in order if segments is not None else ():
+        assert segments is not None
+        masks.add(segments[i], labels[i], factor)
+    for top, strip in _strips(picture):
+        masks.draw(strip, top)
+        for i in order:
+            _outline(strip, top, picture.size, boxes[i], class_color(labels[i]), width)
     texts = [f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)]
     best_first = np.argsort(-scores, kind="stable")
-    return _label(
-        canvas,
-        [(texts[i], _rect(boxes[i]), class_color(labels[i])) for i in best_first],
-    )
+    _label(picture, [(texts[i], _rect(boxes[i]), class_color(labels[i])) for i in best_first])
+    return picture
 
 
-def draw_segmentation(image: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> np.ndarray:
-    """An RGB uint8 image (H, W, 3) tinted by the classes of `labels` (H, W), borders drawn, with a legend.
+def draw_segmentation(
+    picture: Image.Image, labels: np.ndarray, classes: Sequence[str], shown: Sequence[int]
+) -> Image.Image:
+    """An RGB picture tinted by the classes of `labels` (H, W), borders drawn, with a legend of those `shown`.
 
-    Enlarged as in `draw_detections`.
+    Drawn on or enlarged as in `draw_detections`.
     """
-    factor = _factor(image)
-    canvas = _enlarged(image, factor)
-    counts = np.bincount(labels.ravel(), minlength=len(classes))
+    factor = _factor(picture)
+    picture = _enlarged_picture(picture, factor)
     labels = _enlarged(labels, factor)
     table = np.array([class_color(i) for i in range(len(classes))], np.uint8)
-    mixed = cv2.addWeighted(canvas, 1 - TINT, table[labels], TINT, 0)
-    border = np.zeros(labels.shape, bool)
-    border[:, 1:] |= labels[:, 1:] != labels[:, :-1]
-    border[1:] |= labels[1:] != labels[:-1]
-    thick = cv2.dilate(border.view(np.uint8), np.ones((_line_width(canvas),) * 2, np.uint8)).view(bool)
-    mixed[thick] = table[labels[thick]]
-    largest_first = [i for i in np.argsort(-counts, kind="stable") if counts[i]]
-    return _legend(mixed, [(classes[i], class_color(i)) for i in largest_first])
+    width = _line_width(picture)
+    kernel = np.ones((width, width), np.uint8)
+    for top, strip in _strips(picture):
+        first = max(0, top - width)  # borders just outside reach in
+        near = labels[first : top + len(strip) + width]
+        border = np.zeros(near.shape, np.uint8)
+        border[:, 1:] |= near[:, 1:] != near[:, :-1]
+        border[1:] |= near[1:] != near[:-1]
+        within = slice(top - first, top - first + len(strip))
+        colors, thick = table[near[within]], cv2.dilate(border, kernel)[within].view(bool)
+        cv2.addWeighted(strip, 1 - TINT, colors, TINT, 0, dst=strip)
+        strip[thick] = colors[thick]
+    _legend(picture, [(classes[i], class_color(i)) for i in shown])
+    return picture
 
 
-def _factor(image: np.ndarray) -> int:
-    return max(1, -(-SMALLEST // max(image.shape[:2])))
+def _strips(picture: Image.Image) -> Iterator[tuple[int, np.ndarray]]:
+    """The picture's rows from the top as RGB uint8 (h, W, 3), few at a time: what is drawn on them stays."""
+    rows = max(1, STRIP // picture.width)
+    for top in range(0, picture.height, rows):
+        strip = np.array(picture.crop((0, top, picture.width, min(top + rows, picture.height))))
+        yield top, strip
+        picture.paste(Image.fromarray(strip), (0, top))
+
+
+def _factor(picture: Image.Image) -> int:
+    return max(1, -(-SMALLEST // max(picture.size)))
+
+
+def _enlarged_picture(picture: Image.Image, factor: int) -> Image.Image:
+    if factor == 1:
+        return picture
+    size = picture.width * factor, picture.height * factor
+    return picture.resize(size, Image.Resampling.NEAREST)
 
 
 def _enlarged(array: np.ndarray, factor: int) -> np.ndarray:
-    """A contiguous copy, each pixel repeated `factor` times both ways."""
-    if factor == 1:
-        return np.array(array, order="C")
-    return np.ascontiguousarray(array.repeat(factor, axis=0).repeat(factor, axis=1))
+    """Each pixel repeated `factor` times both ways."""
+    return array if factor == 1 else array.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def _line_width(canvas: np.ndarray) -> int:
-    return max(2, round(min(canvas.shape[:2]) / 300))
+def _line_width(picture: Image.Image) -> int:
+    return max(2, round(min(picture.size) / 300))
 
 
-def _font(canvas: np.ndarray) -> ImageFont.FreeTypeFont:
-    font = ImageFont.load_default(max(12, round(max(canvas.shape[:2]) / 52)))
+def _font(picture: Image.Image) -> ImageFont.FreeTypeFont:
+    font = ImageFont.load_default(max(12, round(max(picture.size) / 52)))
     assert isinstance(font, ImageFont.FreeTypeFont)  # what Pillow gives for a size
     return font
 
@@ -122,41 +146,67 @@ def _rect(box: np.ndarray) -> Rect:
     return int(box[0]), int(box[1]), int(box[2]), int(box[3])
 
 
-def _draw_masks(
-    canvas: np.ndarray, masks: Iterable[tuple[Mask, Color]], factor: int, width: int
-) -> np.ndarray:
-    """The canvas tinted and contoured; where masks overlap, a pixel has the colour of the last alone."""
-    layer = canvas.copy()
-    outlines: list[tuple[Sequence[np.ndarray], tuple[int, int], Color]] = []
-    for mask, color in masks:
+class _Masks:
+    """Tints and contours of a picture; where masks overlap, a pixel has the colour of the last alone.
+
+    On a large picture they are coarser, by less than a line is wide.
+    """
+
+    def __init__(self, picture: Image.Image, width: int):
+        """`width` is that of lines."""
+        self._step = max(1, width // 4) if is_large(picture.size) else 1
+        self._width = max(1, width - 1)
+        # At every pixel, or every step, the colour's number in the palette and 1; 0: no mask.
+        shape = -(-picture.height // self._step), -(-picture.width // self._step)
+        self._colors = np.zeros(shape, np.uint8)
+        self._contours: list[tuple[Sequence[np.ndarray], tuple[int, int], Color]] = []
+
+    def add(self, mask: Mask, label: int, factor: int) -> None:
+        """Put a mask on those before it, enlarged by `factor`."""
         if not mask.area:
-            continue
-        crop = _enlarged(mask.crop(), factor)
-        top, left = mask.top * factor, mask.left * factor
-        layer[top : top + crop.shape[0], left : left + crop.shape[1]][crop] = color
+            return
+        step, left, top = self._step, mask.left * factor, mask.top * factor
+        crop = np.ascontiguousarray(_enlarged(mask.crop(), factor)[-top % step :: step, -left % step :: step])
+        left, top = -(-left // step), -(-top // step)
+        self._colors[top : top + crop.shape[0], left : left + crop.shape[1]][crop] = label % PALETTE + 1
         contours, _ = cv2.findContours(crop.view(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-        outlines.append((contours, (left, top), color))
-    mixed = cv2.addWeighted(canvas, 1 - TINT, layer, TINT, 0)
-    for contours, offset, color in outlines:
-        cv2.drawContours(mixed, contours, -1, color, max(1, width - 1), cv2.LINE_AA, offset=offset)
-    return mixed
+        scaled = [contour * step for contour in contours]
+        self._contours.append((scaled, (left * step, top * step), class_color(label)))
+
+    def draw(self, strip: np.ndarray, top: int) -> None:
+        """Tint and contour the picture's rows from `top`."""
+        if not self._contours:
+            return
+        rows, columns = (np.arange(n) for n in strip.shape[:2])
+        colors = self._colors[(rows[:, None] + top) // self._step, columns // self._step]
+        tinted = colors > 0
+        layer = strip.copy()
+        layer[tinted] = np.array(_palette(), np.uint8)[colors[tinted] - 1]
+        cv2.addWeighted(strip, 1 - TINT, layer, TINT, 0, dst=strip)
+        for contours, (left, first), color in self._contours:
+            offset = left, first - top
+            cv2.drawContours(strip, contours, -1, color, self._width, cv2.LINE_AA, offset=offset)
 
 
-def _outline(canvas: np.ndarray, box: np.ndarray, color: Color, width: int) -> None:
-    """A box in its colour between two thin dark lines, so that it shows on any background."""
-    height, right = canvas.shape[0] - 1, canvas.shape[1] - 1
+def _outline(
+    strip: np.ndarray, top: int, size: tuple[int, int], box: np.ndarray, color: Color, width: int
+) -> None:
+    """A box in its colour between two thin dark lines, so that it shows on any background.
+
+    `strip` are the rows from `top` of a picture of `size` (width, height).
+    """
+    right, bottom = size[0] - 1, size[1] - 1
     x0, y0, x1, y1 = (
-        int(np.clip(v, 0, limit)) for v, limit in zip(box, (right, height, right, height), strict=True)
+        int(np.clip(v, 0, limit)) for v, limit in zip(box, (right, bottom, right, bottom), strict=True)
     )
-    cv2.rectangle(canvas, (x0, y0), (x1, y1), (20, 20, 20), width + 2)
-    cv2.rectangle(canvas, (x0, y0), (x1, y1), color, width)
+    for line, ink in ((width + 2, (20, 20, 20)), (width, color)):
+        cv2.rectangle(strip, (x0, y0 - top), (x1, y1 - top), ink, line)
 
 
-def _label(canvas: np.ndarray, labels: list[tuple[str, Rect, Color]]) -> np.ndarray:
+def _label(picture: Image.Image, labels: list[tuple[str, Rect, Color]]) -> None:
     """Write each text at its box: inside the picture, and clear of the others where there is room."""
-    picture = Image.fromarray(canvas)
     draw = ImageDraw.Draw(picture)
-    font = _font(canvas)
+    font = _font(picture)
     pad = max(2, round(font.size / 6))
     ascent, descent = font.getmetrics()
     height = ascent + descent + 2 * pad
@@ -169,7 +219,6 @@ def _label(canvas: np.ndarray, labels: list[tuple[str, Rect, Color]]) -> np.ndar
     for text, rect, color in reversed(placed):
         draw.rectangle((rect[0], rect[1], rect[2] - 1, rect[3] - 1), fill=color)
         draw.text((rect[0] + pad, rect[1] + pad), text, font=font, fill=_ink(color))
-    return np.array(picture)
 
 
 def _places(box: Rect, size: tuple[int, int], picture: tuple[int, int]) -> Iterable[Rect]:
@@ -219,10 +268,9 @@ def _ink(color: Color) -> Color:
     return (0, 0, 0) if luminance > 120 else (255, 255, 255)
 
 
-def _legend(canvas: np.ndarray, entries: list[tuple[str, Color]]) -> np.ndarray:
+def _legend(picture: Image.Image, entries: list[tuple[str, Color]]) -> None:
     """A panel in the top left corner: a swatch and the name of each class, the largest areas first."""
-    picture = Image.fromarray(canvas)
-    font = _font(canvas)
+    font = _font(picture)
     pad = max(2, round(font.size / 4))
     line = sum(font.getmetrics()) + pad
     shown = entries[: max(1, (picture.height - 2 * pad) // line)]
@@ -236,7 +284,6 @@ def _legend(canvas: np.ndarray, entries: list[tuple[str, Color]]) -> np.ndarray:
         draw.rectangle((pad, top, pad + line - pad, top + line - pad - 1), fill=color)
         draw.text((line + pad, top), name, font=font, fill=(255, 255, 255))
     picture.paste(panel, (0, 0))
-    return np.array(picture)
 
 
 def _cut(name: str, font: ImageFont.FreeTypeFont, room: int) -> str:

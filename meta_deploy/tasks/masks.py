@@ -13,6 +13,7 @@ import numpy as np
 
 from meta_deploy.bundle.manifest import Size
 
+_BAND = 1 << 22  # pixels that are worked on at a time
 _NONE = np.empty((0, 0), np.float32)  # no matrix to add to a product
 
 
@@ -66,17 +67,29 @@ class Mask:
         from pycocotools import mask as coco
 
         height, width = self.size
-        band = np.zeros((height, self.shape[1]), bool)  # whole columns, so that only the ends are missing
-        band[self.top : self.top + self.shape[0]] = self.crop()
-        runs = _runs(band).astype(np.int64)
-        runs[0] += self.left * height
-        after = (width - self.left - self.shape[1]) * height
-        if len(runs) % 2 == 1:
-            runs[-1] += after
-        elif after:
-            runs = np.append(runs, after)
+        starts, ends = self._pieces()
+        # Where the crop's pixels come in the whole image's columns.
+        column, row = np.divmod(starts, max(self.shape[0], 1))
+        starts, length = (column + self.left) * height + row + self.top, ends - starts
+        bounds = np.stack([starts, starts + length], 1).ravel()
+        joined = np.flatnonzero(bounds[1:-1:2] == bounds[2::2])  # pieces that meet across columns are one run
+        bounds = np.delete(bounds, np.concatenate([2 * joined + 1, 2 * joined + 2]))
+        runs = np.diff(np.concatenate([[0], bounds, [height * width]]))
+        if runs[-1] == 0:
+            runs = runs[:-1]
         encoded = coco.frPyObjects({"size": [height, width], "counts": runs.tolist()}, height, width)
         return {"size": [height, width], "counts": encoded["counts"].decode("ascii")}
+
+    def _pieces(self) -> tuple[np.ndarray, np.ndarray]:
+        """Starts and ends of the runs of 1 in the crop, down its columns, cut where a column ends; int64."""
+        ends = np.cumsum(self.runs, dtype=np.int64)
+        starts, ends = ends[0:-1:2], ends[1::2]
+        height = max(self.shape[0], 1)
+        count = (ends - 1) // height - starts // height + 1
+        first = np.repeat(starts, count)
+        within = np.arange(len(first)) - np.repeat(np.cumsum(count) - count, count)
+        piece = first // height + within
+        return np.maximum(first, piece * height), np.minimum(np.repeat(ends, count), (piece + 1) * height)
 
 
 def _runs(crop: np.ndarray) -> np.ndarray:
@@ -84,9 +97,12 @@ def _runs(crop: np.ndarray) -> np.ndarray:
     flat = crop.T.ravel()
     if not len(flat):
         return np.zeros(1, np.uint32)
-    ends = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    start = [0, 0] if flat[0] else [0]
-    return np.diff(np.concatenate([start, ends, [len(flat)]])).astype(np.uint32)
+    ends = []
+    for start in range(1, len(flat), _BAND):
+        ahead = flat[start : start + _BAND]
+        ends.append(np.flatnonzero(ahead != flat[start - 1 : start - 1 + len(ahead)]) + start)
+    first = [0, 0] if flat[0] else [0]
+    return np.diff(np.concatenate([first, *ends, [len(flat)]])).astype(np.uint32)
 
 
 def paste_mask(mask: np.ndarray, box: np.ndarray, size: Size, threshold: float) -> Mask:
@@ -105,8 +121,12 @@ def paste_mask(mask: np.ndarray, box: np.ndarray, size: Size, threshold: float) 
     # OpenCV's product, for numpy's BLAS wakes a thread per core for it and then waits for a busy machine.
     # Transposed: run lengths go down the columns, which then lie together in memory.
     half = cv2.gemm(columns, np.ascontiguousarray(mask, np.float32), 1, _NONE, 0, flags=cv2.GEMM_2_T)
-    pasted = cv2.gemm(half, rows, 1, _NONE, 0, flags=cv2.GEMM_2_T)
-    return Mask.from_crop((pasted >= threshold).T, top, left, size)
+    crop = np.empty((len(columns), len(rows)), bool)
+    band = max(1, _BAND // len(rows))
+    for start in range(0, len(columns), band):
+        pasted = cv2.gemm(half[start : start + band], rows, 1, _NONE, 0, flags=cv2.GEMM_2_T)
+        np.greater_equal(pasted, threshold, out=crop[start : start + band])
+    return Mask.from_crop(crop.T, top, left, size)
 
 
 def _span(start: float, stop: float, limit: int) -> tuple[int, int]:

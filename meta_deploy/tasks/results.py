@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from meta_deploy.bundle.files import atomic_write
 from meta_deploy.bundle.manifest import Size
 from meta_deploy.errors import InputError
-from meta_deploy.imaging.images import ImageLike, read_image
+from meta_deploy.imaging.images import ImageLike, one_at_a_time, read_canvas
 
 SHOWN = 5  # classes that a line names
 
@@ -77,24 +78,39 @@ class ImageResult(Result):
         """COCO result records. `category_ids` gives each class's id; None: `coco_category_ids`."""
 
     @abstractmethod
-    def _drawn(self, image: np.ndarray) -> np.ndarray:
-        """The result on an image of its size."""
+    def _drawn(self, picture: Image.Image) -> Image.Image:
+        """The result on an RGB picture of its size, which may be drawn on."""
 
-    def draw(self, image: ImageLike | None = None) -> np.ndarray:
+    def draw(self, image: ImageLike | None = None, depth: int | None = None) -> np.ndarray:
         """The result drawn on its image: RGB uint8 (H, W, 3).
 
-        Without `image` it is read from `path`. A small image comes back enlarged by a whole factor, so that
-        the names can be read.
+        Without `image` it is read from `path`; `depth` is as in `read_image`. A small image comes back
+        enlarged by a whole factor, so that the names can be read.
 
         Raises:
             ImageError: the image cannot be read.
             InputError: it is not the size of the one this is the result of, or there is none.
         """
-        return self._drawn(image_of(image, self.path, self.size))
+        return np.array(self._drawn(self._canvas(image, depth)))
 
-    def save(self, path: str | os.PathLike[str], image: ImageLike | None = None) -> None:
+    def save(
+        self, path: str | os.PathLike[str], image: ImageLike | None = None, depth: int | None = None
+    ) -> None:
         """Write the drawn image, in the format of `path`'s suffix, whole or not at all. Raises as `draw`."""
-        save_image(path, self.draw(image))
+        with one_at_a_time(self.size):
+            save_image(path, self._drawn(self._canvas(image, depth)))
+
+    def _canvas(self, image: ImageLike | None, depth: int | None) -> Image.Image:
+        source = self.path if image is None else image
+        if source is None:
+            raise InputError("these results have no path to read the image from; pass the image to draw on")
+        canvas = read_canvas(source, depth)
+        if canvas.size != self.size[::-1]:
+            raise InputError(
+                f"the image to draw on is {canvas.width}x{canvas.height}, and the results are of one of "
+                f"{self.size[1]}x{self.size[0]}; pass that one"
+            )
+        return canvas
 
 
 def listed(parts: Sequence[str]) -> str:
@@ -112,14 +128,12 @@ def coco_category_ids(classes: Sequence[str]) -> list[int]:
     return list(range(1, len(classes) + 1))
 
 
-def save_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
-    """Write RGB uint8 (H, W, 3) in the format of the path's suffix, whole or not at all.
+def save_image(path: str | os.PathLike[str], image: np.ndarray | Image.Image) -> None:
+    """Write RGB uint8 (H, W, 3), or an RGB picture, in the format of the path's suffix, whole or not at all.
 
     Raises:
         InputError: the suffix is no image format's, or the file cannot be written.
     """
-    from PIL import Image
-
     suffix = os.path.splitext(path)[1].lower()
     form = Image.registered_extensions().get(suffix)
     if form not in ("JPEG", "PNG", "WEBP", "BMP", "TIFF"):
@@ -127,28 +141,10 @@ def save_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
     options = {"quality": 92} if form in ("JPEG", "WEBP") else {}
     # Not into the file: encoders that write to a file by themselves take a full disk for a success.
     encoded = io.BytesIO()
+    picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     try:
-        Image.fromarray(image).save(encoded, format=form, **options)
+        picture.save(encoded, format=form, **options)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot write '{path}' as {form}: {error}; use .png") from error
     with atomic_write(path) as stream:
         stream.write(encoded.getbuffer())
-
-
-def image_of(image: ImageLike | None, path: str | None, size: Size) -> np.ndarray:
-    """The pixels that a result of `size` is of: `image`, or what `path` names. RGB uint8 (H, W, 3).
-
-    Raises:
-        ImageError: the image cannot be read.
-        InputError: there is none, or it is of another size.
-    """
-    source = path if image is None else image
-    if source is None:
-        raise InputError("these results have no path to read the image from; pass the image to draw on")
-    pixels = read_image(source)
-    if pixels.shape[:2] != size:
-        raise InputError(
-            f"the image to draw on is {pixels.shape[1]}x{pixels.shape[0]}, and the results are of one of "
-            f"{size[1]}x{size[0]}; pass that one"
-        )
-    return pixels

@@ -11,9 +11,11 @@ from typing import Any, ClassVar
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.bundle.manifest import Size
+from meta_deploy.imaging.images import is_large
 from meta_deploy.imaging.preprocess import Placement
 from meta_deploy.tasks.comparison import Comparison, SegmentationComparison
 from meta_deploy.tasks.draw import draw_segmentation
@@ -21,6 +23,8 @@ from meta_deploy.tasks.masks import Mask
 from meta_deploy.tasks.results import ImageResult, coco_category_ids, listed
 from meta_deploy.tasks.task import Output, Task, check_classes, check_finite
 from meta_deploy.tasks.tiles import Tile, join_maps
+
+BAND = 256  # rows of a large image that are worked on at a time
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -46,7 +50,9 @@ class Segmentation(ImageResult):
     @property
     def areas(self) -> dict[int, int]:
         """The pixels of each label that occurs, the largest first."""
-        counts = np.bincount(self.labels.ravel(), minlength=len(self.classes))
+        counts = np.zeros(len(self.classes), np.int64)
+        for top in range(0, len(self.labels), BAND):  # counting makes each label 8 bytes
+            counts += np.bincount(self.labels[top : top + BAND].ravel(), minlength=len(counts))
         return {int(i): int(counts[i]) for i in np.argsort(-counts, kind="stable") if counts[i]}
 
     def to_coco(self, image_id: int | str, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
@@ -73,8 +79,8 @@ class Segmentation(ImageResult):
     def _mask(self, label: int) -> Mask:
         return Mask.from_full(self.labels == label)
 
-    def _drawn(self, image: np.ndarray) -> np.ndarray:
-        return draw_segmentation(image, self.labels, self.classes)
+    def _drawn(self, picture: Image.Image) -> Image.Image:
+        return draw_segmentation(picture, self.labels, self.classes, list(self.areas))
 
 
 class SemanticSegmentation(Task):
@@ -111,19 +117,37 @@ def class_map(logits: np.ndarray, placement: Placement, padded: Size) -> np.ndar
     """Logits (classes, h, w) of one image to its class map, int16 (H, W) in original pixels.
 
     As MMSegmentation: bilinear to the padded input, the valid part cut out, bilinear to the original size,
-    argmax (the first of equals). Class by class, so that memory does not grow with their number.
+    argmax (the first of equals). Class by class, so that memory does not grow with their number, and a large
+    image band by band.
     """
     height, width = placement.original
-    best = np.full((height, width), -np.inf, np.float32)
+    rows = BAND if is_large(placement.original) else height
     labels = np.zeros((height, width), np.int16)
-    for label, plane in enumerate(logits):
-        scores = _resize(
-            _resize(plane, padded)[: placement.resized[0], : placement.resized[1]], (height, width)
-        )
-        better = scores > best
-        np.copyto(best, scores, where=better)
-        np.copyto(labels, np.int16(label), where=better)
+    best = np.empty((rows, width), np.float32)
+    for top in range(0, height, rows):
+        band = labels[top : top + rows]
+        best[:] = -np.inf
+        for label, plane in enumerate(logits):
+            valid = _resize(plane, padded)[: placement.resized[0], : placement.resized[1]]
+            scores = _resize_rows(valid, (height, width), top, len(band))
+            better = scores > best[: len(band)]
+            np.copyto(best[: len(band)], scores, where=better)
+            np.copyto(band, np.int16(label), where=better)
     return labels
+
+
+def _resize_rows(plane: np.ndarray, size: Size, top: int, count: int) -> np.ndarray:
+    """Rows [top, top + count) of the plane resized to `size`: bilinear at pixel centres, as all of it."""
+    if count == size[0]:
+        return _resize(plane, size)
+    at = (np.arange(top, top + count) + 0.5) * (len(plane) / size[0]) - 0.5
+    at = at.clip(0, len(plane) - 1)
+    above = at.astype(int)
+    below = np.minimum(above + 1, len(plane) - 1)
+    weight = (at - above).astype(np.float32)[:, None]
+    first = above[0]
+    part = _resize(plane[first : below[-1] + 1], (int(below[-1]) + 1 - first, size[1]))
+    return part[above - first] * (1 - weight) + part[below - first] * weight
 
 
 def _resize(plane: np.ndarray, size: Size) -> np.ndarray:

@@ -24,6 +24,7 @@ from meta_deploy.bundle.claims import Claims
 from meta_deploy.cli.infer import main
 from meta_deploy.cli.outputs import overlay_names
 from meta_deploy.imaging.images import Source
+from meta_deploy.imaging.video import VideoWriter
 from meta_deploy.runtime.predictor import Predictor
 from tests.bundles_by_hand import detector, manifest
 
@@ -406,26 +407,14 @@ def test_standard_output_is_not_written_over(here, bundles, options):
 
 
 def test_a_disk_that_fills_up_under_a_video_is_one_line(here, infer, monkeypatch):
-    class Full:  # as OpenCV's own does, it says nothing
-        fourcc = cv2.VideoWriter.fourcc
-
-        def __init__(self, path, *_):
-            open(path, "wb").close()
-
-        def isOpened(self):
-            return True
-
-        def write(self, image):
-            pass
-
-        def release(self):
-            pass
+    def full(*_):
+        raise OSError(28, "No space left on device")
 
     clip("clip.mp4")
-    monkeypatch.setattr(cv2, "VideoWriter", Full)
+    monkeypatch.setattr(VideoWriter, "close", full)
     code, _, err = infer("clip.mp4", "--backend", "onnxruntime")
     assert (code, len(err.splitlines())) == (2, 1)
-    assert "cannot write all of the video" in err
+    assert "cannot write the video 'meta-infer-out/clip-overlay.mp4': No space left on device" in err
     assert not os.path.exists("meta-infer-out")
 
 

@@ -1,6 +1,7 @@
 """Many inputs: in order, each once, errors in their place, and only a few read before they are needed."""
 
 import threading
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 from meta_deploy import Predictor
 from meta_deploy.errors import ImageError
 from meta_deploy.imaging.images import Source
+from meta_deploy.imaging.video import TimedFrame
 from meta_deploy.runtime import stream
 from meta_deploy.runtime.stream import predict, read_ahead
 
@@ -35,10 +37,9 @@ def test_results_come_in_order_with_errors_in_their_place(bundles, sources, batc
             assert round(float(frame.result.scores[0]) * 255) == 100 + 10 * i
 
 
-def test_only_a_few_images_are_held_at_a_time(sources, monkeypatch):
+def test_only_a_few_images_are_held_at_a_time(sources):
     read = []
-    monkeypatch.setattr(stream, "read_image", lambda path: read.append(path))
-    frames = read_ahead(sources, depth=2)
+    frames = read_ahead(sources, depth=2, read=read.append)
     next(frames)
     assert len(read) <= 3
     frames.close()
@@ -54,13 +55,13 @@ def test_stopping_early_leaves_no_thread(sources):
 
 def test_a_video_that_breaks_off_gives_its_frames_and_then_the_error(monkeypatch, tmp_path):
     class Broken:
-        fps = 5.0
+        fps, warning = 5.0, None
 
         def __init__(self, path):
             pass
 
         def __iter__(self):
-            yield np.zeros((8, 8, 3), np.uint8)
+            yield TimedFrame(np.zeros((8, 8, 3), np.uint8), 0, Fraction(0), None)
             raise ImageError("the rest is missing")
 
         def __enter__(self):
@@ -71,5 +72,5 @@ def test_a_video_that_breaks_off_gives_its_frames_and_then_the_error(monkeypatch
 
     monkeypatch.setattr(stream, "Video", Broken)
     frames = list(read_ahead([Source(tmp_path / "a.mp4", True)], depth=2))
-    assert [frame.index for frame in frames] == [0, None]
+    assert [(frame.index, frame.result) for frame in frames] == [(0, None), (0, None)]
     assert "missing" in str(frames[1].error)

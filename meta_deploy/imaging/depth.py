@@ -1,0 +1,109 @@
+"""Samples of more than 8 bits to 8: which of their values is white, and what to say of it.
+
+Knows arrays; must not know files and their formats.
+
+16-bit files often hold 10, 12 or 14 bits of a camera or microscope, and nothing says so. The order is: the
+depth that the caller sets; what the file declares; else the range of the picture's own values, rounded up to
+the next usual depth. That is decided for each picture by itself, so that it does not depend on which others
+are read with it. A dark picture may come out brighter for it, which the note says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from meta_deploy.errors import InputError
+
+MAX_DEPTH = 32
+_USUAL = (8, 10, 12, 14, 16, 20, 24, 32)
+_ROWS = 1 << 22  # samples that are converted at a time
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something to say once of many pictures: of a `kind`, with the `value` decided on, in a sentence."""
+
+    kind: str
+    value: str
+    text: str
+
+
+def check_depth(depth: int | None) -> None:
+    """Raises InputError when it is not None and not a number of bits from 1 to MAX_DEPTH."""
+    if depth is None:
+        return
+    if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= MAX_DEPTH:
+        raise InputError(f"depth must be bits from 1 to {MAX_DEPTH}, not {depth!r}")
+
+
+def to_8_bits(
+    values: np.ndarray, depth: int | None = None, declared: int | None = None, inverted: bool = False
+) -> tuple[np.ndarray, Note | None]:
+    """Samples of any integer or float dtype as uint8 of the same shape, and what was decided, if anything.
+
+    `depth` and `declared` are bits: white is 2**bits - 1; one bit is floats from 0 to 1. Values that depth
+    leaves out are clipped. With `inverted` 0 is white. Numbers that are not finite become 0.
+    """
+    floats = values.dtype.kind == "f"
+    low, high, infinite = _range(values) if floats else (int(values.min()), int(values.max()), False)
+    note, (black, white) = _limits(values.dtype, low, high, depth, declared)
+    out = np.empty(values.shape, np.uint8)
+    step = max(1, _ROWS // max(1, values[0].size))
+    for top in range(0, len(values), step):
+        _convert(values[top : top + step], black, white, out[top : top + step])
+    if inverted:
+        np.subtract(255, out, out=out)
+    if infinite:
+        bad = "holds numbers that are not finite (NaN or infinite), which are taken as 0"
+        note = Note("depth", "not finite", f"{bad}; {note.text}" if note else bad)
+    return out, note
+
+
+def _range(values: np.ndarray) -> tuple[float, float, bool]:
+    """Least and greatest of the finite numbers, and whether there are others."""
+    low, high = float(values.min()), float(values.max())
+    if np.isfinite(low) and np.isfinite(high):
+        return low, high, False
+    finite = values[np.isfinite(values)]
+    return (float(finite.min()), float(finite.max()), True) if finite.size else (0.0, 0.0, True)
+
+
+def _limits(
+    dtype: np.dtype, low: float, high: float, depth: int | None, declared: int | None
+) -> tuple[Note | None, tuple[float, float]]:
+    """The values that become black and white, and the note."""
+    title = f"{8 * dtype.itemsize}-bit {'float' if dtype.kind == 'f' else 'signed' if low < 0 else 'data'}"
+    if depth is not None:
+        half = 2 ** (depth - 1)
+        return None, (-half, half - 1) if low < 0 and depth > 1 else (0, 2**depth - 1)
+    if low < 0:
+        text = f"holds {title} values from {low:g} to {high:g}, taken as black and white"
+        return Note("depth", "its own range", f"{text}; --depth makes all alike"), (low, high)
+    if dtype.kind == "f" and high <= 1.001:
+        return Note("depth", "0 to 1", f"holds {title} values, taken as 0 to 1; --depth sets it"), (0, 1)
+    if dtype.kind == "f" and high < 16:  # neither 0 to 1 nor 0 to 255
+        text = f"holds {title} values from 0 to {high:g}, taken as black and white"
+        return Note("depth", "its own range", f"{text}; --depth makes all alike"), (0, high)
+    if declared is not None and high < 2**declared:
+        bits, why = declared, "as it declares"
+    else:
+        bits = next((b for b in _USUAL if high < 2**b), 8 * dtype.itemsize)
+        why = f"by its values up to {high:g}"
+    note = None
+    if not (dtype.kind == "u" and bits == 8 * dtype.itemsize):
+        advice = "" if bits == declared else "; --depth sets it"
+        note = Note("depth", f"{bits} bits", f"holds {title} taken as {bits} bits, {why}{advice}")
+    return note, (0, 2**bits - 1)
+
+
+def _convert(values: np.ndarray, black: float, white: float, out: np.ndarray) -> None:
+    """Write samples into uint8; whole bits of integers are shifted, so that the high ones stay."""
+    bits = int(white).bit_length()
+    if values.dtype.kind in "iu" and black == 0 and bits >= 8:
+        out[...] = values.clip(0, min(int(white), np.iinfo(values.dtype).max)) >> values.dtype.type(bits - 8)
+        return
+    scaled = np.nan_to_num(values.astype(np.float64), nan=0, posinf=0, neginf=0).clip(black, white)
+    scaled = (scaled - black) * (255 / (white - black) if white > black else 0)
+    out[...] = scaled + 0.5

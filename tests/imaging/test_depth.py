@@ -1,0 +1,195 @@
+"""Samples of more than 8 bits come out at the brightness that is meant, or it is said that nobody knows."""
+
+import io
+import struct
+import subprocess
+import sys
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image, TiffImagePlugin
+
+from meta_deploy.errors import ImageError, InputError
+from meta_deploy.imaging.images import ImageWarning, load, read_image
+
+RAMP = np.linspace(0, 1, 20 * 30).reshape(20, 30)
+EIGHT = np.round(RAMP * 255).astype(int)
+
+
+def tiff(array, **tags):
+    """An uncompressed TIFF of one strip, tags by number: `t262=0`."""
+    kinds = {"u": 1, "i": 2, "f": 3}
+    samples = array.shape[2] if array.ndim == 3 else 1
+    data = array.astype(array.dtype.newbyteorder("<")).tobytes()
+    entries = {256: array.shape[1], 257: array.shape[0], 259: 1, 262: 2 if samples > 1 else 1, 273: 0,
+               277: samples, 278: array.shape[0], 279: len(data), 258: 8 * array.itemsize,
+               339: kinds[array.dtype.kind]}  # fmt: skip
+    entries |= {int(name[1:]): value for name, value in tags.items()}
+    directory = TiffImagePlugin.ImageFileDirectory_v2(b"II*\x00\x08\x00\x00\x00")
+    for tag, value in entries.items():
+        directory[tag] = (value,) * samples if tag in (258, 339) else value
+    # Pillow makes of the strip's offset 0 the end of the directory.
+    return b"II*\x00\x08\x00\x00\x00" + directory.tobytes(8) + data
+
+
+def png(array, significant=None):
+    content = cv2.imencode(".png", array)[1].tobytes()
+    if significant is None:
+        return content
+    chunk = b"sBIT" + bytes([significant] * (1 if array.ndim == 2 else 3))
+    return (
+        content[:33]
+        + struct.pack(">I", len(chunk) - 4)
+        + chunk
+        + struct.pack(">I", zlib.crc32(chunk))
+        + content[33:]
+    )
+
+
+def check(content, said, expected=EIGHT, atol=1, **options):
+    picture = load(content, **options)
+    assert picture.pixels.dtype == np.uint8
+    grey = picture.pixels[..., 0].astype(int)
+    np.testing.assert_allclose(grey, expected, atol=atol)
+    assert [note.value for note in picture.notes] == ([said] if said else [])
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("form", [png, tiff])
+def test_the_range_of_the_values_tells_the_depth(bits, form):
+    values = np.floor(RAMP * (2**bits - 1)).astype(np.uint16)
+    check(form(values), None if bits == 16 else f"{bits} bits")
+    check(form(np.dstack([values] * 3)), None if bits == 16 else f"{bits} bits")
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_colours_keep_their_order(channels):
+    values = np.zeros((20, 30, channels), np.uint16)
+    values[..., 2], values[..., 1] = 4000, 2000  # OpenCV's order: red is last
+    assert load(png(values)).pixels[0, 0].tolist() == [4000 >> 4, 2000 >> 4, 0]
+
+
+def test_a_declared_depth_is_taken():
+    dark = np.floor(RAMP * 900).astype(np.uint16)
+    check(png(dark, significant=12), "12 bits", dark >> 4)
+    check(tiff(dark, t281=4095), "12 bits", dark >> 4)
+    check(tiff(dark, t281=65535), None, dark >> 8)
+    check(tiff(dark), "10 bits", dark >> 2)
+    full = np.floor(RAMP * 65535).astype(np.uint16)  # as PNG wants significant bits: at the top
+    check(png(full, significant=12), None, full >> 8)
+
+
+def test_depth_can_be_set():
+    dark = np.floor(RAMP * 900).astype(np.uint16)
+    check(tiff(dark, t281=4095), None, dark >> 2, depth=10)
+    check(png(dark), None, dark >> 8, depth=16)
+    check(png(dark), None, np.minimum(dark, 255), depth=8)
+    for depth in (0, 33, True, 12.0, "12"):
+        with pytest.raises(InputError, match="depth must be"):
+            read_image(png(dark), depth)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_white_may_be_zero(dtype):
+    most = 255 if dtype == np.uint8 else 4095
+    values = np.floor(RAMP * most).astype(dtype)
+    check(tiff(values, t262=0), None if dtype == np.uint8 else "12 bits", 255 - EIGHT)
+
+
+def test_signed_and_wide_integers():
+    check(tiff((RAMP * 4000 - 1000).astype(np.int16)), "its own range")
+    check(tiff(np.floor(RAMP * 4095).astype(np.int16)), "12 bits")
+    check(tiff(np.floor(RAMP * 65535).astype(np.int32)), "16 bits")
+    check(tiff(np.floor(RAMP * (2**24 - 1)).astype(np.uint32)), "24 bits")
+    check(tiff((RAMP * 65535 - 32768).astype(np.int16)), None, depth=16)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("most", "said"), [(1, "0 to 1"), (255, "8 bits"), (65535, "16 bits"), (2, "its own range")]
+)
+def test_floats(dtype, most, said):
+    check(tiff((RAMP * most).astype(dtype)), said)
+
+
+def test_floats_that_are_no_numbers_are_black_and_said():
+    values = (RAMP * 0.9).astype(np.float32)
+    values[0, 0], values[0, 1], values[0, 2] = np.nan, np.inf, -np.inf
+    picture = load(tiff(values))
+    assert picture.pixels[0, :3].max() == 0
+    assert picture.pixels[-1, -1, 0] == 229
+    assert "not finite (NaN or infinite)" in picture.notes[0].text
+    assert load(tiff(np.full((4, 4), np.nan, np.float32))).pixels.max() == 0
+
+
+def test_what_cannot_be_read_is_named():
+    with pytest.raises(ImageError, match="16-bit float samples"):
+        read_image(tiff(RAMP.astype(np.float16)))
+
+
+def test_8_bits_are_left_alone():
+    grey = EIGHT.astype(np.uint8)
+    check(tiff(grey // 8), None, grey // 8, atol=0)
+    check(png(grey // 8), None, grey // 8, atol=0)
+
+
+def test_a_page_is_chosen_and_said():
+    pages = [Image.fromarray((EIGHT + i).astype(np.uint8)) for i in (0, 0, 0)]
+    out = io.BytesIO()
+    pages[0].save(out, "TIFF", save_all=True, append_images=pages[1:])
+    check(out.getvalue(), "first", atol=0)
+
+
+def test_read_image_warns_with_the_files_name(tmp_path):
+    (tmp_path / "a.tif").write_bytes(tiff(np.floor(RAMP * 4095).astype(np.uint16)))
+    with pytest.warns(
+        ImageWarning, match=r"a\.tif' holds 16-bit data taken as 12 bits, by its values up to 4095"
+    ):
+        read_image(tmp_path / "a.tif")
+
+
+NAMED = {
+    "HEIC": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
+    "AVIF": b"\0\0\0\x18ftypavis\0\0\0\0mif1avis",
+    "JPEG XL": b"\xff\x0a" + bytes(50),
+    "DICOM": bytes(128) + b"DICM",
+    "NIfTI": bytes(344) + b"n+1\0",
+    "SVG": b"<?xml version='1.0'?>\n<!-- drawn -->\n<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "PDF": b"%PDF-1.7\n",
+    "raw file": b"II*\x00\x10\x00\x00\x00CR\x02\x00" + bytes(100),
+    "Photoshop": b"8BPS\0\1" + bytes(30),
+    "OpenEXR": b"\x76\x2f\x31\x01" + bytes(30),
+    "MP4": b"\0\0\0\x18ftypisom\0\0\2\0isomiso2",
+    "Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+    "HTML": b"\n<!DOCTYPE html><html></html>",
+}
+
+
+@pytest.mark.parametrize("kind", NAMED)
+def test_a_file_of_another_kind_is_named_by_its_content(tmp_path, kind):
+    (tmp_path / "a.jpg").write_bytes(NAMED[kind])
+    with pytest.raises(ImageError, match=rf"a\.jpg' is an? .*{kind}.*; \w+"):
+        read_image(tmp_path / "a.jpg")
+
+
+def test_a_raw_files_thumbnail_is_not_taken_for_the_picture():
+    grey = EIGHT.astype(np.uint8)
+    for tags in ({"t254": 1, "t330": 8}, {"t50706": b"\1\4\0\0"}):
+        with pytest.raises(ImageError, match="camera's raw file"):
+            read_image(tiff(grey, **tags))
+
+
+def test_decoders_print_nothing(tmp_path):
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (99, 99, 3), np.uint8)).save(
+        out, "TIFF", compression="tiff_lzw"
+    )
+    content = bytearray(out.getvalue())
+    content[100:5000] = bytes(4900)
+    (tmp_path / "a.tif").write_bytes(content)
+    code = "import sys\nfrom meta_deploy.imaging.images import read_image\nread_image(sys.argv[1])"
+    process = subprocess.run([sys.executable, "-c", code, tmp_path / "a.tif"], capture_output=True, text=True)
+    assert "LZW" not in process.stderr
+    assert process.stderr.splitlines()[-1].startswith("meta_deploy.errors.ImageError")
