@@ -101,6 +101,20 @@ def parser() -> Parser:
         help="CPU threads, 1 to 1024 (default: all that this process may use)",
     )
     p.add_argument(
+        "--tile",
+        type=positive_int,
+        metavar="PIXELS",
+        help="run every image in overlapping square tiles of this side and join their results, so that small "
+        "objects of large images are not lost in resizing (default: the image as a whole)",
+    )
+    p.add_argument(
+        "--tile-overlap",
+        type=positive_int,
+        metavar="PIXELS",
+        help="pixels that neighbouring tiles share at least; best more than most objects measure (default: a "
+        "quarter of --tile)",
+    )
+    p.add_argument(
         "--depth",
         type=bit_depth,
         metavar="BITS",
@@ -196,7 +210,7 @@ def _open(args: Namespace) -> Predictor:
     bundle, backend = args.model, args.backend
     if args.rebuild:
         bundle, backend = _rebuilt(DEMO_BUNDLE if args.model is None else args.model, args.backend)
-    return Predictor(bundle, backend, threshold, args.threads, args.depth)
+    return Predictor(bundle, backend, threshold, args.threads, args.depth, args.tile, args.tile_overlap)
 
 
 def _check(args: Namespace, sources: Sequence[Source], bundle: Bundle) -> None:

@@ -361,7 +361,7 @@ class _Notes:
     def add(self, notes: Sequence[Note]) -> None:
         for note in notes:
             if note.kind not in self._said:
-                tqdm.write(f"meta-infer: {' '.join(note.text.split())}", file=sys.stderr)
+                tell(f"meta-infer: {note.text}")
             self._said.setdefault(note.kind, Counter())[note.value] += 1
 
     def finish(self) -> None:
@@ -369,7 +369,7 @@ class _Notes:
             if kind == "depth" and len(values) > 1:
                 told = ", ".join(f"{value} ({count})" for value, count in values.items())
                 text = f"pictures were taken as of different depths: {told}; --depth sets one for all"
-                print(f"meta-infer: warning: {text}", file=sys.stderr)
+                tell(f"meta-infer: warning: {text}")
 
 
 class _VideoLine:

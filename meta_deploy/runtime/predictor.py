@@ -24,9 +24,11 @@ from meta_deploy.imaging.preprocess import Preprocessor
 from meta_deploy.targets import open_backend
 from meta_deploy.tasks import get_task
 from meta_deploy.tasks.results import Result, Timings
+from meta_deploy.tasks.tiles import tiles_of
 
 DEMO_BUNDLE = Path(__file__).parent.parent / "assets" / "demo"
 MAX_THREADS = 1024
+LEAST_TILE, MOST_TILE = 16, 1 << 20
 
 
 class Predictor:
@@ -43,6 +45,8 @@ class Predictor:
         score_threshold: float | None = None,
         threads: int | None = None,
         depth: int | None = None,
+        tile: int | None = None,
+        tile_overlap: int | None = None,
     ):
         """Open a bundle (None: the demo bundle of the package) on a back end.
 
@@ -51,10 +55,16 @@ class Predictor:
         this process; half of them for a predictor opened beside another, a third for the next, …); `depth`
         the bits that samples of 16-bit, 32-bit and float images really have (None: see `read_image`).
 
+        `tile` is the side in pixels of the overlapping tiles that an image is run in, at the resolution that
+        it has, their results joined; None: the image as a whole, resized to the model's input. Neighbours
+        share at least `tile_overlap` pixels (None: a quarter of the side). An object larger than that may be
+        cut by every tile, and is then put together from its parts.
+
         Raises:
             BundleError: not a bundle, or one altered or too new.
             BackendError: the back end is not installed, or cannot run this bundle here.
-            InputError: a threshold, thread count or depth out of range.
+            InputError: a threshold, thread count, depth, tile or overlap out of range, or tiles for a bundle
+                whose results cannot be joined.
         """
         if score_threshold is not None and not _is_number(score_threshold, 0, 1):
             raise InputError(f"score_threshold must be a number from 0 to 1, not {score_threshold!r}")
@@ -62,6 +72,7 @@ class Predictor:
             raise InputError(f"threads must be a whole number from 1 to {MAX_THREADS}, not {threads!r}")
         check_depth(depth)
         self.depth = depth
+        self.tile, self.tile_overlap = _checked_tile(tile, tile_overlap)
         bundle = DEMO_BUNDLE if bundle is None else bundle
         if isinstance(bundle, Bundle):
             self.bundle, self._backend = bundle, open_backend(bundle, backend, threads)
@@ -71,6 +82,10 @@ class Predictor:
             )
         self.score_threshold = self.bundle.score_threshold if score_threshold is None else score_threshold
         self._task = get_task(self.bundle.task)
+        if self.tile is not None and not self._task.joins:
+            raise InputError(
+                f"tiles are for objects and classes; bundle '{self.bundle.path}' gives plain arrays"
+            )
         if self.bundle.takes_images:
             self._preprocess = Preprocessor(self.bundle.input, self.bundle.preprocess)
 
@@ -108,6 +123,8 @@ class Predictor:
             As for one image.
         """
         _ = self.bundle.input  # an error where the bundle takes arrays only
+        if self.tile is not None:
+            return load(image, self.depth)
         return load(image, self.depth, lambda height, width: self._preprocess.place(height, width).resized)
 
     def batch(self, images: Sequence[ImageLike | Picture]) -> list[Result]:
@@ -119,6 +136,21 @@ class Predictor:
             As for one image.
         """
         images = [image if isinstance(image, Picture) else given_image(image) for image in images]
+        if self.tile is not None:
+            return [self._in_tiles(image, self.tile) for image in images]
+        return self._as_wholes(images)
+
+    def _in_tiles(self, image: ImageLike | Picture, side: int) -> Result:
+        picture = image if isinstance(image, Picture) else self._read_and_tell(image)
+        tiles = tiles_of(picture.size, side, self.tile_overlap)
+        results = self._as_wholes([tile.of(picture.pixels) for tile in tiles])
+        began = perf_counter()
+        joined = self._task.join(picture.size, tiles, results)
+        took = Timings(post=1000 * (perf_counter() - began))
+        timings = sum((result.timings for result in results), took)
+        return replace(joined, path=_path(image), timings=timings)
+
+    def _as_wholes(self, images: Sequence[ImageLike | Picture]) -> list[Result]:
         results: list[Result] = []
         size = 1 if self.bundle.task == "raw" else self.bundle.input.batch.max
         for start in range(0, len(images), size):
@@ -150,8 +182,7 @@ class Predictor:
             timings = Timings(
                 (prepared - started) * share, (done - prepared) * share, (after - before) * 1000
             )
-            path = os.fspath(image) if isinstance(image, (str, os.PathLike)) else None
-            yield replace(result, path=path, timings=timings)
+            yield replace(result, path=_path(image), timings=timings)
 
     def _read_and_tell(self, image: ImageLike) -> Picture:
         picture = self.read(image)
@@ -175,6 +206,24 @@ class Predictor:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _path(image: ImageLike | Picture) -> str | None:
+    return os.fspath(image) if isinstance(image, (str, os.PathLike)) else None
+
+
+def _checked_tile(side: int | None, overlap: int | None) -> tuple[int | None, int]:
+    """The side of the tiles and their overlap. Raises InputError."""
+    if side is None:
+        if overlap is not None:
+            raise InputError("tile_overlap is of tiles; give tile too, or leave it out")
+        return None, 0
+    if not _is_number(side, LEAST_TILE, MOST_TILE, numbers.Integral):
+        raise InputError(f"tile must be a whole number from {LEAST_TILE} to {MOST_TILE}, not {side!r}")
+    overlap = side // 4 if overlap is None else overlap
+    if not _is_number(overlap, 0, side - 1, numbers.Integral):
+        raise InputError(f"tile_overlap must be a whole number from 0 to {side - 1}, not {overlap!r}")
+    return side, overlap
 
 
 def _is_number(value: object, low: int, high: int, kind: type = numbers.Real) -> bool:

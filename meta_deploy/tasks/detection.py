@@ -99,7 +99,7 @@ class Detections(ImageResult):
             labels=np.concatenate([result.labels for result in results]),
             segments=tuple(mask for segments in masks for mask in segments) if masks else None,
             path=first.path if all(result.path == first.path for result in results) else None,
-            timings=Timings(*(sum(getattr(r.timings, t) for r in results) for t in ("pre", "model", "post"))),
+            timings=sum((result.timings for result in results), Timings()),
         )
         return whole[np.argsort(-whole.scores, kind="stable")]
 

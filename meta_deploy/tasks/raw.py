@@ -75,6 +75,7 @@ class Raw(Task):
     """Any graph. Its outputs are those of its manifest."""
 
     name = "raw"
+    joins = False
     outputs: ClassVar[Mapping[str, Output]] = {}
 
     def decode(

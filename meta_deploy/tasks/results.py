@@ -34,6 +34,9 @@ class Timings:
     model: float = 0.0
     post: float = 0.0
 
+    def __add__(self, other: Timings) -> Timings:
+        return Timings(self.pre + other.pre, self.model + other.model, self.post + other.post)
+
     @property
     def total(self) -> float:
         return self.pre + self.model + self.post

@@ -13,7 +13,7 @@ import numpy as np
 
 from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.bundle.manifest import Size
-from meta_deploy.errors import BackendError, BundleError, InputError
+from meta_deploy.errors import BackendError, BundleError
 from meta_deploy.imaging.preprocess import Placement
 from meta_deploy.tasks.comparison import Comparison
 from meta_deploy.tasks.results import Result
@@ -32,10 +32,12 @@ class Task(ABC):
 
     Attributes:
         name: as the manifest calls it.
+        joins: whether results of an image's tiles can be joined.
         outputs: what the graph gives, by name. Empty for `raw`, whose manifests list their own.
     """
 
     name: ClassVar[str]
+    joins: ClassVar[bool] = True
     outputs: ClassVar[Mapping[str, Output]]
 
     @abstractmethod
@@ -63,12 +65,8 @@ class Task(ABC):
         """
 
     def join(self, size: Size, tiles: Sequence[Tile], results: Sequence[Any]) -> Result:
-        """One result of an image of `size` from those of its tiles.
-
-        Raises:
-            InputError: the task's results cannot be joined.
-        """
-        raise InputError(f"results of the task '{self.name}' cannot be joined; run the image as a whole")
+        """One result of an image of `size` from those of its tiles, where the task `joins`."""
+        raise NotImplementedError(self.name)
 
     @abstractmethod
     def comparison(self, tolerance: Mapping[str, float], score_threshold: float = 0.0) -> Comparison:

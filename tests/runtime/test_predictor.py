@@ -5,11 +5,14 @@ from concurrent.futures import ThreadPoolExecutor
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from meta_deploy import Arrays, Detections, Predictor, Segmentation
 from meta_deploy.bundle.bundle import Bundle, write_bundle
 from meta_deploy.errors import BackendError, BundleError, ImageError, InputError
 from meta_deploy.targets import open_backend
+from meta_deploy.tasks import get_task
+from meta_deploy.tasks.tiles import tiles_of
 from tests.bundles_by_hand import detector, manifest, segmenter
 
 
@@ -362,3 +365,49 @@ def test_bundles_and_predictors_print_as_one_line(bundles):
         shown = f"Bundle '{bundles / 'raw'}': doubler, raw for onnxruntime in fp32, 0.0 MB"
         assert repr(predictor.bundle) == str(predictor.bundle) == shown
         assert repr(predictor) == f"Predictor of {predictor.bundle!r}, runs on {predictor.runs_on}"
+
+
+# --- tiles --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["detector", "detector-batch", "segmenter", "segmenter-dynamic"])
+def test_an_image_in_tiles_is_the_joined_results_of_its_parts(bundles, photo, name):
+    with Predictor(bundles / name, tile=64) as tiled, Predictor(bundles / name) as whole:
+        result = tiled(photo)
+        tiles = tiles_of(photo.shape[:2], 64, 16)
+        parts = [whole(np.ascontiguousarray(tile.of(photo))) for tile in tiles]
+        joined = get_task(whole.bundle.task).join(photo.shape[:2], tiles, parts)
+    assert len(tiles) == 6
+    assert result.size == photo.shape[:2]
+    assert result.timings.model > 0
+    a, b = result.to_dict(), joined.to_dict()
+    assert {**a, "timings": None} == {**b, "timings": None}
+
+
+def test_one_tile_that_holds_the_image_is_the_image(bundles, photo, tmp_path):
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    with Predictor(bundles / "detector", tile=200) as tiled, Predictor(bundles / "detector") as whole:
+        a, b = tiled(tmp_path / "photo.png").to_dict(), whole(tmp_path / "photo.png").to_dict()
+    assert a["path"] == str(tmp_path / "photo.png")
+    assert a["detections"] == b["detections"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"tile": 8}, "tile must be a whole number from 16"),
+        ({"tile": 64.5}, "tile must be"),
+        ({"tile": True}, "tile must be"),
+        ({"tile": 64, "tile_overlap": 64}, "tile_overlap must be a whole number from 0 to 63"),
+        ({"tile": 64, "tile_overlap": -1}, "tile_overlap must be"),
+        ({"tile_overlap": 8}, "give tile too"),
+    ],
+)
+def test_tiles_that_cannot_be_are_refused(bundles, options, said):
+    with pytest.raises(InputError, match=said):
+        Predictor(bundles / "detector", **options)
+
+
+def test_arrays_of_a_raw_bundle_are_not_joined(bundles):
+    with pytest.raises(InputError, match="gives plain arrays"):
+        Predictor(bundles / "raw-image", tile=64)

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meta_deploy.errors import InputError
 from meta_deploy.tasks import get_task
 from meta_deploy.tasks.detection import Detections
 from meta_deploy.tasks.masks import Mask
@@ -123,8 +122,3 @@ def test_tiles_without_objects_join_into_none():
     nothing = [view(np.zeros((50, 50), int), tile) for tile in tiles]
     joined = INSTANCES.join((50, 50), tiles, nothing)
     assert (len(joined), joined.boxes.shape, joined.segments) == (0, (0, 4), ())
-
-
-def test_arrays_of_a_raw_graph_cannot_be_joined():
-    with pytest.raises(InputError, match="'raw' cannot be joined"):
-        get_task("raw").join((8, 8), [], [])
