@@ -127,7 +127,7 @@ def parser() -> Parser:
         metavar="DIR",
         help=f"folder for the overlays, NAME-overlay.jpg or .png, .mp4 for a video, and for the arrays of a "
         f"raw bundle, NAME-outputs.npz (default: {OUT}; "
-        "with --json or --coco-json none are written unless this is given)",
+        "with --json, --coco-json or --csv none are written unless this is given)",
     )
     p.add_argument(
         "--coco-json",
@@ -135,6 +135,19 @@ def parser() -> Parser:
         metavar="FILE",
         help="write COCO results; image_id is the number that the file is named by, if all are, else the "
         "place in the order of input, from 1; category_id is COCO's for its 80 classes, else label + 1",
+    )
+    p.add_argument(
+        "--csv",
+        type=path,
+        metavar="FILE",
+        help="write a table with a row an object: class, score, area, centroid, box, mean intensity; for "
+        "class maps a row a class",
+    )
+    p.add_argument(
+        "--label-image",
+        action="store_true",
+        help="write NAME-labels.png beside each overlay: the number of each pixel's object, in the order "
+        "of the table, or of its class; 16 bits, as Fiji, napari and CellProfiler read it",
     )
     p.add_argument("--json", action="store_true", help="print one JSON document on standard output")
     return p
@@ -150,19 +163,26 @@ def _infer(args: Namespace) -> int:
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     warnings.filterwarnings("ignore", module="PIL")
 
-    from meta_deploy.cli.outputs import CocoFile, Overlays, Report, folder_for
+    from meta_deploy.cli.outputs import CocoFile, LabelImages, Overlays, Report, TableFile, folder_for
     from meta_deploy.imaging.images import expand
     from meta_deploy.runtime.stream import predict
 
     sources = expand(args.inputs)
-    out = args.out or (None if args.json or args.coco_json else OUT)
+    other = args.json or args.coco_json or args.csv
+    out = args.out or (None if other and not args.label_image else OUT)
     claims = _claims(args, sources, out)
-    with folder_for(out) as folder, CocoFile(args.coco_json, sources) as coco, _open(args) as predictor:
+    with (
+        folder_for(out) as folder,
+        CocoFile(args.coco_json, sources) as coco,
+        TableFile(args.csv) as rows,
+        _open(args) as predictor,
+    ):
         _check(args, sources, predictor.bundle)
         intro = f"meta-infer: runs on {predictor.runs_on}" if args.backend == "auto" else None
         report = Report(sources, as_json=args.json, intro=intro)
         raw = predictor.bundle.task == "raw"
         batch = 1 if raw else args.batch or predictor.bundle.input.batch.opt
+        labels = LabelImages(folder if args.label_image else None, sources, claims)
         with Overlays(folder, sources, claims, raw, args.depth) as overlays, report:
             for frame in predict(predictor, sources, batch):
                 if frame.result is None:
@@ -170,16 +190,18 @@ def _infer(args: Namespace) -> int:
                     continue
                 coco.add(frame)
                 shown = frame.result.filter(args.score_threshold)
+                rows.add(frame, shown, args.depth)
+                labels.add(frame, shown)
                 report.add(frame, shown, overlays.add(frame, shown))
         report.finish(predictor, args.score_threshold, folder, args.coco_json)
     return EXIT_INPUT if report.failed else 0
 
 
 def _claims(args: Namespace, sources: Sequence[Source], out: str | None) -> Claims:
-    """What is read, and the one file that is named for writing.
+    """What is read, and the files that are named for writing.
 
     Raises:
-        InputError: that file, or the folder `out`, is one that is read or in it.
+        InputError: one of these, or the folder `out`, is one that is read or in it.
     """
     from meta_deploy.bundle.claims import Claims
     from meta_deploy.errors import InputError
@@ -190,8 +212,9 @@ def _claims(args: Namespace, sources: Sequence[Source], out: str | None) -> Clai
     for source in sources:
         claims.add(source.path, "an input")
     claims.add(DEMO_BUNDLE if args.model is None else args.model, "the bundle")
-    if args.coco_json is not None:
-        claims.write(args.coco_json, "--coco-json")
+    for name, option in ((args.coco_json, "--coco-json"), (args.csv, "--csv")):
+        if name is not None:
+            claims.write(name, option)
     if out is not None and (user := claims.holder(out)) is not None:
         raise InputError(f"--out '{out}' is {user}, or in it, and nothing is written there; name a folder")
     return claims
@@ -218,13 +241,25 @@ def _check(args: Namespace, sources: Sequence[Source], bundle: Bundle) -> None:
     from meta_deploy.errors import InputError
 
     raw = bundle.task == "raw"
-    if raw and args.coco_json:
-        raise InputError(f"--coco-json is for objects and classes; bundle '{bundle.path}' gives plain arrays")
+    for value, option in (
+        (args.coco_json, "--coco-json"),
+        (args.csv, "--csv"),
+        (args.label_image, "--label-image"),
+        (args.tile, "--tile"),
+    ):
+        if raw and value:
+            raise InputError(
+                f"{option} is for objects and classes; bundle '{bundle.path}' gives plain arrays"
+            )
+    if args.label_image and bundle.task == "detection":
+        raise InputError(f"--label-image needs masks, and bundle '{bundle.path}' gives boxes only")
     if raw and args.batch:
         raise InputError(f"--batch is for images; bundle '{bundle.path}' is run on one input at a time")
     for source in sources:
         if source.arrays and not raw:
             raise InputError(f"'{source.path}' holds arrays, and bundle '{bundle.path}' takes images")
+        if source.video and args.label_image:
+            raise InputError(f"'{source.path}' is a video, and --label-image is for images")
         if source.video and raw:
             raise InputError(f"'{source.path}' is a video; bundle '{bundle.path}' takes .npz files or images")
         if not source.arrays and not bundle.takes_images:

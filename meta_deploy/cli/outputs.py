@@ -6,11 +6,13 @@ Knows files and streams; must not know how a result is computed.
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import json
 import os
 import sys
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -157,13 +159,24 @@ def _draw_frame(video: VideoFile, frame: Frame, shown: ImageResult) -> None:
 def overlay_names(
     folder: Path, sources: Sequence[Source], claims: Claims, raw: bool = False
 ) -> dict[Source, Path]:
-    """A file in `folder` for each source, none of which is in use; they are then."""
+    """A file in `folder` for each source's overlay or arrays, none of which is in use; they are then."""
+    if raw:
+        return _names(folder, sources, claims, "outputs", lambda source: ".npz")
+    return _names(folder, sources, claims, "overlay", _overlay_suffix)
+
+
+def _overlay_suffix(source: Source) -> str:
+    if source.video:
+        return ".mp4"
+    return ".jpg" if source.path.suffix.lower() in (".jpg", ".jpeg") else ".png"
+
+
+def _names(
+    folder: Path, sources: Sequence[Source], claims: Claims, what: str, suffix_of: Callable[[Source], str]
+) -> dict[Source, Path]:
     names: dict[Source, Path] = {}
     for source in sources:
-        lossy = source.path.suffix.lower() in (".jpg", ".jpeg")
-        what, suffix = "overlay", ".mp4" if source.video else ".jpg" if lossy else ".png"
-        if raw:
-            what, suffix = "outputs", ".npz"
+        suffix = suffix_of(source)
         stem, number = source.path.stem, 1
         while True:
             end = f"-{what}{'' if number == 1 else f'-{number}'}{suffix}"
@@ -171,7 +184,7 @@ def overlay_names(
             if claims.user(path) is None:
                 break
             number += 1
-        claims.add(path, "an overlay")
+        claims.add(path, f"the {what} of another" if what != "overlay" else "an overlay")
         names[source] = path
     return names
 
@@ -261,6 +274,48 @@ class CocoFile:
         if self._stream is not None and exc[0] is None:
             self._stream.write(b"\n]\n")
         self._stack.__exit__(*exc)
+
+
+class TableFile:
+    """A CSV file with a row an object, or a class, of every image. A context manager; None writes nothing."""
+
+    def __init__(self, path: str | None):
+        self._stack = contextlib.ExitStack()
+        self._stream = None if path is None else self._stack.enter_context(atomic_write(path))
+        self._empty = True
+
+    def add(self, frame: Frame, shown: Result, depth: int | None) -> None:
+        """Write one frame's rows, each with the file's name, and the frame's number in a video."""
+        if self._stream is None or not isinstance(shown, ImageResult):
+            return
+        assert frame.picture is not None
+        image = None if frame.picture.reduced else frame.picture.pixels
+        where = {"file": str(frame.source.path), "frame": "" if frame.index is None else frame.index}
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, [*where, *shown.columns])
+        if self._empty:
+            writer.writeheader()
+            self._empty = False
+        writer.writerows(where | row for row in shown.table(image, depth))
+        self._stream.write(text.getvalue().encode(errors="surrogateescape"))
+
+    def __enter__(self) -> TableFile:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._stack.__exit__(*exc)
+
+
+class LabelImages:
+    """A 16-bit PNG of the objects' numbers, or of the classes, of every image; None writes nothing."""
+
+    def __init__(self, folder: Path | None, sources: Sequence[Source], claims: Claims):
+        self._names = _names(folder, sources, claims, "labels", lambda source: ".png") if folder else {}
+
+    def add(self, frame: Frame, shown: Result) -> None:
+        """Write one frame's."""
+        if self._names and isinstance(shown, ImageResult):
+            shown.save_labels(self._names[frame.source])
 
 
 class Report:

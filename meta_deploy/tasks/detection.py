@@ -21,7 +21,7 @@ from meta_deploy.imaging.preprocess import Placement
 from meta_deploy.tasks.comparison import Comparison, DetectionComparison
 from meta_deploy.tasks.draw import draw_detections
 from meta_deploy.tasks.masks import Mask
-from meta_deploy.tasks.measure import label_image, measure
+from meta_deploy.tasks.measure import COLUMNS, label_image, measure
 from meta_deploy.tasks.results import ImageResult, Timings, coco_category_ids, listed
 from meta_deploy.tasks.task import Output, Task, check_classes, check_finite
 from meta_deploy.tasks.tiles import Seen, Tile, is_cut, join_objects
@@ -38,6 +38,8 @@ class Detections(ImageResult):
     Indexing gives Detections again (`found[found.scores > 0.5]`, `found[:3]`, `found[0]`), and iterating
     gives one for each object.
     """
+
+    columns = ("object", "class", "score", *COLUMNS)
 
     size: Size
     boxes: np.ndarray
@@ -135,10 +137,7 @@ class Detections(ImageResult):
         return label_image(self.segments, self.size)
 
     def table(self, image: ImageLike | None = None, depth: int | None = None) -> list[dict[str, Any]]:
-        """A row an object: object (its number from 1), class, score, and `measure.COLUMNS` in pixels.
-
-        `image` and `depth` are as in `draw`, and so is what is raised.
-        """
+        """A row an object: its number from 1, class, score, and `measure.COLUMNS` in pixels."""
         pixels = np.asarray(self._canvas(image, depth))
         segments = self.segments or [None] * len(self)
         return [

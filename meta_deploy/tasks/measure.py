@@ -52,4 +52,5 @@ def measure(box: np.ndarray, mask: Mask | None, image: np.ndarray) -> dict[str, 
         pixels, area = image[y, x], len(x)
         centre = (x.mean() + 0.5, y.mean() + 0.5) if area else ((x0 + x1) / 2, (y0 + y1) / 2)
     intensity = float(pixels.mean()) if pixels.size else float("nan")
-    return dict(zip(COLUMNS, (area, *centre, x0, y0, x1, y1, intensity), strict=True))
+    values = (area, *centre, x0, y0, x1, y1, intensity)
+    return dict(zip(COLUMNS, (round(float(value), 3) for value in values), strict=True))

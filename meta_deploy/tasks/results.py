@@ -10,7 +10,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -71,6 +71,8 @@ class Result(ABC):
 class ImageResult(Result):
     """What a model says of one image, which has a `size` (height, width)."""
 
+    columns: ClassVar[tuple[str, ...]]  # of `table`
+
     if TYPE_CHECKING:  # a field of some, computed by others
 
         @property
@@ -83,6 +85,20 @@ class ImageResult(Result):
     @abstractmethod
     def _drawn(self, picture: Image.Image) -> Image.Image:
         """The result on an RGB picture of its size, which may be drawn on."""
+
+    @abstractmethod
+    def label_image(self) -> np.ndarray:
+        """What is at each pixel, as a number: uint16 (H, W). Raises InputError where that cannot be told."""
+
+    @abstractmethod
+    def table(self, image: ImageLike | None = None, depth: int | None = None) -> list[dict[str, Any]]:
+        """What was found, as rows of `columns`. Takes and raises what `draw` does."""
+
+    def save_labels(self, path: str | os.PathLike[str]) -> None:
+        """Write the label image as a 16-bit grey .png or .tif, whole or not at all. Raises InputError."""
+        if os.path.splitext(path)[1].lower() not in (".png", ".tif", ".tiff"):
+            raise InputError(f"cannot write '{path}': a label image is a .png or a .tif")
+        save_image(path, Image.fromarray(self.label_image()))
 
     def draw(self, image: ImageLike | None = None, depth: int | None = None) -> np.ndarray:
         """The result drawn on its image: RGB uint8 (H, W, 3).

@@ -15,7 +15,7 @@ from PIL import Image
 
 from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.bundle.manifest import Size
-from meta_deploy.imaging.images import is_large
+from meta_deploy.imaging.images import ImageLike, is_large
 from meta_deploy.imaging.preprocess import Placement
 from meta_deploy.tasks.comparison import Comparison, SegmentationComparison
 from meta_deploy.tasks.draw import draw_segmentation
@@ -30,6 +30,8 @@ BAND = 256  # rows of a large image that are worked on at a time
 @dataclass(frozen=True, eq=False, repr=False)
 class Segmentation(ImageResult):
     """The class of every pixel of one image: `labels` is int16 (H, W), indices into `classes`."""
+
+    columns = ("label", "class", "area", "fraction")
 
     labels: np.ndarray
     classes: tuple[str, ...]
@@ -75,6 +77,17 @@ class Segmentation(ImageResult):
             "segments": segments,
             "timings": self.timings.to_dict(),
         }
+
+    def label_image(self) -> np.ndarray:
+        """The class of each pixel: uint16 (H, W)."""
+        return self.labels.astype(np.uint16)
+
+    def table(self, image: ImageLike | None = None, depth: int | None = None) -> list[dict[str, Any]]:
+        """A row a class that occurs: its label, name, pixels, and share of the image."""
+        return [
+            {"label": label, "class": self.classes[label], "area": area, "fraction": area / self.labels.size}
+            for label, area in self.areas.items()
+        ]
 
     def _mask(self, label: int) -> Mask:
         return Mask.from_full(self.labels == label)

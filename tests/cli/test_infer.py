@@ -1,5 +1,6 @@
 """meta-infer keeps its contract: what it prints, what it writes, its exit codes, one line for bad input."""
 
+import csv
 import json
 import math
 import os
@@ -660,3 +661,79 @@ def test_what_does_not_go_with_the_bundle_is_one_line(npz, infer, arguments, mod
     one_line(*infer(*arguments, model=model), said)
     assert not os.path.exists("c.json")
     assert not os.path.exists("meta-infer-out")
+
+
+# --- tables, label images, tiles ---
+
+
+def rows_of(path):
+    with open(path, newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_a_table_and_label_images_number_the_same_objects(here, infer):
+    code, out, _ = infer("a.jpg", "b.png", "--csv", "t.csv", "--label-image", "--out", "o", "--json")
+    assert code == 0
+    rows = rows_of("t.csv")
+    found = [(i["path"], d) for i in json.loads(out)["images"] for d in i["detections"]]
+    assert [(row["file"], row["class"]) for row in rows] == [(path, d["name"]) for path, d in found]
+    assert sorted(os.listdir("o")) == ["a-labels.png", "a-overlay.jpg", "b-labels.png", "b-overlay.png"]
+    for name in ("a.jpg", "b.png"):
+        with Image.open(f"o/{name[0]}-labels.png") as picture:
+            assert picture.mode == "I;16"
+            labels = np.asarray(picture)
+        assert labels.shape == (128, 96)
+        for row in (row for row in rows if row["file"] == name):
+            at = labels == int(row["object"])
+            if not any(other["file"] == name and other is not row for other in rows):
+                assert at.sum() == float(row["area"])
+            assert at.sum() <= float(row["area"])
+            y, x = np.nonzero(at)
+            assert x.min() >= float(row["x_min"]) - 1
+            assert y.max() <= float(row["y_max"]) + 1
+
+
+def test_a_table_of_class_maps_has_a_row_a_class(here, infer):
+    assert infer("a.jpg", "--csv", "t.csv", "--label-image", model="segmenter")[0] == 0
+    rows = rows_of("t.csv")
+    labels = np.asarray(Image.open("meta-infer-out/a-labels.png"))
+    values, counts = np.unique(labels, return_counts=True)
+    areas = dict(zip(values.tolist(), counts.tolist(), strict=True))
+    assert {int(row["label"]): int(row["area"]) for row in rows} == areas
+    assert sum(float(row["fraction"]) for row in rows) == pytest.approx(1)
+
+
+def test_a_table_alone_makes_no_overlays_and_has_a_row_an_object(here, infer):
+    code, out, _ = infer("a.jpg", "--csv", "t.csv", "--score-threshold", "0")
+    assert (code, (here / "meta-infer-out").exists()) == (0, False)
+    assert f"{len(rows_of('t.csv'))} objects" in out
+    assert (here / "t.csv").read_text().startswith("file,frame,object,class,score,area,")
+
+
+def test_frames_of_a_video_are_numbered_in_the_table(here, infer):
+    clip("clip.mp4", 3)
+    assert infer("clip.mp4", "--csv", "t.csv")[0] == 0
+    assert {row["frame"] for row in rows_of("t.csv")} <= {"0", "1", "2"}
+
+
+def test_tables_and_label_images_that_cannot_be_are_one_line(here, infer):
+    clip("clip.mp4", 1)
+    one_line(*infer("clip.mp4", "--label-image"), "clip.mp4", "for images")
+    one_line(*infer("a.jpg", "--csv", "a.jpg"), "--csv", "an input")
+    one_line(*infer("a.jpg", "--csv", "t", "--coco-json", "t"), "--csv", "--coco-json")
+    for option, said in (
+        ("--csv=t.csv", "--csv"),
+        ("--label-image", "--label-image"),
+        ("--tile=64", "tiles"),
+    ):
+        one_line(*infer("a.jpg", option, model="raw-image"), said, "plain arrays")
+    one_line(*infer("a.jpg", "--tile-overlap", "9"), "give tile too")
+    assert not (here / "t.csv").exists()
+
+
+def test_tiles_find_what_each_part_holds(here, infer, bundles):
+    code, out, _ = infer("a.jpg", "--tile", "64", "--tile-overlap", "16", "--json")
+    assert code == 0
+    with Predictor(bundles / "detector", tile=64, tile_overlap=16, score_threshold=0.3) as predictor:
+        expected = predictor("a.jpg").to_dict()["detections"]
+    assert json.loads(out)["images"][0]["detections"] == expected
