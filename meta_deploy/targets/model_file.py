@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from meta_deploy.bundle.bundle import Bundle
-from meta_deploy.errors import BundleError
+from meta_deploy.errors import BackendError, BundleError
 from meta_deploy.targets.target import MODEL
 
 # Of onnx.proto: message -> the fields through which tensors are reached, and what is in them.
@@ -32,8 +32,8 @@ def read_model(bundle: Bundle) -> bytes:
     """The bytes of model.onnx, complete in themselves.
 
     Raises:
-        BundleError: it is missing, altered, no ONNX file, or has weights in a file that the manifest does not
-            list.
+        BackendError: it is no ONNX file.
+        BundleError: it is missing or altered, or has weights in a file that the manifest does not list.
     """
     what = f"{MODEL} of bundle '{bundle.path}'"
 
@@ -49,7 +49,7 @@ def read_model(bundle: Bundle) -> bytes:
     try:
         complete = _complete("model", whole, read)
     except (ValueError, IndexError) as error:
-        raise BundleError(f"{what} is not an ONNX file, or is damaged; export it again") from error
+        raise BackendError(f"{what} is not an ONNX file, or is damaged; export it again") from error
     return data if complete is whole else bytes(complete)
 
 

@@ -147,7 +147,7 @@ def test_a_listed_file_may_not_be_altered_by_the_manifest(make):
 )
 def test_a_part_that_is_not_in_the_file_is_refused(make, where):
     bundle = make(model([ADD], [tensor("w.bin", **where)]), **{"w.bin": FILE})
-    with pytest.raises(BundleError, match="damaged"):
+    with pytest.raises(BackendError, match="damaged"):
         read_model(bundle)
 
 
@@ -200,7 +200,7 @@ def test_what_was_filled_in_is_what_onnx_fills_in(make, tmp_path):
 )
 def test_what_is_no_model_is_refused_in_one_sentence(make, content):
     bundle = make(content)
-    with pytest.raises(BundleError if content else BackendError, match="export it again"):
+    with pytest.raises(BackendError, match="export it again"):
         open_backend(bundle, "onnxruntime")
 
 
@@ -208,5 +208,5 @@ def test_graphs_nested_without_end_are_refused(make):
     data = memoryview(b"")
     for number in [6, 5, 1] * 400 + [7]:  # a graph of a node of an attribute of a graph of ...
         data = _field(number, data)
-    with pytest.raises(BundleError, match="damaged"):
+    with pytest.raises(BackendError, match="damaged"):
         read_model(make(bytes(data)))
