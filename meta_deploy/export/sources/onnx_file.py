@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -278,4 +279,7 @@ def _open_original(proto: onnx.ModelProto, path: Path) -> OnnxRun:
 
 
 def _reason(error: VerificationError) -> str:
-    return " ".join(str(error.__cause__ or error).split())[:200]
+    """ONNX Runtime's words, without its own code and the place in its sources."""
+    text = " ".join(str(error.__cause__ or error).split())
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : |/onnxruntime_src/\S+ .*?\(.*?\) ", "", text)
+    return text[:200].rstrip(". ")
