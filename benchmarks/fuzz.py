@@ -68,8 +68,15 @@ def work(kind: str, seed: int, first: int, only: bool) -> None:
     os.environ.update(HOME=str(home / "home"), XDG_CACHE_HOME=str(home / "cache"), TMPDIR=str(home / "tmp"))
     for name in ("home", "cache", "tmp"):
         (home / name).mkdir()
+
+    def end(*_: Any) -> None:
+        shutil.rmtree(home, ignore_errors=True)
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, end)  # the watching process has had enough; a command would go on
     try:
-        _leave_out_tracing()
+        if kind in ("checkpoints", "commands"):
+            _leave_out_tracing()
         seeds = Seeds(home / "seeds")
         signal.signal(signal.SIGALRM, _late)
         number = first
@@ -80,8 +87,6 @@ def work(kind: str, seed: int, first: int, only: bool) -> None:
             if only:
                 return
             number += 1
-    except KeyboardInterrupt:  # the watching process has had enough
-        pass
     finally:
         shutil.rmtree(home, ignore_errors=True)
 

@@ -86,6 +86,8 @@ def _providers(name: str) -> list[Any]:
 
 def _reason(error: Exception) -> str | None:
     """The first line of an error of ONNX Runtime's (they share no base class); None for any other."""
+    if isinstance(error, UnicodeDecodeError):  # its words hold a name that is no text
+        return error.object.decode(errors="backslashreplace").splitlines()[0]
     if not type(error).__module__.startswith("onnxruntime"):
         return None
     return (str(error).splitlines() or [type(error).__name__])[0]
