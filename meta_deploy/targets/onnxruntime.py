@@ -86,11 +86,15 @@ def _providers(name: str) -> list[Any]:
 
 def _reason(error: Exception) -> str | None:
     """The first line of an error of ONNX Runtime's (they share no base class); None for any other."""
-    if isinstance(error, UnicodeDecodeError):  # its words hold a name that is no text
-        return error.object.decode(errors="backslashreplace").splitlines()[0]
+    if isinstance(error, UnicodeDecodeError):
+        return f"it has names that are no text ({_words(error.object.decode(errors='backslashreplace'))})"
     if not type(error).__module__.startswith("onnxruntime"):
         return None
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return _words(str(error)) or type(error).__name__
+
+
+def _words(text: str) -> str:
+    return (text.splitlines() or [""])[0]
 
 
 class OnnxRuntimeBackend(Backend):
@@ -119,6 +123,7 @@ class OnnxRuntimeBackend(Backend):
         options.intra_op_num_threads = self._share.threads
         try:
             session = ort.InferenceSession(bundle.read(MODEL), options, providers=_providers(name))
+            taken, given = _values(session.get_inputs()), _values(session.get_outputs())
         except Exception as error:
             if reason := _reason(error):
                 raise BackendError(
@@ -130,7 +135,7 @@ class OnnxRuntimeBackend(Backend):
                 f"ONNX Runtime cannot use {_TITLES[name]} on this machine; check the driver and the "
                 f"libraries of {_TITLES[name]}, or use --backend onnxruntime"
             )
-        self._contract.check(_values(session.get_inputs()), _values(session.get_outputs()))
+        self._contract.check(taken, given)
         self._session: Any = session
 
     def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
