@@ -137,6 +137,7 @@ def called(command: str, argv: list[str], said: Path, show: bool) -> tuple[int |
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 2 if error.code else 0
         except Late:
+            traceback.print_exc()
             code = "late"
         except BaseException as error:
             traceback.print_exc()
@@ -167,7 +168,7 @@ def judged(code: int | str, said: str) -> Iterator[str]:
     """What is wrong with a code and the words beside it."""
     if code not in GOOD:
         yield f"ended with {code}"
-    if "Traceback (most recent" in said:
+    if "Traceback (most recent" in said and code != "late":
         yield "a traceback"
     if "internal error" in said:
         yield "an internal error"

@@ -8,7 +8,7 @@ from meta_deploy.errors import InputError
 from meta_deploy.export import export
 from meta_deploy.export.sources.checkpoint import CheckpointSource
 from meta_deploy.models.registry import config_to_dict
-from tests.bundles_by_hand import detector, raw_model
+from tests.bundles_by_hand import detector, raw_model, segmenter
 from tests.models.checkpoint.checkpoints import build, small
 
 
@@ -57,4 +57,12 @@ def test_a_graph_that_is_not_sound_is_said_to_be_so_without_verification(tmp_pat
     del proto.graph.node[-1]
     onnx.save(proto, tmp_path / "x.onnx")
     with pytest.raises(InputError, match="not a sound model"):
+        export(tmp_path / "x.onnx", out=tmp_path / "out", check=False)
+
+
+def test_more_classes_than_there_can_be(tmp_path):
+    proto = onnx.ModelProto.FromString(segmenter((64, 64)))
+    next(o for o in proto.graph.output if o.name == "logits").type.tensor_type.shape.dim[1].dim_value = 2**40
+    onnx.save(proto, tmp_path / "x.onnx")
+    with pytest.raises(InputError, match="1099511627776 classes"):
         export(tmp_path / "x.onnx", out=tmp_path / "out", check=False)

@@ -14,6 +14,7 @@ import onnx
 from onnx import TensorProto
 
 from meta_deploy.bundle.manifest import (
+    MAX_CLASSES,
     BatchRange,
     Fit,
     InputSpec,
@@ -224,6 +225,8 @@ class OnnxSource(Source):
         """What was given, else what the file's metadata holds, else numbers."""
         logits = next((o for o in self.proto.graph.output if o.name == "logits"), None)
         count = logits.type.tensor_type.shape.dim[1].dim_value if logits is not None else 0
+        if count > MAX_CLASSES:
+            raise InputError(f"'{self.path}' has {count} classes, more than the {MAX_CLASSES} of any bundle")
         if self.options.class_names is not None:
             given = tuple(self.options.class_names)
             if count and len(given) != count:
