@@ -118,7 +118,7 @@ def try_one(kind: str, seed: int, number: int, seeds: Seeds, home: Path, show: b
         code, said = called(command, argv, home / "said", show)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-    wrong = [*judged(code, said), *left_behind(code, command, folder, before, home)]
+    wrong = [*judged(code, said), *left_behind(code, [command, *argv], folder, before, home)]
     os.chdir(home)
     shutil.rmtree(folder, ignore_errors=True)
     found = {"wrong": wrong, "argv": [command, *argv], "said": said[-2000:]} if wrong else {}
@@ -178,12 +178,17 @@ def judged(code: int | str, said: str) -> Iterator[str]:
         yield "control characters on standard error"
 
 
-def left_behind(code: int | str, command: str, folder: Path, before: set[str], home: Path) -> Iterator[str]:
+def left_behind(
+    code: int | str, argv: list[str], folder: Path, before: set[str], home: Path
+) -> Iterator[str]:
     """What lies where it should not."""
     new = set(os.listdir(folder)) - before
-    allowed = {"out", "out.json", "meta-infer-out"} if code == 0 or command == "meta-infer" else set()
-    made_by_name = {name for name in new if code == 0 and (folder / name / "manifest.json").exists()}
-    if wrong := sorted(new - allowed - made_by_name):
+    allowed: set[str] = set()
+    if code == 0 or argv[0] == "meta-infer":  # which does what it can; an export leaves all or nothing
+        asked_for = {text.partition("=")[2] or text for text in argv}
+        made_by_name = {name for name in new if (folder / name / "manifest.json").exists()}
+        allowed = {"meta-infer-out", *(text.split("/")[0] for text in asked_for), *made_by_name}
+    if wrong := sorted(new - allowed):
         yield f"left {wrong[:3]} in the folder"
     hidden = [path.name for path in folder.rglob(".*") if path.name not in before]
     if hidden:

@@ -49,10 +49,10 @@ def test_what_is_left_is_seen(tmp_path):
     folder = tmp_path / "input"
     for path in (folder / "out", tmp_path / "home", tmp_path / "tmp"):
         path.mkdir(parents=True)
-    assert list(fuzz.left_behind(2, "meta-export", folder, {"out"}, tmp_path)) == []
+    assert list(fuzz.left_behind(2, ["meta-export"], folder, {"out"}, tmp_path)) == []
     (folder / ".out.tmp-1").mkdir()
     (tmp_path / "home" / ".cache").mkdir()
-    left = list(fuzz.left_behind(2, "meta-export", folder, set(), tmp_path))
+    left = list(fuzz.left_behind(2, ["meta-export"], folder, set(), tmp_path))
     assert any("['.out.tmp-1', 'out']" in line for line in left)
     assert any("home" in line for line in left)
     assert os.listdir(tmp_path / "home") == []
