@@ -68,8 +68,15 @@ def work(kind: str, seed: int, first: int, only: bool) -> None:
     os.environ.update(HOME=str(home / "home"), XDG_CACHE_HOME=str(home / "cache"), TMPDIR=str(home / "tmp"))
     for name in ("home", "cache", "tmp"):
         (home / name).mkdir()
+
+    def end(*_: Any) -> None:
+        shutil.rmtree(home, ignore_errors=True)
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, end)  # the watching process has had enough; a command would go on
     try:
-        _leave_out_tracing()
+        if kind in ("checkpoints", "commands"):
+            _leave_out_tracing()
         seeds = Seeds(home / "seeds")
         signal.signal(signal.SIGALRM, _late)
         number = first
@@ -80,8 +87,6 @@ def work(kind: str, seed: int, first: int, only: bool) -> None:
             if only:
                 return
             number += 1
-    except KeyboardInterrupt:  # the watching process has had enough
-        pass
     finally:
         shutil.rmtree(home, ignore_errors=True)
 
@@ -113,7 +118,7 @@ def try_one(kind: str, seed: int, number: int, seeds: Seeds, home: Path, show: b
         code, said = called(command, argv, home / "said", show)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-    wrong = [*judged(code, said), *left_behind(code, command, folder, before, home)]
+    wrong = [*judged(code, said), *left_behind(code, [command, *argv], folder, before, home)]
     os.chdir(home)
     shutil.rmtree(folder, ignore_errors=True)
     found = {"wrong": wrong, "argv": [command, *argv], "said": said[-2000:]} if wrong else {}
@@ -132,6 +137,7 @@ def called(command: str, argv: list[str], said: Path, show: bool) -> tuple[int |
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 2 if error.code else 0
         except Late:
+            traceback.print_exc()
             code = "late"
         except BaseException as error:
             traceback.print_exc()
@@ -162,7 +168,7 @@ def judged(code: int | str, said: str) -> Iterator[str]:
     """What is wrong with a code and the words beside it."""
     if code not in GOOD:
         yield f"ended with {code}"
-    if "Traceback (most recent" in said:
+    if "Traceback (most recent" in said and code != "late":
         yield "a traceback"
     if "internal error" in said:
         yield "an internal error"
@@ -172,12 +178,17 @@ def judged(code: int | str, said: str) -> Iterator[str]:
         yield "control characters on standard error"
 
 
-def left_behind(code: int | str, command: str, folder: Path, before: set[str], home: Path) -> Iterator[str]:
+def left_behind(
+    code: int | str, argv: list[str], folder: Path, before: set[str], home: Path
+) -> Iterator[str]:
     """What lies where it should not."""
     new = set(os.listdir(folder)) - before
-    allowed = {"out", "out.json", "meta-infer-out"} if code == 0 or command == "meta-infer" else set()
-    made_by_name = {name for name in new if code == 0 and (folder / name / "manifest.json").exists()}
-    if wrong := sorted(new - allowed - made_by_name):
+    allowed: set[str] = set()
+    if code == 0 or argv[0] == "meta-infer":  # which does what it can; an export leaves all or nothing
+        asked_for = {text.partition("=")[2] or text for text in argv}
+        made_by_name = {name for name in new if (folder / name / "manifest.json").exists()}
+        allowed = {"meta-infer-out", *(text.split("/")[0] for text in asked_for), *made_by_name}
+    if wrong := sorted(new - allowed):
         yield f"left {wrong[:3]} in the folder"
     hidden = [path.name for path in folder.rglob(".*") if path.name not in before]
     if hidden:

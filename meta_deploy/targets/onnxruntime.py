@@ -87,9 +87,15 @@ def _providers(name: str) -> list[Any]:
 
 def _reason(error: Exception) -> str | None:
     """The first line of an error of ONNX Runtime's (they share no base class); None for any other."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"it has names that are no text ({_words(error.object.decode(errors='backslashreplace'))})"
     if not type(error).__module__.startswith("onnxruntime"):
         return None
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return _words(str(error)) or type(error).__name__
+
+
+def _words(text: str) -> str:
+    return (text.splitlines() or [""])[0]
 
 
 class OnnxRuntimeBackend(Backend):
@@ -118,6 +124,7 @@ class OnnxRuntimeBackend(Backend):
         options.intra_op_num_threads = self._share.threads
         try:
             session = ort.InferenceSession(read_model(bundle), options, providers=_providers(name))
+            taken, given = _values(session.get_inputs()), _values(session.get_outputs())
         except Exception as error:
             if reason := _reason(error):
                 raise BackendError(
@@ -129,7 +136,7 @@ class OnnxRuntimeBackend(Backend):
                 f"ONNX Runtime cannot use {_TITLES[name]} on this machine; check the driver and the "
                 f"libraries of {_TITLES[name]}, or use --backend onnxruntime"
             )
-        self._contract.check(_values(session.get_inputs()), _values(session.get_outputs()))
+        self._contract.check(taken, given)
         self._session: Any = session
 
     def run(self, inputs: Arrays) -> dict[str, np.ndarray]:

@@ -122,9 +122,9 @@ class OpenVINOBackend(Backend):
         with _told(f"load {self._contract.what}", "export it again"):
             self._share = Share(threads)
             compiled = compile_model(model, weights, hint, self._share.threads, kept=True)
-        inputs = {port.node.get_friendly_name(): _value(port) for port in compiled.inputs}
-        # Outputs that were found to be the same as another tensor have the names of both.
-        outputs = {name: _value(port) for port in compiled.outputs for name in port.get_names()}
+            inputs = {port.node.get_friendly_name(): _value(port) for port in compiled.inputs}
+            # Outputs that were found to be the same as another tensor have the names of both.
+            outputs = {name: _value(port) for port in compiled.outputs for name in port.get_names()}
         self._contract.check(inputs, outputs)
         self._model: _Model | None = _Model(compiled, hint, self._contract.what)
         self.runs_on = self._model.runs_on
@@ -207,7 +207,7 @@ def _told(what: str, remedy: str, error_type: type[InputError] = BackendError) -
     """OpenVINO's errors, which are RuntimeErrors of several lines, as one line of ours."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, UnicodeDecodeError) as error:  # the latter of names that are no text
         lines = (line.strip() for line in str(error).splitlines())
         # Some say where in OpenVINO's sources, and not what.
         reason = " ".join(line for line in lines if not line.startswith(("Exception from", "Check '")))

@@ -1,5 +1,6 @@
 """One call from an image to its result, whatever the bundle's sizes, from one thread or many."""
 
+import io
 from concurrent.futures import ThreadPoolExecutor
 
 import cv2
@@ -365,6 +366,46 @@ def test_bundles_and_predictors_print_as_one_line(bundles):
         shown = f"Bundle '{bundles / 'raw'}': doubler, raw for onnxruntime in fp32, 0.0 MB"
         assert repr(predictor.bundle) == str(predictor.bundle) == shown
         assert repr(predictor) == f"Predictor of {predictor.bundle!r}, runs on {predictor.runs_on}"
+
+
+def test_images_come_in_every_kind_of_buffer(detector_bundle, photo):
+    stream = io.BytesIO()
+    Image.fromarray(photo).save(stream, "PNG")
+    data = stream.getvalue()
+    with Predictor(detector_bundle) as predictor:
+        whole = predictor(photo)
+        for given in (data, bytearray(data), memoryview(data), io.BytesIO(data)):
+            assert np.array_equal(predictor(given).boxes, whole.boxes)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [None, 3, 1.5, [1, 2], object(), io.StringIO("x"), Image.new("RGB", (0, 0)), Image.new("L", (0, 5))],
+)
+def test_what_is_no_image_is_one_sentence(detector_bundle, given):
+    with Predictor(detector_bundle) as predictor, pytest.raises(ImageError) as caught:
+        predictor(given)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"threads": 1.5},
+        {"threads": "2"},
+        {"threads": True},
+        {"score_threshold": "0.5"},
+        {"score_threshold": True},
+    ],
+)
+def test_arguments_of_the_wrong_type_are_refused(detector_bundle, wrong):
+    (name,) = wrong
+    with pytest.raises(InputError, match=name):
+        Predictor(detector_bundle, **wrong)
+    assert (
+        Predictor(detector_bundle, threads=np.int64(1), score_threshold=np.float32(0.5)).score_threshold
+        == 0.5
+    )
 
 
 # --- tiles --------------------------------------------------------------------------------------------------

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from meta_deploy.bundle.bundle import write_bundle
+from meta_deploy.bundle.bundle import Bundle, write_bundle
 from meta_deploy.bundle.manifest import ModelInfo, RawInput, RawManifest, TensorRTRTXEngine, TensorSpec
 from meta_deploy.errors import BackendError, InputError
 from meta_deploy.targets import get_target, open_backend
 from meta_deploy.targets.target import BuildOptions
+from tests.bundles_by_hand import detector, manifest
 from tests.small_graphs import model, value
 from tests.targets.gpu_stand_in import engine_of, install
 
@@ -125,3 +126,13 @@ def test_a_graph_that_is_not_the_manifests_is_refused(tmp_path):
         bundle = write_bundle(tmp_path / "b", manifest, {"model.onnx": GRAPH})
         with pytest.raises(BackendError, match=said):
             open_backend(bundle)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("name", [b"images", b"labels"])
+def test_a_name_that_is_no_text_is_one_sentence(tmp_path, backend, name):
+    model = detector((32, 32)).replace(name, b"\xe1" + name[1:])
+    write_bundle(tmp_path / "b", manifest("instance-segmentation", (32, 32)), {"model.onnx": model})
+    with pytest.raises(BackendError) as caught:
+        open_backend(Bundle.open(tmp_path / "b"), backend)
+    assert "\n" not in str(caught.value)

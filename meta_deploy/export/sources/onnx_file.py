@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import onnx
 from onnx import TensorProto
 
 from meta_deploy.bundle.manifest import (
+    MAX_CLASSES,
     BatchRange,
     Fit,
     InputSpec,
@@ -223,6 +225,8 @@ class OnnxSource(Source):
         """What was given, else what the file's metadata holds, else numbers."""
         logits = next((o for o in self.proto.graph.output if o.name == "logits"), None)
         count = logits.type.tensor_type.shape.dim[1].dim_value if logits is not None else 0
+        if count > MAX_CLASSES:
+            raise InputError(f"'{self.path}' has {count} classes, more than the {MAX_CLASSES} of any bundle")
         if self.options.class_names is not None:
             given = tuple(self.options.class_names)
             if count and len(given) != count:
@@ -278,4 +282,7 @@ def _open_original(proto: onnx.ModelProto, path: Path) -> OnnxRun:
 
 
 def _reason(error: VerificationError) -> str:
-    return " ".join(str(error.__cause__ or error).split())[:200]
+    """ONNX Runtime's words, without its own code and the place in its sources."""
+    text = " ".join(str(error.__cause__ or error).split())
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : |/onnxruntime_src/\S+ .*?\(.*?\) ", "", text)
+    return text[:200].rstrip(". ")

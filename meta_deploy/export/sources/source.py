@@ -88,6 +88,7 @@ class Source(ABC):
         Raises:
             InputError: it is itself at fault.
         """
+        return
 
     def manifest(self, **common: Any) -> Manifest:
         """The manifest: `common` fields, and this source's."""

@@ -55,7 +55,7 @@ def clean_up(graph: gs.Graph, model: ir.Model | None = None) -> int:
     ):
         step(model)
     cleaned = from_model(model)
-    onnxruntime.set_default_logger_severity(3)  # folding runs it on fragments, which it comments on
+    onnxruntime.set_default_logger_severity(4)  # folding runs it on fragments, which it comments on
     # Without what graph-surgeon gets wrong: its casts of sizes lose fractions, its Shape ignores `start` and
     # `end`, and its flat If loses an output that passes an outer tensor on.
     cleaned.fold_constants(

@@ -5,15 +5,17 @@ Runs nothing that the file says and raises only `CheckpointError`; must not know
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
 import stat
+import tempfile
 import threading
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -227,14 +229,27 @@ def _torch_load(path: Path, mmap: bool) -> Any:
             _UNPICKLING,
             warnings.catch_warnings(),
             torch.serialization.safe_globals(ignored),
+            _name_in_text(path) as name,
         ):
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            return torch.load(name, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # what the unpickler raises on bad bytes can be anything
         rejected = _REJECTED_GLOBAL.search(str(error))
         if rejected:
             refuse(path, f"pickles code: it names '{shown(rejected[1])}', which is not run; {RESAVE}", error)
         _refuse_unpickled(path, error)
+
+
+@contextlib.contextmanager
+def _name_in_text(path: Path) -> Iterator[Path]:
+    """The path, or where its bytes are no text, which readers need, that of a link to it."""
+    if not any("\ud800" <= character <= "\udfff" for character in str(path)):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / f"checkpoint{path.suffix}"
+        link.symlink_to(path.absolute())
+        yield link
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -243,9 +258,10 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     except ImportError as error:
         refuse(path, "needs the safetensors package: pip install safetensors", error)
     try:
-        with safe_open(path, framework="pt", device="cpu") as archive:
-            names = list(archive.keys())
-            return {name: archive.get_tensor(name) for name in names}, dict(archive.metadata() or {})
+        with _name_in_text(path) as name, safe_open(name, framework="pt", device="cpu") as archive:
+            return {key: archive.get_tensor(key) for key in list(archive.keys())}, dict(
+                archive.metadata() or {}
+            )
     except Exception as error:
         refuse(path, f"is not a whole safetensors file ({_reason(error)}); fetch or save it again", error)
 

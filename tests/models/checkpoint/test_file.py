@@ -9,6 +9,7 @@ import pickle
 import struct
 import tarfile
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -296,3 +297,12 @@ def test_of_a_damaged_model_only_a_model_or_a_checkpoint_error_comes(tmp_path, w
         except CheckpointError:
             continue
         assert not any(tensor.is_meta for tensor in loaded.model.state_dict().values())
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_name_that_is_no_text_is_read(tmp_path, model, suffix):
+    plain = tmp_path / f"x{suffix}"
+    save_checkpoint(plain, model, small())
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xef\n" + suffix.encode()))
+    plain.rename(path)
+    assert same(load_model(path).model.state_dict(), model.state_dict())
