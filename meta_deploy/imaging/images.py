@@ -142,7 +142,6 @@ class _File:
         else:
             self.size = (self._tag(257, 0), self._tag(256, 0))
         _check_size(self.size[1], self.size[0], name)
-        self.orientation = self._orientation()
         self._refuse_thumbnail()
 
     def decode(self, depth: int | None = None, factor: int = 1) -> Image.Image:
@@ -204,7 +203,10 @@ class _File:
         return None, None
 
     def _by_opencv(self, bits: int) -> np.ndarray:
-        """The samples as they are stored, which Pillow would cut to 8 bits or does not know."""
+        """The samples as they are stored, which Pillow would cut to 8 bits or does not know.
+
+        OpenCV is there anyway and knows all compressions, for which tifffile would need imagecodecs.
+        """
         import cv2
 
         assert self._stream is not None
@@ -243,7 +245,9 @@ class _File:
             return int(values[0]) if values else otherwise
         return otherwise
 
-    def _orientation(self) -> int:
+    @functools.cached_property
+    def orientation(self) -> int:
+        """By EXIF, 1 to 8. Pillow decodes a PNG for it."""
         with contextlib.suppress(Exception):  # broken EXIF data is no reason to fail
             return int(self._tag(274, 1) if self._image is None else self._image.getexif().get(0x0112, 1))
         return 1

@@ -25,9 +25,10 @@ from meta_deploy.bundle.claims import Claims
 from meta_deploy.cli.infer import main
 from meta_deploy.cli.outputs import overlay_names
 from meta_deploy.imaging.images import Source
-from meta_deploy.imaging.video import VideoWriter
+from meta_deploy.imaging.video import Video, VideoWriter
 from meta_deploy.runtime.predictor import Predictor
 from tests.bundles_by_hand import detector, manifest
+from tests.videos_by_hand import turned, write_clip
 
 
 @pytest.fixture
@@ -56,10 +57,7 @@ def infer(bundles, capsys):
 
 
 def clip(path, frames=5):
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 10, (96, 128))
-    for i in range(frames):
-        writer.write(np.full((128, 96, 3), 40 * (i % 6), np.uint8))
-    writer.release()
+    write_clip(path, frames, size=(128, 96))
 
 
 def test_an_image_gives_a_line_an_overlay_and_the_times(here, infer):
@@ -417,6 +415,58 @@ def test_a_disk_that_fills_up_under_a_video_is_one_line(here, infer, monkeypatch
     assert (code, len(err.splitlines())) == (2, 1)
     assert "cannot write the video 'meta-infer-out/clip-overlay.mp4': No space left on device" in err
     assert not os.path.exists("meta-infer-out")
+
+
+def test_a_cut_video_is_done_as_far_as_it_goes_and_the_next_input_too(here, infer):
+    clip("clip.avi", 40)
+    content = (here / "clip.avi").read_bytes()
+    (here / "clip.avi").write_bytes(content[: len(content) * 8 // 10])
+    code, out, err = infer("clip.avi", "a.jpg", "--json", "--out", "out", "--backend", "onnxruntime")
+    assert code == 2
+    line, last = err.splitlines()[0], json.loads(out)["images"]
+    done = len(last) - 1
+    assert line.startswith(f"meta-infer: {done} of 40 frames of 'clip.avi' could be read: it is cut short (")
+    assert "skipped" not in line
+    assert 0 < done < 40
+    assert [(entry["frame"], entry["time"]) for entry in last[:3]] == [(0, 0), (1, 0.1), (2, 0.2)]
+    with Video("out/clip-overlay.mp4") as video:
+        assert (len(list(video)), video.fps) == (done, 10)
+
+
+def test_a_videos_rate_and_times_are_the_overlays(here, infer):
+    times = [0, 10, 20, 300, 310, 900, 1000, 1500]
+    write_clip(here / "a:%04d.mp4", 8, codec="libx264", times=times)
+    turned(write_clip(here / "b.mp4", 3, codec="libx264", rate=66.667), 90)
+    code, out, _ = infer("a:%04d.mp4", "b.mp4", "--json", "--out", "out")
+    assert code == 0
+    entries = json.loads(out)["images"]
+    assert [entry["time"] for entry in entries[:8]] == [time / 1000 for time in times]
+    assert entries[8]["size"] == [64, 48]
+    with Video("out/a:%04d-overlay.mp4") as video:
+        assert [float(frame.time) for frame in video] == [time / 1000 for time in times]
+    with Video("out/b-overlay.mp4") as video:
+        assert video.fps == pytest.approx(66.667)
+        assert next(iter(video)).image.shape == (384, 288, 3)
+
+
+def test_a_depth_is_said_once_and_differing_ones_are_a_warning(here, infer):
+    for i, most in enumerate((4095, 4000, 1023)):
+        ramp = np.linspace(0, most, 64 * 64).reshape(64, 64).astype(np.uint16)
+        Image.fromarray(ramp).save(f"{i}.png")
+    code, out, err = infer("0.png", "1.png", "2.png", "--json", "--backend", "onnxruntime")
+    assert code == 0
+    scores = [entry["detections"][0]["score"] for entry in json.loads(out)["images"]]
+    assert min(scores) > 0.97  # the brightest pixel's share of white
+    said, warning, *_ = [line for line in err.splitlines() if "bits" in line]
+    assert said.startswith("meta-infer: '0.png' holds 16-bit data taken as 12 bits, by its values up to 4095")
+    assert warning.startswith("meta-infer: warning: ")
+    assert "12 bits (2), 10 bits (1); --depth" in warning
+    code, out, err = infer("0.png", "2.png", "--json", "--depth", "12", "--backend", "onnxruntime")
+    assert (code, "bits" in err) == (0, False)
+    first, second = json.loads(out)["images"]
+    assert first["detections"][0]["score"] > 0.97
+    assert second["detections"][0]["name"] == "star"  # of 0.6; the disc's is a quarter of white
+    one_line(*infer("0.png", "--depth", "33"), "1 to 32")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")

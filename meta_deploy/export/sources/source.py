@@ -82,7 +82,7 @@ class Source(ABC):
     def facts(self) -> dict[str, Any]:
         """Fields of the manifest that only this source knows: model, inputs, preprocessing."""
 
-    def check_sound(self) -> None:  # noqa: B027 -- for most there is nothing more to look at
+    def check_sound(self) -> None:
         """Look again at an original that nobody has run yet, after its graph could not be dealt with.
 
         Raises:
