@@ -130,7 +130,7 @@ def _infer(args: Namespace) -> int:
         report = Report(sources, as_json=args.json, intro=intro)
         raw = predictor.bundle.task == "raw"
         batch = 1 if raw else args.batch or predictor.bundle.input.batch.opt
-        with Overlays(folder, sources, raw, args.depth) as overlays, report:
+        with Overlays(folder, sources, raw) as overlays, report:
             for frame in predict(predictor, sources, batch):
                 if frame.result is None:
                     report.fail(frame)

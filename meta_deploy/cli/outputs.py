@@ -72,11 +72,8 @@ class Overlays:
 
     MOST_WAITING = 4
 
-    def __init__(
-        self, folder: Path | None, sources: Sequence[Source], raw: bool = False, depth: int | None = None
-    ):
-        """`raw`: the results are arrays; `depth` as in `read_image`, by which large ones are read again."""
-        self._depth = depth
+    def __init__(self, folder: Path | None, sources: Sequence[Source], raw: bool = False):
+        """`raw`: the results are arrays."""
         self._folder = folder
         self._names = overlay_names(folder, sources, raw) if folder else {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="draw")
@@ -93,7 +90,7 @@ class Overlays:
         if isinstance(shown, Arrays):
             self._submit(shown.save, target)
         elif frame.index is None:
-            self._submit(_draw_image, target, frame, shown, self._depth)
+            self._submit(_draw_image, target, frame, shown)
         else:
             if self._video is None:
                 self._video = VideoFile(target, frame.fps or 25.0)
@@ -130,10 +127,10 @@ class Overlays:
                 self._end_video(error)
 
 
-def _draw_image(target: Path, frame: Frame, shown: ImageResult, depth: int | None) -> None:
-    assert frame.picture is not None
-    image = None if frame.picture.reduced else frame.picture.pixels
-    shown.save(target, image, depth)
+def _draw_image(target: Path, frame: Frame, shown: ImageResult) -> None:
+    picture = frame.picture
+    assert picture is not None
+    shown.save(target, None if picture.reduced else picture.pixels, picture.depth)
 
 
 def _draw_frame(video: VideoFile, frame: Frame, shown: ImageResult) -> None:
