@@ -183,14 +183,14 @@ def _infer(args: Namespace) -> int:
         raw = predictor.bundle.task == "raw"
         batch = 1 if raw else args.batch or predictor.bundle.input.batch.opt
         labels = LabelImages(folder if args.label_image else None, sources, claims)
-        with Overlays(folder, sources, claims, raw, args.depth) as overlays, report:
+        with Overlays(folder, sources, claims, raw) as overlays, report:
             for frame in predict(predictor, sources, batch):
                 if frame.result is None:
                     report.fail(frame)
                     continue
                 coco.add(frame)
                 shown = frame.result.filter(args.score_threshold)
-                rows.add(frame, shown, args.depth)
+                rows.add(frame, shown)
                 labels.add(frame, shown)
                 report.add(frame, shown, overlays.add(frame, shown))
         report.finish(predictor, args.score_threshold, folder, args.coco_json)

@@ -75,24 +75,8 @@ class Overlays:
 
     MOST_WAITING = 4
 
-    def __init__(
-        self,
-        folder: Path | None,
-        sources: Sequence[Source],
-        claims: Claims,
-        raw: bool = False,
-        depth: int | None = None,
-    ):
-        """A writer of overlays.
-
-        Args:
-            folder: None writes nothing.
-            sources: what there will be results of.
-            claims: what must not be written over.
-            raw: the results are arrays.
-            depth: as in `read_image`, by which large images are read again.
-        """
-        self._depth = depth
+    def __init__(self, folder: Path | None, sources: Sequence[Source], claims: Claims, raw: bool = False):
+        """`claims`: what must not be written over; `raw`: the results are arrays."""
         self._folder = folder
         self._names = overlay_names(folder, sources, claims, raw) if folder else {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="draw")
@@ -109,7 +93,7 @@ class Overlays:
         if isinstance(shown, Arrays):
             self._submit(shown.save, target)
         elif frame.index is None:
-            self._submit(_draw_image, target, frame, shown, self._depth)
+            self._submit(_draw_image, target, frame, shown)
         else:
             if self._video is None:
                 self._video = VideoFile(target, frame.fps or 25.0)
@@ -146,10 +130,10 @@ class Overlays:
                 self._end_video(error)
 
 
-def _draw_image(target: Path, frame: Frame, shown: ImageResult, depth: int | None) -> None:
-    assert frame.picture is not None
-    image = None if frame.picture.reduced else frame.picture.pixels
-    shown.save(target, image, depth)
+def _draw_image(target: Path, frame: Frame, shown: ImageResult) -> None:
+    picture = frame.picture
+    assert picture is not None
+    shown.save(target, None if picture.reduced else picture.pixels, picture.depth)
 
 
 def _draw_frame(video: VideoFile, frame: Frame, shown: ImageResult) -> None:
@@ -284,19 +268,20 @@ class TableFile:
         self._stream = None if path is None else self._stack.enter_context(atomic_write(path))
         self._empty = True
 
-    def add(self, frame: Frame, shown: Result, depth: int | None) -> None:
+    def add(self, frame: Frame, shown: Result) -> None:
         """Write one frame's rows, each with the file's name, and the frame's number in a video."""
         if self._stream is None or not isinstance(shown, ImageResult):
             return
-        assert frame.picture is not None
-        image = None if frame.picture.reduced else frame.picture.pixels
+        picture = frame.picture
+        assert picture is not None
+        image = None if picture.reduced else picture.pixels
         where = {"file": str(frame.source.path), "frame": "" if frame.index is None else frame.index}
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, [*where, *shown.columns])
         if self._empty:
             writer.writeheader()
             self._empty = False
-        writer.writerows(where | row for row in shown.table(image, depth))
+        writer.writerows(where | row for row in shown.table(image, picture.depth))
         self._stream.write(text.getvalue().encode(errors="surrogateescape"))
 
     def __enter__(self) -> TableFile:

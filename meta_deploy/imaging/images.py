@@ -55,12 +55,13 @@ class Picture:
     """An image as it was read: `pixels` RGB uint8 (H, W, 3), upright, of an image of `size` (height, width).
 
     The pixels are fewer than the size says where a large image was `reduced` on the way. `notes` tell what
-    was decided that the file leaves open.
+    was decided that the file leaves open; `depth` is what it was read with.
     """
 
     pixels: np.ndarray
     size: Size
     notes: tuple[Note, ...] = ()
+    depth: int | None = None
 
     @property
     def reduced(self) -> bool:
@@ -106,7 +107,7 @@ def load(
             height, width = wanted(*upright)
             factor = max(1, min(upright[0] // (2 * height), upright[1] // (2 * width)))
         image = file.decode(depth, factor)
-        return Picture(np.asarray(image), upright, tuple(file.notes))
+        return Picture(np.asarray(image), upright, tuple(file.notes), depth)
 
 
 def read_canvas(source: ImageLike, depth: int | None = None) -> Image.Image:
@@ -362,12 +363,12 @@ def _unidentified(stream: BinaryIO, name: str, error: Exception) -> _File:
             if 0 not in file.size:
                 return file
     if what := described(head):
-        damaged = (
-            "which is damaged" if "rename it" in what and "video" not in what else "which is not read here"
-        )
         what, _, remedy = what.partition("; ")
-        remedy = "get the file again" if damaged == "which is damaged" else remedy
-        raise ImageError(f"{name} is {what}, {damaged}; {remedy}") from error
+        if not remedy.startswith("rename"):
+            raise ImageError(f"{name} is {what}, which is not read here; {remedy}") from error
+        if "video" in what:
+            raise ImageError(f"{name} is {what}, not a picture; {remedy}") from error
+        raise ImageError(f"{name} is {what}, which is damaged; get the file again") from error
     raise ImageError(
         f"{name} is not an image that can be read; give a JPEG, PNG, WebP, TIFF, BMP or GIF file"
     ) from error

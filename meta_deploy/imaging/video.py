@@ -182,9 +182,10 @@ class _Reading:
         self._stream = stream
         self._ahead: list[int] = []  # times of the packets whose frames have not come out yet
         self._next = 0
+        self._begins = (stream.start_time or 0) * Fraction(stream.time_base or 1)
         self._start: Fraction | None = None
         self._last = Fraction(-1)
-        self.end = 0.0  # seconds from the first frame to where the last is no longer shown
+        self.end = 0.0  # seconds from the stream's start, which may be lost, to the last frame's end
 
     def __iter__(self) -> Iterator[VideoFrame]:
         import av
@@ -223,7 +224,8 @@ class _Reading:
             time = self._last + step
         self._next, self._last = index + 1, time
         duration = frame.duration * frame.time_base if frame.duration and frame.time_base else None
-        self.end = float(time + (duration or step))
+        lost = self._start - self._begins if self._start is not None else Fraction(0)
+        self.end = float(lost + time + (duration or step))
         return TimedFrame(np.ascontiguousarray(pixels), index, time, duration)
 
     def _number(self, pts: int) -> int:

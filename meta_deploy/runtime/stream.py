@@ -50,7 +50,9 @@ class Frame:
         """RGB uint8 (H, W, 3); read again where the picture is a reduced one."""
         if self.picture is None:
             return None
-        return read_image(self.source.path) if self.picture.reduced else self.picture.pixels
+        if not self.picture.reduced:
+            return self.picture.pixels
+        return read_image(self.source.path, self.picture.depth)
 
     @property
     def notes(self) -> tuple[Note, ...]:

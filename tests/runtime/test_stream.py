@@ -9,6 +9,7 @@ from PIL import Image
 
 from meta_deploy import Predictor
 from meta_deploy.errors import ImageError
+from meta_deploy.imaging import images
 from meta_deploy.imaging.images import Source
 from meta_deploy.imaging.video import TimedFrame
 from meta_deploy.runtime import stream
@@ -74,3 +75,15 @@ def test_a_video_that_breaks_off_gives_its_frames_and_then_the_error(monkeypatch
     frames = list(read_ahead([Source(tmp_path / "a.mp4", True)], depth=2))
     assert [(frame.index, frame.result) for frame in frames] == [(0, None), (0, None)]
     assert "missing" in str(frames[1].error)
+
+
+def test_a_large_image_is_held_reduced_and_read_again_for_its_pixels(bundles, tmp_path, monkeypatch):
+    ramp = np.linspace(0, 900, 640 * 640).reshape(640, 640).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    monkeypatch.setattr(images, "LARGE", 1000)
+    with Predictor(bundles / "detector-dynamic", depth=10) as predictor:
+        (frame,) = predict(predictor, [Source(tmp_path / "a.png")])
+    assert frame.picture.reduced
+    assert frame.picture.size == frame.result.size == (640, 640)
+    assert frame.notes == ()
+    np.testing.assert_array_equal(frame.image[..., 0], ramp >> 2)
