@@ -259,9 +259,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         refuse(path, "needs the safetensors package: pip install safetensors", error)
     try:
         with _name_in_text(path) as name, safe_open(name, framework="pt", device="cpu") as archive:
-            return {key: archive.get_tensor(key) for key in list(archive.keys())}, dict(
-                archive.metadata() or {}
-            )
+            tensors = {key: archive.get_tensor(key) for key in list(archive.keys())}
+            return tensors, dict(archive.metadata() or {})
     except Exception as error:
         refuse(path, f"is not a whole safetensors file ({_reason(error)}); fetch or save it again", error)
 
