@@ -8,6 +8,7 @@ from __future__ import annotations
 import colorsys
 import functools
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 import cv2
@@ -22,6 +23,7 @@ TINT = 0.45
 STRIP = 1 << 20  # pixels that are drawn on at a time
 MOST_SHOWN = 1000  # characters of a name; a picture is some 200 wide
 PALETTE = 96
+CROWDED = 0.1  # of the picture: more labels would hide it
 FIRST = (0.15, 0.55, 1.0)  # the colour of class 0: a blue that shows on skin, grass and asphalt
 Color = tuple[int, int, int]
 Rect = tuple[int, int, int, int]
@@ -58,23 +60,36 @@ def draw_detections(
     """Masks, boxes (N, 4) xyxy, names and scores on an RGB picture, which is drawn on and given back.
 
     `labels` (N,) choose the colours. A picture whose longer side is under SMALLEST pixels is not: a copy
-    that is larger by a whole factor comes back.
+    that is larger by a whole factor comes back. Where names and scores would cover more than CROWDED of the
+    picture, there is a count of each class instead, lines are thin, masks stand without their boxes, and
+    objects of one class alone have colours of their own.
     """
     factor = _factor(picture)
     picture = _enlarged_picture(picture, factor)
     width = _line_width(picture)
     boxes = np.rint(boxes * factor).astype(int)
+    texts = [f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)]
+    crowded = _room_for(texts, picture) > CROWDED * picture.width * picture.height
+    colors = labels
+    if crowded:
+        width = max(1, width // 2)
+        if segments is not None and len(set(labels.tolist())) == 1:
+            colors = np.arange(len(labels))
     # The smallest last, on top of what surrounds them.
     order = np.argsort(-(boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), kind="stable")
     masks = _Masks(picture, width)
     for i in order if segments is not None else ():
         assert segments is not None
-        masks.add(segments[i], labels[i], factor)
+        masks.add(segments[i], colors[i], factor)
+    boxed = () if crowded and segments is not None else order
     for top, strip in _strips(picture):
         masks.draw(strip, top)
-        for i in order:
+        for i in boxed:
             _outline(strip, top, picture.size, boxes[i], class_color(labels[i]), width)
-    texts = [f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)]
+    if crowded:
+        counts = Counter(zip(names, labels.tolist(), strict=True)).most_common()
+        _legend(picture, [(f"{count} {name}", class_color(label)) for (name, label), count in counts])
+        return picture
     best_first = np.argsort(-scores, kind="stable")
     _label(picture, [(texts[i], _rect(boxes[i]), class_color(labels[i])) for i in best_first])
     return picture
@@ -203,13 +218,25 @@ def _outline(
         cv2.rectangle(strip, (x0, y0 - top), (x1, y1 - top), ink, line)
 
 
+def _room_for(texts: Sequence[str], picture: Image.Image) -> float:
+    """Pixels that labels of these texts cover, if none covers another."""
+    font = _font(picture)
+    return sum(_label_height(font) * (font.getlength(text[:MOST_SHOWN]) + 2 * _pad(font)) for text in texts)
+
+
+def _pad(font: ImageFont.FreeTypeFont) -> int:
+    return max(2, round(font.size / 6))
+
+
+def _label_height(font: ImageFont.FreeTypeFont) -> int:
+    return sum(font.getmetrics()) + 2 * _pad(font)
+
+
 def _label(picture: Image.Image, labels: list[tuple[str, Rect, Color]]) -> None:
     """Write each text at its box: inside the picture, and clear of the others where there is room."""
     draw = ImageDraw.Draw(picture)
     font = _font(picture)
-    pad = max(2, round(font.size / 6))
-    ascent, descent = font.getmetrics()
-    height = ascent + descent + 2 * pad
+    pad, height = _pad(font), _label_height(font)
     placed: list[tuple[str, Rect, Color]] = []
     for text, box, color in labels:
         text = _shortened(text, font, picture.width - 2 * pad)

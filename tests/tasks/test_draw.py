@@ -135,3 +135,47 @@ def test_a_very_long_name_is_cut_at_once_to_what_fits(monkeypatch):
     short = _shortened("w" * 100 + " 0.87", font, 200)
     assert short.endswith("w… 0.87")
     assert font.getlength(short) <= 200 < font.getlength("w" + short)
+
+
+def many(count, labels, masks=True):
+    """Squares of 12 pixels in rows on a picture of 400x500."""
+    size, boxes, segments = (400, 500), [], []
+    for k in range(count):
+        x, y = 16 * (k % 30), 60 + 16 * (k // 30)
+        mask = np.zeros(size, bool)
+        mask[y : y + 12, x : x + 12] = True
+        boxes.append([x, y, x + 12, y + 12])
+        segments.append(Mask.from_full(mask))
+    return Detections(
+        size,
+        np.array(boxes, np.float32),
+        np.full(count, 0.9, np.float32),
+        np.array(labels, np.int32),
+        ("nucleus", "cell"),
+        tuple(segments) if masks else None,
+    )
+
+
+def test_a_crowd_of_one_class_has_a_colour_each_and_no_labels_over_it():
+    image = np.full((400, 500, 3), 128, np.uint8)
+    drawn = many(300, [0] * 300).draw(image)
+    centres = [drawn[66 + 16 * (k // 30), 6 + 16 * (k % 30)].tolist() for k in range(300)]
+    expected = [np.rint(128 * 0.55 + np.array(class_color(k)) * 0.45) for k in range(300)]
+    np.testing.assert_allclose(sorted(centres), sorted(color.tolist() for color in expected), atol=1)
+    # Between the objects the picture is to be seen: no boxes and no names.
+    np.testing.assert_array_equal(drawn[60:220, 13:480:16], 128)
+    assert (drawn[:20, :60] < 100).any()  # how many there are
+
+
+def test_a_crowd_of_several_classes_keeps_their_colours():
+    image = np.full((400, 500, 3), 128, np.uint8)
+    drawn = many(300, [k % 2 for k in range(300)]).draw(image)
+    for k in (0, 1, 298, 299):
+        expected = 128 * 0.55 + np.array(class_color(k % 2)) * 0.45
+        np.testing.assert_allclose(drawn[66 + 16 * (k // 30), 6 + 16 * (k % 30)], expected, atol=1)
+
+
+def test_a_crowd_without_masks_keeps_its_boxes():
+    image = np.full((400, 500, 3), 128, np.uint8)
+    drawn = many(300, [0] * 300, masks=False).draw(image)
+    np.testing.assert_array_equal(drawn[66 + 16, 16], class_color(0))
