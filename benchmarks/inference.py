@@ -41,8 +41,9 @@ from meta_deploy.bundle.bundle import Bundle, write_bundle
 from meta_deploy.errors import BackendError
 from meta_deploy.export.trace import drop_outputs, export_onnx
 from meta_deploy.graph.pipeline import run_passes
-from meta_deploy.imaging.images import expand, read_image
+from meta_deploy.imaging.images import read_image
 from meta_deploy.imaging.preprocess import Preprocessor
+from meta_deploy.imaging.sources import expand
 from meta_deploy.models.checkpoint.load import load_model
 from meta_deploy.runtime.predictor import Predictor
 from meta_deploy.runtime.stream import predict

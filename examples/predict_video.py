@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 
 from meta_deploy import Predictor
-from meta_deploy.imaging.images import expand
+from meta_deploy.imaging.sources import expand
 from meta_deploy.runtime.stream import predict
 
 

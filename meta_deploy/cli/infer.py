@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from meta_deploy.bundle.bundle import Bundle
     from meta_deploy.bundle.claims import Claims
-    from meta_deploy.imaging.images import Source
+    from meta_deploy.imaging.sources import Source
     from meta_deploy.runtime.predictor import Predictor
 
 SHOWN = 0.3
@@ -164,7 +164,7 @@ def _infer(args: Namespace) -> int:
     warnings.filterwarnings("ignore", module="PIL")
 
     from meta_deploy.cli.outputs import CocoFile, LabelImages, Overlays, Report, TableFile, folder_for
-    from meta_deploy.imaging.images import expand
+    from meta_deploy.imaging.sources import expand
     from meta_deploy.runtime.stream import predict
 
     sources = expand(args.inputs)

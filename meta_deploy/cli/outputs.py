@@ -28,7 +28,7 @@ from meta_deploy.bundle.files import atomic_write, scratch_folder
 from meta_deploy.cli.terminal import say, tell
 from meta_deploy.errors import InputError
 from meta_deploy.imaging.depth import Note
-from meta_deploy.imaging.images import Source
+from meta_deploy.imaging.sources import Source
 from meta_deploy.imaging.video import VideoWriter
 from meta_deploy.runtime.predictor import Predictor
 from meta_deploy.runtime.stream import Frame

@@ -10,8 +10,9 @@ import numpy as np
 
 from meta_deploy.bundle.manifest import InputSpec, Preprocess
 from meta_deploy.errors import InputError
-from meta_deploy.imaging.images import expand, read_image
+from meta_deploy.imaging.images import read_image
 from meta_deploy.imaging.preprocess import Preprocessor
+from meta_deploy.imaging.sources import expand
 
 MOST = 8  # images or .npz files that an export looks at
 Feed = dict[str, np.ndarray]

@@ -17,7 +17,8 @@ import numpy as np
 
 from meta_deploy.errors import ImageError, InputError
 from meta_deploy.imaging.depth import Note
-from meta_deploy.imaging.images import Picture, Source, load, read_image
+from meta_deploy.imaging.images import Picture, load, read_image
+from meta_deploy.imaging.sources import Source
 from meta_deploy.imaging.video import Video
 from meta_deploy.runtime.predictor import Predictor
 from meta_deploy.tasks.raw import Arrays, read_arrays

@@ -24,7 +24,7 @@ from meta_deploy.bundle.bundle import write_bundle
 from meta_deploy.bundle.claims import Claims
 from meta_deploy.cli.infer import main
 from meta_deploy.cli.outputs import overlay_names
-from meta_deploy.imaging.images import Source
+from meta_deploy.imaging.sources import Source
 from meta_deploy.imaging.video import Video, VideoWriter
 from meta_deploy.runtime.predictor import Predictor
 from tests.bundles_by_hand import detector, manifest

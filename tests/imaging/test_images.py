@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from meta_deploy.errors import ImageError, InputError
-from meta_deploy.imaging.images import expand, read_image
+from meta_deploy.imaging.images import read_image
+from meta_deploy.imaging.sources import expand
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (20, 30, 3), np.uint8)

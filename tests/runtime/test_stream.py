@@ -10,7 +10,7 @@ from PIL import Image
 from meta_deploy import Predictor
 from meta_deploy.errors import ImageError
 from meta_deploy.imaging import images
-from meta_deploy.imaging.images import Source
+from meta_deploy.imaging.sources import Source
 from meta_deploy.imaging.video import TimedFrame
 from meta_deploy.runtime import stream
 from meta_deploy.runtime.stream import predict, read_ahead
