@@ -18,7 +18,7 @@ from PIL import Image
 from meta_deploy.bundle.files import atomic_write
 from meta_deploy.bundle.manifest import Size
 from meta_deploy.errors import InputError
-from meta_deploy.imaging.images import ImageLike, one_at_a_time, read_canvas
+from meta_deploy.imaging.images import ImageLike, is_large, one_at_a_time, read_canvas
 
 SHOWN = 5  # classes that a line names
 
@@ -158,9 +158,11 @@ def save_image(path: str | os.PathLike[str], image: np.ndarray | Image.Image) ->
     if form not in ("JPEG", "PNG", "WEBP", "BMP", "TIFF"):
         raise InputError(f"cannot write '{path}': '{suffix}' is no image suffix known here; use .jpg or .png")
     options = {"quality": 92} if form in ("JPEG", "WEBP") else {}
+    picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    if form == "PNG" and is_large(picture.size):
+        options["compress_level"] = 1  # several times faster, a little larger
     # Not into the file: encoders that write to a file by themselves take a full disk for a success.
     encoded = io.BytesIO()
-    picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     try:
         picture.save(encoded, format=form, **options)
     except (OSError, ValueError) as error:

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from benchmarks import cleanup_routes, common, export_time, inference
+from benchmarks import cleanup_routes, common, export_time, inference, large_pictures
 from benchmarks.common import ASSETS, Case, Run, interleave, ratio, run_command, table
 from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.export.trace import export_onnx
@@ -103,3 +103,12 @@ def test_inference(small, tiny, traced, monkeypatch):
     content = numbers(small)
     assert content["end_to_end"][0]["images/s, plain"] > 0
     assert content["model"][0]["PyTorch / bundle"] > 0
+
+
+@pytest.mark.slow
+def test_large_pictures(small, tiny):
+    options = ["--megapixels", "2", "--formats", "jpg", "--several", "0", "--model", str(tiny.bundle)]
+    large_pictures.main([*options, *small])
+    (row,) = numbers(small)["rows"]
+    assert row["decoded, MB"] == pytest.approx(5.72, abs=0.01)
+    assert row["over base, MB"] > 0
