@@ -54,9 +54,7 @@ class Claims:
         if os.fspath(path) == "-":
             raise InputError(f"{option} '-' names no file; give one")
         if (user := self.user(path)) is not None:
-            raise InputError(
-                f"{option} '{path}' is {user}, or in it, and is not written over; name another file"
-            )
+            raise InputError(f"{option} '{path}' would be written over {user}; name another file")
         self.add(path, f"the file of {option}")
 
 

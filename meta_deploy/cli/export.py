@@ -107,14 +107,14 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
         type=positive_int,
         default=None,
         metavar="N",
-        help="images a call (default: 1; for an ONNX file, what it says)",
+        help="images per call (default: 1; for an ONNX file, what it says)",
     )
     batch.add_argument(
         "--dynamic-batch",
         nargs=3,
         type=positive_int,
         metavar=("MIN", "OPT", "MAX"),
-        help="any number of images a call from MIN to MAX; OPT is the usual one",
+        help="any number of images per call from MIN to MAX; OPT is the usual one",
     )
     group.add_argument(
         "--dynamic-size",
@@ -145,7 +145,10 @@ def _add_onnx(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--bgr", action="store_true", help="the network wants its channels as B, G, R")
     group.add_argument(
-        "--class-names", type=path, metavar="FILE", help="class names, one a line, of a detector without them"
+        "--class-names",
+        type=path,
+        metavar="FILE",
+        help="class names, one per line, of a detector without them",
     )
 
 
@@ -283,9 +286,11 @@ def class_names(path: str | None) -> list[str] | None:
             names = [line.strip() for line in stream if line.strip()]
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
-        raise InputError(f"cannot read '{path}': {reason}; give a file of class names, one a line") from error
+        raise InputError(
+            f"cannot read '{path}': {reason}; give a file of class names, one per line"
+        ) from error
     if not names:
-        raise InputError(f"'{path}' holds no class names; give one a line")
+        raise InputError(f"'{path}' holds no class names; give one per line")
     return names
 
 

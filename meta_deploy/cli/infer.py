@@ -92,7 +92,7 @@ def parser() -> Parser:
         "--batch",
         type=positive_int,
         metavar="N",
-        help="images a run of the model (default: what the bundle was made for)",
+        help="images per run of the model (default: what the bundle was made for)",
     )
     p.add_argument(
         "--threads",
@@ -111,7 +111,7 @@ def parser() -> Parser:
         "--tile-overlap",
         type=positive_int,
         metavar="PIXELS",
-        help="pixels that neighbouring tiles share at least; best more than most objects measure (default: a "
+        help="pixels that neighbouring tiles share at least; best larger than most objects (default: a "
         "quarter of --tile)",
     )
     p.add_argument(
@@ -127,7 +127,7 @@ def parser() -> Parser:
         metavar="DIR",
         help=f"folder for the overlays, NAME-overlay.jpg or .png, .mp4 for a video, and for the arrays of a "
         f"raw bundle, NAME-outputs.npz (default: {OUT}; "
-        "with --json, --coco-json or --csv none are written unless this is given)",
+        "with --json, --coco-json or --csv none are written unless this or --label-image is given)",
     )
     p.add_argument(
         "--coco-json",
@@ -140,8 +140,8 @@ def parser() -> Parser:
         "--csv",
         type=path,
         metavar="FILE",
-        help="write a table with a row an object: class, score, area, centroid, box, mean intensity; for "
-        "class maps a row a class",
+        help="write a table with one row per object: class, score, area, centroid, box, mean intensity; for "
+        "class maps one row per class",
     )
     p.add_argument(
         "--label-image",
@@ -191,8 +191,7 @@ def _infer(args: Namespace) -> int:
                 coco.add(frame)
                 shown = frame.result.filter(args.score_threshold)
                 rows.add(frame, shown)
-                labels.add(frame, shown)
-                report.add(frame, shown, overlays.add(frame, shown))
+                report.add(frame, shown, overlays.add(frame, shown), labels.add(frame, shown))
         report.finish(predictor, args.score_threshold, folder, args.coco_json)
     return EXIT_INPUT if report.failed else 0
 
@@ -216,7 +215,7 @@ def _claims(args: Namespace, sources: Sequence[Source], out: str | None) -> Clai
         if name is not None:
             claims.write(name, option)
     if out is not None and (user := claims.holder(out)) is not None:
-        raise InputError(f"--out '{out}' is {user}, or in it, and nothing is written there; name a folder")
+        raise InputError(f"--out '{out}' is a place of {user}, where nothing is written; name another folder")
     return claims
 
 

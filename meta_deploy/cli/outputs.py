@@ -133,7 +133,7 @@ class Overlays:
 def _draw_image(target: Path, frame: Frame, shown: ImageResult) -> None:
     picture = frame.picture
     assert picture is not None
-    shown.save(target, None if picture.reduced else picture.pixels, picture.depth)
+    shown.save(target, None if picture.reduced else picture.pixels)
 
 
 def _draw_frame(video: VideoFile, frame: Frame, shown: ImageResult) -> None:
@@ -261,7 +261,7 @@ class CocoFile:
 
 
 class TableFile:
-    """A CSV file with a row an object, or a class, of every image. A context manager; None writes nothing."""
+    """A CSV file with one row per object or class of every image. A context manager; None writes nothing."""
 
     def __init__(self, path: str | None):
         self._stack = contextlib.ExitStack()
@@ -281,8 +281,8 @@ class TableFile:
         if self._empty:
             writer.writeheader()
             self._empty = False
-        writer.writerows(where | row for row in shown.table(image, picture.depth))
-        self._stream.write(text.getvalue().encode(errors="surrogateescape"))
+        writer.writerows(where | row for row in shown.table(image))
+        self._stream.write(text.getvalue().encode(errors="backslashreplace"))
 
     def __enter__(self) -> TableFile:
         return self
@@ -297,10 +297,13 @@ class LabelImages:
     def __init__(self, folder: Path | None, sources: Sequence[Source], claims: Claims):
         self._names = _names(folder, sources, claims, "labels", lambda source: ".png") if folder else {}
 
-    def add(self, frame: Frame, shown: Result) -> None:
-        """Write one frame's."""
-        if self._names and isinstance(shown, ImageResult):
-            shown.save_labels(self._names[frame.source])
+    def add(self, frame: Frame, shown: Result) -> Path | None:
+        """Write one frame's; returns where."""
+        if not self._names or not isinstance(shown, ImageResult):
+            return None
+        target = self._names[frame.source]
+        shown.save_labels(target)
+        return target
 
 
 class Report:
@@ -321,8 +324,8 @@ class Report:
         self._video: _VideoLine | None = None
         self._notes = _Notes()
 
-    def add(self, frame: Frame, shown: Result, overlay: Path | None) -> None:
-        """Take one result in."""
+    def add(self, frame: Frame, shown: Result, overlay: Path | None, labels: Path | None = None) -> None:
+        """Take one result in, and where its files are."""
         if self._intro is not None:
             tell(self._intro)
             self._intro = None
@@ -336,6 +339,8 @@ class Report:
                 entry["frame"] = frame.index
                 entry["time"] = round(float(frame.time or 0), 6)
             entry["file" if isinstance(shown, Arrays) else "overlay"] = str(overlay) if overlay else None
+            if labels is not None:
+                entry["labels"] = str(labels)
             self._entries.append(json.dumps(entry))
         elif frame.index is None:
             say(f"{_title(frame.source, shown)}: {shown!r}; {shown.timings.total:.1f} ms")
@@ -408,7 +413,7 @@ class _Notes:
         for kind, values in self._said.items():
             if kind == "depth" and len(values) > 1:
                 told = ", ".join(f"{value} ({count})" for value, count in values.items())
-                text = f"pictures were taken as of different depths: {told}; --depth sets one for all"
+                text = f"pictures were read at different bit depths: {told}; --depth sets one for all"
                 tell(f"meta-infer: warning: {text}")
 
 

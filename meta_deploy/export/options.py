@@ -26,8 +26,8 @@ class Options:
         calib_images: a folder of images (or, for an ONNX file, of .npz inputs) to measure and verify on;
             None: the package's own images, or random inputs.
         input_size: (height, width) in pixels; None: the model's own.
-        batch: images a call; None: 1, or what the ONNX file says.
-        dynamic_batch: (min, opt, max) images a call, instead of `batch`.
+        batch: images per call; None: 1, or what the ONNX file says.
+        dynamic_batch: (min, opt, max) images per call, instead of `batch`.
         dynamic_size: take any size up to the longer side of `input_size`, in steps of 32.
         shapes: input name -> shape, for an ONNX file whose shapes are open; 0 leaves a size open.
         mean, std: of each channel, R G B, in units of pixel * scale; they make an ONNX file take images.
@@ -82,7 +82,7 @@ class Options:
         return self.mean is not None or self.std is not None or self.scale is not None or self.bgr
 
     def batches(self) -> tuple[int, int, int]:
-        """(min, opt, max) images a call, for a model that takes any.
+        """(min, opt, max) images per call, for a model that takes any.
 
         Raises:
             InputError: they do not rise from 1.

@@ -4,12 +4,14 @@ Knows arrays; must not know files and their formats.
 
 16-bit files often hold 10, 12 or 14 bits of a camera or microscope, and nothing says so. The order is: the
 depth that the caller sets; what the file declares; else the range of the picture's own values, rounded up to
-the next usual depth. That is decided for each picture by itself, so that it does not depend on which others
-are read with it. A dark picture may come out brighter for it, which the note says.
+the next usual depth, for which a sensor's few hot pixels do not count. That is decided for each picture by
+itself, so that it does not depend on which others are read with it. A dark picture may come out brighter
+for it, which the note says.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +20,9 @@ from meta_deploy.errors import InputError
 
 MAX_DEPTH = 32
 _USUAL = (8, 10, 12, 14, 16, 20, 24, 32)
-_ROWS = 1 << 22  # samples that are converted at a time
+_ROWS = 1 << 22  # samples that are worked on at a time
+_HOT = 1e-4  # of the samples may lie above the range and become white
+_MUCH = 0.01  # of the samples above the depth that was set is said
 
 
 @dataclass(frozen=True)
@@ -47,18 +51,30 @@ def to_8_bits(
     leaves out are clipped. With `inverted` 0 is white. Numbers that are not finite become 0.
     """
     floats = values.dtype.kind == "f"
-    low, high, infinite = _range(values) if floats else (int(values.min()), int(values.max()), False)
+    low, high, infinite = _range(values) if floats else (*_extremes(values), False)
+    if values.dtype == np.uint16 and depth is None:
+        high = _without_hot(values, int(high))
     note, (black, white) = _limits(values.dtype, low, high, depth, declared)
     out = np.empty(values.shape, np.uint8)
-    step = max(1, _ROWS // max(1, values[0].size))
-    for top in range(0, len(values), step):
-        _convert(values[top : top + step], black, white, out[top : top + step])
+    above = 0
+    for rows in _bands(values):
+        above += int(np.count_nonzero(values[rows] > white))
+        _convert(values[rows], black, white, out[rows])
+    if depth is not None and above > _MUCH * values.size:
+        text = (
+            f"has {100 * above / values.size:.0f}% of its samples above {depth} bits, and they become white"
+        )
+        note = Note("clipped", f"{depth} bits", text)
     if inverted:
         np.subtract(255, out, out=out)
     if infinite:
         bad = "holds numbers that are not finite (NaN or infinite), which are taken as 0"
         note = Note("depth", "not finite", f"{bad}; {note.text}" if note else bad)
     return out, note
+
+
+def _extremes(values: np.ndarray) -> tuple[float, float]:
+    return values.min().item(), values.max().item()
 
 
 def _range(values: np.ndarray) -> tuple[float, float, bool]:
@@ -68,6 +84,18 @@ def _range(values: np.ndarray) -> tuple[float, float, bool]:
         return low, high, False
     finite = values[np.isfinite(values)]
     return (float(finite.min()), float(finite.max()), True) if finite.size else (0.0, 0.0, True)
+
+
+def _bands(values: np.ndarray) -> Iterator[slice]:
+    """Rows, few at a time."""
+    step = max(1, _ROWS // max(1, values[0].size))
+    return (slice(top, top + step) for top in range(0, len(values), step))
+
+
+def _without_hot(values: np.ndarray, high: int) -> int:
+    """The value that all but `_HOT` of the 16-bit samples reach at most; the greatest of few samples."""
+    counts = sum(np.bincount(values[rows].ravel(), minlength=high + 1) for rows in _bands(values))
+    return int(np.searchsorted(np.cumsum(counts), values.size - int(_HOT * values.size)))
 
 
 def _limits(
@@ -80,21 +108,23 @@ def _limits(
         return None, (-half, half - 1) if low < 0 and depth > 1 else (0, 2**depth - 1)
     if low < 0:
         text = f"holds {title} values from {low:g} to {high:g}, taken as black and white"
-        return Note("depth", "its own range", f"{text}; --depth makes all alike"), (low, high)
+        return Note("depth", "its own range", f"{text}; set the depth to treat all alike"), (low, high)
     if dtype.kind == "f" and high <= 1.001:
-        return Note("depth", "0 to 1", f"holds {title} values, taken as 0 to 1; --depth sets it"), (0, 1)
+        return Note(
+            "depth", "0 to 1", f"holds {title} values, taken as 0 to 1; set the depth if that is wrong"
+        ), (0, 1)
     if dtype.kind == "f" and high < 16:  # neither 0 to 1 nor 0 to 255
         text = f"holds {title} values from 0 to {high:g}, taken as black and white"
-        return Note("depth", "its own range", f"{text}; --depth makes all alike"), (0, high)
+        return Note("depth", "its own range", f"{text}; set the depth to treat all alike"), (0, high)
     if declared is not None and high < 2**declared:
         bits, why = declared, "as it declares"
     else:
         bits = next((b for b in _USUAL if high < 2**b), 8 * dtype.itemsize)
         why = f"by its values up to {high:g}"
-    note = None
-    if not (dtype.kind == "u" and bits == 8 * dtype.itemsize):
-        advice = "" if bits == declared else "; --depth sets it"
-        note = Note("depth", f"{bits} bits", f"holds {title} taken as {bits} bits, {why}{advice}")
+    if dtype.kind == "u" and bits == 8 * dtype.itemsize and declared is not None:
+        return None, (0, 2**bits - 1)
+    advice = "" if bits == declared else "; set the depth if that is wrong"
+    note = Note("depth", f"{bits} bits", f"holds {title} taken as {bits} bits, {why}{advice}")
     return note, (0, 2**bits - 1)
 
 

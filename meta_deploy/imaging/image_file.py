@@ -79,6 +79,12 @@ class ImageFile:
         samples, declared = self._deep_samples()
         if samples is not None:
             inverted = self._tag(262, 1) == 0
+            bits = 8 * samples.dtype.itemsize
+            if depth is not None and samples.dtype.kind in "iu" and not 1 < depth <= bits:
+                raise ImageError(
+                    f"{self.name} holds {bits}-bit integers, which a depth of {depth} does not go with; "
+                    f"set 2 to {bits} bits, or none"
+                )
             shallow, note = to_8_bits(samples, depth, declared, inverted)
             if note is not None:
                 self.notes.append(replace(note, text=f"{self.name} {note.text}"))
@@ -109,10 +115,9 @@ class ImageFile:
             return (self._by_opencv(bits), significant) if bits > 8 else (None, None)
         if image.mode == "F" or image.mode.startswith("I"):
             image.load()
-            # Other formats' decoders fill all 16 bits (JPEG 2000, PGM); an image in memory may be anything.
-            return np.asarray(image).astype(
-                _UNSIGNED.get(image.mode, np.float32)
-            ), 16 if image.format else None
+            samples = np.asarray(image).astype(_UNSIGNED.get(image.mode, np.float32))
+            # These decoders fill all 16 bits; an image in memory may be anything.
+            return samples, 16 if image.format in ("JPEG2000", "PPM") else None
         return None, None
 
     def _by_opencv(self, bits: int) -> np.ndarray:
@@ -214,7 +219,7 @@ def opened(source: str | os.PathLike[str] | bytes | Image.Image) -> Iterator[Ima
         yield ImageFile("the given image", source, None)
         return
     if isinstance(source, bytes):
-        with _identified(io.BytesIO(source), len(source), "the given bytes") as file:
+        with _identified(io.BytesIO(source), len(source), "the given data") as file:
             yield file
         return
     path = Path(source)

@@ -138,23 +138,25 @@ class Predictor:
         images = [image if isinstance(image, Picture) else given_image(image) for image in images]
         if self.tile is not None:
             return [self._in_tiles(image, self.tile) for image in images]
-        return self._as_wholes(images)
+        return self._as_wholes(images, self.score_threshold)
 
     def _in_tiles(self, image: ImageLike | Picture, side: int) -> Result:
         picture = image if isinstance(image, Picture) else self._read_and_tell(image)
         tiles = tiles_of(picture.size, side, self.tile_overlap)
-        results = self._as_wholes([tile.of(picture.pixels) for tile in tiles])
+        # What is joined must not hang on what is shown of it.
+        threshold = min(self.score_threshold, self.bundle.score_threshold)
+        results = self._as_wholes([tile.of(picture.pixels) for tile in tiles], threshold)
         began = perf_counter()
-        joined = self._task.join(picture.size, tiles, results)
+        joined = self._task.join(picture.size, tiles, results).filter(self.score_threshold)
         took = Timings(post=1000 * (perf_counter() - began))
         timings = sum((result.timings for result in results), took)
-        return replace(joined, path=_path(image), timings=timings)
+        return replace(joined, path=_path(image), timings=timings, depth=picture.depth)
 
-    def _as_wholes(self, images: Sequence[ImageLike | Picture]) -> list[Result]:
+    def _as_wholes(self, images: Sequence[ImageLike | Picture], threshold: float) -> list[Result]:
         results: list[Result] = []
         size = 1 if self.bundle.task == "raw" else self.bundle.input.batch.max
         for start in range(0, len(images), size):
-            results.extend(self._group(images[start : start + size]))
+            results.extend(self._group(images[start : start + size], threshold))
         return results
 
     def run(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -165,7 +167,7 @@ class Predictor:
         """
         return self._backend.run({name: np.asarray(array) for name, array in arrays.items()})
 
-    def _group(self, images: Sequence[ImageLike | Picture]) -> Iterator[Result]:
+    def _group(self, images: Sequence[ImageLike | Picture], threshold: float) -> Iterator[Result]:
         spec = self.bundle.input
         pictures = [image if isinstance(image, Picture) else self._read_and_tell(image) for image in images]
         started = perf_counter()
@@ -177,12 +179,12 @@ class Predictor:
         padded = batch.shape[2], batch.shape[3]
         for index, (image, placement) in enumerate(zip(images, placements, strict=True)):
             before = perf_counter()
-            result = self._task.decode(self.bundle, outputs, index, placement, padded, self.score_threshold)
+            result = self._task.decode(self.bundle, outputs, index, placement, padded, threshold)
             after = perf_counter()
             timings = Timings(
                 (prepared - started) * share, (done - prepared) * share, (after - before) * 1000
             )
-            yield replace(result, path=_path(image), timings=timings)
+            yield replace(result, path=_path(image), timings=timings, depth=pictures[index].depth)
 
     def _read_and_tell(self, image: ImageLike) -> Picture:
         picture = self.read(image)
@@ -216,13 +218,15 @@ def _checked_tile(side: int | None, overlap: int | None) -> tuple[int | None, in
     """The side of the tiles and their overlap. Raises InputError."""
     if side is None:
         if overlap is not None:
-            raise InputError("tile_overlap is of tiles; give tile too, or leave it out")
+            raise InputError("a tile overlap needs a tile size; give that too")
         return None, 0
     if not _is_number(side, LEAST_TILE, MOST_TILE, numbers.Integral):
-        raise InputError(f"tile must be a whole number from {LEAST_TILE} to {MOST_TILE}, not {side!r}")
+        raise InputError(
+            f"the tile size must be a whole number from {LEAST_TILE} to {MOST_TILE}, not {side!r}"
+        )
     overlap = side // 4 if overlap is None else overlap
     if not _is_number(overlap, 0, side - 1, numbers.Integral):
-        raise InputError(f"tile_overlap must be a whole number from 0 to {side - 1}, not {overlap!r}")
+        raise InputError(f"the tile overlap must be a whole number from 0 to {side - 1}, not {overlap!r}")
     return side, overlap
 
 

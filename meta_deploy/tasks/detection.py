@@ -16,7 +16,7 @@ from PIL import Image
 from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.bundle.manifest import Size
 from meta_deploy.errors import InputError
-from meta_deploy.imaging.images import ImageLike
+from meta_deploy.imaging.images import ImageLike, one_at_a_time
 from meta_deploy.imaging.preprocess import Placement
 from meta_deploy.tasks.comparison import Comparison, DetectionComparison
 from meta_deploy.tasks.draw import draw_detections
@@ -136,15 +136,16 @@ class Detections(ImageResult):
             raise InputError("a label image needs masks, and this model gives boxes only")
         return label_image(self.segments, self.size)
 
-    def table(self, image: ImageLike | None = None, depth: int | None = None) -> list[dict[str, Any]]:
+    def table(self, image: ImageLike | None = None) -> list[dict[str, Any]]:
         """A row an object: its number from 1, class, score, and `measure.COLUMNS` in pixels."""
-        pixels = np.asarray(self._canvas(image, depth))
         segments = self.segments or [None] * len(self)
-        return [
-            {"object": i + 1, "class": name, "score": round(float(self.scores[i]), 6)}
-            | measure(self.boxes[i], segments[i], pixels)
-            for i, name in enumerate(self.names)
-        ]
+        with one_at_a_time(self.size):
+            picture = self._canvas(image)
+            return [
+                {"object": i + 1, "class": name, "score": round(float(self.scores[i]), 6)}
+                | measure(self.boxes[i], segments[i], picture)
+                for i, name in enumerate(self.names)
+            ]
 
     def to_supervision(self) -> Any:
         """As `supervision.Detections`, class names in its `data`. Raises InputError: not installed."""

@@ -23,6 +23,7 @@ TINT = 0.45
 STRIP = 1 << 20  # pixels that are drawn on at a time
 MOST_SHOWN = 1000  # characters of a name; a picture is some 200 wide
 PALETTE = 96
+BACKGROUND = "background"
 CROWDED = 0.1  # of the picture: more labels would hide it
 FIRST = (0.15, 0.55, 1.0)  # the colour of class 0: a blue that shows on skin, grass and asphalt
 Color = tuple[int, int, int]
@@ -88,7 +89,14 @@ def draw_detections(
             _outline(strip, top, picture.size, boxes[i], class_color(labels[i]), width)
     if crowded:
         counts = Counter(zip(names, labels.tolist(), strict=True)).most_common()
-        _legend(picture, [(f"{count} {name}", class_color(label)) for (name, label), count in counts])
+        by_class = colors is labels
+        _legend(
+            picture,
+            [
+                (f"{count} {name}", class_color(label) if by_class else None)
+                for (name, label), count in counts
+            ],
+        )
         return picture
     best_first = np.argsort(-scores, kind="stable")
     _label(picture, [(texts[i], _rect(boxes[i]), class_color(labels[i])) for i in best_first])
@@ -100,12 +108,13 @@ def draw_segmentation(
 ) -> Image.Image:
     """An RGB picture tinted by the classes of `labels` (H, W), borders drawn, with a legend of those `shown`.
 
-    Drawn on or enlarged as in `draw_detections`.
+    Drawn on or enlarged as in `draw_detections`. A class called "background" is not tinted.
     """
     factor = _factor(picture)
     picture = _enlarged_picture(picture, factor)
     labels = _enlarged(labels, factor)
     table = np.array([class_color(i) for i in range(len(classes))], np.uint8)
+    background = next((i for i, name in enumerate(classes) if name.lower() == BACKGROUND), -1)
     width = _line_width(picture)
     kernel = np.ones((width, width), np.uint8)
     for top, strip in _strips(picture):
@@ -116,9 +125,12 @@ def draw_segmentation(
         border[1:] |= near[1:] != near[:-1]
         within = slice(top - first, top - first + len(strip))
         colors, thick = table[near[within]], cv2.dilate(border, kernel)[within].view(bool)
+        plain = near[within] == background
+        colors[plain] = strip[plain]
         cv2.addWeighted(strip, 1 - TINT, colors, TINT, 0, dst=strip)
+        thick &= ~plain
         strip[thick] = colors[thick]
-    _legend(picture, [(classes[i], class_color(i)) for i in shown])
+    _legend(picture, [(classes[i], None if i == background else class_color(i)) for i in shown])
     return picture
 
 
@@ -295,21 +307,24 @@ def _ink(color: Color) -> Color:
     return (0, 0, 0) if luminance > 120 else (255, 255, 255)
 
 
-def _legend(picture: Image.Image, entries: list[tuple[str, Color]]) -> None:
-    """A panel in the top left corner: a swatch and the name of each class, the largest areas first."""
-    font = _font(picture)
+def _legend(picture: Image.Image, entries: Sequence[tuple[str, Color | None]]) -> None:
+    """A panel in the top left corner: a swatch, if there is a colour, and a name for each of the entries."""
+    font = ImageFont.load_default(max(12, round(max(picture.size) / 80)))
+    assert isinstance(font, ImageFont.FreeTypeFont)
     pad = max(2, round(font.size / 4))
     line = sum(font.getmetrics()) + pad
     shown = entries[: max(1, (picture.height - 2 * pad) // line)]
-    names = [_cut(name, font, picture.width - line - 3 * pad) for name, _ in shown]
-    width = round(max(font.getlength(name) for name in names)) + line + 3 * pad
+    swatch = line if any(color for _, color in shown) else pad
+    names = [_cut(name, font, picture.width - swatch - 3 * pad) for name, _ in shown]
+    width = round(max(font.getlength(name) for name in names)) + swatch + 3 * pad
     panel = picture.crop((0, 0, width, line * len(shown) + pad))
     panel = Image.blend(panel, Image.new("RGB", panel.size, (16, 16, 16)), 0.75)
     draw = ImageDraw.Draw(panel)
     for row, (name, (_, color)) in enumerate(zip(names, shown, strict=True)):
         top = pad + row * line
-        draw.rectangle((pad, top, pad + line - pad, top + line - pad - 1), fill=color)
-        draw.text((line + pad, top), name, font=font, fill=(255, 255, 255))
+        if color:
+            draw.rectangle((pad, top, line, top + line - pad - 1), fill=color)
+        draw.text((swatch + pad, top), name, font=font, fill=(255, 255, 255))
     picture.paste(panel, (0, 0))
 
 

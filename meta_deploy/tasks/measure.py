@@ -1,4 +1,4 @@
-"""Objects as numbers: an image of object numbers, and a table with a row an object.
+"""Objects as numbers: an image of object numbers, and a table with one row per object.
 
 Knows pixels and masks; must not know models or files.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from PIL import Image
 
 from meta_deploy.bundle.manifest import Size
 from meta_deploy.errors import InputError
@@ -34,23 +35,26 @@ def label_image(segments: Sequence[Mask], size: Size) -> np.ndarray:
     return labels
 
 
-def measure(box: np.ndarray, mask: Mask | None, image: np.ndarray) -> dict[str, float]:
-    """One object's `COLUMNS`, in pixels of its RGB image (H, W, 3) uint8.
+def measure(box: np.ndarray, mask: Mask | None, picture: Image.Image) -> dict[str, float]:
+    """One object's `COLUMNS`, in pixels of its RGB picture.
 
     Without a mask the object is its box, (4,) xyxy. The middle of the top left pixel is at (0.5, 0.5).
     `mean_intensity` is the mean over the object's pixels and the three channels, 0 to 255; NaN where the
     object has no pixel.
     """
     x0, y0, x1, y1 = (float(edge) for edge in box)
+    area: float = round((x1 - x0) * (y1 - y0), 3)
+    x, y = (x0 + x1) / 2, (y0 + y1) / 2
     if mask is None:
-        rows, columns = slice(int(y0), int(np.ceil(y1))), slice(int(x0), int(np.ceil(x1)))
-        pixels = image[rows, columns].reshape(-1, 3)
-        area, centre = (x1 - x0) * (y1 - y0), ((x0 + x1) / 2, (y0 + y1) / 2)
+        pixels = np.asarray(picture.crop((int(x0), int(y0), int(np.ceil(x1)), int(np.ceil(y1)))))
     else:
-        y, x = np.nonzero(mask.crop())
-        y, x = y + mask.top, x + mask.left
-        pixels, area = image[y, x], len(x)
-        centre = (x.mean() + 0.5, y.mean() + 0.5) if area else ((x0 + x1) / 2, (y0 + y1) / 2)
+        seen = mask.crop()
+        height, width = seen.shape
+        pixels = np.asarray(picture.crop((mask.left, mask.top, mask.left + width, mask.top + height)))[seen]
+        area = len(pixels)
+        if area:
+            x, y = (float(at.mean()) + 0.5 for at in np.nonzero(seen)[::-1])
+            x, y = x + mask.left, y + mask.top
     intensity = float(pixels.mean()) if pixels.size else float("nan")
-    values = (area, *centre, x0, y0, x1, y1, intensity)
-    return dict(zip(COLUMNS, (round(float(value), 3) for value in values), strict=True))
+    values = (round(value, 3) for value in (x, y, x0, y0, x1, y1, intensity))
+    return dict(zip(COLUMNS, (area, *values), strict=True))

@@ -49,10 +49,12 @@ class Timings:
 class Result(ABC):
     """What a model says of one image or one set of arrays. `repr` is one line, in words.
 
-    `path` is the file it was read from, if any.
+    `path` is the file it was read from, if any, and `depth` the bits that its samples were taken to have, if
+    that was set.
     """
 
     path: str | None = None
+    depth: int | None = None
     timings: Timings = field(default_factory=Timings)
 
     @abstractmethod
@@ -91,7 +93,7 @@ class ImageResult(Result):
         """What is at each pixel, as a number: uint16 (H, W). Raises InputError where that cannot be told."""
 
     @abstractmethod
-    def table(self, image: ImageLike | None = None, depth: int | None = None) -> list[dict[str, Any]]:
+    def table(self, image: ImageLike | None = None) -> list[dict[str, Any]]:
         """What was found, as rows of `columns`. Takes and raises what `draw` does."""
 
     def save_labels(self, path: str | os.PathLike[str]) -> None:
@@ -100,30 +102,28 @@ class ImageResult(Result):
             raise InputError(f"cannot write '{path}': a label image is a .png or a .tif")
         save_image(path, Image.fromarray(self.label_image()))
 
-    def draw(self, image: ImageLike | None = None, depth: int | None = None) -> np.ndarray:
+    def draw(self, image: ImageLike | None = None) -> np.ndarray:
         """The result drawn on its image: RGB uint8 (H, W, 3).
 
-        Without `image` it is read from `path`; `depth` is as in `read_image`. A small image comes back
-        enlarged by a whole factor, so that the names can be read.
+        Without `image` it is read from `path`. A small image comes back enlarged by a whole factor, so that
+        the names can be read.
 
         Raises:
             ImageError: the image cannot be read.
             InputError: it is not the size of the one this is the result of, or there is none.
         """
-        return np.array(self._drawn(self._canvas(image, depth)))
+        return np.array(self._drawn(self._canvas(image)))
 
-    def save(
-        self, path: str | os.PathLike[str], image: ImageLike | None = None, depth: int | None = None
-    ) -> None:
+    def save(self, path: str | os.PathLike[str], image: ImageLike | None = None) -> None:
         """Write the drawn image, in the format of `path`'s suffix, whole or not at all. Raises as `draw`."""
         with one_at_a_time(self.size):
-            save_image(path, self._drawn(self._canvas(image, depth)))
+            save_image(path, self._drawn(self._canvas(image)))
 
-    def _canvas(self, image: ImageLike | None, depth: int | None) -> Image.Image:
+    def _canvas(self, image: ImageLike | None) -> Image.Image:
         source = self.path if image is None else image
         if source is None:
             raise InputError("these results have no path to read the image from; pass the image to draw on")
-        canvas = read_canvas(source, depth)
+        canvas = read_canvas(source, self.depth)
         if canvas.size != self.size[::-1]:
             raise InputError(
                 f"the image to draw on is {canvas.width}x{canvas.height}, and the results are of one of "

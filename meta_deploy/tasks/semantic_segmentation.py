@@ -82,7 +82,7 @@ class Segmentation(ImageResult):
         """The class of each pixel: uint16 (H, W)."""
         return self.labels.astype(np.uint16)
 
-    def table(self, image: ImageLike | None = None, depth: int | None = None) -> list[dict[str, Any]]:
+    def table(self, image: ImageLike | None = None) -> list[dict[str, Any]]:
         """A row a class that occurs: its label, name, pixels, and share of the image."""
         return [
             {"label": label, "class": self.classes[label], "area": area, "fraction": area / self.labels.size}

@@ -16,6 +16,7 @@ from meta_deploy.bundle.manifest import Size
 from meta_deploy.tasks.masks import Mask
 
 SAME = 0.5  # overlap, within what two tiles both see, from which two detections are one object
+COVERED = 0.8  # of a cut detection, from which it is a part of a whole one of another class
 AT_BORDER = 2.0  # pixels within which a box that ends at a tile's border counts as cut by it
 
 
@@ -143,8 +144,9 @@ def groups_of(tiles: Sequence[Tile], found: Sequence[Seen]) -> list[list[Seen]]:
     Two tiles' detections of one class are one object where they overlap by `SAME` within what both tiles see:
     by intersection over the smaller, but over the union where there are only boxes and both are whole, since
     boxes may be nested. Each detection, whole ones first and then by falling score, joins the whole one that
-    it overlaps most. Cut ones for which there is none make objects among themselves, however many tiles they
-    run through.
+    it overlaps most; a cut one also one of another class that covers `COVERED` of it, as a part tells its
+    class badly. Cut ones for which there is none make objects among themselves, however many tiles they run
+    through.
     """
     order = sorted(found, key=lambda seen: (seen.cut, -seen.score))
     pairs = _pairs(tiles, order)
@@ -171,31 +173,35 @@ def _pairs(tiles: Sequence[Tile], order: Sequence[Seen]) -> list[list[tuple[int,
         x0, y0, x1, y1 = seen.box
         before = boxes[:i]
         near = (before[:, 0] < x1) & (before[:, 2] > x0) & (before[:, 1] < y1) & (before[:, 3] > y0)
-        overlaps = (
-            (j, _overlap(seen, order[j], tiles))
-            for j in np.flatnonzero(near).tolist()
-            if order[j].label == seen.label and order[j].tile != seen.tile
+        others = [j for j in np.flatnonzero(near).tolist() if order[j].tile != seen.tile]
+        overlaps = [(j, *_overlap(seen, order[j], tiles)) for j in others]
+        pairs.append(
+            [
+                (j, overlap)
+                for j, overlap, covered in overlaps
+                if (overlap >= SAME and order[j].label == seen.label)
+                or (covered >= COVERED and seen.cut and not order[j].cut)
+            ]
         )
-        pairs.append([(j, overlap) for j, overlap in overlaps if overlap >= SAME])
     return pairs
 
 
-def _overlap(a: Seen, b: Seen, tiles: Sequence[Tile]) -> float:
-    """How much two tiles' detections agree within what both tiles see, 0 to 1."""
+def _overlap(a: Seen, b: Seen, tiles: Sequence[Tile]) -> tuple[float, float]:
+    """Within what both tiles see: how much two detections agree, and how much of `a` is covered by `b`."""
     window = tiles[a.tile].common(tiles[b.tile])
     if window is None:
-        return 0.0
+        return 0.0, 0.0
     if a.mask is not None and b.mask is not None:
         first, second = _within(a.mask, window), _within(b.mask, window)
         seen = [int(np.count_nonzero(pixels)) for pixels in (first & second, first, second)]
-        return seen[0] / max(min(seen[1:]), 1)
+        return seen[0] / max(min(seen[1:]), 1), seen[0] / max(seen[1], 1)
     low, high = (window.left, window.top), (window.right, window.bottom)
     corners = [np.clip(seen.box.reshape(2, 2), low, high) for seen in (a, b)]
     areas = [float(np.prod(corner[1] - corner[0])) for corner in corners]
     sides = np.minimum(corners[0][1], corners[1][1]) - np.maximum(corners[0][0], corners[1][0])
     shared = float(np.prod(np.maximum(sides, 0)))
     whole = min(areas) if a.cut or b.cut else sum(areas) - shared
-    return shared / whole if whole > 0 else 0.0
+    return (shared / whole, shared / areas[0]) if min(areas) > 0 else (0.0, 0.0)
 
 
 def _within(mask: tuple[np.ndarray, int, int], window: Tile) -> np.ndarray:

@@ -395,7 +395,7 @@ def test_standard_output_is_not_written_over(here, bundles, options):
         line = command("a.jpg", *options, "--model", bundles / "detector")
         process = subprocess.run(line, stdout=stream, stderr=subprocess.PIPE, text=True)
     assert process.returncode == 2
-    assert "is standard output" in process.stderr
+    assert "over standard output" in process.stderr
     process = subprocess.run(
         command("a.jpg", "--coco-json", "/dev/stdout", "--model", bundles / "detector"),
         capture_output=True,
@@ -777,7 +777,7 @@ def test_tables_and_label_images_that_cannot_be_are_one_line(here, infer):
         ("--tile=64", "tiles"),
     ):
         one_line(*infer("a.jpg", option, model="raw-image"), said, "plain arrays")
-    one_line(*infer("a.jpg", "--tile-overlap", "9"), "give tile too")
+    one_line(*infer("a.jpg", "--tile-overlap", "9"), "needs a tile size")
     assert not (here / "t.csv").exists()
 
 

@@ -60,8 +60,31 @@ def check(content, said, expected=EIGHT, atol=1, **options):
 @pytest.mark.parametrize("form", [png, tiff])
 def test_the_range_of_the_values_tells_the_depth(bits, form):
     values = np.floor(RAMP * (2**bits - 1)).astype(np.uint16)
-    check(form(values), None if bits == 16 else f"{bits} bits")
-    check(form(np.dstack([values] * 3)), None if bits == 16 else f"{bits} bits")
+    check(form(values), f"{bits} bits")
+    check(form(np.dstack([values] * 3)), f"{bits} bits")
+
+
+def test_a_few_hot_pixels_do_not_make_a_picture_dark():
+    values = np.tile(np.floor(RAMP * 4095).astype(np.uint16), (20, 20))
+    values[5, 7:10] = 65535
+    picture = load(png(values))
+    assert [note.value for note in picture.notes] == ["12 bits"]
+    values[5, 7:10] = 4095
+    np.testing.assert_array_equal(picture.pixels[..., 0], values >> 4)
+
+
+def test_a_picture_that_pillow_has_opened_is_the_file(tmp_path):
+    values = np.floor(RAMP * 4095).astype(np.uint16)
+    for name, content in (("a.png", png(values)), ("a.tif", tiff(values))):
+        (tmp_path / name).write_bytes(content)
+        with Image.open(tmp_path / name) as opened:
+            np.testing.assert_array_equal(load(opened).pixels, load(tmp_path / name).pixels)
+
+
+@pytest.mark.parametrize("depth", [1, 17])
+def test_a_depth_that_the_samples_cannot_have_is_refused(depth):
+    with pytest.raises(ImageError, match=f"16-bit integers, which a depth of {depth}"):
+        load(png(np.floor(RAMP * 4095).astype(np.uint16)), depth)
 
 
 @pytest.mark.parametrize("channels", [3, 4])
@@ -85,7 +108,8 @@ def test_depth_can_be_set():
     dark = np.floor(RAMP * 900).astype(np.uint16)
     check(tiff(dark, t281=4095), None, dark >> 2, depth=10)
     check(png(dark), None, dark >> 8, depth=16)
-    check(png(dark), None, np.minimum(dark, 255), depth=8)
+    check(png(dark), "8 bits", np.minimum(dark, 255), depth=8)
+    assert "of its samples above 8 bits" in load(png(dark), 8).notes[0].text
     for depth in (0, 33, True, 12.0, "12"):
         with pytest.raises(InputError, match="depth must be"):
             read_image(png(dark), depth)

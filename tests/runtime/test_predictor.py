@@ -436,17 +436,34 @@ def test_one_tile_that_holds_the_image_is_the_image(bundles, photo, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"tile": 8}, "tile must be a whole number from 16"),
-        ({"tile": 64.5}, "tile must be"),
-        ({"tile": True}, "tile must be"),
-        ({"tile": 64, "tile_overlap": 64}, "tile_overlap must be a whole number from 0 to 63"),
-        ({"tile": 64, "tile_overlap": -1}, "tile_overlap must be"),
-        ({"tile_overlap": 8}, "give tile too"),
+        ({"tile": 8}, "the tile size must be a whole number from 16"),
+        ({"tile": 64.5}, "tile size must be"),
+        ({"tile": True}, "tile size must be"),
+        ({"tile": 64, "tile_overlap": 64}, "the tile overlap must be a whole number from 0 to 63"),
+        ({"tile": 64, "tile_overlap": -1}, "tile overlap must be"),
+        ({"tile_overlap": 8}, "needs a tile size"),
     ],
 )
 def test_tiles_that_cannot_be_are_refused(bundles, options, said):
     with pytest.raises(InputError, match=said):
         Predictor(bundles / "detector", **options)
+
+
+def test_what_is_joined_does_not_hang_on_what_is_shown(bundles, photo):
+    with Predictor(bundles / "detector", tile=64, score_threshold=0.0) as everything:
+        expected = everything(photo).filter(0.5).to_dict()
+    with Predictor(bundles / "detector", tile=64, score_threshold=0.5) as shown:
+        assert shown(photo).to_dict()["detections"] == expected["detections"]
+
+
+def test_a_result_is_drawn_and_measured_at_the_depth_it_was_read_by(bundles, tmp_path):
+    values = np.tile(np.arange(0, 4096, 32, dtype=np.uint16), (96, 1))
+    cv2.imwrite(str(tmp_path / "a.png"), values)
+    with Predictor(bundles / "detector", depth=14, score_threshold=0.0) as predictor:
+        found = predictor(tmp_path / "a.png")
+        pixels = predictor.read(tmp_path / "a.png").pixels
+    assert found.table() == found.table(pixels)
+    np.testing.assert_array_equal(found.draw(), found.draw(pixels))
 
 
 def test_arrays_of_a_raw_bundle_are_not_joined(bundles):

@@ -113,6 +113,17 @@ def test_other_classes_and_neighbours_stay_apart():
     assert len(DETECTION.join((40, 70), tiles, [first, second])) == 3
 
 
+def test_a_part_of_a_whole_object_is_dropped_though_it_was_taken_for_another_class():
+    tiles = [Tile(0, 0, 40, 40), Tile(0, 30, 40, 70)]
+    whole = Detections((40, 40), np.array([[22, 5, 37, 20]], np.float32), *arrays([0.6], [0]))
+    part = Detections((40, 40), np.array([[0, 5, 7, 20]], np.float32), *arrays([0.9], [1]))
+    joined = DETECTION.join((40, 70), tiles, [whole, part])
+    assert joined.labels.tolist() == [0]
+    assert joined.boxes.tolist() == [[22, 5, 37, 20]]
+    inner = Detections((40, 40), np.array([[33, 8, 37, 12]], np.float32), *arrays([0.6], [0]))
+    assert len(DETECTION.join((40, 70), tiles, [inner, part])) == 2  # what is small on it stays
+
+
 def arrays(scores, labels):
     return np.array(scores, np.float32), np.array(labels, np.int32), CLASSES
 

@@ -46,7 +46,7 @@ RANDOM = {
     *("Multinomial", "Bernoulli"),
 }
 MAX_NAME = 200  # characters of a model's name
-BATCH_OF_ANY = 8  # the most images a call where the file takes any number
+BATCH_OF_ANY = 8  # the most images per call where the file takes any number
 
 
 class OnnxSource(Source):
