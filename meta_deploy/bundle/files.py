@@ -48,6 +48,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             yield temp
             with temp.open("r+b") as stream:
                 os.fsync(stream.fileno())
+            with contextlib.suppress(OSError):  # whoever may read the old one may read the new one
+                temp.chmod(stat.S_IMODE(target.stat().st_mode))
             os.replace(temp, target)
     except OSError as error:
         if isinstance(error, BrokenPipeError):

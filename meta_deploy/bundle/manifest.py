@@ -23,7 +23,7 @@ MAX_CLASSES = 32767  # class maps are int16
 
 # A line that a picture, a terminal and a file can hold: no control characters, no half characters.
 _LINE = r"^(?=.*\S)[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+\Z"
-Text: TypeAlias = Annotated[str, Meta(min_length=1)]
+Text: TypeAlias = Annotated[str, Meta(min_length=1, max_length=4096, pattern=r"^[^\x00]*\Z")]
 Line: TypeAlias = Annotated[str, Meta(max_length=200, pattern=_LINE)]
 Real: TypeAlias = Annotated[float, Meta(ge=-1e6, le=1e6)]
 Deviation: TypeAlias = Annotated[float, Meta(ge=1e-6, le=1e6)]

@@ -110,7 +110,7 @@ def _guarded(main_fn: Callable[[], int | None], prog: str) -> int:
         _silence_stdout()
         return EXIT_PIPE
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             _silence_stdout()
             return _fail(prog, f"{error.strerror}; free space or write elsewhere", EXIT_INPUT)
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"

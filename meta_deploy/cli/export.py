@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 import time
@@ -282,6 +283,8 @@ def class_names(path: str | None) -> list[str] | None:
     if path is None:
         return None
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise InputError(f"'{path}' is not a regular file; give a file of class names, one per line")
         with open(path, encoding="utf-8") as stream:
             names = [line.strip() for line in stream if line.strip()]
     except (OSError, ValueError) as error:

@@ -5,6 +5,7 @@ Parses, calls the runtime and prints; imports nothing heavy before there is some
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
@@ -210,7 +211,11 @@ def _claims(args: Namespace, sources: Sequence[Source], out: str | None) -> Clai
     claims.add_streams()
     for source in sources:
         claims.add(source.path, "an input")
-    claims.add(DEMO_BUNDLE if args.model is None else args.model, "the bundle")
+    bundle = DEMO_BUNDLE if args.model is None else args.model
+    claims.add(bundle, "the bundle")
+    with contextlib.suppress(OSError):  # what is no bundle is told later
+        for entry in os.scandir(bundle):
+            claims.add(entry.path, "the bundle")  # by links it may be elsewhere
     for name, option in ((args.coco_json, "--coco-json"), (args.csv, "--csv")):
         if name is not None:
             claims.write(name, option)

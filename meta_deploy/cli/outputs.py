@@ -159,15 +159,16 @@ def _names(
     folder: Path, sources: Sequence[Source], claims: Claims, what: str, suffix_of: Callable[[Source], str]
 ) -> dict[Source, Path]:
     names: dict[Source, Path] = {}
+    numbers: Counter[tuple[str, str]] = Counter()  # of the names tried so far
     for source in sources:
-        suffix = suffix_of(source)
-        stem, number = source.path.stem, 1
+        suffix, stem = suffix_of(source), source.path.stem
         while True:
+            numbers[stem, suffix] += 1
+            number = numbers[stem, suffix]
             end = f"-{what}{'' if number == 1 else f'-{number}'}{suffix}"
             path = folder / f"{_fitting(stem, MAX_NAME - len(end))}{end}"
             if claims.user(path) is None:
                 break
-            number += 1
         claims.add(path, f"the {what} of another" if what != "overlay" else "an overlay")
         names[source] = path
     return names

@@ -11,6 +11,7 @@ for it, which the note says.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -38,7 +39,7 @@ def check_depth(depth: int | None) -> None:
     """Raises InputError when it is not None and not a number of bits from 1 to MAX_DEPTH."""
     if depth is None:
         return
-    if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= MAX_DEPTH:
+    if isinstance(depth, bool) or not isinstance(depth, numbers.Integral) or not 1 <= depth <= MAX_DEPTH:
         raise InputError(f"depth must be bits from 1 to {MAX_DEPTH}, not {depth!r}")
 
 
@@ -113,13 +114,15 @@ def _limits(
         return Note(
             "depth", "0 to 1", f"holds {title} values, taken as 0 to 1; set the depth if that is wrong"
         ), (0, 1)
-    if dtype.kind == "f" and high < 16:  # neither 0 to 1 nor 0 to 255
+    if dtype.kind == "f" and not 16 <= high < 2**MAX_DEPTH:  # neither 0 to 1 nor 0 to 255 and so on
         text = f"holds {title} values from 0 to {high:g}, taken as black and white"
         return Note("depth", "its own range", f"{text}; set the depth to treat all alike"), (0, high)
     if declared is not None and high < 2**declared:
         bits, why = declared, "as it declares"
     else:
-        bits = next((b for b in _USUAL if high < 2**b), 8 * dtype.itemsize)
+        bits = next((b for b in _USUAL if high < 2**b), MAX_DEPTH)
+        if dtype.kind == "i" and bits == 8 * dtype.itemsize:
+            bits -= 1  # the sign's
         why = f"by its values up to {high:g}"
     if dtype.kind == "u" and bits == 8 * dtype.itemsize and declared is not None:
         return None, (0, 2**bits - 1)

@@ -53,7 +53,8 @@ class ImageFile:
         if image is not None:
             self.size: Size = (image.height, image.width)
         else:
-            self.size = (self._tag(257, 0), self._tag(256, 0))
+            height, width = self._tag(257, 0), self._tag(256, 0)
+            self.size = (width, height) if self._tag(274, 1) >= 5 else (height, width)
         check_size(self.size[1], self.size[0], name)
         self._refuse_thumbnail()
 
@@ -74,7 +75,7 @@ class ImageFile:
 
     def _load(self, depth: int | None, factor: int) -> tuple[Image.Image, int]:
         """The decoded picture with 8 bits a sample, and by how much it is still to be reduced."""
-        if self._pages() > 1:
+        if self._has_pages():
             self.notes.append(Note("pages", "first", f"{self.name} has several pages; the first is taken"))
         samples, declared = self._deep_samples()
         if samples is not None:
@@ -106,7 +107,8 @@ class ImageFile:
             colours = self._tag(262, 1)
             if (bits <= 8 and kind == 1) or (image is not None and colours > 2):
                 return None, None
-            most = max((int(v) for t in (281, 341) for v in _tuple(self._tags.get(t, ()))), default=0)
+            values = (v for t in (281, 341) for v in _tuple(self._tags.get(t, ())))
+            most = max((int(v) for v in values if 0 < v < 2**bits), default=0)  # else it says nothing
             declared = most.bit_length() if kind != 3 and most > 0 else bits if bits < 16 else None
             return self._by_opencv(bits), declared
         assert image is not None
@@ -165,15 +167,18 @@ class ImageFile:
 
     @functools.cached_property
     def orientation(self) -> int:
-        """By EXIF, 1 to 8. Pillow decodes a PNG for it."""
+        """By EXIF, 1 to 8; 1 for a TIFF, which its decoders turn. Pillow decodes a PNG for it."""
+        if self._image is None or self._tags is not None:
+            return 1
         with contextlib.suppress(Exception):  # broken EXIF data is no reason to fail
-            return int(self._tag(274, 1) if self._image is None else self._image.getexif().get(0x0112, 1))
+            return int(self._image.getexif().get(0x0112, 1))
         return 1
 
-    def _pages(self) -> int:
+    def _has_pages(self) -> bool:
+        """Whether a TIFF has a second page. Their number would take a look at each."""
         with contextlib.suppress(Exception):
-            return getattr(self._image, "n_frames", 1) if self._tags is not None else 1
-        return 1
+            return self._tags is not None and bool(self._tags.next)
+        return False
 
     def _refuse_thumbnail(self) -> None:
         """A raw file of a camera is a TIFF whose first page is a thumbnail, the sensor's data in another."""
@@ -208,7 +213,7 @@ def _png_depth(stream: BinaryIO) -> tuple[int, int | None]:
         if head[4:] == b"IHDR":
             bits = content[8]
         elif head[4:] == b"sBIT" and content:
-            significant = max(content[:3])
+            significant = max(content[:3]) if 0 < max(content[:3]) <= bits else None
     return bits, significant
 
 

@@ -322,7 +322,8 @@ class VideoWriter:
 
         av.logging.set_level(None)
         self._container = av.open(stream, "w", format="mp4")
-        self._fps = Fraction(fps).limit_denominator(100_000)
+        # One frame a day at least, or x264 refuses; the times are the frames' own.
+        self._fps = max(Fraction(fps).limit_denominator(100_000), Fraction(1, 86_400))
         self._encoder: Any = None
         self._base = Fraction(1, _TICKS)
         self._last = -1
@@ -361,7 +362,9 @@ class VideoWriter:
 
     def _start(self, image: np.ndarray, step: Fraction) -> None:
         # Ticks that give the frames' times exactly, if a common rate's and milliseconds have such.
-        ticks = math.lcm(_TICKS, step.denominator)
+        # A frame of MP4 takes at most 2**31 of them, so that a time lapse gets longer ones.
+        usual = max(1, round(_TICKS * min(self._fps, Fraction(1))))
+        ticks = math.lcm(usual, step.denominator)
         self._base = Fraction(1, ticks if ticks < _MOST_TICKS else max(step.denominator, 1000))
         shrink = max(1, -(-max(image.shape[:2]) // _LARGEST_EDGE))
         height, width = (max(1, edge // shrink) for edge in image.shape[:2])

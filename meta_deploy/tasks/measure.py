@@ -14,6 +14,7 @@ from meta_deploy.bundle.manifest import Size
 from meta_deploy.errors import InputError
 from meta_deploy.tasks.masks import Mask
 
+BAND = 1 << 20  # pixels that are measured at a time
 MOST_LABELS = np.iinfo(np.uint16).max
 COLUMNS = ("area", "centroid_x", "centroid_y", "x_min", "y_min", "x_max", "y_max", "mean_intensity")
 
@@ -46,15 +47,28 @@ def measure(box: np.ndarray, mask: Mask | None, picture: Image.Image) -> dict[st
     area: float = round((x1 - x0) * (y1 - y0), 3)
     x, y = (x0 + x1) / 2, (y0 + y1) / 2
     if mask is None:
-        pixels = np.asarray(picture.crop((int(x0), int(y0), int(np.ceil(x1)), int(np.ceil(y1)))))
+        top, left = int(y0), int(x0)
+        seen = np.ones((int(np.ceil(y1)) - top, int(np.ceil(x1)) - left), bool)
     else:
-        seen = mask.crop()
-        height, width = seen.shape
-        pixels = np.asarray(picture.crop((mask.left, mask.top, mask.left + width, mask.top + height)))[seen]
-        area = len(pixels)
+        top, left, seen = mask.top, mask.left, mask.crop()
+        columns, rows = seen.sum(axis=0), seen.sum(axis=1)
+        area = int(rows.sum())
         if area:
-            x, y = (float(at.mean()) + 0.5 for at in np.nonzero(seen)[::-1])
-            x, y = x + mask.left, y + mask.top
-    intensity = float(pixels.mean()) if pixels.size else float("nan")
+            x = float(columns @ np.arange(len(columns))) / area + left + 0.5
+            y = float(rows @ np.arange(len(rows))) / area + top + 0.5
+    intensity = _mean(picture, seen, top, left)
     values = (round(value, 3) for value in (x, y, x0, y0, x1, y1, intensity))
     return dict(zip(COLUMNS, (area, *values), strict=True))
+
+
+def _mean(picture: Image.Image, seen: np.ndarray, top: int, left: int) -> float:
+    """The mean of the pixels `seen` of the part at (`top`, `left`), looked at in bands; NaN without any."""
+    height, width = seen.shape
+    total = count = 0
+    band = max(1, BAND // max(width, 1))
+    for first in range(0, height, band):
+        part = seen[first : first + band]
+        box = (left, top + first, left + width, top + first + len(part))
+        pixels = np.asarray(picture.crop(box))[part]
+        total, count = total + int(pixels.sum(dtype=np.int64)), count + pixels.size
+    return total / count if count else float("nan")

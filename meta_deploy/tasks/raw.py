@@ -101,6 +101,8 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         InputError: it is missing, damaged, empty or no .npz.
     """
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError("it is not a regular file")  # a pipe could make it wait for ever
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
             raise ValueError("it is a single array, an .npy")

@@ -219,6 +219,7 @@ def united(masks: Sequence[tuple[np.ndarray, int, int]], size: Size) -> Mask:
     top, left = min(mask[1] for mask in masks), min(mask[2] for mask in masks)
     bottom = max(mask[1] + mask[0].shape[0] for mask in masks)
     right = max(mask[2] + mask[0].shape[1] for mask in masks)
-    window = Tile(top, left, bottom, right)
-    whole = np.logical_or.reduce([_within(mask, window) for mask in masks])
+    whole = np.zeros((bottom - top, right - left), bool)
+    for pixels, y, x in masks:
+        whole[y - top : y - top + pixels.shape[0], x - left : x - left + pixels.shape[1]] |= pixels
     return Mask.from_crop(whole, top, left, size)

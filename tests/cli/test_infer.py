@@ -787,3 +787,29 @@ def test_tiles_find_what_each_part_holds(here, infer, bundles):
     with Predictor(bundles / "detector", tile=64, tile_overlap=16, score_threshold=0.3) as predictor:
         expected = predictor("a.jpg").to_dict()["detections"]
     assert json.loads(out)["images"][0]["detections"] == expected
+
+
+def test_a_linked_file_of_the_bundle_is_not_written_over(here, infer, bundles):
+    shutil.copytree(bundles / "detector", "bundle")
+    os.rename("bundle/model.onnx", "real.onnx")
+    os.symlink("../real.onnx", "bundle/model.onnx")
+    before = (here / "real.onnx").read_bytes()
+    one_line(*infer("a.jpg", "--csv", "real.onnx", model=here / "bundle"), "--csv", "the bundle")
+    assert (here / "real.onnx").read_bytes() == before
+
+
+def test_a_file_that_is_replaced_keeps_its_permissions(here, infer):
+    (here / "t.csv").write_text("old")
+    os.chmod("t.csv", 0o600)
+    assert infer("a.jpg", "--csv", "t.csv")[0] == 0
+    assert os.stat("t.csv").st_mode & 0o777 == 0o600
+    assert rows_of("t.csv")
+
+
+def test_a_thousand_files_of_one_name_are_named_at_once(tmp_path):
+    claims, asked = Claims(), []
+    user = claims.user
+    claims.user = lambda path: asked.append(path) or user(path)
+    sources = [Source(tmp_path / str(k) / "a.png") for k in range(1000)]
+    assert len(set(overlay_names(tmp_path, sources, claims).values())) == 1000
+    assert len(asked) == 1000

@@ -217,3 +217,56 @@ def test_decoders_print_nothing(tmp_path):
     process = subprocess.run([sys.executable, "-c", code, tmp_path / "a.tif"], capture_output=True, text=True)
     assert "LZW" not in process.stderr
     assert process.stderr.splitlines()[-1].startswith("meta_deploy.errors.ImageError")
+
+
+def stored(upright, orientation):
+    """What is stored of a picture, so that turning it as the orientation says gives it."""
+    turned = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, *range(2, upright.ndim)),
+        6: np.rot90(upright, 1),
+        7: upright[::-1, ::-1].transpose(1, 0, *range(2, upright.ndim)),
+        8: np.rot90(upright, -1),
+    }
+    return np.ascontiguousarray(turned[orientation])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_tiff_is_turned_once(orientation, dtype):
+    most = {np.uint8: 255, np.uint16: 4095, np.float32: 1.0}[dtype]
+    for colour in (False, True):
+        values = (RAMP * most).astype(dtype)
+        values = np.dstack([values] * 3) if colour else values
+        picture = load(tiff(stored(values, orientation), t274=orientation))
+        assert picture.size == (20, 30)
+        np.testing.assert_allclose(picture.pixels[..., 0], EIGHT, atol=1)
+
+
+def test_a_declared_depth_that_cannot_be_says_nothing():
+    values = np.floor(RAMP * 4095).astype(np.uint16)
+    for content in (png(values, significant=20), png(values, significant=255), tiff(values, t341=1e30)):
+        check(content, "12 bits", values >> 4)
+
+
+def test_the_sign_is_no_bit_of_what_is_not_negative():
+    check(tiff(np.floor(RAMP * 32767).astype(np.int16)), "15 bits")
+
+
+def test_floats_beyond_all_integers_are_stretched():
+    check(tiff((RAMP * 1e30).astype(np.float32)), "its own range")
+
+
+def test_of_many_pages_only_the_second_is_looked_for(monkeypatch):
+    stream = io.BytesIO()
+    pages = [Image.fromarray(np.full((4, 4), k, np.uint8)) for k in range(5)]
+    pages[0].save(stream, "TIFF", save_all=True, append_images=pages[1:])
+    monkeypatch.setattr(
+        TiffImagePlugin.TiffImageFile, "n_frames", property(lambda self: pytest.fail("counted"))
+    )
+    picture = load(stream.getvalue())
+    assert [note.kind for note in picture.notes] == ["pages"]
+    assert not picture.pixels.any()

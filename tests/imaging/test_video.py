@@ -4,6 +4,7 @@ import io
 import os
 from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
 
@@ -232,3 +233,15 @@ def test_high_dynamic_range_is_said(tmp_path):
     with Video(path) as video:
         assert "HDR (PQ)" in video.warning
         assert len(list(video)) == 2
+
+
+@pytest.mark.parametrize("gap", [3600, 86_400])
+def test_a_time_lapse_keeps_its_times(gap):
+    stream = io.BytesIO()
+    writer = VideoWriter(stream, 1 / gap)
+    for k in range(4):
+        writer.write(np.full((16, 16, 3), 50 * k, np.uint8), Fraction(k * gap), Fraction(gap))
+    writer.close()
+    with av.open(io.BytesIO(stream.getvalue())) as container:
+        times = [float(frame.time) for frame in container.decode(video=0)]
+    np.testing.assert_allclose(times, [0, gap, 2 * gap, 3 * gap], rtol=1e-3)

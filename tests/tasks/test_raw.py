@@ -1,6 +1,7 @@
 """Arrays print as one line, go into JSON and .npz; an .npz gives its arrays or is refused in one sentence."""
 
 import json
+import os
 import zipfile
 
 import numpy as np
@@ -82,3 +83,9 @@ def test_anything_else_is_one_sentence(tmp_path, make):
     with pytest.raises(InputError, match=r"a\.npz.*numpy\.savez") as caught:
         read_arrays(tmp_path / "a.npz")
     assert "\n" not in str(caught.value)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.npz")
+    with pytest.raises(InputError, match="not a regular file"):
+        read_arrays(tmp_path / "a.npz")

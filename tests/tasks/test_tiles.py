@@ -1,6 +1,7 @@
 """Tiles cover an image, and what they see of it joins into what is there."""
 
 import itertools
+import tracemalloc
 
 import cv2
 import numpy as np
@@ -133,3 +134,16 @@ def test_tiles_without_objects_join_into_none():
     nothing = [view(np.zeros((50, 50), int), tile) for tile in tiles]
     joined = INSTANCES.join((50, 50), tiles, nothing)
     assert (len(joined), joined.boxes.shape, joined.segments) == (0, (0, 4), ())
+
+
+def test_an_object_through_very_many_tiles_takes_the_memory_of_one_image():
+    size = (1200, 1200)
+    tiles = tiles_of(size, 100, 20)
+    whole = np.ones(size, int)
+    parts = [view(whole, tile) for tile in tiles]
+    tracemalloc.start()
+    joined = INSTANCES.join(size, tiles, parts)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [mask.area for mask in joined.segments] == [1200 * 1200]
+    assert peak < 8 * 1200 * 1200  # of 225 tiles
