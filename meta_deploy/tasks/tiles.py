@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from meta_deploy.bundle.manifest import Size
+from meta_deploy.errors import InputError
 from meta_deploy.tasks.masks import Mask
 
+MOST_TILES = 10_000
 SAME = 0.5  # overlap, within what two tiles both see, from which two detections are one object
 COVERED = 0.8  # of a cut detection, from which it is a part of a whole one of another class
 AT_BORDER = 2.0  # pixels within which a box that ends at a tile's border counts as cut by it
@@ -49,8 +51,16 @@ def tiles_of(size: Size, side: int, overlap: int) -> list[Tile]:
 
     They are evenly spaced, and neighbours share at least `overlap` pixels, which must be less than `side`. An
     image smaller than a tile gives smaller tiles.
+
+    Raises:
+        InputError: more than MOST_TILES.
     """
     rows, columns = (_starts(length, side, overlap) for length in size)
+    if len(rows) * len(columns) > MOST_TILES:
+        raise InputError(
+            f"an image of {size[1]}x{size[0]} gives {len(rows) * len(columns)} tiles of {side} pixels, more "
+            f"than {MOST_TILES}; take larger tiles or less overlap"
+        )
     return [Tile(y, x, min(y + side, size[0]), min(x + side, size[1])) for y in rows for x in columns]
 
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from meta_deploy.errors import InputError
 from meta_deploy.tasks import get_task
 from meta_deploy.tasks.detection import Detections
 from meta_deploy.tasks.masks import Mask
@@ -36,6 +37,11 @@ def test_tiles_cover_every_pixel_and_neighbours_share_the_overlap(size, side, ov
     for spans in ({(t.top, t.bottom) for t in tiles}, {(t.left, t.right) for t in tiles}):
         for first, second in itertools.pairwise(sorted(spans)):
             assert first[1] - second[0] >= overlap
+
+
+def test_millions_of_tiles_are_refused():
+    with pytest.raises(InputError, match="49000000 tiles of 16 pixels, more than 10000"):
+        tiles_of((7015, 7015), 16, 15)
 
 
 @given(seed=st.integers(0, 10**6), side=st.integers(3, 20), overlap=st.integers(0, 10))
