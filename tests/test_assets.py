@@ -12,7 +12,7 @@ from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.imaging.images import read_image
 from meta_deploy.imaging.preprocess import Preprocessor
 from meta_deploy.models.checkpoint.load import load_model
-from meta_deploy.models.registry import config_to_dict, get_config
+from meta_deploy.models.registry import config_from_dict, get_config
 from meta_deploy.targets import open_backend
 from tools.scenes import CLASSES, TEST_SEEDS
 
@@ -37,7 +37,7 @@ def test_there_are_eight_pictures_to_verify_on():
 def test_the_bundle_is_of_the_checkpoints_model(bundle):
     loaded = load_model(CHECKPOINT)
     assert loaded.config == get_config("meta-nano-mask-rcnn", num_classes=len(CLASSES))
-    assert bundle.manifest.model.config == config_to_dict(loaded.config)
+    assert config_from_dict(bundle.manifest.model.config) == loaded.config
     assert list(bundle.classes) == list(loaded.class_names) == list(CLASSES)
 
 
