@@ -52,6 +52,13 @@ class Terminated(KeyboardInterrupt):
 
 
 _done = False
+_heard: type[KeyboardInterrupt] | None = None
+
+
+def check_signals() -> None:
+    """Raise again what Ctrl-C or SIGTERM raised, where a library caught it and went on."""
+    if _heard is not None and not _done:
+        raise _heard
 
 
 def done() -> None:
@@ -61,14 +68,17 @@ def done() -> None:
 
 
 def _terminate(signum: int, frame: object) -> None:
+    global _heard
+    _heard = Terminated
     if not _done:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one waits for nothing
         raise Terminated
 
 
 def _interrupt(signum: int, frame: object) -> None:
-    if not _done:
-        raise KeyboardInterrupt
+    global _heard
+    _heard = KeyboardInterrupt
+    check_signals()
 
 
 def run(main_fn: Callable[[], int | None], prog: str | None = None) -> int:
@@ -77,8 +87,8 @@ def run(main_fn: Callable[[], int | None], prog: str | None = None) -> int:
     InputError gives 2, VerificationError 3, Ctrl-C 130, SIGTERM 143, a closed pipe 141, anything else 1. With
     META_DEPLOY_DEBUG=1 the traceback is printed too. A second Ctrl-C ends at once.
     """
-    global _done
-    _done = False
+    global _done, _heard
+    _done, _heard = False, None
     prog = prog or Path(sys.argv[0]).name
     with contextlib.suppress(ValueError):  # not the main thread: signals are not its business
         if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:

@@ -10,7 +10,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from meta_deploy.cli.common import Parser, done, number, path, positive_int, run
+from meta_deploy.cli.common import Parser, check_signals, done, number, path, positive_int, run
 from meta_deploy.cli.terminal import tell
 from meta_deploy.errors import InputError
 from meta_deploy.text import escaped
@@ -440,10 +440,12 @@ class StageDisplay:
         tell(line)
 
     def start(self, stage: str) -> None:
+        check_signals()
         self.title = self.TITLES[stage]
         self._show("…")
 
     def count(self, done: int, total: int) -> None:
+        check_signals()
         self._show(f" {done}/{total}")
 
     def end(self, stage: str, seconds: float) -> None:

@@ -17,6 +17,7 @@ from meta_deploy.cli.common import (
     EXIT_INPUT,
     Parser,
     bit_depth,
+    check_signals,
     fraction,
     path,
     positive_int,
@@ -186,6 +187,7 @@ def _infer(args: Namespace) -> int:
         labels = LabelImages(folder if args.label_image else None, sources, claims)
         with Overlays(folder, sources, claims, raw) as overlays, report:
             for frame in predict(predictor, sources, batch):
+                check_signals()
                 if frame.result is None:
                     report.fail(frame)
                     continue

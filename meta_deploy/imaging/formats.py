@@ -76,7 +76,7 @@ _TEXTS: tuple[tuple[str, str, str], ...] = (
 
 def described(head: bytes) -> str | None:
     """A file's kind by its first HEAD bytes, and what to do: "a HEIC picture; convert …". None: unknown."""
-    if head[4:8] == b"ftyp":
+    if head[4:8] == b"ftyp" and len(head) >= 12:  # else it is cut short
         brand = head[8:12].decode("latin-1")
         if brand in ("mif1", "msf1") and b"avif" in head[16:64]:
             brand = "avif"

@@ -456,12 +456,10 @@ def wait_for(process, text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["loading the model", "exporting to ONNX", "syncing", "syncing again"])
-def test_killed_at_any_point_it_leaves_no_bundle_that_loads(material, here, moment):
+def test_killed_while_writing_it_leaves_no_bundle_that_loads(material, here):
+    """At each system call of the writing: tests/bundle/test_kill.py."""
     process = start(material, "--out", "b", *QUICK, slow_write=True)
-    wait_for(process, moment.split()[0] if moment.startswith("syncing") else moment)
-    if moment == "syncing again":
-        wait_for(process, "syncing")
+    wait_for(process, "syncing")
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL

@@ -1,5 +1,6 @@
 """meta-infer keeps its contract: what it prints, what it writes, its exit codes, one line for bad input."""
 
+import contextlib
 import csv
 import json
 import math
@@ -492,6 +493,20 @@ def test_an_interrupt_is_one_line_and_leaves_no_half_file(here, infer, monkeypat
     code, out, err = infer("a.jpg", "--coco-json", "coco.json")
     assert (code, out, err) == (130, "", "meta-infer: interrupted\n")
     assert sorted(os.listdir(".")) == ["a.jpg", "b.png", "more"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_that_a_library_caught_still_ends_the_run(here, infer, monkeypatch, number, code):
+    read = Predictor.batch
+
+    def careless(self, images):
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), number)
+        return read(self, images)
+
+    monkeypatch.setattr(Predictor, "batch", careless)
+    assert infer("a.jpg", "b.png", "--out", "o", "--batch", "1")[0] == code
+    assert not os.path.exists("o/b-overlay.png")
 
 
 def test_an_interrupted_video_leaves_no_half_video(here, infer, monkeypatch):

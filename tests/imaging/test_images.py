@@ -213,3 +213,15 @@ def test_a_folder_or_pattern_without_images_is_refused(tmp_path):
         expand([str(tmp_path)])
     with pytest.raises(InputError, match="matches"):
         expand([str(tmp_path / "*.jpg")])
+
+
+@pytest.mark.parametrize("length", range(1, 20))
+def test_a_file_of_a_few_bytes_is_no_image(length):
+    for start in (
+        b"\0\0\0\x1cftypavif\0\0\0\0avif",
+        b"RIFF\0\0\0\0WEBPVP8 ",
+        b"II*\0\x08\0\0\0\x01\0",
+        b"\x89PNG\r\n\x1a\n",
+    ):
+        with pytest.raises(ImageError):
+            read_image(start[:length])
