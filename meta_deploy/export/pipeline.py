@@ -71,10 +71,10 @@ def run(path: str | Path, options: Options, progress: Progress) -> Bundle:
     with reserve_bundle(folder, [Path(path), *files]) as reserved:
         with progress.stage("load"):
             source = open_source(path, options, progress.note)
+            check_manifest(path, source)
             samples = source.samples(files) if needed else Samples()
         if target.bounded:
             check_bounds(source)
-        check_manifest(path, source)
         progress.note(source.describe())
         progress.note(f"target {target.name} ({reason}), {precision.name}")
         if passes and not source.static:
