@@ -5,12 +5,11 @@ Knows arrays and names; must not know bundles, back ends or the network's input.
 
 from __future__ import annotations
 
-import io
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -161,11 +160,17 @@ def save_image(path: str | os.PathLike[str], image: np.ndarray | Image.Image) ->
     picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     if form == "PNG" and is_large(picture.size):
         options["compress_level"] = 1  # several times faster, a little larger
-    # Not into the file: encoders that write to a file by themselves take a full disk for a success.
-    encoded = io.BytesIO()
-    try:
-        picture.save(encoded, format=form, **options)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot write '{path}' as {form}: {error}; use .png") from error
     with atomic_write(path) as stream:
-        stream.write(encoded.getbuffer())
+        try:
+            picture.save(_WithoutNumber(stream), format=form, **options)  # type: ignore[arg-type]
+        except (OSError, ValueError) as error:
+            if getattr(error, "errno", None):
+                raise  # the disk's fault, and not the format's
+            raise InputError(f"cannot write '{path}' as {form}: {error}; use .png") from error
+
+
+class _WithoutNumber:
+    """A file without its number: encoders that write to that by themselves take a full disk for a success."""
+
+    def __init__(self, stream: BinaryIO):
+        self.write, self.seek, self.tell, self.flush = stream.write, stream.seek, stream.tell, stream.flush
