@@ -24,7 +24,7 @@ from meta_deploy.report.accuracy import coco_ap, match_counts
 from meta_deploy.runtime.predictor import Predictor
 from meta_deploy.tasks.detection import Detections
 from tools.segmentation_losses import class_target
-from tools.training_data import decode, with_objects
+from tools.training_data import decode, evenly_chosen, part_of, with_objects
 
 DATA = ROOT.parent / "shared" / "data" / "nuclei"
 MOST = 400  # detections a picture
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--backend", default="auto")
     p.add_argument("--threads", type=int)
     args = p.parse_args(argv)
-    truth = chosen(json.loads((args.data / "instances_val.json").read_text()), args.count)
+    truth = evenly_chosen(json.loads((args.data / "instances_val.json").read_text()), args.count)
     reports = []
     for bundle in args.bundles:
         with Predictor(bundle, args.backend, 0.0, args.threads, tile=args.tile) as predictor:
@@ -57,23 +57,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 {"bundle": str(bundle), "backend": predictor.backend, "ms_per_picture": ms, "rows": rows}
             )
     save(args.json, machine=machine(), tile=args.tile, score=args.score, reports=reports)
-
-
-def chosen(truth: dict[str, Any], count: int | None) -> dict[str, Any]:
-    """The annotations of `count` pictures, evenly from all of them."""
-    images = truth["images"]
-    numbers = np.linspace(0, len(images) - 1, min(count or len(images), len(images))).round().astype(int)
-    return part_of(truth, [images[k] for k in numbers])
-
-
-def part_of(truth: dict[str, Any], images: list[dict[str, Any]]) -> dict[str, Any]:
-    """The annotations of some of the pictures."""
-    ids = {image["id"] for image in images}
-    return {
-        **truth,
-        "images": images,
-        "annotations": [a for a in truth["annotations"] if a["image_id"] in ids],
-    }
 
 
 def by_kind(truth: dict[str, Any]) -> dict[str, dict[str, Any]]:

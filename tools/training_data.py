@@ -153,6 +153,20 @@ def with_objects(data: dict[str, Any]) -> list[tuple[dict[str, Any], list[dict[s
     return [(image, by_image[image["id"]]) for image in data["images"]]
 
 
+def evenly_chosen(truth: dict[str, Any], count: int | None) -> dict[str, Any]:
+    """COCO data of `count` of the images, evenly from all of them; None: all."""
+    images = truth["images"]
+    numbers = np.linspace(0, len(images) - 1, min(count or len(images), len(images))).round().astype(int)
+    return part_of(truth, [images[k] for k in numbers])
+
+
+def part_of(truth: dict[str, Any], images: list[dict[str, Any]]) -> dict[str, Any]:
+    """COCO data of some of the images."""
+    ids = {image["id"] for image in images}
+    annotations = [a for a in truth["annotations"] if a["image_id"] in ids]
+    return {**truth, "images": images, "annotations": annotations}
+
+
 def read(path: Path) -> np.ndarray:
     """A picture's pixels: (H, W, 3) uint8, RGB."""
     image = cv2.imread(str(path), cv2.IMREAD_COLOR)

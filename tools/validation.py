@@ -15,7 +15,7 @@ from meta_deploy.models.registry import ModelConfig
 from meta_deploy.report.accuracy import coco_ap, match_counts
 from meta_deploy.tasks.masks import paste_mask
 from tools.segmentation_losses import class_target
-from tools.training_data import Source, decode, with_objects
+from tools.training_data import Source, decode, evenly_chosen, with_objects
 
 SCORE = 0.5  # detections below it don't count in TP / (TP + FP + FN)
 
@@ -39,14 +39,9 @@ def run(
 def chosen(source: Source, count: int) -> tuple[dict[str, Any], list[tuple[int, np.ndarray]]]:
     """Ground truth and pictures of `count` validation pictures, evenly from all of them."""
     truth, pictures = source.validation()
-    numbers = np.linspace(0, len(pictures) - 1, min(count, len(pictures))).round().astype(int)
-    pictures = [pictures[k] for k in numbers]
-    ids = {image_id for image_id, _ in pictures}
-    return {
-        **truth,
-        "images": [image for image in truth["images"] if image["id"] in ids],
-        "annotations": [a for a in truth["annotations"] if a["image_id"] in ids],
-    }, pictures
+    truth = evenly_chosen(truth, count)
+    pixels = dict(pictures)
+    return truth, [(image["id"], pixels[image["id"]]) for image in truth["images"]]
 
 
 def validate_detections(

@@ -158,9 +158,18 @@ def positive_int(text: str) -> int:
 
 def thread_count(text: str) -> int:
     """An option's value as a whole number from 1 to 1024."""
+    return _up_to(MAX_THREADS, text)
+
+
+def bit_depth(text: str) -> int:
+    """An option's value as a whole number from 1 to 32."""
+    return _up_to(MAX_DEPTH, text)
+
+
+def _up_to(most: int, text: str) -> int:
     value = positive_int(text)
-    if value > MAX_THREADS:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1 to {MAX_THREADS}")
+    if value > most:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1 to {most}")
     return value
 
 
@@ -169,14 +178,6 @@ def number(text: str) -> float:
     value = float(text) if re.fullmatch(_NUMBER, text) else math.nan
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"'{text}' is not a number")
-    return value
-
-
-def bit_depth(text: str) -> int:
-    """An option's value as a whole number from 1 to 32."""
-    value = positive_int(text)
-    if value > MAX_DEPTH:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1 to {MAX_DEPTH}")
     return value
 
 

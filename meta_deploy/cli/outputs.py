@@ -131,9 +131,8 @@ class Overlays:
 
 
 def _draw_image(target: Path, frame: Frame, shown: ImageResult) -> None:
-    picture = frame.picture
-    assert picture is not None
-    shown.save(target, None if picture.reduced else picture.pixels)
+    assert frame.picture is not None
+    shown.save(target, frame.picture.whole)
 
 
 def _draw_frame(video: VideoFile, frame: Frame, shown: ImageResult) -> None:
@@ -273,16 +272,14 @@ class TableFile:
         """Write one frame's rows, each with the file's name, and the frame's number in a video."""
         if self._stream is None or not isinstance(shown, ImageResult):
             return
-        picture = frame.picture
-        assert picture is not None
-        image = None if picture.reduced else picture.pixels
+        assert frame.picture is not None
         where = {"file": str(frame.source.path), "frame": "" if frame.index is None else frame.index}
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, [*where, *shown.columns])
         if self._empty:
             writer.writeheader()
             self._empty = False
-        writer.writerows(where | row for row in shown.table(image))
+        writer.writerows(where | row for row in shown.table(frame.picture.whole))
         self._stream.write(text.getvalue().encode(errors="backslashreplace"))
 
     def __enter__(self) -> TableFile:

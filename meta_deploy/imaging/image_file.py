@@ -22,9 +22,8 @@ from meta_deploy.errors import ImageError
 from meta_deploy.imaging.depth import Note, to_8_bits
 from meta_deploy.imaging.formats import HEAD, described
 
-MAX_PIXELS = (
-    178_956_970  # Pillow's own limit; a photo of 100 megapixels passes, a decompression bomb does not
-)
+# Pillow's own limit: a photo of 100 megapixels passes, a decompression bomb does not.
+MAX_PIXELS = 178_956_970
 _STRIP = 1 << 20  # pixels converted at a time
 # Named, because Pillow also opens formats that run other programs (EPS).
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")

@@ -48,6 +48,11 @@ class Picture:
     def reduced(self) -> bool:
         return self.pixels.shape[:2] != self.size
 
+    @property
+    def whole(self) -> np.ndarray | None:
+        """The pixels of the image, (H, W, 3) of its size; None where they are to be read again."""
+        return None if self.reduced else self.pixels
+
 
 def read_image(source: ImageLike, depth: int | None = None) -> np.ndarray:
     """An image as RGB uint8 (H, W, 3), upright by its EXIF orientation.

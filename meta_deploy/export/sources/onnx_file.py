@@ -242,7 +242,7 @@ class OnnxSource(Source):
         if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
             return tuple(names)
         self._note(
-            "the file holds no class names, so classes are numbered; give --class-names FILE, a name a line"
+            "the file holds no class names, so classes are numbered; give --class-names FILE, one per line"
         )
         return tuple(f"class {i}" for i in range(count or UNNAMED_CLASSES))
 
