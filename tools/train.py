@@ -83,6 +83,28 @@ def update_ema(ema: dict[str, Tensor], model: torch.nn.Module, step: int) -> Non
             ema[name].copy_(value)
 
 
+def start_from(model: torch.nn.Module, checkpoint: Path) -> None:
+    """Load a checkpoint's weights; of a model of another task its backbone only."""
+    state = load_model(checkpoint).model.state_dict()
+    wanted = model.state_dict()
+    if {name: value.shape for name, value in state.items()} != {n: v.shape for n, v in wanted.items()}:
+        state = {name: value for name, value in state.items() if name.startswith("backbone.")}
+        log(f"{checkpoint}: another model; its backbone is loaded, the heads start from random weights")
+        state = {name: value for name, value in wanted.items() if not name.startswith("backbone.")} | state
+    model.load_state_dict(state)
+
+
+def freeze_batch_norm(model: torch.nn.Module) -> None:
+    """Normalize with the running statistics from now on, as the exported model does.
+
+    Batches of the largest pictures are small, and pyramid pooling sees one pixel of each picture: what their
+    own statistics teach does not hold for a single picture.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+
+
 class Training:
     """Model, optimizer, average and progress, saved and restored together."""
 
@@ -96,7 +118,7 @@ class Training:
         self.config = config_from_dict(config | {"num_classes": len(self.classes)})
         self.model = build_model(self.config)
         if args.init:
-            self.model.load_state_dict(load_model(args.init).model.state_dict())
+            start_from(self.model, args.init)
         self.model = self.model.to(self.device, memory_format=torch.channels_last).train()
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, args.weight_decay), lr=args.lr, betas=(0.9, 0.99), fused=True
@@ -265,6 +287,8 @@ def train(args: argparse.Namespace) -> None:
         end = stage / len(args.sizes)
         if training.progress() >= end:
             continue
+        if 1 < stage == len(args.sizes):
+            freeze_batch_norm(training.model)
         clock, averages = time.perf_counter(), Averages()
         for images, targets in training.batches(size):
             averages.add(training.train_step(images, targets), len(images))
@@ -301,7 +325,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     length.add_argument("--minutes", type=float, help="train for so long, stops not counted")
     length.add_argument("--steps", type=int, help="train for so many steps")
     add("--resume", action="store_true", help="go on from the state in --out, if there is one")
-    add("--init", type=Path, help="checkpoint to start from instead of random weights")
+    add("--init", type=Path, help="checkpoint to start from; of another task: its backbone")
     add("--set", type=json.loads, default={}, metavar="JSON", help="settings of the model's configuration")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=int, default=0, help="of the weights and the samples, 0..9")
