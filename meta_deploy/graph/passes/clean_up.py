@@ -37,7 +37,7 @@ from meta_deploy.graph.graph import (
 )
 from meta_deploy.ort import onnxruntime
 
-_LARGE = 2**24 - 3  # a prime, larger than any batch; float32 holds it, which Resize computes sizes in
+_LARGE = 1009  # a prime, larger than any batch, and not so large that inference, which makes some constants, is slow
 _DOMAIN = "meta_deploy.pins"
 _RANDOM = (
     *("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"),
