@@ -134,8 +134,8 @@ def is_cut(box: np.ndarray, tile: Tile, size: Size) -> bool:
 def join_objects(tiles: Sequence[Tile], found: Sequence[Seen], size: Size) -> list[tuple[Seen, Mask | None]]:
     """The objects of an image of `size` from what its tiles see, each with its whole mask, by falling score.
 
-    One that a tile sees whole is as that tile sees it, at its best score; one that all tiles cut is put
-    together from what they see.
+    One that tiles see whole is as the surest of them sees it: how sure another is of a part tells nothing of
+    it. One that all tiles cut is put together from what they see, at its best score.
     """
     joined = []
     for group in groups_of(tiles, found):
@@ -143,7 +143,7 @@ def join_objects(tiles: Sequence[Tile], found: Sequence[Seen], size: Size) -> li
         corners = np.array([part.box for part in parts]).reshape(-1, 2, 2)
         box = np.concatenate([corners[:, 0].min(axis=0), corners[:, 1].max(axis=0)])
         masks = [part.mask for part in parts if part.mask is not None]
-        score = max(seen.score for seen in group)
+        score = max(seen.score for seen in group if seen.cut == group[0].cut)
         joined.append((replace(parts[0], box=box, score=score), united(masks, size) if masks else None))
     return sorted(joined, key=lambda joint: joint[0].score, reverse=True)
 
@@ -154,16 +154,16 @@ def groups_of(tiles: Sequence[Tile], found: Sequence[Seen]) -> list[list[Seen]]:
     Two tiles' detections of one class are one object where they overlap by `SAME` within what both tiles see:
     by intersection over the smaller, but over the union where there are only boxes and both are whole, since
     boxes may be nested. Each detection, whole ones first and then by falling score, joins the whole one that
-    it overlaps most; a cut one also one of another class that covers `COVERED` of it, as a part tells its
-    class badly. Cut ones for which there is none make objects among themselves, however many tiles they run
-    through.
+    is most like it there, by intersection over union; a cut one also one of another class that covers
+    `COVERED` of it, as a part tells its class badly. Cut ones for which there is none make objects among
+    themselves, however many tiles they run through.
     """
     order = sorted(found, key=lambda seen: (seen.cut, -seen.score))
     pairs = _pairs(tiles, order)
     group_of = list(range(len(order)))  # the number of a group is that of its first detection
     for i, seen in enumerate(order):
         partners = pairs[i]
-        whole = [(overlap, -j) for j, overlap in partners if not order[j].cut]
+        whole = [(alike, -j) for j, alike in partners if not order[j].cut]
         if whole:
             group_of[i] = group_of[-max(whole)[1]]
         elif seen.cut:
@@ -176,7 +176,7 @@ def groups_of(tiles: Sequence[Tile], found: Sequence[Seen]) -> list[list[Seen]]:
 
 
 def _pairs(tiles: Sequence[Tile], order: Sequence[Seen]) -> list[list[tuple[int, float]]]:
-    """For each detection those before it that it overlaps by `SAME`, with how much."""
+    """For each detection those before it that it overlaps by `SAME`, with how alike the two are."""
     boxes = np.array([seen.box for seen in order], np.float32).reshape(-1, 4)
     pairs: list[list[tuple[int, float]]] = []
     for i, seen in enumerate(order):
@@ -187,8 +187,8 @@ def _pairs(tiles: Sequence[Tile], order: Sequence[Seen]) -> list[list[tuple[int,
         overlaps = [(j, *_overlap(seen, order[j], tiles)) for j in others]
         pairs.append(
             [
-                (j, overlap)
-                for j, overlap, covered in overlaps
+                (j, alike)
+                for j, overlap, covered, alike in overlaps
                 if (overlap >= SAME and order[j].label == seen.label)
                 or (covered >= COVERED and seen.cut and not order[j].cut)
             ]
@@ -196,22 +196,27 @@ def _pairs(tiles: Sequence[Tile], order: Sequence[Seen]) -> list[list[tuple[int,
     return pairs
 
 
-def _overlap(a: Seen, b: Seen, tiles: Sequence[Tile]) -> tuple[float, float]:
-    """Within what both tiles see: how much two detections agree, and how much of `a` is covered by `b`."""
+def _overlap(a: Seen, b: Seen, tiles: Sequence[Tile]) -> tuple[float, float, float]:
+    """Within what both tiles see: how far two detections are one, how much of `a` is covered by `b`, IoU."""
     window = tiles[a.tile].common(tiles[b.tile])
     if window is None:
-        return 0.0, 0.0
+        return 0.0, 0.0, 0.0
     if a.mask is not None and b.mask is not None:
         first, second = _within(a.mask, window), _within(b.mask, window)
-        seen = [int(np.count_nonzero(pixels)) for pixels in (first & second, first, second)]
-        return seen[0] / max(min(seen[1:]), 1), seen[0] / max(seen[1], 1)
-    low, high = (window.left, window.top), (window.right, window.bottom)
-    corners = [np.clip(seen.box.reshape(2, 2), low, high) for seen in (a, b)]
-    areas = [float(np.prod(corner[1] - corner[0])) for corner in corners]
-    sides = np.minimum(corners[0][1], corners[1][1]) - np.maximum(corners[0][0], corners[1][0])
-    shared = float(np.prod(np.maximum(sides, 0)))
-    whole = min(areas) if a.cut or b.cut else sum(areas) - shared
-    return (shared / whole, shared / areas[0]) if min(areas) > 0 else (0.0, 0.0)
+        areas = [float(np.count_nonzero(pixels)) for pixels in (first, second)]
+        shared = float(np.count_nonzero(first & second))
+        nested = False
+    else:
+        low, high = (window.left, window.top), (window.right, window.bottom)
+        corners = [np.clip(seen.box.reshape(2, 2), low, high) for seen in (a, b)]
+        areas = [float(np.prod(corner[1] - corner[0])) for corner in corners]
+        sides = np.minimum(corners[0][1], corners[1][1]) - np.maximum(corners[0][0], corners[1][0])
+        shared = float(np.prod(np.maximum(sides, 0)))
+        nested = not (a.cut or b.cut)
+    if not min(areas):
+        return 0.0, 0.0, 0.0
+    union = sum(areas) - shared
+    return shared / (union if nested else min(areas)), shared / areas[0], shared / union
 
 
 def _within(mask: tuple[np.ndarray, int, int], window: Tile) -> np.ndarray:

@@ -108,7 +108,18 @@ def test_an_object_seen_twice_is_kept_as_the_tile_that_sees_it_whole():
     cut = Detections((40, 40), np.array([[0, 5, 7, 20]], np.float32), *arrays([0.9], [0]))
     joined = DETECTION.join((40, 70), tiles, [whole, cut])
     assert joined.boxes.tolist() == [[22, 5, 36, 20]]
-    assert joined.scores.tolist() == pytest.approx([0.9])
+    assert joined.scores.tolist() == pytest.approx([0.6])  # how sure the other is of a part tells nothing
+
+
+def test_a_part_joins_the_whole_object_that_is_most_like_it_and_lifts_no_other():
+    """Something unsure and large around an object covers its part best, and is not the object for it."""
+    tiles = [Tile(0, 0, 40, 40), Tile(0, 30, 40, 70)]
+    boxes = np.array([[22, 4, 36, 19], [20, 0, 38, 30]], np.float32)
+    whole = Detections((40, 40), boxes, *arrays([0.55, 0.1], [0, 0]))
+    cut = Detections((40, 40), np.array([[0, 5, 7, 20]], np.float32), *arrays([0.9], [0]))
+    joined = DETECTION.join((40, 70), tiles, [whole, cut])
+    assert joined.boxes.tolist() == boxes.tolist()
+    assert joined.scores.tolist() == pytest.approx([0.55, 0.1])
 
 
 def test_other_classes_and_neighbours_stay_apart():
