@@ -6,7 +6,6 @@ takes two seconds; onnxslim 11 s and onnxscript's full optimizer 21 s remove lit
 """
 
 import re
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -58,7 +57,10 @@ def clean_up(graph: gs.Graph, model: ir.Model | None = None) -> int:
     _clean(graph, to_model(graph) if model is None else model)
     # What was folded may tell sizes that were open, as those behind an Expand to computed ones; then more
     # is constant.
-    while _infer_open_sizes(model := to_model(graph)):
+    while learned := _infer_open_sizes(model := to_model(graph)):
+        if not any(map(_decides, learned)):
+            take_over(graph, from_model(model))
+            break
         _clean(graph, model)
     return before - len(graph.nodes)
 
@@ -95,8 +97,16 @@ def _clean(graph: gs.Graph, model: ir.Model) -> None:
 # --- sizes ------------------------------------------------------------------------------------------------
 
 
-def _infer_open_sizes(model: ir.Model) -> bool:
-    """Infer the sizes that are open, anew, as inference keeps what it is given; whether that told any.
+def _decides(value: ir.Value) -> bool:
+    """Whether something computes with a value's sizes: a Shape, or the Reshape that makes it so."""
+    maker = value.producer()
+    target = maker.inputs[1] if maker is not None and maker.op_type == "Reshape" else None
+    computed = target is not None and target.const_value is None
+    return computed or any(reader.op_type == "Shape" for reader, _ in value.uses())
+
+
+def _infer_open_sizes(model: ir.Model) -> list[ir.Value]:
+    """Infer the sizes that are open, anew, as inference keeps what it is given; the values that it told of.
 
     Inference computes with numbers alone, so it is told two for an unknown batch. What is the same for both
     does not depend on it; what grows like it is a multiple of it.
@@ -104,7 +114,7 @@ def _infer_open_sizes(model: ir.Model) -> bool:
     open_values = [v for node in model.graph.all_nodes() for v in node.outputs if not _is_static(v)]
     shapes: dict[ir.Value, ir.Shape | None] = {value: value.shape for value in open_values}
     if not shapes:
-        return False
+        return []
     batch = _batch_of(model)
     given = {value: value.shape for value in model.graph.inputs if value.shape is not None}
     told = []
@@ -119,7 +129,7 @@ def _infer_open_sizes(model: ir.Model) -> bool:
         value.shape = shape
     for value, known in shapes.items():
         value.shape = _merged(known, [then[value] for then in told], batch)
-    return _open_sizes((value.shape for value in shapes), batch) < _open_sizes(shapes.values(), batch)
+    return [v for v, known in shapes.items() if _open_sizes(v.shape, batch) < _open_sizes(known, batch)]
 
 
 def _batch_of(model: ir.Model) -> str:
@@ -132,14 +142,12 @@ def _is_static(value: ir.Value) -> bool:
     return value.shape is not None and value.shape.is_static()
 
 
-def _open_sizes(shapes: Iterable[ir.Shape | None], batch: str) -> int:
-    """How many sizes are not known, multiples of the batch aside; of a value of unknown rank, one."""
+def _open_sizes(shape: ir.Shape | None, batch: str) -> int:
+    """How many sizes are not known, multiples of the batch aside; more than any for an unknown rank."""
+    if shape is None:
+        return 99
     known = re.compile(rf"\d+|(\d+\*)?{re.escape(batch)}" if batch else r"\d+")
-    return sum(
-        not known.fullmatch(str(size))
-        for shape in shapes
-        for size in (shape if shape is not None else [None])
-    )
+    return sum(not known.fullmatch(str(size)) for size in shape)
 
 
 def _merged(before: ir.Shape | None, told: list[ir.Shape | None], batch: str) -> ir.Shape | None:
