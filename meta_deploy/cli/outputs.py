@@ -279,7 +279,10 @@ class TableFile:
         if self._empty:
             writer.writeheader()
             self._empty = False
-        writer.writerows(where | row for row in shown.table(frame.picture.whole))
+        for row in shown.table(frame.picture.whole):
+            # What is not known, as the intensity of an object without pixels, is an empty cell.
+            known = {name: "" if value != value else value for name, value in row.items()}
+            writer.writerow(where | known)
         self._stream.write(text.getvalue().encode(errors="backslashreplace"))
 
     def __enter__(self) -> TableFile:

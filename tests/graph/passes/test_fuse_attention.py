@@ -180,6 +180,12 @@ def test_attention_becomes_one_operator():
         Attention(heads=1),
         Attention(n=64, m=64),
         Attention(n=70, m=33, d=20),
+        # k's tokens before its heads, as an exporter writes that joins two Transposes
+        Attention(perm=(0, 2, 3, 1), shapes={"k": (2, 4, 3, 8)}),
+        Attention(perm=(0, 2, 3, 1), shapes={"k": (2, 4, 3, 8)}, k_scale=("Mul", 0.4, (), False)),
+        Attention(perm=(0, 2, 3, 1), shapes={"k": (2, 4, 3, 8)}, k_before=("Mul", 0.4, (), False)),
+        Attention(perm=(0, 3, 1, 2), shapes={"k": (2, 8, 4, 3)}),
+        Attention(perm=(0, 1, 2, 3), shapes={"k": (2, 3, 8, 4)}),
         Attention(reader="q"),
         Attention(reader="k"),
         Attention(reader="v"),
@@ -213,8 +219,7 @@ def test_variants_become_one_operator(attention):
         Attention(axis=2, m=5),
         Attention(axis=-2),
         Attention(axis=1),
-        Attention(perm=(0, 3, 1, 2), shapes={"k": (2, 8, 4, 3)}),
-        Attention(perm=(0, 2, 3, 1), shapes={"k": (2, 4, 3, 8)}),
+        Attention(k_scale=("Mul", 0.5, (4,), False)),  # another scale for every key
         Attention(between="Relu"),
         Attention(between="Identity"),
         Attention(mask=(5, 4)),

@@ -231,8 +231,7 @@ def test_the_operator_has_the_constants_it_was_written_with():
         Written(epsilon=(1e-6, (1,))),
         Written(epsilon=(1e-3, (1, 1, 1))),
         Written(epsilon=(1e-12, ())),
-        Written(opset=17),
-        Written(opset=20),
+        *(Written(opset=opset) for opset in (13, 14, 16, 17, 20)),
         Written(shape=("b", 3, 8), sizes=(4, 3, 8)),
         Written(shape=("b", "n", 8), sizes=(1, 5, 8)),
         Written(shape=("b", "n", 8), sizes=(0, 5, 8), opset=17),
@@ -280,8 +279,7 @@ def test_variants_become_one_operator(written):
         Written(epsilon=(1e-5, (1, 1, 1, 1))),
         Written(epsilon=(1e-5, (3, 1))),
         Written(epsilon=(None, ())),
-        Written(opset=16),
-        Written(opset=13),
+        Written(opset=12),
         Written(dtype="float64"),
         Written(shape=(2, 3, 0), scale=None, bias=None),
         Written(shape=(2, 3, "c"), sizes=(2, 3, 8)),
@@ -291,6 +289,32 @@ def test_variants_become_one_operator(written):
 )
 def test_a_near_miss_is_declined(written):
     agree(written, 0)
+
+
+@pytest.mark.parametrize(("opset", "changes"), [(13, 0), (15, 0), (16, 1), (18, 1)])
+def test_an_operator_that_means_another_thing_in_opset_17_keeps_the_older_one(opset, changes):
+    """RoiAlign's sampling points moved by half a pixel with opset 16."""
+    written = Written(opset=opset)
+    proto = written.proto()
+    proto.graph.input.extend([value("map", [1, 2, 6, 6]), value("rois", [3, 4])])
+    proto.graph.initializer.append(numpy_helper.from_array(np.zeros(3, np.int64), "which"))
+    proto.graph.node.append(node("RoiAlign", ["map", "rois", "which"], ["pooled"], sampling_ratio=2))
+    proto.graph.output.append(value("pooled", [3, 2, 1, 1]))
+    rng = np.random.default_rng(0)
+    feeds = {"map": rng.standard_normal((1, 2, 6, 6)), "rois": np.sort(rng.uniform(0, 5, (3, 4)))}
+    feeds = {name: array.astype(np.float32) for name, array in feeds.items()}
+    after = rewriting.agree(fuse_layer_norm, proto, written.feeds() | feeds, changes)
+    assert [o.version for o in after.opset_import] == [max(opset, 17) if changes else opset]
+
+
+def test_a_norm_that_also_gives_its_statistics_keeps_the_opset_in_which_it_does():
+    proto = Written(opset=13).proto()
+    numbers = [helper.make_empty_tensor_value_info(name) for name in ("m0", "v0", "m1", "v1")]
+    constants = [numpy_helper.from_array(np.ones(3, np.float32), f"c{i}") for i in range(4)]
+    proto.graph.initializer.extend(constants)
+    names = [constant.name for constant in constants]
+    proto.graph.node.append(node("BatchNormalization", ["x0", *names], ["bn", *(n.name for n in numbers)]))
+    assert rewritten(proto)[1] == 0
 
 
 def test_a_negative_epsilon_is_declined():
