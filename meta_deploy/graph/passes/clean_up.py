@@ -37,7 +37,8 @@ from meta_deploy.graph.graph import (
 )
 from meta_deploy.ort import onnxruntime
 
-_LARGE = 1009  # a prime, larger than any batch, and not so large that inference, which makes some constants, is slow
+# A prime larger than any batch; not so large that inference, which makes some constants, is slow.
+_LARGE = 1009
 _DOMAIN = "meta_deploy.pins"
 _RANDOM = (
     *("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"),
