@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 CHECKPOINT := meta_deploy/assets/meta-nano-mask-rcnn.pth
-PICTURE := meta_deploy/assets/images/scene-1.jpg
+PICTURE := meta_deploy/assets/images/fluorescence-1.png
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -17,10 +17,10 @@ PICTURE := meta_deploy/assets/images/scene-1.jpg
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.export ## export the demo checkpoint and find the objects in a picture with it
+demo: $(VENV)/.export ## export the demo checkpoint and find the nuclei in a picture with it
 	$(BIN)/meta-export --ckpt $(CHECKPOINT) --out build/demo
 	$(BIN)/meta-infer $(PICTURE) --model build/demo --out build/overlays
-	@echo "The overlay: $(CURDIR)/build/overlays/$(basename $(notdir $(PICTURE)))-overlay.jpg"
+	@echo "The overlay: $(CURDIR)/build/overlays/$(basename $(notdir $(PICTURE)))-overlay.png"
 
 test: lint ## ruff, mypy and all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -56,9 +56,10 @@ _TELLING = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf
 
 @dataclass(frozen=True)
 class Case:
-    """A model to export: a named model with random weights at an input size, or the demo model.
+    """A model to export: a named model with random weights at an input size, the demo model, or a checkpoint.
 
-    Written as MODEL@SIDE or MODEL@HxW, followed by `+dynamic` for any size up to that; or as `demo`.
+    Written as MODEL@SIDE or MODEL@HxW, followed by `+dynamic` for any size up to that; as `demo`, the nuclei
+    detector in the package; or as the path of a .pth file.
     """
 
     model: str
@@ -68,12 +69,12 @@ class Case:
     @classmethod
     def parse(cls, text: str) -> Case:
         """The inverse of str()."""
-        if text == DEMO:
-            return cls(DEMO, None)
+        if text == DEMO or text.endswith(".pth"):
+            return cls(text, None)
         name, _, size = text.removesuffix("+dynamic").partition("@")
         sides = [int(side) for side in size.split("x")] if size else []
         if not 1 <= len(sides) <= 2:
-            raise argparse.ArgumentTypeError(f"'{text}' is not MODEL@SIDE, MODEL@HxW or {DEMO}")
+            raise argparse.ArgumentTypeError(f"'{text}' is not MODEL@SIDE, MODEL@HxW, {DEMO} or a .pth file")
         return cls(name, (sides[0], sides[-1]), text.endswith("+dynamic"))
 
     def __str__(self) -> str:
@@ -91,6 +92,8 @@ def checkpoint(case: Case) -> Path:
     """A case's weights. They are made if missing, or if older than the tool that makes them."""
     if case.model == DEMO:
         return ASSETS / "meta-nano-mask-rcnn.pth"
+    if case.model.endswith(".pth"):
+        return Path(case.model)
     tool = ROOT / "tools" / "random_checkpoint.py"
     path = WORK / f"{case.model}.pth"
     if not path.exists() or path.stat().st_mtime < tool.stat().st_mtime:
@@ -142,7 +145,7 @@ def run_command(name: str, *arguments: object) -> Run:
 
 def export(case: Case, *options: object) -> tuple[Path, Run]:
     """Export a case; returns the bundle's folder and the finished command."""
-    out = WORK / str(case).replace("+", "-")
+    out = WORK / Path(str(case)).stem.replace("+", "-")
     return out, run_command("export", "--ckpt", checkpoint(case), *case.options, *options, "--out", out)
 
 

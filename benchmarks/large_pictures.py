@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.common import Run, machine, parser, run_command, save, table
-from meta_deploy.runtime.predictor import DEMO_BUNDLE
+from meta_deploy.bundle.shipped import locate
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--megapixels", type=float, default=177, help="of each picture (default: %(default)s)")
     p.add_argument("--formats", nargs="+", default=["jpg", "png", "tif", "webp"], help="default: %(default)s")
     p.add_argument("--several", type=int, default=6, help="JPEGs in one call; 0: none (default: %(default)s)")
-    p.add_argument("--model", type=Path, default=DEMO_BUNDLE, metavar="BUNDLE")
+    p.add_argument("--model", type=Path, default=locate(None), metavar="BUNDLE")
     args = p.parse_args(argv)
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -60,7 +60,7 @@ def write(path: Path, megapixels: float) -> Path:
 
 def run(paths: Sequence[Path], model: Path, folder: Path) -> Run:
     """meta-infer in a process of its own. Raises SystemExit where it fails."""
-    finished = run_command("infer", *paths, "--model", model, "--out", folder / "out")
+    finished = run_command("infer", *paths, "--model", model, "--tile", "0", "--out", folder / "out")
     if finished.code:
         raise SystemExit(f"meta-infer failed with exit code {finished.code}")
     return finished

@@ -3,11 +3,15 @@
 Runs the graphs of TensorRT engines on the CPU, with products in float32 and each node's result rounded to its
 type, as a GPU's tensor cores do. Both precisions start from the same graph, so that nothing else differs.
 
-python benchmarks/precision_agreement.py [--case CASE ...] [--precision fp16 bf16] [--count 40]
+python benchmarks/precision_agreement.py [--case CASE ...] [--precision fp16 bf16] [--count 40] [--data DIR]
+
+With --data, a folder of annotated pictures as tools/train.py takes it, these are the photos, and AP with the
+annotations as ground truth is given too, of float32 and of the lower precision.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,9 +26,11 @@ from meta_deploy.bundle.bundle import Bundle, write_bundle
 from meta_deploy.graph.precision.emulate import emulated
 from meta_deploy.report.accuracy import coco_ap
 from meta_deploy.runtime.predictor import Predictor
+from tools.training_data import evenly_chosen
 
 CASES = ("demo", "meta-t-mask-rcnn@512")
 GOAL = 0.99
+MOST = 400  # detections a picture; models with a limit of their own give fewer
 SURE = 0.3  # objects that float32 gives at least this score are counted by themselves, too
 
 
@@ -33,13 +39,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--case", nargs="+", type=Case.parse, metavar="CASE", help=f"default: {' '.join(CASES)}")
     p.add_argument("--precision", nargs="+", choices=("fp16", "bf16"), default=("fp16",))
     p.add_argument("--count", type=int, default=40, help="photos (default: %(default)s)")
+    p.add_argument("--data", type=Path, metavar="DIR", help="annotated pictures: val/, instances_val.json")
     args = p.parse_args(argv)
-    paths = photos(args.photos, args.count)
+    annotations = None
+    if args.data is None:
+        paths = photos(args.photos, args.count)
+    else:
+        annotations = evenly_chosen(json.loads((args.data / "instances_val.json").read_text()), args.count)
+        paths = [args.data / "val" / image["file_name"] for image in annotations["images"]]
     rows = []
     for case in args.case or map(Case.parse, CASES):
         truth = detections(exported(case, "fp32"), paths)
         for precision in args.precision:
-            rows.append(row(case, precision, truth, detections(exported(case, precision), paths)))
+            found = detections(exported(case, precision), paths)
+            rows.append(row(case, precision, truth, found) | against(annotations, truth, found))
             print(rows[-1], file=sys.stderr)
     print(table(rows))
     save(args.json, machine=machine(), photos=len(paths), goal=GOAL, rows=rows)
@@ -70,8 +83,9 @@ def row(case: Case, precision: str, truth: list[list[dict]], found: list[list[di
     last.
     """
     results = [entry for entries in found for entry in entries]
-    report = coco_ap(as_truth(truth), results)
-    sure = coco_ap(as_truth([[e for e in entries if e["score"] >= SURE] for entries in truth]), results)
+    report = coco_ap(as_truth(truth), results, MOST)
+    confident = [[entry for entry in entries if entry["score"] >= SURE] for entries in truth]
+    sure = coco_ap(as_truth(confident), results, MOST)
     return {
         "model": str(case),
         "precision": precision,
@@ -84,6 +98,24 @@ def row(case: Case, precision: str, truth: list[list[dict]], found: list[list[di
         f"mask AP, score {SURE}": sure["mask"]["AP"] if "mask" in sure else None,
         "goal": GOAL,
     }
+
+
+def against(
+    annotations: dict[str, Any] | None, float32: list[list[dict]], found: list[list[dict]]
+) -> dict[str, Any]:
+    """Mask AP of both with annotations as ground truth, if there are any."""
+    if annotations is None:
+        return {}
+    values = {}
+    for name, results in (("float32", float32), ("", found)):
+        numbered = [
+            {**entry, "image_id": image["id"]}
+            for image, entries in zip(annotations["images"], results, strict=True)
+            for entry in entries
+        ]
+        ap = coco_ap(annotations, numbered, MOST)["mask"]
+        values[f"{name} mask AP, annotations".strip()] = ap["AP"]
+    return values
 
 
 def as_truth(results: list[list[dict[str, Any]]]) -> dict[str, Any]:

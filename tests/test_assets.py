@@ -1,74 +1,94 @@
-"""What ships with the package: the demo checkpoint, the bundle exported from it, and pictures."""
+"""What ships with the package: checkpoints, the bundles exported from them, and annotated pictures."""
 
-from importlib.resources import files
-from pathlib import Path
+import json
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks.demo_accuracy import measure
+from benchmarks.demo_accuracy import ALL, detection_rows, results_of, segmentation_rows
 from meta_deploy.bundle.bundle import Bundle
+from meta_deploy.bundle.shipped import ASSETS, SHIPPED, locate
 from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.imaging.images import read_image
 from meta_deploy.imaging.preprocess import Preprocessor
 from meta_deploy.models.checkpoint.load import load_model
-from meta_deploy.models.registry import config_from_dict, get_config
+from meta_deploy.models.registry import config_from_dict
+from meta_deploy.runtime.predictor import Predictor
 from meta_deploy.targets import open_backend
-from tools.scenes import CLASSES, TEST_SEEDS
 
-ASSETS = Path(str(files("meta_deploy") / "assets"))
-CHECKPOINT = ASSETS / "meta-nano-mask-rcnn.pth"
-PICTURES = sorted((ASSETS / "images").glob("*.jpg"))
-
-
-@pytest.fixture(scope="module")
-def bundle():
-    return Bundle.open(ASSETS / "demo")
+CHECKPOINTS = dict(zip(SHIPPED, ("meta-nano-mask-rcnn.pth", "meta-nano-upernet.pth"), strict=True))
+IMAGES = ASSETS / "images"
+PICTURES = sorted(IMAGES.glob("*.png"))
+TRUTH = json.loads((IMAGES / "instances.json").read_text())
 
 
-def test_checkpoint_and_bundle_stay_under_30_mb(bundle):
-    assert CHECKPOINT.stat().st_size + sum(file.stat().st_size for file in bundle.path.iterdir()) < 30e6
+@pytest.fixture(scope="module", params=SHIPPED)
+def name(request):
+    return request.param
 
 
-def test_there_are_eight_pictures_to_verify_on():
+def test_checkpoints_and_bundles_stay_under_40_mb():
+    files = [path for path in ASSETS.rglob("*") if path.is_file() and path.parent != IMAGES]
+    assert {path.parent.name for path in files} == {"assets", *SHIPPED}
+    assert sum(path.stat().st_size for path in files) < 40e6
+
+
+def test_there_are_eight_annotated_pictures_to_verify_on():
+    assert [path.name for path in PICTURES] == sorted(image["file_name"] for image in TRUTH["images"])
     assert len(PICTURES) == 8
+    for image in TRUTH["images"]:
+        assert read_image(IMAGES / image["file_name"]).shape == (image["height"], image["width"], 3)
 
 
-def test_the_bundle_is_of_the_checkpoints_model(bundle):
-    loaded = load_model(CHECKPOINT)
-    assert loaded.config == get_config("meta-nano-mask-rcnn", num_classes=len(CLASSES))
+def test_the_bundle_is_of_the_checkpoints_model(name):
+    loaded, bundle = load_model(ASSETS / CHECKPOINTS[name]), Bundle.open(locate(name))
     assert config_from_dict(bundle.manifest.model.config) == loaded.config
-    assert list(bundle.classes) == list(loaded.class_names) == list(CLASSES)
+    assert list(bundle.classes) == list(loaded.class_names)
+    assert "nucleus" in bundle.classes
 
 
-def test_the_bundle_passed_todays_verification(bundle):
-    verification = bundle.manifest.verification
+def test_the_bundle_passed_todays_verification(name):
+    verification = Bundle.open(locate(name)).manifest.verification
     assert verification["passed"]
-    assert (
-        verification["stages"]["maps"]["tolerance"]["max_relative_error"]
-        <= PRECISIONS["fp32"].tolerances["maps"]
-    )
+    measured = verification["stages"]["maps"]["tolerance"]["max_relative_error"]
+    assert measured <= PRECISIONS["fp32"].tolerances["maps"]
 
 
-def test_the_bundle_answers_as_the_checkpoint(bundle):
-    model = load_model(CHECKPOINT).model
-    batch, _ = Preprocessor(bundle.input, bundle.preprocess)([read_image(PICTURES[0])])
+def test_the_bundle_answers_as_the_checkpoint(name):
+    bundle = Bundle.open(locate(name))
+    model = load_model(ASSETS / CHECKPOINTS[name]).model
+    batch, _ = Preprocessor(bundle.input, bundle.preprocess)([read_image(PICTURES[3])])
     with torch.inference_mode():
-        expected = model(torch.from_numpy(batch))
-    count = int(expected["num_detections"][0])
+        expected = {key: value.numpy() for key, value in model(torch.from_numpy(batch)).items()}
     with open_backend(bundle) as backend:
         actual = backend.run({"images": batch})
-    assert actual["num_detections"][0] == count > 0
-    torch.testing.assert_close(
-        torch.from_numpy(actual["boxes"])[0, :count], expected["boxes"][0, :count], atol=0.05, rtol=0
-    )
-    torch.testing.assert_close(
-        torch.from_numpy(actual["scores"])[0, :count], expected["scores"][0, :count], atol=1e-3, rtol=0
-    )
+    if name == "nuclei":
+        count = int(expected["num_detections"][0])
+        assert actual["num_detections"][0] == count > 0
+        np.testing.assert_allclose(actual["boxes"][0, :count], expected["boxes"][0, :count], atol=0.05)
+        np.testing.assert_allclose(actual["scores"][0, :count], expected["scores"][0, :count], atol=1e-3)
+    else:
+        largest = np.abs(expected["logits"]).max()
+        np.testing.assert_allclose(actual["logits"], expected["logits"], atol=2e-4 * largest)
 
 
 @pytest.mark.slow
-def test_the_demo_model_finds_what_is_in_unseen_scenes(bundle):
-    report = measure(bundle.path, TEST_SEEDS[:40])
-    assert report["box"]["AP"] >= 0.70
-    assert report["mask"]["AP"] >= 0.70
+def test_the_shipped_models_find_nuclei():
+    with Predictor(score_threshold=0.0) as predictor:
+        found, _ = results_of(predictor, TRUTH, IMAGES)
+    row = next(row for row in detection_rows(TRUTH, found, 0.5) if row["pictures"] == ALL)
+    assert row["TP/(TP+FP+FN)"] > 0.6
+    with Predictor("nuclei-semantic") as predictor:
+        found, _ = results_of(predictor, TRUTH, IMAGES)
+    row = next(row for row in segmentation_rows(TRUTH, found) if row["pictures"] == ALL)
+    assert row["IoU nucleus"] > 0.7
+
+
+def test_a_folder_of_a_shipped_name_is_taken_before_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert locate("nuclei") == locate(None) == ASSETS / "nuclei"
+    (tmp_path / "nuclei").mkdir()
+    assert locate("nuclei") == "nuclei"
+    assert locate(None) == ASSETS / "nuclei"
+    assert locate("elsewhere") == "elsewhere"

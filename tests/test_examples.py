@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from meta_deploy import Bundle
-from tools.scenes import TEST_SEEDS, coco_dataset, generate
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "meta_deploy" / "assets"
@@ -44,12 +43,12 @@ def test_export_checkpoint(example, tmp_path):
 
 
 def test_predict_image(example, tmp_path):
-    out, _ = example("predict_image.py", IMAGES / "scene-1.jpg")
+    out, _ = example("predict_image.py", IMAGES / "fluorescence-4.png")
     *objects, last = out.splitlines()
     assert len(objects) >= 1
     assert all(line.endswith(" pixels") for line in objects)
     assert last.startswith("overlay.jpg; ")
-    with Image.open(tmp_path / "overlay.jpg") as overlay, Image.open(IMAGES / "scene-1.jpg") as image:
+    with Image.open(tmp_path / "overlay.jpg") as overlay, Image.open(IMAGES / "fluorescence-4.png") as image:
         assert overlay.size == image.size
 
 
@@ -57,7 +56,7 @@ def test_predict_folder_threads(example, tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
     for name in ("a.jpg", "c.jpg"):
-        (folder / name).write_bytes((IMAGES / "scene-1.jpg").read_bytes())
+        (folder / name).write_bytes((IMAGES / "fluorescence-4.png").read_bytes())
     (folder / "b.jpg").write_bytes(b"no image")
     out, err = example("predict_folder_threads.py", folder, 2)
     a, c = out.splitlines()
@@ -68,23 +67,23 @@ def test_predict_folder_threads(example, tmp_path):
 
 
 def test_coco_results(example, tmp_path):
-    seeds = TEST_SEEDS[:2]
-    (tmp_path / "annotations.json").write_text(json.dumps(coco_dataset(seeds)))
-    for seed in seeds:
-        Image.fromarray(generate(seed).image).save(tmp_path / f"{seed}.png")
-    out, _ = example("coco_results.py", "annotations.json", ".")
+    truth = json.loads((IMAGES / "instances.json").read_text())
+    truth["images"] = truth["images"][2:4]
+    (tmp_path / "annotations.json").write_text(json.dumps(truth))
+    out, _ = example("coco_results.py", "annotations.json", IMAGES)
     ap = {line.split(":")[0]: float(line.split()[2][:-1]) for line in out.splitlines() if ": AP" in line}
     assert set(ap) == {"box", "mask"}
     assert all(0.1 < value <= 1 for value in ap.values())
     results = json.loads((tmp_path / "results.json").read_text())
-    assert {result["image_id"] for result in results} == set(seeds)
+    assert {result["image_id"] for result in results} == {image["id"] for image in truth["images"]}
 
 
 def test_predict_video(example, tmp_path):
     clip = tmp_path / "clip.mp4"
     writer = cv2.VideoWriter(str(clip), cv2.VideoWriter.fourcc(*"mp4v"), 10, (320, 320))
+    frame = cv2.resize(cv2.imread(str(IMAGES / "fluorescence-4.png")), (320, 320))
     for _ in range(3):
-        writer.write(generate(TEST_SEEDS[0]).image[:, :, ::-1])
+        writer.write(frame)
     writer.release()
     out, _ = example("predict_video.py", clip)
     assert [line.split(" s: ")[0].strip() for line in out.splitlines()] == ["0.00", "0.10", "0.20"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PICTURE = ROOT / "meta_deploy/assets/images/scene-1.jpg"
+PICTURE = ROOT / "meta_deploy/assets/images/fluorescence-4.png"
 
 
 def test_nothing_else_imports_onnx_runtime():

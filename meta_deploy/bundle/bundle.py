@@ -160,6 +160,11 @@ class Bundle:
         return self.manifest.thresholds.score if isinstance(self.manifest, DetectionManifest) else 0.0
 
     @property
+    def tile(self) -> int | None:
+        """The side in pixels of the tiles that larger images are run in; None: as a whole."""
+        return None if isinstance(self.manifest, RawManifest) else self.manifest.tile
+
+    @property
     def output_names(self) -> tuple[str, ...]:
         """The outputs that this task's results are made of."""
         return self.manifest.output_names

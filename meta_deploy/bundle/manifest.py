@@ -28,6 +28,7 @@ Line: TypeAlias = Annotated[str, Meta(max_length=200, pattern=_LINE)]
 Real: TypeAlias = Annotated[float, Meta(ge=-1e6, le=1e6)]
 Deviation: TypeAlias = Annotated[float, Meta(ge=1e-6, le=1e6)]
 Edge: TypeAlias = Annotated[int, Meta(ge=1, le=65536)]
+TileSide: TypeAlias = Annotated[int, Meta(ge=16, le=1 << 20)]
 Images: TypeAlias = Annotated[int, Meta(ge=1, le=4096)]
 Count: TypeAlias = Annotated[int, Meta(ge=0)]
 Size: TypeAlias = tuple[Edge, Edge]
@@ -301,11 +302,14 @@ class _Manifest(Struct, frozen=True, kw_only=True, tag_field="task"):
 
 
 class _ImageManifest(_Manifest, frozen=True, kw_only=True):
+    """`tile` is the side in pixels of the tiles that larger images are run in (None: always as a whole)."""
+
     needs: ClassVar[tuple[str, ...]]  # outputs of the graph, by name
 
     input: InputSpec
     preprocess: Preprocess
     classes: Annotated[tuple[Line, ...], Meta(min_length=1, max_length=MAX_CLASSES)]
+    tile: TileSide | None = None
 
     @property
     def output_names(self) -> tuple[str, ...]:

@@ -156,6 +156,11 @@ def positive_int(text: str) -> int:
     return value
 
 
+def whole_number(text: str) -> int:
+    """An option's value as a whole number from 0 to 2147483647."""
+    return 0 if re.fullmatch("0{1,10}", text) else positive_int(text)
+
+
 def thread_count(text: str) -> int:
     """An option's value as a whole number from 1 to 1024."""
     return _up_to(MAX_THREADS, text)

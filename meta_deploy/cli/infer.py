@@ -23,6 +23,7 @@ from meta_deploy.cli.common import (
     positive_int,
     run,
     thread_count,
+    whole_number,
 )
 from meta_deploy.cli.terminal import tell
 from meta_deploy.targets import BACKEND_NAMES
@@ -40,7 +41,7 @@ OUT = "meta-infer-out"
 
 _EPILOG = """\
 examples:
-  meta-infer photo.jpg                                  the demo model, an overlay in meta-infer-out/
+  meta-infer picture.png                                the nuclei model, an overlay in meta-infer-out/
   meta-infer photos/ --model my-bundle --out overlays
   meta-infer 'val/*.jpg' --model my-bundle --coco-json results.json
   meta-infer clip.mp4 --model my-bundle --json > clip.json
@@ -67,7 +68,11 @@ def parser() -> Parser:
         "bundle .npz files with an array for each of the graph's inputs",
     )
     p.add_argument(
-        "--model", type=path, metavar="BUNDLE", help="the bundle to run (default: the demo bundle)"
+        "--model",
+        type=path,
+        metavar="BUNDLE",
+        help="the bundle to run: a folder, or the name of one in the package, nuclei (objects, the default) "
+        "or nuclei-semantic (class maps)",
     )
     p.add_argument(
         "--backend",
@@ -104,10 +109,11 @@ def parser() -> Parser:
     )
     p.add_argument(
         "--tile",
-        type=positive_int,
+        type=whole_number,
         metavar="PIXELS",
-        help="run every image in overlapping square tiles of this side and join their results, so that small "
-        "objects of large images are not lost in resizing (default: the image as a whole)",
+        help="run larger images in overlapping square tiles of this side and join their results, so that "
+        "small objects are not lost in resizing; 0: every image as a whole (default: what the bundle says, "
+        "usually 0; 384 for those in the package)",
     )
     p.add_argument(
         "--tile-overlap",
@@ -180,8 +186,7 @@ def _infer(args: Namespace) -> int:
         _open(args) as predictor,
     ):
         _check(args, sources, predictor.bundle)
-        intro = f"meta-infer: runs on {predictor.runs_on}" if args.backend == "auto" else None
-        report = Report(sources, as_json=args.json, intro=intro)
+        report = Report(sources, as_json=args.json, intro=_intro(args, predictor))
         raw = predictor.bundle.task == "raw"
         batch = 1 if raw else args.batch or predictor.bundle.input.batch.opt
         labels = LabelImages(folder if args.label_image else None, sources, claims)
@@ -206,14 +211,14 @@ def _claims(args: Namespace, sources: Sequence[Source], out: str | None) -> Clai
         InputError: one of these, or the folder `out`, is one that is read or in it.
     """
     from meta_deploy.bundle.claims import Claims
+    from meta_deploy.bundle.shipped import locate
     from meta_deploy.errors import InputError
-    from meta_deploy.runtime.predictor import DEMO_BUNDLE
 
     claims = Claims()
     claims.add_streams()
     for source in sources:
         claims.add(source.path, "an input")
-    bundle = DEMO_BUNDLE if args.model is None else args.model
+    bundle = locate(args.model)
     claims.add(bundle, "the bundle")
     with contextlib.suppress(OSError):  # what is no bundle is told later
         for entry in os.scandir(bundle):
@@ -229,8 +234,9 @@ def _claims(args: Namespace, sources: Sequence[Source], out: str | None) -> Clai
 def _open(args: Namespace) -> Predictor:
     import cv2
 
+    from meta_deploy.bundle.shipped import locate
     from meta_deploy.cpus import limited_threads
-    from meta_deploy.runtime.predictor import DEMO_BUNDLE, Predictor
+    from meta_deploy.runtime.predictor import Predictor
 
     if threads := args.threads or limited_threads():
         cv2.setNumThreads(threads)
@@ -238,8 +244,18 @@ def _open(args: Namespace) -> Predictor:
     threshold = None if args.coco_json else args.score_threshold
     bundle, backend = args.model, args.backend
     if args.rebuild:
-        bundle, backend = _rebuilt(DEMO_BUNDLE if args.model is None else args.model, args.backend)
+        bundle, backend = _rebuilt(locate(args.model), args.backend)
     return Predictor(bundle, backend, threshold, args.threads, args.depth, args.tile, args.tile_overlap)
+
+
+def _intro(args: Namespace, predictor: Predictor) -> str | None:
+    """A line that says what was chosen for the user."""
+    chosen = []
+    if args.backend == "auto":
+        chosen.append(f"runs on {predictor.runs_on}")
+    if args.tile is None and predictor.tile is not None:
+        chosen.append(f"images over {predictor.tile} pixels in tiles (--tile 0 runs them whole)")
+    return f"meta-infer: {'; '.join(chosen)}" if chosen else None
 
 
 def _check(args: Namespace, sources: Sequence[Source], bundle: Bundle) -> None:

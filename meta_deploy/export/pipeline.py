@@ -26,6 +26,7 @@ from meta_deploy.export.sources.source import Source, output_specs
 from meta_deploy.export.trace import drop_outputs
 from meta_deploy.export.verify import OnnxRun, Recorded, Run, WithStages, verify
 from meta_deploy.graph.attention import attention_count
+from meta_deploy.graph.compact import compact
 from meta_deploy.graph.pipeline import run_passes
 from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.graph.precision.emulate import emulated
@@ -93,6 +94,9 @@ def run(path: str | Path, options: Options, progress: Progress) -> Bundle:
                 graph, conversion = precision.convert(
                     graph, samples, target.float32_operators.get(precision.name, ()), progress.note
                 )
+        after = node_count(graph)
+        if target.compacts:
+            compact(graph)
         shipped = ship(graph, source)
         with progress.stage("engine") if target.builds else contextlib.nullcontext():
             build_options = replace(build_options, attention=attention_count(shipped))
@@ -116,7 +120,7 @@ def run(path: str | Path, options: Options, progress: Progress) -> Bundle:
                 precision=precision.name,
                 operators=form,
                 conversion=conversion.to_dict() if conversion else None,
-                nodes=Nodes(before=before, after=node_count(shipped)),
+                nodes=Nodes(before=before, after=after),
                 passes=tuple(msgspec.convert(row.to_dict(), PassRow) for row in rows),
                 verification=verification,
                 seconds={stage: round(seconds, 2) for stage, seconds in progress.seconds.items()},

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 
 from meta_deploy.bundle.manifest import InputSpec, Preprocess
+from meta_deploy.bundle.shipped import ASSETS
 from meta_deploy.errors import InputError
 from meta_deploy.imaging.images import read_image
 from meta_deploy.imaging.preprocess import Preprocessor
@@ -79,7 +79,7 @@ def find_files(folder: str | Path | None) -> list[Path]:
         ImageError: one of these images cannot be read.
     """
     if folder is None:
-        paths = sorted(Path(str(files("meta_deploy") / "assets" / "images")).glob("*.jpg"))
+        paths = sorted((ASSETS / "images").glob("*.png"))
     elif not Path(folder).is_dir():
         raise InputError(f"'{folder}' is not a folder; give --calib-images a folder of images")
     else:

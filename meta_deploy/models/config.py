@@ -18,6 +18,7 @@ from meta_deploy.errors import InputError
 
 Count = Annotated[int, msgspec.Meta(gt=0)]
 CountOrZero = Annotated[int, msgspec.Meta(ge=0)]
+TileSide = Annotated[int, msgspec.Meta(ge=16, le=1 << 20)]  # as in bundles
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
 NotNegative = Annotated[float, msgspec.Meta(ge=0)]

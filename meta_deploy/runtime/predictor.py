@@ -8,14 +8,15 @@ from __future__ import annotations
 import numbers
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from itertools import groupby, islice
 from time import perf_counter
 
 import numpy as np
 
 from meta_deploy.bundle.bundle import Bundle
+from meta_deploy.bundle.shipped import locate
 from meta_deploy.errors import InputError
 from meta_deploy.imaging.depth import check_depth
 from meta_deploy.imaging.given import given_image
@@ -26,7 +27,6 @@ from meta_deploy.tasks import get_task
 from meta_deploy.tasks.results import Result, Timings
 from meta_deploy.tasks.tiles import tiles_of
 
-DEMO_BUNDLE = Path(__file__).parent.parent / "assets" / "demo"
 MAX_THREADS = 1024
 LEAST_TILE, MOST_TILE = 16, 1 << 20
 
@@ -48,17 +48,17 @@ class Predictor:
         tile: int | None = None,
         tile_overlap: int | None = None,
     ):
-        """Open a bundle (None: the demo bundle of the package) on a back end.
+        """Open a bundle on a back end: a folder, or the name of one in the package (None: "nuclei").
 
         `score_threshold` is the least score of a detection, 0 to 1 (None: the bundle's own); `threads` the
         CPU threads of the model, 1 to 1024 (None: all CPUs that affinity and a container's quota leave to
         this process; half of them for a predictor opened beside another, a third for the next, …); `depth`
         the bits that samples of 16-bit, 32-bit and float images really have (None: see `read_image`).
 
-        `tile` is the side in pixels of the overlapping tiles that an image is run in, at the resolution that
-        it has, their results joined; None: the image as a whole, resized to the model's input. Neighbours
-        share at least `tile_overlap` pixels (None: a quarter of the side). An object larger than that may be
-        cut by every tile, and is then put together from its parts.
+        `tile` is the side in pixels of the overlapping tiles that larger images are run in, at the resolution
+        that they have, their results joined; 0: every image as a whole, resized to the model's input; None:
+        what the bundle says. Neighbours share at least `tile_overlap` pixels (None: a quarter of the side).
+        An object larger than that may be cut by every tile, and is then put together from its parts.
 
         Raises:
             BundleError: not a bundle, or one altered or too new.
@@ -72,16 +72,15 @@ class Predictor:
             raise InputError(f"threads must be a whole number from 1 to {MAX_THREADS}, not {threads!r}")
         check_depth(depth)
         self.depth = depth
-        self.tile, self.tile_overlap = _checked_tile(tile, tile_overlap)
-        bundle = DEMO_BUNDLE if bundle is None else bundle
         if isinstance(bundle, Bundle):
             self.bundle, self._backend = bundle, open_backend(bundle, backend, threads)
         else:
             self.bundle, self._backend = Bundle.use(
-                bundle, lambda opened: (opened, open_backend(opened, backend, threads))
+                locate(bundle), lambda opened: (opened, open_backend(opened, backend, threads))
             )
         self.score_threshold = self.bundle.score_threshold if score_threshold is None else score_threshold
         self._task = get_task(self.bundle.task)
+        self.tile, self.tile_overlap = _chosen_tile(tile, tile_overlap, self.bundle.tile)
         if self.tile is not None and not self._task.joins:
             raise InputError(
                 f"tiles are for objects and classes; bundle '{self.bundle.path}' gives plain arrays"
@@ -136,12 +135,21 @@ class Predictor:
             As for one image.
         """
         images = [image if isinstance(image, Picture) else given_image(image) for image in images]
-        if self.tile is not None:
-            return [self._in_tiles(image, self.tile) for image in images]
-        return self._as_wholes(images, self.score_threshold)
+        if self.tile is None:
+            return self._as_wholes(images, self.score_threshold)
+        results = self._tiled(images, self.tile)
+        return [replace(result, path=_path(image)) for image, result in zip(images, results, strict=True)]
 
-    def _in_tiles(self, image: ImageLike | Picture, side: int) -> Result:
-        picture = image if isinstance(image, Picture) else self._read_and_tell(image)
+    def _tiled(self, images: Sequence[ImageLike | Picture], side: int) -> Iterator[Result]:
+        """Images that one tile holds together, as wholes; the others each in its tiles."""
+        pictures = (self._picture(image) for image in images)
+        for fits, group in groupby(pictures, lambda picture: max(picture.size) <= side):
+            if fits:
+                yield from self._as_wholes(group, self.score_threshold)
+            else:
+                yield from (self._in_tiles(picture, side) for picture in group)
+
+    def _in_tiles(self, picture: Picture, side: int) -> Result:
         tiles = tiles_of(picture.size, side, self.tile_overlap)
         # What is joined must not hang on what is shown of it.
         threshold = min(self.score_threshold, self.bundle.score_threshold)
@@ -150,13 +158,14 @@ class Predictor:
         joined = self._task.join(picture.size, tiles, results).filter(self.score_threshold)
         took = Timings(post=1000 * (perf_counter() - began))
         timings = sum((result.timings for result in results), took)
-        return replace(joined, path=_path(image), timings=timings, depth=picture.depth)
+        return replace(joined, timings=timings, depth=picture.depth)
 
-    def _as_wholes(self, images: Sequence[ImageLike | Picture], threshold: float) -> list[Result]:
+    def _as_wholes(self, images: Iterable[ImageLike | Picture], threshold: float) -> list[Result]:
         results: list[Result] = []
         size = 1 if self.bundle.task == "raw" else self.bundle.input.batch.max
-        for start in range(0, len(images), size):
-            results.extend(self._group(images[start : start + size], threshold))
+        rest = iter(images)
+        while group := list(islice(rest, size)):
+            results.extend(self._group(group, threshold))
         return results
 
     def run(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -169,7 +178,7 @@ class Predictor:
 
     def _group(self, images: Sequence[ImageLike | Picture], threshold: float) -> Iterator[Result]:
         spec = self.bundle.input
-        pictures = [image if isinstance(image, Picture) else self._read_and_tell(image) for image in images]
+        pictures = [self._picture(image) for image in images]
         started = perf_counter()
         batch, placements = self._preprocess([p.pixels for p in pictures], [p.size for p in pictures])
         prepared = perf_counter()
@@ -186,10 +195,13 @@ class Predictor:
             )
             yield replace(result, path=_path(image), timings=timings, depth=pictures[index].depth)
 
-    def _read_and_tell(self, image: ImageLike) -> Picture:
+    def _picture(self, image: ImageLike | Picture) -> Picture:
+        """An image, read if it is not yet; what was decided about it is a warning then."""
+        if isinstance(image, Picture):
+            return image
         picture = self.read(image)
         for note in picture.notes:
-            warnings.warn(note.text, ImageWarning, stacklevel=4)
+            warnings.warn(note.text, ImageWarning, stacklevel=5)
         return picture
 
     def _padded(self, batch: np.ndarray) -> np.ndarray:
@@ -214,16 +226,19 @@ def _path(image: ImageLike | Picture) -> str | None:
     return os.fspath(image) if isinstance(image, (str, os.PathLike)) else None
 
 
-def _checked_tile(side: int | None, overlap: int | None) -> tuple[int | None, int]:
-    """The side of the tiles and their overlap. Raises InputError."""
+def _chosen_tile(side: int | None, overlap: int | None, own: int | None) -> tuple[int | None, int]:
+    """The side of the tiles (None: no tiles) and their overlap; `own` is the bundle's. Raises InputError."""
     if side is None:
+        side = own
+    elif not any(_is_number(side, *range_, numbers.Integral) for range_ in ((0, 0), (LEAST_TILE, MOST_TILE))):
+        raise InputError(
+            f"the tile size must be a whole number from {LEAST_TILE} to {MOST_TILE}, or 0 for none, "
+            f"not {side!r}"
+        )
+    if not side:
         if overlap is not None:
             raise InputError("a tile overlap needs a tile size; give that too")
         return None, 0
-    if not _is_number(side, LEAST_TILE, MOST_TILE, numbers.Integral):
-        raise InputError(
-            f"the tile size must be a whole number from {LEAST_TILE} to {MOST_TILE}, not {side!r}"
-        )
     overlap = side // 4 if overlap is None else overlap
     if not _is_number(overlap, 0, side - 1, numbers.Integral):
         raise InputError(f"the tile overlap must be a whole number from 0 to {side - 1}, not {overlap!r}")

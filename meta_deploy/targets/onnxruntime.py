@@ -42,6 +42,7 @@ class OnnxRuntime(Target):
     )
     prices = CPU
     operators = ("native", "lowered")
+    compacts = True
     precisions = ("fp32", "fp16")  # it has no bfloat16 kernels on a CPU
     backends = ("onnxruntime", "openvino", "cuda", "tensorrt")
     automatic = ("cuda", "onnxruntime")

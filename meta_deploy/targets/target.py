@@ -95,6 +95,7 @@ class Target(ABC):
         float32_operators: precision -> operators that it has no kernels for in that precision.
         rounds_each_operator: its kernels round to the graph's precision where a CPU may carry on in float32;
             such a graph is verified with the rounding written out.
+        compacts: it folds constants when it opens the graph, so that the file may hold them in fewer bytes.
         builds: what ships is more than the graph, and making it takes time.
         bounded: what is built reserves memory for the largest input, so that every size needs an upper end.
         backends: what `--backend` can name for its bundles.
@@ -113,6 +114,7 @@ class Target(ABC):
     lowered_by_build: tuple[str, ...] = ()
     float32_operators: Mapping[str, tuple[str, ...]] = {}
     rounds_each_operator: bool = False
+    compacts: bool = False
     builds: bool = False
     bounded: bool = False
     backends: tuple[str, ...]

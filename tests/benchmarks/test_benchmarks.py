@@ -13,11 +13,11 @@ from PIL import Image
 from benchmarks import (
     cleanup_routes,
     common,
+    demo_accuracy,
     export_time,
     foreign_graph,
     inference,
     large_pictures,
-    nuclei_accuracy,
 )
 from benchmarks.common import ASSETS, Case, Run, interleave, ratio, run_command, table
 from meta_deploy.bundle.bundle import Bundle
@@ -62,11 +62,11 @@ def test_a_command_that_fails_is_told_by_its_code():
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """A place to work in, and one scene for photos; returns the options that every benchmark takes."""
+    """A place to work in, and one picture for photos; returns the options that every benchmark takes."""
     monkeypatch.setattr(common, "WORK", tmp_path / "work")
     folder = tmp_path / "photos"
     folder.mkdir()
-    shutil.copy(ASSETS / "images" / "scene-1.jpg", folder)
+    shutil.copy(ASSETS / "images" / "fluorescence-4.png", folder)
     return ["--photos", str(folder), "--json", str(tmp_path / "numbers.json")]
 
 
@@ -156,7 +156,7 @@ def test_large_pictures(small, tiny):
     assert np.isfinite(row["over base, MB"])  # the base varies by more than so small a picture takes
 
 
-def test_nuclei_accuracy(small, bundles, tmp_path):
+def test_demo_accuracy(small, bundles, tmp_path):
     """Of a detector by hand, which finds the same three objects in every picture."""
     (tmp_path / "val").mkdir()
     images, annotations = [], []
@@ -172,7 +172,7 @@ def test_nuclei_accuracy(small, bundles, tmp_path):
     categories = [{"id": k, "name": f"kind {k}"} for k in (1, 2, 3)]
     truth = {"images": images, "annotations": annotations, "categories": categories}
     (tmp_path / "instances_val.json").write_text(json.dumps(truth))
-    nuclei_accuracy.main(
+    demo_accuracy.main(
         [str(bundles / "detector"), "--data", str(tmp_path), "--score", "0", "--threads", "1", *small]
     )
     rows = {row["pictures"]: row for row in numbers(small)["reports"][0]["rows"]}

@@ -10,10 +10,12 @@ from msgspec.structs import replace
 from meta_deploy.bundle import bundle as module
 from meta_deploy.bundle.bundle import Bundle, reserve_bundle, write_bundle
 from meta_deploy.bundle.manifest import Thresholds
+from meta_deploy.bundle.shipped import SHIPPED, locate
 from meta_deploy.errors import BundleError, InputError
 from tests.bundles_by_hand import CLASSES, input_spec, manifest, raw_manifest
 
 MANIFEST = manifest("instance-segmentation", (64, 64))
+TASKS = ("instance-segmentation", "semantic-segmentation")
 BOXES = {"name": "boxes", "dtype": "float32", "shape": [1, 5, 4]}
 
 
@@ -231,12 +233,11 @@ def test_a_field_of_a_newer_version_is_ignored(written):
     assert Bundle.open(written.path).manifest == written.manifest
 
 
-def test_the_demo_bundle_opens():
-    from meta_deploy.runtime.predictor import DEMO_BUNDLE
-
-    manifest = Bundle.open(DEMO_BUNDLE).manifest
-    assert manifest.task == "instance-segmentation"
-    assert manifest.input == input_spec((320, 320), divisor=32)
+@pytest.mark.parametrize(("name", "task"), list(zip(SHIPPED, TASKS, strict=True)))
+def test_the_shipped_bundles_open(name, task):
+    manifest = Bundle.open(locate(name)).manifest
+    assert manifest.task == task
+    assert manifest.input == input_spec((512, 512), divisor=32)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from meta_deploy.cli.common import Parser, run
 from meta_deploy.errors import InputError
 from meta_deploy.text import escaped
 
-PICTURE = Path(__file__).parents[2] / "meta_deploy/assets/images/scene-1.jpg"
+PICTURE = Path(__file__).parents[2] / "meta_deploy/assets/images/fluorescence-4.png"
 ODD_NAMES = [b"a\nb.jpg", b"\x1b[31mred.jpg", b"na\xefve.jpg", "\u202egnp.jpg".encode(), "käse.jpg".encode()]
 
 
@@ -88,8 +88,8 @@ def test_what_standard_error_cannot_take_is_no_reason_to_stop(tmp_path, detector
         redirection, str(PICTURE), "--model", str(detector_bundle.path), "--out", str(tmp_path / "out")
     )
     assert done.returncode == 0
-    assert "scene-1.jpg" in done.stdout
-    assert os.listdir(tmp_path / "out") == ["scene-1-overlay.jpg"]
+    assert "fluorescence-4.png" in done.stdout
+    assert os.listdir(tmp_path / "out") == ["fluorescence-4-overlay.png"]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")

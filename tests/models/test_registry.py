@@ -258,9 +258,17 @@ def test_the_message_has_the_path_and_value_of_the_bad_field(change, says):
 
 def test_the_configuration_in_a_bundle_of_the_first_version_reads_as_before():
     """Flat, with the head's name and task, and a backbone whose kind is not said."""
-    manifest = json.loads((files("meta_deploy") / "assets" / "demo" / "manifest.json").read_text())
-    data = manifest["model"]["config"]
-    assert "type" not in data["backbone"]
+    data = json.loads("""
+        {"name": "meta-nano-mask-rcnn", "head": "mask-rcnn", "task": "instance-segmentation",
+         "backbone": {"embed_dim": 128, "depth": 8, "num_heads": 4, "patch_size": 16, "mlp_ratio": 4.0,
+                      "layer_scale": false, "pos_grid": 14, "window": 0, "inplanes": 32, "adapter_ratio": 0.5,
+                      "adapter_parts": 4, "adapter_heads": 2, "stripe_width": 4, "ffn_ratio": 0.25,
+                      "shared_norm": true},
+         "num_classes": 8, "fpn_channels": 64, "fc_channels": 192, "mask_channels": 64,
+         "rpn_pre_nms": 1000, "rpn_nms": 0.7, "proposals": 1000, "score_threshold": 0.05, "nms": 0.5,
+         "max_detections": 100, "input_size": [320, 320],
+         "mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375]}
+    """)
     assert config_from_dict(data) == get_config("meta-nano-mask-rcnn", 8)
     written = config_to_dict(config_from_dict(data))
     assert data | written == written  # what it did not say yet is written with its default

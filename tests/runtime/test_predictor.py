@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import cv2
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from PIL import Image
 
 from meta_deploy import Arrays, Detections, Predictor, Segmentation
@@ -421,8 +422,7 @@ def test_an_image_in_tiles_is_the_joined_results_of_its_parts(bundles, photo, na
     assert len(tiles) == 6
     assert result.size == photo.shape[:2]
     assert result.timings.model > 0
-    a, b = result.to_dict(), joined.to_dict()
-    assert {**a, "timings": None} == {**b, "timings": None}
+    assert same(result) == same(joined)
 
 
 def test_one_tile_that_holds_the_image_is_the_image(bundles, photo, tmp_path):
@@ -433,12 +433,33 @@ def test_one_tile_that_holds_the_image_is_the_image(bundles, photo, tmp_path):
     assert a["detections"] == b["detections"]
 
 
+@pytest.mark.parametrize("name", ["detector-batch", "segmenter"])
+def test_a_bundle_says_the_tile_that_larger_images_are_run_in(bundles, photo, tmp_path, name):
+    bundle = Bundle.open(bundles / name)
+    files = {"model.onnx": bundle.read("model.onnx")}
+    own = write_bundle(tmp_path / "own", replace(bundle.manifest, tile=100, files={}), files)
+    images = [photo[:90], photo[:50], photo, photo[40:]]
+    with Predictor(bundle) as whole, Predictor(bundle, tile=100) as told:
+        expected = [whole(photo[:90]), whole(photo[:50]), told(photo), whole(photo[40:]), whole(photo)]
+    with Predictor(own) as predictor, Predictor(own, tile=0) as untiled:
+        assert (predictor.tile, untiled.tile) == (100, None)
+        results = [*predictor.batch(images), untiled(photo)]
+    assert [same(result) for result in results] == [same(result) for result in expected]
+
+
+def same(result):
+    """All of a result but its times."""
+    return {**result.to_dict(), "timings": None}
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"tile": 8}, "the tile size must be a whole number from 16"),
         ({"tile": 64.5}, "tile size must be"),
         ({"tile": True}, "tile size must be"),
+        ({"tile": False}, "tile size must be"),
+        ({"tile": 0, "tile_overlap": 8}, "needs a tile size"),
         ({"tile": 64, "tile_overlap": 64}, "the tile overlap must be a whole number from 0 to 63"),
         ({"tile": 64, "tile_overlap": -1}, "tile overlap must be"),
         ({"tile_overlap": 8}, "needs a tile size"),

@@ -80,6 +80,7 @@ class CheckpointSource(Source):
             "model": ModelInfo(name=self.name, config=config_to_dict(self.config)),
             "input": self.spec,
             "preprocess": self.preprocess,
+            "tile": self.config.tile,
         }
 
 

@@ -10,7 +10,7 @@ import msgspec
 from torch import nn
 
 from meta_deploy.models.backbones.backbone import BACKBONES, BackboneConfig, BackboneModule
-from meta_deploy.models.config import Config, Count, NotNegative, Positive, import_all
+from meta_deploy.models.config import Config, Count, NotNegative, Positive, TileSide, import_all
 from meta_deploy.models.shapes import State
 
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
@@ -33,6 +33,8 @@ class HeadConfig(Config, frozen=True, tag_field="head"):
         task: what the model is for; decides its outputs.
         mean, std: of the input's channels, RGB, in units of 0..255.
         input_size: (height, width) in pixels that an export takes when it is not told another.
+        tile: side in pixels of the tiles that larger images are run in, unless told otherwise; None: as a
+            whole. For models of small objects, which the resize to the input would lose.
     """
 
     name: str
@@ -42,6 +44,7 @@ class HeadConfig(Config, frozen=True, tag_field="head"):
     mean: tuple[NotNegative, NotNegative, NotNegative] = IMAGENET_MEAN
     std: tuple[Positive, Positive, Positive] = IMAGENET_STD
     input_size: tuple[Count, Count] = (512, 512)
+    tile: TileSide | None = None
 
     @property
     def head(self) -> str:
