@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BACKGROUND, BOUNDARY = "background", "boundary"
-BOUNDARY_WEIGHT = 8.0  # its pixels are few
+BOUNDARY_WEIGHT = 4.0  # its pixels are few
 
 
 def class_names(categories: tuple[str, ...]) -> tuple[str, ...]:
