@@ -12,6 +12,7 @@ import numpy as np
 from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.cpus import Share
 from meta_deploy.errors import BackendError
+from meta_deploy.graph.precision.rules import Int8Rules
 from meta_deploy.graph.prices import CPU
 from meta_deploy.targets.cache import make_folder
 from meta_deploy.targets.contract import Contract, Value
@@ -42,7 +43,10 @@ class OnnxRuntime(Target):
     )
     prices = CPU
     operators = ("native", "lowered")
-    precisions = ("fp32", "fp16")  # it has no bfloat16 kernels on a CPU
+    precisions = ("fp32", "fp16", "int8")  # it has no bfloat16 kernels on a CPU
+    # Measured by benchmarks/int8_products.py. A bias in float32 would keep Gemm, and a MatMul with an Add,
+    # out of its 8-bit kernels.
+    int8 = Int8Rules(signed=False, convolution_outputs=True, biases=True, speedup=4, value=20, node=1e6)
     backends = ("onnxruntime", "openvino", "cuda", "tensorrt")
     automatic = ("cuda", "onnxruntime")
 
@@ -120,6 +124,8 @@ class OnnxRuntimeBackend(Backend):
         options.log_severity_level = _FATAL  # errors arrive as exceptions, warnings are not the user's
         # Idle workers that spin take the cores from the postprocessing, and from whatever else runs here.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Where a CPU has no VNNI, sums of two 8-bit products overflow 16 bits; this avoids it there.
+        options.add_session_config_entry("session.x64quantprecision", "1")
         self._share = Share(threads)
         options.intra_op_num_threads = self._share.threads
         try:

@@ -1,0 +1,198 @@
+"""Which products of a float32 graph compute in 8 bits on a target, and what is quantized for them.
+
+Knows ONNX's operators and a target's rules; no ranges, no model. Changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from meta_deploy.graph.precision.lower import deciding, leading_to
+from meta_deploy.graph.precision.rules import Int8Rules
+from meta_deploy.graph.precision.values import FLOAT, is_constant, numbers_of
+
+# What an activation in 8 bits is measured anew by: products with weights, attention, norms.
+_ENDS = frozenset(
+    (
+        *("Conv", "ConvTranspose", "MatMul", "Gemm", "Einsum", "MultiHeadAttention", "Attention", "RoiAlign"),
+        *("LayerNormalization", "BatchNormalization", "InstanceNormalization", "GroupNormalization"),
+    )
+)
+_OPEN = 32  # stands for a height, width or length that is known at run time only
+
+
+@dataclass(frozen=True)
+class Product:
+    """A Conv, Gemm or MatMul with constant weights.
+
+    Attributes:
+        node: itself; its weights are input 1.
+        axis: of the weights' output channels.
+        bias: the node and the place of its input that hold the bias; None without one.
+        result: what is quantized behind it, if anything: its output, or that of the Relu that reads it.
+    """
+
+    node: ir.Node
+    axis: int
+    bias: tuple[ir.Node, int] | None = None
+    result: ir.Value | None = None
+
+    @property
+    def weights(self) -> np.ndarray:
+        assert self.node.inputs[1] is not None
+        return numbers_of(self.node.inputs[1])
+
+
+@dataclass
+class Placement:
+    """What computes in 8 bits.
+
+    Attributes:
+        products: in the graph's order.
+        declined: product -> why it stays in float32, in words.
+        readers: each activation that is quantized, by name, and the products that read it.
+    """
+
+    products: list[Product] = field(default_factory=list)
+    declined: dict[ir.Node, str] = field(default_factory=dict)
+    readers: dict[str, list[Product]] = field(default_factory=dict)
+
+    def reasons(self) -> dict[str, int]:
+        """Why products stay in float32, and how many each."""
+        return dict(Counter(self.declined.values()).most_common())
+
+
+def place(graph: ir.Graph, rules: Int8Rules, outputs: Collection[str] | None = None) -> Placement:
+    """Decide what computes in 8 bits.
+
+    In float32 stay: what the target has no 8-bit kernel for, or a slower one; the first convolution, which
+    reads pixels; and the last products before what the graph decides by (scores and boxes) or puts out, as
+    there 8 bits make ties.
+
+    Args:
+        graph: in float32, its types and shapes inferred.
+        rules: the target's.
+        outputs: names of the outputs that ship; None: all.
+    """
+    shipped = [value for value in graph.outputs if outputs is None or value.name in outputs]
+    last = leading_to([*deciding(graph), *shipped], _ENDS)[1]
+    made = Placement()
+    for node in graph:
+        if node.op_type not in ("Conv", "ConvTranspose", "MatMul", "Gemm") or node.domain not in (
+            "",
+            "ai.onnx",
+        ):
+            continue
+        found = _product(node, rules)
+        reason = found if isinstance(found, str) else _declines(graph, found, rules, node in last)
+        if reason or isinstance(found, str):
+            made.declined[node] = reason
+        else:
+            made.products.append(found)
+    for product in made.products:
+        made.readers.setdefault(_name(product.node.inputs[0]), []).append(product)
+    for product in made.products:
+        if product.result is not None:
+            made.readers.setdefault(_name(product.result), [])
+    return made
+
+
+def _product(node: ir.Node, rules: Int8Rules) -> Product | str:
+    """A node as a product with weights, or why it is none that has an 8-bit kernel."""
+    if node.op_type == "ConvTranspose":
+        return "transposed convolutions have no 8-bit kernel"
+    x, weights = node.inputs[0], node.inputs[1]
+    if weights is None or not is_constant(weights) or weights.dtype != FLOAT or x is None or is_constant(x):
+        return "both factors are computed" if node.op_type == "MatMul" else "its weights are not constants"
+    if node.op_type == "Conv":
+        if _int(node, "group", 1) != 1:
+            return "depthwise and grouped convolutions are slower in 8 bits"
+        result = _behind(node.outputs[0]) if rules.convolution_outputs else None
+        return Product(node, 0, (node, 2) if len(node.inputs) > 2 and node.inputs[2] else None, result)
+    if len(numbers_of(weights).shape) != 2:
+        return "its weights are not a matrix"
+    if node.op_type == "MatMul":
+        return Product(node, 1, _added(node))
+    if _int(node, "transA", 0) or any(_float(node, name) != 1 for name in ("alpha", "beta")):
+        return "a Gemm with factors has no 8-bit kernel"
+    axis = 0 if _int(node, "transB", 0) else 1
+    return Product(node, axis, (node, 2) if len(node.inputs) > 2 and node.inputs[2] else None)
+
+
+def _declines(graph: ir.Graph, product: Product, rules: Int8Rules, last: bool) -> str:
+    """Why a product stays in float32; empty if it does not."""
+    node, weights = product.node, product.weights
+    if last:
+        return "scores, boxes or outputs are made of its result"
+    if node.op_type == "Conv" and _reads_input(graph, node):
+        return "it is the first convolution"
+    if not np.isfinite(weights).all():
+        return "its weights are not finite"
+    outputs = weights.shape[product.axis]
+    inputs = weights.shape[1] if node.op_type == "Conv" else weights.size // max(outputs, 1)
+    if min(inputs, outputs) < rules.channels:
+        return f"it has fewer than {rules.channels} channels"
+    macs = _count(node.outputs[0]) * weights.size / outputs
+    if not rules.pays(macs, _count(node.inputs[0]) + _count(node.outputs[0])):
+        return "it is too small to gain time"
+    return ""
+
+
+def _behind(value: ir.Value) -> ir.Value:
+    """Where a convolution's result is quantized: a Relu goes into its kernel."""
+    readers = list(value.uses())
+    if len(readers) == 1 and readers[0][0].op_type == "Relu" and not value.is_graph_output():
+        return readers[0][0].outputs[0]
+    return value
+
+
+def _added(node: ir.Node) -> tuple[ir.Node, int] | None:
+    """The Add of a constant of one number a channel that alone reads a MatMul, and the constant's place."""
+    value = node.outputs[0]
+    readers = list(value.uses())
+    if len(readers) != 1 or value.is_graph_output() or readers[0][0].op_type != "Add":
+        return None
+    add, place = readers[0]
+    bias, weights = add.inputs[1 - place], node.inputs[1]
+    if bias is None or weights is None or not is_constant(bias) or bias.dtype != FLOAT:
+        return None
+    return (add, 1 - place) if numbers_of(bias).shape == (numbers_of(weights).shape[1],) else None
+
+
+def _reads_input(graph: ir.Graph, node: ir.Node) -> bool:
+    """Whether nothing with weights stands between an input of the graph and a node."""
+    x = node.inputs[0]
+    assert x is not None
+    between, ends = leading_to([x], _ENDS)
+    sources: Iterator[ir.Value | None] = (value for one in between for value in one.inputs)
+    return not ends and any(value in graph.inputs for value in (x, *sources) if value is not None)
+
+
+def _count(value: ir.Value | None) -> float:
+    """How many numbers a tensor has for one image; sizes that are open are taken for usual ones."""
+    if value is None or value.shape is None:
+        return 0.0
+    sizes = [
+        size if isinstance(size, int) else (1 if i == 0 else _OPEN) for i, size in enumerate(value.shape)
+    ]
+    return float(math.prod(sizes))
+
+
+def _int(node: ir.Node, name: str, default: int) -> int:
+    return node.attributes[name].as_int() if name in node.attributes else default
+
+
+def _float(node: ir.Node, name: str) -> float:
+    return node.attributes[name].as_float() if name in node.attributes else 1.0
+
+
+def _name(value: ir.Value | None) -> str:
+    assert value is not None
+    assert value.name
+    return value.name
