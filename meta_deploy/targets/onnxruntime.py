@@ -46,7 +46,7 @@ class OnnxRuntime(Target):
     precisions = ("fp32", "fp16", "int8")  # it has no bfloat16 kernels on a CPU
     # Measured by benchmarks/int8_products.py. A bias in float32 would keep Gemm, and a MatMul with an Add,
     # out of its 8-bit kernels.
-    int8 = Int8Rules(signed=False, convolution_outputs=True, biases=True, speedup=4, value=20, node=1e6)
+    int8 = Int8Rules(signed=False, results=True, biases=True, speedup=4, value=20, node=1e6)
     backends = ("onnxruntime", "openvino", "cuda", "tensorrt")
     automatic = ("cuda", "onnxruntime")
 

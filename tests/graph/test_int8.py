@@ -122,6 +122,62 @@ def test_what_is_quantized_runs_in_8_bit_kernels(tmp_path):
     assert "Relu" not in found  # it is in its convolution
 
 
+def around(*nodes, constants=(), shape=(40, 16)):
+    """Nodes from "t" to "h" between a Tanh of the input and a product that makes the output."""
+    ends = node("Tanh", ["x"], ["t"]), node("Sigmoid", ["h"], ["s"]), node("MatMul", ["s", "last"], ["y"])
+    made = [constant("w", 16, 16), constant("last", 16, 4), *constants]
+    return model([ends[0], *nodes, *ends[1:]], [value("x", list(shape))], ["y"], made, opset_imports=OPSET)
+
+
+ADDED = node("MatMul", ["t", "w"], ["p"]), node("Add", ["p", "b"], ["h"])
+BIAS = [constant("b", 16)]
+SIX = [numpy_helper.from_array(np.float32(edge), f"edge{edge}") for edge in (0, 6)]
+
+
+@pytest.mark.parametrize(
+    "proto",
+    [
+        around(*ADDED, constants=BIAS),
+        around(*ADDED, constants=[constant("b", 1, 16)]),
+        around(*ADDED, constants=[constant("b", 1)]),
+        around(*ADDED, constants=[constant("b", 1, 1, 16)], shape=(1, 2, 40, 16)),
+        around(*ADDED, constants=[constant("b", 40, 16)], shape=(1, 40, 16)),
+        around(node("MatMul", ["t", "w"], ["p"]), node("Add", ["p", "t"], ["h"]), shape=(1, 40, 16)),
+        around(node("MatMul", ["t", "w"], ["p"]), node("Relu", ["p"], ["h"])),
+        around(*ADDED[:1], node("Add", ["p", "b"], ["q"]), node("Relu", ["q"], ["h"]), constants=BIAS),
+        around(node("Gemm", ["t", "w"], ["g"]), node("Relu", ["g"], ["h"])),
+        around(node("Gemm", ["t", "w", "b"], ["g"]), node("Relu", ["g"], ["h"]), constants=BIAS),
+        around(
+            *(conv("t", "k", "a"), conv("a", "k", "c"), node("Clip", ["c", "edge0", "edge6"], ["h"])),
+            constants=[constant("k", 16, 16, 3, 3), *SIX], shape=(1, 16, 16, 16),
+        ),
+    ],
+)  # fmt: skip
+def test_whatever_stands_behind_a_product_its_kernel_is_found(proto, tmp_path):
+    inputs = feeds([dim.dim_value for dim in proto.graph.input[0].type.tensor_type.shape.dim])
+    converted, done = quantized(proto, inputs=inputs)
+    assert done.int8_products == 1
+    found = as_it_runs(converted, tmp_path)
+    assert sum(op.startswith(("QLinear", "QGemm", "MatMulInteger")) for op in found) == 1
+    assert "Clip" not in found
+    expected, actual = run(proto, **inputs[0])["y"], run(converted, **inputs[0])["y"]
+    assert np.linalg.norm(actual - expected) < 0.02 * np.linalg.norm(expected)
+
+
+def test_a_sum_that_the_kernel_would_be_lost_by_is_left():
+    """ONNX Runtime makes one Gemm of a product of two matrices and a sum, and looks for 8 bits after that."""
+    nodes = [node("MatMul", ["x", "w"], ["p"]), node("Add", ["p", "x"], ["h"]), node("Tanh", ["h"], ["y"])]
+    found = reasons(nodes, [constant("w", 16, 16)], shape=(40, 16))
+    assert found == {"p": "its sum with another tensor has no 8-bit kernel"}
+    nodes = [node("Gemm", ["x", "w", "x"], ["p"]), node("Softmax", ["p"], ["y"])]
+    assert reasons(
+        [*nodes, node("MatMul", ["y", "w"], ["z"])], [constant("w", 16, 16)], shape=(16, 16), outputs="z"
+    ) == {
+        "p": "its bias is not a constant of one number a channel",
+        "z": "scores, boxes or outputs are made of its result",
+    }
+
+
 def test_the_numbers_stay_near():
     proto, _ = quantized(network())
     for feed in feeds():

@@ -113,16 +113,21 @@ def _product(node: ir.Node, rules: Int8Rules) -> Product | str:
     if node.op_type == "Conv":
         if _int(node, "group", 1) != 1:
             return "depthwise and grouped convolutions are slower in 8 bits"
-        result = _behind(node.outputs[0]) if rules.convolution_outputs else None
-        return Product(node, 0, (node, 2) if len(node.inputs) > 2 and node.inputs[2] else None, result)
+        result = (_relu_behind(node.outputs[0]) or node.outputs[0]) if rules.results else None
+        return Product(node, 0, (node, 2) if _has_bias_of_its_own(node) else None, result)
     if len(numbers_of(weights).shape) != 2:
         return "its weights are not a matrix"
     if node.op_type == "MatMul":
-        return Product(node, 1, _added(node))
+        bias = _added(node)
+        if bias is None and rules.biases and _joins_sum(node):
+            return "its sum with another tensor has no 8-bit kernel"
+        value = bias[0].outputs[0] if bias else node.outputs[0]
+        return Product(node, 1, bias, _relu_behind(value) if rules.results else None)
     if _int(node, "transA", 0) or any(_float(node, name) != 1 for name in ("alpha", "beta")):
         return "a Gemm with factors has no 8-bit kernel"
     axis = 0 if _int(node, "transB", 0) else 1
-    return Product(node, axis, (node, 2) if len(node.inputs) > 2 and node.inputs[2] else None)
+    result = _relu_behind(node.outputs[0]) if rules.results else None
+    return Product(node, axis, (node, 2) if _has_bias_of_its_own(node) else None, result)
 
 
 def _declines(graph: ir.Graph, product: Product, rules: Int8Rules, last: bool) -> str:
@@ -135,6 +140,8 @@ def _declines(graph: ir.Graph, product: Product, rules: Int8Rules, last: bool) -
     if not np.isfinite(weights).all():
         return "its weights are not finite"
     outputs = weights.shape[product.axis]
+    if product.bias is not None and not _is_bias(product.bias[0].inputs[product.bias[1]], outputs):
+        return "its bias is not a constant of one number a channel"
     inputs = weights.shape[1] if node.op_type == "Conv" else weights.size // max(outputs, 1)
     if min(inputs, outputs) < rules.channels:
         return f"it has fewer than {rules.channels} channels"
@@ -144,25 +151,55 @@ def _declines(graph: ir.Graph, product: Product, rules: Int8Rules, last: bool) -
     return ""
 
 
-def _behind(value: ir.Value) -> ir.Value:
-    """Where a convolution's result is quantized: a Relu goes into its kernel."""
-    readers = list(value.uses())
-    if len(readers) == 1 and readers[0][0].op_type == "Relu" and not value.is_graph_output():
-        return readers[0][0].outputs[0]
-    return value
+def _relu_behind(value: ir.Value) -> ir.Value | None:
+    """What a ReLU or ReLU6 that alone reads a value makes of it; it goes into the kernel of a product."""
+    found = _sole_reader(value, "Relu", "Clip")
+    return found[0].outputs[0] if found else None
 
 
 def _added(node: ir.Node) -> tuple[ir.Node, int] | None:
     """The Add of a constant of one number a channel that alone reads a MatMul, and the constant's place."""
     value = node.outputs[0]
+    found = _sole_reader(value, "Add")
+    weights = node.inputs[1]
+    if found is None or weights is None:
+        return None
+    add, place = found
+    bias = add.inputs[1 - place]
+    if bias is None or not _is_bias(bias, numbers_of(weights).shape[1]):
+        return None
+    rank = 1 if value.shape is None else len(value.shape)
+    return (add, 1 - place) if numbers_of(bias).ndim <= rank else None
+
+
+def _joins_sum(node: ir.Node) -> bool:
+    """Whether a product of matrices goes into the sum that alone reads it, as ONNX Runtime makes a Gemm."""
+    value = node.outputs[0]
+    found = _sole_reader(value, "Add")
+    if found is None or value.shape is None or len(value.shape) != 2:
+        return False
+    other = found[0].inputs[1 - found[1]]
+    return other is not None and (other.shape is None or len(other.shape) > 1)
+
+
+def _is_bias(value: ir.Value | None, channels: int) -> bool:
+    """Whether a value is a constant of one number a channel, the last axis."""
+    if value is None or not is_constant(value) or value.dtype != FLOAT:
+        return False
+    numbers = numbers_of(value)
+    return numbers.ndim > 0 and numbers.size == numbers.shape[-1] == channels
+
+
+def _has_bias_of_its_own(node: ir.Node) -> bool:
+    return len(node.inputs) > 2 and node.inputs[2] is not None
+
+
+def _sole_reader(value: ir.Value, *ops: str) -> tuple[ir.Node, int] | None:
+    """The node that alone reads a value, if it is one of these operators, and the place of its input."""
     readers = list(value.uses())
-    if len(readers) != 1 or value.is_graph_output() or readers[0][0].op_type != "Add":
+    if len(readers) != 1 or value.is_graph_output() or readers[0][0].op_type not in ops:
         return None
-    add, place = readers[0]
-    bias, weights = add.inputs[1 - place], node.inputs[1]
-    if bias is None or weights is None or not is_constant(bias) or bias.dtype != FLOAT:
-        return None
-    return (add, 1 - place) if numbers_of(bias).shape == (numbers_of(weights).shape[1],) else None
+    return readers[0][0], readers[0][1]
 
 
 def _reads_input(graph: ir.Graph, node: ir.Node) -> bool:

@@ -57,7 +57,7 @@ class _Quantizer:
             reader, place = product.bias
             bias = reader.inputs[place]
             assert bias is not None
-            scales = widened_scales(scales, numbers_of(bias), scale)
+            scales = widened_scales(scales, numbers_of(bias).ravel(), scale)
             reader.replace_input_with(place, self._bias(node, bias, scales * scale))
         node.replace_input_with(1, self._weight(node, weights, product.axis, scales))
 
@@ -111,7 +111,7 @@ class _Quantizer:
         return self._weights[key]
 
     def _bias(self, node: ir.Node, value: ir.Value, scales: np.ndarray) -> ir.Value:
-        numbers = np.rint(numbers_of(value).astype(np.float64) / scales).astype(np.int32)
+        numbers = np.rint(numbers_of(value).ravel().astype(np.float64) / scales).astype(np.int32)
         number = self._constant(f"{value.name}/int32", numbers)
         return self._restored_constant(node, number, scales, f"{value.name}/restored", 0)
 

@@ -11,8 +11,8 @@ class Int8Rules:
 
     Attributes:
         signed: activations are int8 with zero-point 0; otherwise uint8 with any zero-point.
-        convolution_outputs: a convolution runs in 8 bits only if its result is quantized too, and nothing
-            reads it in float32.
+        results: a convolution, and a matrix product that a ReLU follows, runs in 8 bits only if its result is
+            quantized too, and nothing reads it in float32.
         biases: a product's bias is int32 in units of input scale times weight scale; otherwise float32.
         speedup: how many multiply-adds an 8-bit product does while a float32 one does one.
         value: the price of quantizing or dequantizing one number, in float32 multiply-adds.
@@ -21,7 +21,7 @@ class Int8Rules:
     """
 
     signed: bool
-    convolution_outputs: bool
+    results: bool
     biases: bool
     speedup: float
     value: float
