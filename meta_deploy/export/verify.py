@@ -100,7 +100,6 @@ class OnnxRun:
         options.add_session_config_entry(
             "session.intra_op.allow_spinning", "0"
         )  # the original's turn is next
-        options.add_session_config_entry("session.x64quantprecision", "1")  # as the runtime's back end
         options.intra_op_num_threads = limited_threads()
         if literally:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

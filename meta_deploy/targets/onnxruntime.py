@@ -124,8 +124,6 @@ class OnnxRuntimeBackend(Backend):
         options.log_severity_level = _FATAL  # errors arrive as exceptions, warnings are not the user's
         # Idle workers that spin take the cores from the postprocessing, and from whatever else runs here.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # Where a CPU has no VNNI, sums of two 8-bit products overflow 16 bits; this avoids it there.
-        options.add_session_config_entry("session.x64quantprecision", "1")
         self._share = Share(threads)
         options.intra_op_num_threads = self._share.threads
         try:

@@ -57,13 +57,15 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_bundle_in_8_bits_is_smaller_and_answers_nearly_as_the_file(here):
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_a_bundle_in_8_bits_is_smaller_and_answers_nearly_as_the_file(here, target):
+    pytest.importorskip(target)
     lines = []
     progress = Progress(note=lines.append)
     bundle = export(
         "net.onnx",
         precision="int8",
-        target="onnxruntime",
+        target=target,
         calib_images=inputs(here / "in", 40),
         out="b",
         progress=progress,
@@ -76,8 +78,13 @@ def test_a_bundle_in_8_bits_is_smaller_and_answers_nearly_as_the_file(here):
     done = manifest.conversion
     assert (done["products"], done["int8_products"]) == (4, 2)
     assert done["calibration"]["samples"] == 40
-    assert sum(done["calibration"]["methods"].values()) == done["tensors"] == 3
-    assert manifest.files["model.onnx"].bytes < 0.4 * (here / "net.onnx").stat().st_size
+    assert (
+        sum(done["calibration"]["methods"].values())
+        == done["tensors"]
+        == (3 if target == "onnxruntime" else 2)
+    )
+    weights = manifest.files["model.onnx" if target == "onnxruntime" else "model.bin"]
+    assert weights.bytes < 0.4 * (here / "net.onnx").stat().st_size
     feed = {"image": np.random.default_rng(99).normal(size=(1, 3, SIDE, SIDE)).astype(np.float32)}
     with Predictor(bundle) as predictor:
         expected, actual = run(network(), **feed)["y"], predictor.run(feed)["y"]
@@ -122,7 +129,10 @@ def test_images_calibrate_where_the_graph_takes_them(here):
             {"precision": "fp16", "calib_method": "mse"},
             "--calib-method is for --int8, and the precision is fp16",
         ),
-        ({"target": "openvino"}, "precision int8 is not written for openvino; use --target onnxruntime"),
+        (
+            {"target": "tensorrt-rtx"},
+            "int8 is not written for tensorrt-rtx; use --target onnxruntime or openvino",
+        ),
     ],
 )
 def test_what_cannot_be_calibrated_is_refused(here, options, message):
