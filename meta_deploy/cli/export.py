@@ -446,6 +446,7 @@ class StageDisplay:
         "precision": "lowering the precision",
         "verify": "comparing with the original",
         "engine": "building for the target",
+        "speed": "timing against float32",
         "write": "writing the bundle",
     }
 

@@ -25,6 +25,7 @@ from meta_deploy.export.samples import MOST, MOST_CALIBRATION, ImageSamples, Sam
 from meta_deploy.export.shapes import ANY
 from meta_deploy.export.sources import check_options, open_source
 from meta_deploy.export.sources.source import Source, output_specs
+from meta_deploy.export.speed import measured, verdict
 from meta_deploy.export.trace import drop_outputs
 from meta_deploy.export.verify import OnnxRun, Recorded, Run, WithStages, verify
 from meta_deploy.graph.attention import attention_count
@@ -96,7 +97,7 @@ def run(path: str | Path, options: Options, progress: Progress) -> Bundle:
         with progress.stage("passes"), sound(source):
             graph, rows = run_passes(graph, passes, target.prices, explain=options.explain)
             gc.collect()  # a graph refers to itself in circles, and a large model's holds gigabytes
-        conversion = None
+        conversion, full = None, graph if precision.calibrates else None
         if lowered:
             with progress.stage("precision"), sound(source):
                 float32_operators = target.float32_operators.get(precision.name, ())
@@ -113,11 +114,18 @@ def run(path: str | Path, options: Options, progress: Progress) -> Bundle:
                 # What a GPU rounds after each operator, a CPU may carry on in float32.
                 rounded = conversion is not None and target.rounds_each_operator
                 exported: Run = OnnxRun(emulated(graph) if rounded else graph)
-                if shipped_run := target.runner(built.files, source.profiles, precision.name):
+                shipped_run = target.runner(built.files, source.profiles, precision.name)
+                if shipped_run:
                     exported = WithStages(shipped_run, exported)
                 recorded = Recorded(exported)
                 verification = verify(source, recorded, samples, precision.tolerances, progress.count)
                 verification["emulated"], shapes = rounded, recorded.shapes
+            if full is not None:
+                with progress.stage("speed"):
+                    graphs = shipped, drop_outputs(full, source.outputs)
+                    feed = next(iter(samples))
+                    verification["speed"] = measured(target, shipped_run, graphs, source.profiles, feed)
+                progress.note(verdict(verification["speed"], precision.name))
         with progress.stage("write"):
             manifest = source.manifest(
                 created_by=versions(),

@@ -7,7 +7,7 @@ from onnx import helper, numpy_helper
 
 from meta_deploy import Predictor
 from meta_deploy.errors import InputError
-from meta_deploy.export import Progress, export
+from meta_deploy.export import Progress, export, speed
 from tests.small_graphs import model, run, value
 
 node = helper.make_node
@@ -75,6 +75,9 @@ def test_a_bundle_in_8_bits_is_smaller_and_answers_nearly_as_the_file(here, targ
     assert manifest.precision == "int8"
     assert manifest.verification["passed"]
     assert manifest.verification["images"] == 8
+    ratio = manifest.verification["speed"]["ratio"]
+    assert ratio > 0
+    assert f"int8 takes {ratio:.2f} of fp32's time on this machine" in lines[-1]
     done = manifest.conversion
     assert (done["products"], done["int8_products"]) == (4, 2)
     assert done["calibration"]["samples"] == 40
@@ -89,6 +92,17 @@ def test_a_bundle_in_8_bits_is_smaller_and_answers_nearly_as_the_file(here, targ
     with Predictor(bundle) as predictor:
         expected, actual = run(network(), **feed)["y"], predictor.run(feed)["y"]
     assert 0 < np.linalg.norm(actual - expected) < 0.05 * np.linalg.norm(expected)
+
+
+def test_both_are_timed_in_turns_and_no_gain_is_told(monkeypatch):
+    calls = []
+    runs = [lambda feed: calls.append("low"), lambda feed: calls.append("full")]
+    monkeypatch.setattr(speed, "ROUNDS", 4)
+    assert np.shape(speed.interleaved(runs, {})) == (4, 2)
+    assert calls == ["low", "full"] * 5
+    slower, faster = ({"ratio": ratio, "ms": 12.0, "fp32_ms": 10.0} for ratio in (1.2, 0.5))
+    assert speed.verdict(slower, "int8").startswith("warning: int8 takes 1.20 of fp32's time on this machine")
+    assert speed.verdict(faster, "int8") == "int8 takes 0.50 of fp32's time on this machine (12.0 ms)"
 
 
 def test_the_method_is_the_one_asked_for(here):
