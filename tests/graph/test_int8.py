@@ -199,6 +199,30 @@ def test_weights_are_int8_by_output_channel():
     assert not {"w1", "w2", "w3", "m1", "m2"} & set(tensors)  # the float32 ones are gone
 
 
+def test_large_weights_that_stay_are_halved_in_the_file_and_whole_when_loaded(tmp_path):
+    """A transposed convolution has no 8-bit kernel; numbers that float16 cannot hold stay as they are."""
+
+    def proto(scale):
+        nodes = [node("ConvTranspose", ["x", "wt"], ["y"], kernel_shape=[2, 2], strides=[2, 2])]
+        more = [*nodes, *(conv("y", "w", "c"), node("Relu", ["c"], ["r"]), conv("r", "last", "z"))]
+        constants = [constant("wt", 16, 64, 2, 2, scale=scale), constant("w", 16, 64, 3, 3)]
+        return model(
+            more,
+            [value("x", [1, 16, 16, 16])],
+            ["z"],
+            [*constants, constant("last", 4, 16, 3, 3)],
+            opset_imports=OPSET,
+        )
+
+    inputs = feeds((1, 16, 16, 16))
+    converted, _ = quantized(proto(0.2), inputs=inputs)
+    kinds = {t.name: t.data_type for t in converted.graph.initializer}
+    assert kinds["wt/float16"] == TensorProto.FLOAT16
+    assert "wt" not in kinds
+    assert "Cast" not in as_it_runs(converted, tmp_path)
+    assert "wt" in {t.name for t in quantized(proto(1e5), inputs=inputs)[0].graph.initializer}
+
+
 def test_a_tensor_is_quantized_once_whoever_reads_it():
     nodes = [
         conv("x", "stem", "a"),

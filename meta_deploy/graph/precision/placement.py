@@ -109,7 +109,11 @@ def _product(node: ir.Node, rules: Int8Rules) -> Product | str:
         return "transposed convolutions have no 8-bit kernel"
     x, weights = node.inputs[0], node.inputs[1]
     if weights is None or not is_constant(weights) or weights.dtype != FLOAT or x is None or is_constant(x):
-        return "both factors are computed" if node.op_type == "MatMul" else "its weights are not constants"
+        return (
+            "both factors are computed"
+            if node.op_type == "MatMul"
+            else "its weights are no constants in float32"
+        )
     if node.op_type == "Conv":
         if _int(node, "group", 1) != 1:
             return "depthwise and grouped convolutions are slower in 8 bits"

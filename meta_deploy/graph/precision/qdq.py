@@ -16,13 +16,25 @@ from meta_deploy.graph.precision.quantize import (
     widened_scales,
 )
 from meta_deploy.graph.precision.rules import Int8Rules
-from meta_deploy.graph.precision.values import FLOAT, Names, numbers_of, set_constant
+from meta_deploy.graph.precision.values import (
+    FLOAT,
+    Names,
+    cast_node,
+    is_constant,
+    numbers_of,
+    set_constant,
+    unholdable,
+)
+
+_LARGE = 4096  # numbers of weights that are worth a node
 
 
 def insert(graph: ir.Graph, placement: Placement, ranges: Mapping[str, Range], rules: Int8Rules) -> None:
     """Quantize in place what a placement names: weights to int8 constants, activations by their ranges.
 
-    A tensor has one QuantizeLinear, whoever reads it.
+    A tensor has one QuantizeLinear, whoever reads it. Weights of products that stay in float32 are float16 in
+    the file, and a Cast makes them float32 when the model is loaded: that costs no time, and far less
+    precision than 8 bits.
     """
     quantizer = _Quantizer(graph, ranges, rules)
     for product in placement.products:
@@ -30,6 +42,8 @@ def insert(graph: ir.Graph, placement: Placement, ranges: Mapping[str, Range], r
             quantizer.quantize_for_all(product.result)
     for product in placement.products:
         quantizer.quantize_product(product)
+    for node in placement.declined:
+        quantizer.store_in_float16(node)
     for name, value in list(graph.initializers.items()):
         if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
             del graph.initializers[name]
@@ -43,6 +57,7 @@ class _Quantizer:
         self.names = Names(graph)
         self._pairs: dict[ir.Value, tuple[ir.Value, np.float32]] = {}
         self._weights: dict[tuple[ir.Value, int, bytes], ir.Value] = {}
+        self._halves: dict[ir.Value, ir.Value] = {}
 
     def quantize_product(self, product: Product) -> None:
         """Let a product read its input, its weights and, where the target does, its bias from 8 bits."""
@@ -76,6 +91,20 @@ class _Quantizer:
             restored.name = name
             for i in places:
                 self.graph.outputs[i] = restored
+
+    def store_in_float16(self, node: ir.Node) -> None:
+        """Let a product read its large weights from float16, if that holds them."""
+        weights = node.inputs[1]
+        if weights is None or weights.dtype != FLOAT or not is_constant(weights):
+            return
+        if numbers_of(weights).size < _LARGE or unholdable(weights, ir.DataType.FLOAT16):
+            return
+        if weights not in self._halves:
+            number = self._constant(f"{weights.name}/float16", numbers_of(weights).astype(np.float16))
+            cast = cast_node(number, FLOAT, self.names.fresh(f"{weights.name}/float32"))
+            self.graph.insert_before(node, cast)
+            self._halves[weights] = cast.outputs[0]
+        node.replace_input_with(1, self._halves[weights])
 
     def _pair(self, value: ir.Value) -> tuple[ir.Value, np.float32]:
         """A tensor as it comes back from 8 bits, and its scale."""
