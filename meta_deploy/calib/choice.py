@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -66,7 +66,7 @@ def _square(values: np.ndarray) -> float:
     return float(np.sum(np.square(values, dtype=np.float64)))
 
 
-def _linear(product: Product):
+def _linear(product: Product) -> Callable[[np.ndarray], np.ndarray]:
     """A product without its bias, as a function of a part of its input."""
     if product.node.op_type != "Conv":
         weights = product.weights if product.axis == 1 else product.weights.T

@@ -299,7 +299,7 @@ def test_what_a_choice_is_made_by_is_left():
 
 def test_products_of_two_activations_are_left():
     nodes = [node("Softmax", ["x"], ["s"]), node("MatMul", ["s", "x"], ["p"]), node("Tanh", ["p"], ["y"])]
-    assert reasons(nodes, []) == {"p": "both factors are computed"}
+    assert reasons(nodes, []) == {"p": "it is no product of a computed tensor with constant weights"}
 
 
 @pytest.mark.parametrize(

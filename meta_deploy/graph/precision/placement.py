@@ -24,6 +24,7 @@ _ENDS = frozenset(
         *("LayerNormalization", "BatchNormalization", "InstanceNormalization", "GroupNormalization"),
     )
 )
+_PRODUCTS = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 _OPEN = 32  # stands for a height, width or length that is known at run time only
 
 
@@ -84,10 +85,7 @@ def place(graph: ir.Graph, rules: Int8Rules, outputs: Collection[str] | None = N
     last = leading_to([*deciding(graph), *shipped], _ENDS)[1]
     made = Placement()
     for node in graph:
-        if node.op_type not in ("Conv", "ConvTranspose", "MatMul", "Gemm") or node.domain not in (
-            "",
-            "ai.onnx",
-        ):
+        if node.op_type not in _PRODUCTS or node.domain not in ("", "ai.onnx"):
             continue
         found = _product(node, rules)
         reason = found if isinstance(found, str) else _declines(graph, found, rules, node in last)
@@ -108,12 +106,10 @@ def _product(node: ir.Node, rules: Int8Rules) -> Product | str:
     if node.op_type == "ConvTranspose":
         return "transposed convolutions have no 8-bit kernel"
     x, weights = node.inputs[0], node.inputs[1]
-    if weights is None or not is_constant(weights) or weights.dtype != FLOAT or x is None or is_constant(x):
-        return (
-            "both factors are computed"
-            if node.op_type == "MatMul"
-            else "its weights are no constants in float32"
-        )
+    if weights is None or not is_constant(weights) or x is None or is_constant(x):
+        return "it is no product of a computed tensor with constant weights"
+    if weights.dtype != FLOAT:
+        return "its weights are not float32"
     if node.op_type == "Conv":
         if _int(node, "group", 1) != 1:
             return "depthwise and grouped convolutions are slower in 8 bits"
@@ -158,7 +154,7 @@ def _declines(graph: ir.Graph, product: Product, rules: Int8Rules, last: bool) -
 def _relu_behind(value: ir.Value) -> ir.Value | None:
     """What a ReLU or ReLU6 that alone reads a value makes of it; it goes into the kernel of a product."""
     found = _sole_reader(value, "Relu", "Clip")
-    return found[0].outputs[0] if found else None
+    return found[0].outputs[0] if found and found[1] == 0 else None
 
 
 def _added(node: ir.Node) -> tuple[ir.Node, int] | None:
