@@ -13,10 +13,11 @@ BELOW_ALL = {"bundle", "graph", "models"}  # import nothing of ours but the erro
 ALLOWED = {
     **{part: {part} for part in BELOW_ALL},
     "imaging": {"imaging", "bundle"},
+    "calib": {"calib", "graph", "targets", "bundle"},
     "tasks": {"tasks", "imaging", "bundle"},
     "targets": {"targets", "tasks", "graph", "bundle"},
     "runtime": {"runtime", "targets", "tasks", "imaging", "bundle"},
-    "export": {"export", "models", "graph", "targets", "tasks", "imaging", "bundle"},
+    "export": {"export", "models", "calib", "graph", "targets", "tasks", "imaging", "bundle"},
     "report": {"report", "runtime", "graph", "targets", "tasks", "imaging", "bundle"},
 }
 EVERYTHING = {*ALLOWED, "cli"}
@@ -26,6 +27,7 @@ ONNX = {"onnx", "onnxscript", "onnx_graphsurgeon", "onnx_ir", "onnxslim", "polyg
 FORBIDDEN = {
     **dict.fromkeys(("bundle", "imaging", "tasks", "runtime"), TORCH | ONNX),
     "graph": TORCH,
+    "calib": TORCH,
     "targets": TORCH,
     "models": ONNX | {"onnxruntime", "tensorrt", "tensorrt_rtx", "cv2"},
 }

@@ -154,6 +154,8 @@ def _add_onnx(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_output(group: argparse._ArgumentGroup) -> None:
+    from meta_deploy.calib import METHOD_NAMES
+
     group.add_argument("--passes", default="all", metavar="all|none|NAME,…", help="graph passes to run")
     group.add_argument(
         "--explain",
@@ -166,8 +168,14 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         "--calib-images",
         type=path,
         metavar="DIR",
-        help="images, or .npz files of an ONNX file's inputs, to measure and verify on "
+        help="images, or .npz files of an ONNX file's inputs, to calibrate (up to 512) and verify (8) on "
         "(default: eight images of the package, or seeded random inputs)",
+    )
+    group.add_argument(
+        "--calib-method",
+        default=METHOD_NAMES[0],
+        choices=METHOD_NAMES,
+        help="how --int8 finds the range of a tensor (default: auto, for each the best of the others)",
     )
     group.add_argument("--no-verify", action="store_true", help="skip the comparison with the original")
     group.add_argument("--out", type=path, metavar="DIR", help="the bundle (default: NAME-TARGET-PRECISION)")
@@ -247,7 +255,17 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.explain not in (None, "all", *PASSES):
         raise InputError(f"--explain '{args.explain}' is not a graph pass; choose from {', '.join(PASSES)}")
-    same = ("model", "target", "precision", "operators", "calib_images", "batch", "dynamic_size", "scale")
+    same = (
+        "model",
+        "target",
+        "precision",
+        "operators",
+        "calib_images",
+        "calib_method",
+        "batch",
+        "dynamic_size",
+        "scale",
+    )
     return {
         **{name: getattr(args, name) for name in (*same, "bgr", "passes", "out", "allow_partial")},
         "gpus": args.gpu,
@@ -428,6 +446,7 @@ class StageDisplay:
         "precision": "lowering the precision",
         "verify": "comparing with the original",
         "engine": "building for the target",
+        "speed": "timing against float32",
         "write": "writing the bundle",
     }
 

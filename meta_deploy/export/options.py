@@ -25,6 +25,7 @@ class Options:
         workspace_mb: scratch memory that a TensorRT layer may use, in MB; None: TensorRT's own limit.
         calib_images: a folder of images (or, for an ONNX file, of .npz inputs) to measure and verify on;
             None: the package's own images, or random inputs.
+        calib_method: one of `calib.METHOD_NAMES`, how the range of an 8-bit tensor is found.
         input_size: (height, width) in pixels; None: the model's own.
         batch: images per call; None: 1, or what the ONNX file says.
         dynamic_batch: (min, opt, max) images per call, instead of `batch`.
@@ -48,6 +49,7 @@ class Options:
     gpus: Sequence[str] = ()
     workspace_mb: int | None = None
     calib_images: str | Path | None = None
+    calib_method: str = "auto"
     input_size: tuple[int, int] | None = None
     batch: int | None = None
     dynamic_batch: tuple[int, int, int] | None = None

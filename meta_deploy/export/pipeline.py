@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,13 +16,16 @@ import onnx
 
 from meta_deploy.bundle.bundle import Bundle, reserve_bundle
 from meta_deploy.bundle.manifest import FileEntry, Nodes, PassRow, TensorSpec, from_dict, to_json
+from meta_deploy.calib import METHOD_NAMES
+from meta_deploy.calib.calibrate import Calibrator
 from meta_deploy.errors import BundleError, InputError, VerificationError
 from meta_deploy.export.options import Options
 from meta_deploy.export.progress import Progress
-from meta_deploy.export.samples import Samples, find_files
+from meta_deploy.export.samples import MOST, MOST_CALIBRATION, ImageSamples, Samples, find_files, spread
 from meta_deploy.export.shapes import ANY
 from meta_deploy.export.sources import check_options, open_source
 from meta_deploy.export.sources.source import Source, output_specs
+from meta_deploy.export.speed import measured, verdict
 from meta_deploy.export.trace import drop_outputs
 from meta_deploy.export.verify import OnnxRun, Recorded, Run, WithStages, verify
 from meta_deploy.graph.attention import attention_count
@@ -30,6 +33,7 @@ from meta_deploy.graph.compact import compact
 from meta_deploy.graph.pipeline import run_passes
 from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.graph.precision.emulate import emulated
+from meta_deploy.graph.precision.int8 import Quantization
 from meta_deploy.targets import choose_target
 from meta_deploy.targets.target import MODEL, BuildOptions, Target
 
@@ -64,16 +68,21 @@ def run(path: str | Path, options: Options, progress: Progress) -> Bundle:
     passes = choose_passes(options.passes, target)
     check_options(path, options)
     target.check(build_options)
+    check_method(options)
     lowered = precision.name not in ("fp32", *target.lowered_by_build)
     needed = options.check or (lowered and precision.measures)
-    files = find_files(options.calib_images) if needed or options.calib_images is not None else []
+    most = MOST_CALIBRATION if precision.calibrates else MOST
+    files = find_files(options.calib_images, most) if needed or options.calib_images is not None else []
     named = f"{Path(path).stem}-{target.name}-{precision.name}"
     folder = named if options.out is None else options.out
     with reserve_bundle(folder, [Path(path), *files]) as reserved:
         with progress.stage("load"):
             source = open_source(path, options, progress.note)
             check_manifest(path, source)
-            samples = source.samples(files) if needed else Samples()
+            samples = source.samples(spread(files)) if needed else Samples()
+            quantization = (
+                quantizes(source, files, target, options, progress) if precision.calibrates else None
+            )
         if target.bounded:
             check_bounds(source)
         progress.note(source.describe())
@@ -84,15 +93,17 @@ def run(path: str | Path, options: Options, progress: Progress) -> Bundle:
             )
         with progress.stage("export") if source.traced else contextlib.nullcontext():
             graph = source.graph(form)
+            precision.check(graph)
             before = node_count(graph)
         with progress.stage("passes"), sound(source):
             graph, rows = run_passes(graph, passes, target.prices, explain=options.explain)
             gc.collect()  # a graph refers to itself in circles, and a large model's holds gigabytes
-        conversion = None
+        conversion, full = None, graph if precision.calibrates else None
         if lowered:
             with progress.stage("precision"), sound(source):
+                float32_operators = target.float32_operators.get(precision.name, ())
                 graph, conversion = precision.convert(
-                    graph, samples, target.float32_operators.get(precision.name, ()), progress.note
+                    graph, samples, float32_operators, progress.note, quantization
                 )
         after = node_count(graph)
         if target.compacts:
@@ -107,11 +118,18 @@ def run(path: str | Path, options: Options, progress: Progress) -> Bundle:
                 # What a GPU rounds after each operator, a CPU may carry on in float32.
                 rounded = conversion is not None and target.rounds_each_operator
                 exported: Run = OnnxRun(emulated(graph) if rounded else graph)
-                if shipped_run := target.runner(built.files, source.profiles, precision.name):
+                shipped_run = target.runner(built.files, source.profiles, precision.name)
+                if shipped_run:
                     exported = WithStages(shipped_run, exported)
                 recorded = Recorded(exported)
                 verification = verify(source, recorded, samples, precision.tolerances, progress.count)
                 verification["emulated"], shapes = rounded, recorded.shapes
+            if full is not None:
+                with progress.stage("speed"):
+                    graphs = shipped, drop_outputs(full, source.outputs)
+                    feed = next(iter(samples))
+                    verification["speed"] = measured(target, shipped_run, graphs, source.profiles, feed)
+                progress.note(verdict(verification["speed"], precision.name))
         with progress.stage("write"):
             manifest = source.manifest(
                 created_by=versions(),
@@ -145,6 +163,41 @@ def choose_passes(passes: str, target: Target) -> list[str]:
             f"choose all, none, or some of {', '.join(dict.fromkeys(target.passes))}"
         )
     return [name for name in target.passes if name in names or name in target.required_passes]
+
+
+def check_method(options: Options) -> None:
+    """Refuse a way to calibrate that there is not, or without 8 bits.
+
+    Raises:
+        InputError: it is such a one.
+    """
+    if options.calib_method not in METHOD_NAMES:
+        raise InputError(
+            f"'{options.calib_method}' is not a calibration method; choose {', '.join(METHOD_NAMES)}"
+        )
+    if options.calib_method != METHOD_NAMES[0] and not PRECISIONS[options.precision].calibrates:
+        raise InputError(f"--calib-method is for --int8, and the precision is {options.precision}")
+
+
+def quantizes(
+    source: Source, files: Sequence[Path], target: Target, options: Options, progress: Progress
+) -> Quantization:
+    """How a graph is quantized for a target, with ranges measured on all of the files.
+
+    Raises:
+        InputError: the source takes no images, and nothing else was given.
+    """
+    assert target.int8 is not None
+    samples = source.samples(files)
+    if options.calib_images is None:
+        if not isinstance(samples, ImageSamples):
+            raise InputError(
+                f"8 bits need ranges from real inputs, which '{source.name}' has none of here; "
+                "give --calib-images a folder of .npz files of its inputs"
+            )
+        progress.note("warning: calibrated on the package's own pictures; give your own by --calib-images")
+    calibrate = Calibrator(samples, target.int8, options.calib_method, progress.note, progress.count)
+    return Quantization(target.int8, calibrate, source.outputs)
 
 
 def check_bounds(source: Source) -> None:

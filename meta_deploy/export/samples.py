@@ -14,7 +14,8 @@ from meta_deploy.imaging.images import read_image
 from meta_deploy.imaging.preprocess import Preprocessor
 from meta_deploy.imaging.sources import expand
 
-MOST = 8  # images or .npz files that an export looks at
+MOST = 8  # images or .npz files that an export compares on
+MOST_CALIBRATION = 512  # that ranges are measured on
 Feed = dict[str, np.ndarray]
 
 
@@ -71,8 +72,8 @@ def _groups(count: int, spec: InputSpec) -> Iterator[list[int]]:
         start += size
 
 
-def find_files(folder: str | Path | None) -> list[Path]:
-    """At most eight images or .npz files of a folder, spread over it; without one the package's own images.
+def find_files(folder: str | Path | None, most: int = MOST) -> list[Path]:
+    """At most so many images or .npz files of a folder, spread over it; without one the package's own images.
 
     Raises:
         InputError: the folder is missing, or has neither.
@@ -84,9 +85,14 @@ def find_files(folder: str | Path | None) -> list[Path]:
         raise InputError(f"'{folder}' is not a folder; give --calib-images a folder of images")
     else:
         paths = sorted(Path(folder).glob("*.npz")) or [source.path for source in expand([str(folder)])]
-    step = max(1, len(paths) / MOST)
-    chosen = [paths[int(i * step)] for i in range(min(len(paths), MOST))]
+    chosen = spread(paths, most)
     for path in chosen:
         if path.suffix != ".npz":
             read_image(path)  # a broken one is told before the long work, not after it
     return chosen
+
+
+def spread(paths: Sequence[Path], most: int = MOST) -> list[Path]:
+    """At most so many of these, evenly from all."""
+    step = max(1, len(paths) / most)
+    return [paths[int(i * step)] for i in range(min(len(paths), most))]

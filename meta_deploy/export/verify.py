@@ -89,14 +89,15 @@ def _short(value: object) -> str:
 class OnnxRun:
     """A graph on ONNX Runtime's CPU: inputs by name to outputs by name.
 
-    `literally` runs the graph node by node, without ONNX Runtime's own rewriting: for an original.
+    `literally` runs the graph node by node, without ONNX Runtime's own rewriting: for an original. `arena`
+    keeps memory between runs, as the runtime does: for timing.
     """
 
-    def __init__(self, graph: onnx.ModelProto, literally: bool = False) -> None:
+    def __init__(self, graph: onnx.ModelProto, literally: bool = False, arena: bool = False) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         # Memory goes back after each run: side by side with the original a large model needs gigabytes.
-        options.enable_cpu_mem_arena = False
+        options.enable_cpu_mem_arena = arena
         options.add_session_config_entry(
             "session.intra_op.allow_spinning", "0"
         )  # the original's turn is next

@@ -21,6 +21,7 @@ from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.bundle.manifest import Engine, OpenVINOModel, Profile
 from meta_deploy.cpus import Share, limited_threads
 from meta_deploy.errors import BackendError, EngineError, InputError
+from meta_deploy.graph.precision.rules import Int8Rules
 from meta_deploy.graph.prices import CPU
 from meta_deploy.interrupts import interruptible
 from meta_deploy.targets import cache
@@ -39,7 +40,7 @@ _LONGEST_REASON = 300
 
 class OpenVINO(Target):
     """An IR. Computes in float32, which is what is verified; --fp16 halves the weights alone, --bf16 computes
-    in bfloat16 where the processor does."""
+    in bfloat16 where the processor does, and so does what --int8 leaves."""
 
     name = "openvino"
     title = "OpenVINO"
@@ -50,15 +51,17 @@ class OpenVINO(Target):
     )
     prices = CPU
     operators = ("native", "lowered")
-    precisions = ("fp32", "fp16", "bf16")
+    precisions = ("fp32", "fp16", "bf16", "int8")
     lowered_by_build = ("fp16", "bf16")
+    int8 = Int8Rules(signed=False, results=False, biases=False, speedup=4, value=20, node=1e6)
     backends = ("openvino",)
     automatic = ("openvino",)
     builds = True
 
     def check(self, options: BuildOptions) -> None:
         super().check(options)
-        _check_hint(_core(), _HINTS[options.precision])
+        core = _core()
+        _check_hint(core, _hint(core, options.precision))
 
     def build(
         self,
@@ -78,13 +81,13 @@ class OpenVINO(Target):
             files = {name: (path.parent / name).read_bytes() for name in (XML, WEIGHTS)}
         section = OpenVINOModel(
             version=_version(),
-            precision_hint=_HINTS[options.precision],
+            precision_hint=_hint(core, options.precision),
             nodes=sum(op.get_type_name() not in _NO_NODES for op in graph.get_ops()),
         )
         return Built(files, section)
 
     def runner(self, files: Mapping[str, bytes], profiles: Sequence[Profile], precision: str) -> Runner:
-        hint = _HINTS[precision]
+        hint = _hint(_core(), precision)
         with _told("load the model that it made", "use --target onnxruntime", EngineError):
             compiled = compile_model(files[XML], files[WEIGHTS], hint, limited_threads())
         return _Model(compiled, hint, "the model that it made")
@@ -214,9 +217,20 @@ def _told(what: str, remedy: str, error_type: type[InputError] = BackendError) -
         raise error_type(f"OpenVINO cannot {what}: {reason[:_LONGEST_REASON]}; {remedy}") from error
 
 
+def _hint(core: Any, precision: str) -> Any:
+    """What a precision computes in on this processor; int8, what is not in 8 bits."""
+    if precision == "int8":
+        return "bf16" if _has_bfloat16(core) else "f32"
+    return _HINTS[precision]
+
+
+def _has_bfloat16(core: Any) -> bool:
+    return "BF16" in core.get_property(DEVICE, _CAPABILITIES)
+
+
 def _check_hint(core: Any, hint: str) -> None:
     """Raises BackendError where the processor does not compute in this: OpenVINO would take float32."""
-    if hint == "bf16" and "BF16" not in core.get_property(DEVICE, _CAPABILITIES):
+    if hint == "bf16" and not _has_bfloat16(core):
         raise BackendError("this processor does not compute in bfloat16; use --fp16 or --fp32")
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.bundle.manifest import Engine, Profile, RawManifest
 from meta_deploy.errors import BackendError, InputError
+from meta_deploy.graph.precision.rules import Int8Rules
 from meta_deploy.graph.prices import Cost
 
 MODEL = "model.onnx"
@@ -93,6 +94,7 @@ class Target(ABC):
         lowered_by_build: those of them that `build` makes out of a float32 graph. The others are in the graph
             when it comes to `build`.
         float32_operators: precision -> operators that it has no kernels for in that precision.
+        int8: where it wants 8 bits; None: it has no 8-bit kernels that are written for.
         rounds_each_operator: its kernels round to the graph's precision where a CPU may carry on in float32;
             such a graph is verified with the rounding written out.
         compacts: it folds constants when it opens the graph, so that the file may hold them in fewer bytes.
@@ -113,6 +115,7 @@ class Target(ABC):
     precisions: tuple[str, ...]
     lowered_by_build: tuple[str, ...] = ()
     float32_operators: Mapping[str, tuple[str, ...]] = {}
+    int8: Int8Rules | None = None
     rounds_each_operator: bool = False
     compacts: bool = False
     builds: bool = False

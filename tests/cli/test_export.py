@@ -256,9 +256,9 @@ def test_a_terminal_sees_the_stage_while_it_runs(monkeypatch):
         (["--target", "tensorrt"], ["tensorrt", "cannot be imported", "pip install"]),
         (
             ["--bf16"],
-            ["precision bf16 is not written for onnxruntime", "openvino", "--fp32 or --fp16"],
+            ["precision bf16 is not written for onnxruntime", "openvino", "--fp32, --fp16 or --int8"],
         ),
-        *[([f"--{p}"], [f"unrecognized arguments: --{p}"]) for p in ("int8", "fp8")],
+        *[([f"--{p}"], [f"unrecognized arguments: --{p}"]) for p in ("fp4", "fp8")],
         (["--explain", "tidy"], ["'tidy' is not a graph pass", "clean-up"]),
         (["--onnx", "x.onnx"], ["not allowed with argument --ckpt"]),
         (["--mean", "0"], ["--mean is for an ONNX file"]),

@@ -13,11 +13,13 @@ from msgspec.structs import replace
 from meta_deploy import Predictor
 from meta_deploy.bundle.bundle import Bundle, write_bundle
 from meta_deploy.errors import BackendError, BundleError, EngineError, InputError
+from meta_deploy.graph.precision import PRECISIONS
+from meta_deploy.graph.precision.int8 import Quantization
 from meta_deploy.targets import get_target, open_backend
 from meta_deploy.targets import openvino as module
 from meta_deploy.targets.target import BuildOptions
 from tests.bundles_by_hand import detector, manifest, segmenter
-from tests.small_graphs import model, value
+from tests.small_graphs import model, run, value
 
 pytest.importorskip("openvino")
 SIZE = (64, 64)
@@ -160,7 +162,7 @@ def product(values):
     ).SerializeToString()
 
 
-@pytest.mark.parametrize("precision", TARGET.precisions)
+@pytest.mark.parametrize("precision", ["fp32", *TARGET.lowered_by_build])
 def test_weights_and_arithmetic_are_those_of_the_precision(precision):
     """float32 to a rounding or two; float16 rounds the weights alone; bfloat16 rounds everything."""
     rng = np.random.default_rng(0)
@@ -178,6 +180,41 @@ def test_weights_and_arithmetic_are_those_of_the_precision(precision):
     exact = x.astype(np.float64) @ rounded.astype(np.float64)
     error = np.abs(y - exact).max() / np.abs(exact).max()
     assert (error > 1e-4) if precision == "bf16" else (error < 1e-6)
+
+
+def test_products_run_in_8_bits_from_weights_of_8_bits():
+    from onnx import helper, numpy_helper
+
+    rng = np.random.default_rng(0)
+    weights = [
+        numpy_helper.from_array(rng.normal(0, 0.1, (128, 128)).astype(np.float32), name) for name in "vw"
+    ]
+    nodes = [
+        *(helper.make_node("MatMul", ["x", "v"], ["a"]), helper.make_node("Gelu", ["a"], ["b"])),
+        *(helper.make_node("MatMul", ["b", "w"], ["c"]), helper.make_node("Tanh", ["c"], ["s"])),
+        helper.make_node("MatMul", ["s", "w"], ["y"]),
+    ]
+    opset = [helper.make_opsetid("", 20)]
+    proto = model(nodes, [value("x", [1, 900, 128])], ["y"], weights, opset_imports=opset)
+    ends = {"x": (-4.0, 4.0), "b": (-0.2, 3.0)}
+    quantization = Quantization(TARGET.int8, lambda graph, placement: (ends, {}))
+    converted, done = PRECISIONS["int8"].convert(proto, quantization=quantization)
+    assert done.int8_products == 2
+    built = TARGET.build(converted.SerializeToString(), [], BuildOptions("int8"))
+    assert len(built.files["model.bin"]) < 7 * 128 * 128  # "v" in 8 bits alone, "w" in both
+    compiled = module.compile_model(
+        built.files["model.xml"], built.files["model.bin"], built.engine.precision_hint
+    )
+    facts = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
+    kinds = [
+        str(fact["runtimePrecision"].astype(str))
+        for fact in facts
+        if fact["layerType"].astype(str) in ("FullyConnected", "MatMul")
+    ]
+    assert sum(kind in ("u8", "i8") for kind in kinds) == 2
+    x = rng.normal(size=(1, 900, 128)).astype(np.float32)
+    actual, expected = TARGET.runner(built.files, [], "int8")({"x": x})["y"], run(proto, x=x)["y"]
+    assert np.linalg.norm(actual - expected) < 0.05 * np.linalg.norm(expected)
 
 
 def test_bfloat16_is_refused_where_the_processor_does_not_compute_in_it(make, monkeypatch):

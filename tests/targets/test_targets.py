@@ -53,6 +53,7 @@ def test_a_target_names_only_what_there_is(name):
     for some in (target.lowered_by_build, target.float32_operators, target.gpu_only):
         assert set(some) <= set(target.precisions)
     assert set(target.automatic) <= set(target.backends) <= set(BACKEND_NAMES)
+    assert ("int8" in target.precisions) == (target.int8 is not None)
 
 
 def test_the_choices_are_the_targets_and_their_back_ends_and_auto():
@@ -116,7 +117,7 @@ def test_a_precision_that_is_not_written_is_refused_with_what_is():
     """It is not ignored: a bundle that says bf16 would hold bf16."""
     wanted = (
         "precision bf16 is not written for onnxruntime; use --target openvino, tensorrt or tensorrt-rtx, "
-        "or --fp32 or --fp16"
+        "or --fp32, --fp16 or --int8"
     )
     with pytest.raises(InputError, match=wanted):
         choose_target("onnxruntime", "bf16")
@@ -124,7 +125,7 @@ def test_a_precision_that_is_not_written_is_refused_with_what_is():
 
 @pytest.mark.parametrize(
     ("target", "precision", "named"),
-    [("cuda", "fp32", "cuda"), ("auto", "fp64", "fp64"), ("onnxruntime", "int8", "int8")],
+    [("cuda", "fp32", "cuda"), ("auto", "fp64", "fp64"), ("onnxruntime", "int4", "int4")],
 )
 def test_an_unknown_one_is_named_with_the_choices(target, precision, named):
     with pytest.raises(InputError, match=f"'{named}' is not a .*; choose .*"):

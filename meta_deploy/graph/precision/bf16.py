@@ -18,7 +18,7 @@ class BF16(Precision):
         "mask_iou": 0.9,
     }
 
-    def convert(self, proto, feeds=(), float32_operators=(), note=lambda line: None):
+    def convert(self, proto, feeds=(), float32_operators=(), note=lambda line: None, quantization=None):
         import onnx_ir as ir
 
         from meta_deploy.graph.graph import normalized

@@ -24,7 +24,7 @@ class FP16(Precision):
         "mask_iou": 0.97,
     }
 
-    def convert(self, proto, feeds=(), float32_operators=(), note=lambda line: None):
+    def convert(self, proto, feeds=(), float32_operators=(), note=lambda line: None, quantization=None):
         import onnx_ir as ir
 
         from meta_deploy.graph.graph import normalized

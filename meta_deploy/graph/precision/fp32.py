@@ -18,5 +18,5 @@ class FP32(Precision):
         "mask_iou": 0.99,
     }
 
-    def convert(self, proto, feeds=(), float32_operators=(), note=lambda line: None):
+    def convert(self, proto, feeds=(), float32_operators=(), note=lambda line: None, quantization=None):
         return proto, None

@@ -5,7 +5,7 @@ Knows ONNX's operators and numbers; no model and no target. Inputs and outputs o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -208,7 +208,6 @@ def _name_types(graph: ir.Graph) -> None:
 def _stays_float32(graph: ir.Graph, low: ir.DataType, overflow: set[str]) -> set[ir.Node]:
     """The nodes to leave in float32, but for those that only follow what they read."""
     stays: set[ir.Node] = set()
-    leading: list[ir.Value] = []
     for node in graph:
         values = [value for value in (*node.inputs, *node.outputs) if value is not None]
         if (
@@ -220,22 +219,41 @@ def _stays_float32(graph: ir.Graph, low: ir.DataType, overflow: set[str]) -> set
             or (node.op_type == "ConstantOfShape" and beyond(fill_of(node), low))
         ):
             stays.add(node)
-        if node.op_type in _DECIDE:
-            places = _DECIDE[node.op_type]
-            leading += [v for i, v in enumerate(node.inputs) if v and (places is None or i in places)]
-            if places is None:
-                stays.add(node)
-    seen: set[ir.Node] = set()
-    while leading:
-        value = leading.pop()
-        maker = value.producer()
-        if maker is None or value.dtype != FLOAT or maker in seen or maker.op_type in _PRODUCTS:
-            continue
-        seen.add(maker)
-        leading += [v for v in maker.inputs if v is not None]
-    stays |= seen
+        if _DECIDE.get(node.op_type, ()) is None:
+            stays.add(node)
+    stays |= leading_to(deciding(graph))[0]
     stays.update(_captured(graph))
     return stays
+
+
+def deciding(graph: ir.Graph) -> list[ir.Value]:
+    """What comparisons, TopK, non-maximum suppression and sampling decide by."""
+    found: list[ir.Value] = []
+    for node in graph:
+        if node.op_type in _DECIDE:
+            places = _DECIDE[node.op_type]
+            found += [v for i, v in enumerate(node.inputs) if v and (places is None or i in places)]
+    return found
+
+
+def leading_to(
+    values: Iterable[ir.Value], ends: Collection[str] = _PRODUCTS
+) -> tuple[set[ir.Node], set[ir.Node]]:
+    """The nodes that lead to values, back to the last ones of the operators `ends`; and those."""
+    between: set[ir.Node] = set()
+    last: set[ir.Node] = set()
+    stack = list(values)
+    while stack:
+        value = stack.pop()
+        maker = value.producer()
+        if maker is None or value.dtype != FLOAT or maker in between:
+            continue
+        if maker.op_type in ends:
+            last.add(maker)
+            continue
+        between.add(maker)
+        stack += [v for v in maker.inputs if v is not None]
+    return between, last
 
 
 def _captured(graph: ir.Graph) -> Iterator[ir.Node]:

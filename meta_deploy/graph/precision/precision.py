@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx
 
+    from meta_deploy.graph.precision.int8 import Quantization, Quantized
     from meta_deploy.graph.precision.lower import Conversion
 
 Feeds = Iterable[Mapping[str, "np.ndarray"]]  # inputs by name, one dictionary a run
@@ -25,6 +26,7 @@ class Precision(ABC):
         name: as options and manifests have it.
         title: in words.
         measures: whether `convert` runs the graph on inputs first.
+        calibrates: whether it does so on as many as there are, to find ranges.
         tolerances: how near its results must be to the original's. `maps`: largest difference over the
             map's largest value; `maps_rms`: norm of the difference over the map's, where single values may be
             far off; `agreement`: share of boxes (pixels, whole numbers) that both sides have; `proposals`:
@@ -34,7 +36,16 @@ class Precision(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     measures: ClassVar[bool] = False
+    calibrates: ClassVar[bool] = False
     tolerances: ClassVar[Mapping[str, float]]
+
+    def check(self, proto: onnx.ModelProto) -> None:
+        """Refuse a graph that cannot be written in it, before long work.
+
+        Raises:
+            InputError: it is such a graph.
+        """
+        return
 
     @abstractmethod
     def convert(
@@ -43,7 +54,8 @@ class Precision(ABC):
         feeds: Feeds = (),
         float32_operators: Collection[str] = (),
         note: Callable[[str], None] = lambda line: None,
-    ) -> tuple[onnx.ModelProto, Conversion | None]:
+        quantization: Quantization | None = None,
+    ) -> tuple[onnx.ModelProto, Conversion | Quantized | None]:
         """A float32 graph in this precision, and what was done; None where nothing had to be.
 
         Args:
@@ -51,6 +63,10 @@ class Precision(ABC):
             feeds: inputs to measure on, where the precision `measures`.
             float32_operators: operators that the target has in float32 alone.
             note: called with each line worth telling.
+            quantization: how to quantize, where the precision `calibrates`.
+
+        Raises:
+            InputError: nothing of the graph can be converted, or it cannot be measured.
         """
 
     def describe(self, conversion: Mapping[str, Any]) -> str:

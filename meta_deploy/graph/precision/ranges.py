@@ -47,20 +47,26 @@ def activation_maxima(
     if not watched:
         return {}
     graph.outputs[:] = [_magnitude(graph, value, f"maximum_{i}") for i, value in enumerate(watched)]
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = limited_threads()
-    options.enable_cpu_mem_arena = False  # a large model's tensors are gigabytes
-    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED  # in the graph's order: each at once
-    session = onnxruntime.InferenceSession(
-        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = open_session(model)
     taken = [given.name for given in session.get_inputs()]
     maxima = np.zeros(len(watched))
     for feed in feeds:
         values = np.array([float(v) for v in ort.run(session, None, {name: feed[name] for name in taken})])
         maxima = np.maximum(maxima, np.where(np.isnan(values), np.inf, values))
     return {value.name: float(most) for value, most in zip(watched, maxima, strict=True) if value.name}
+
+
+def open_session(model: ir.Model) -> onnxruntime.InferenceSession:
+    """A session that measures: it holds no more memory than it needs, and goes in the graph's order."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = limited_threads()
+    options.enable_cpu_mem_arena = False  # a large model's tensors are gigabytes
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED  # in the graph's order: each at once
+    return onnxruntime.InferenceSession(
+        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
 
 
 def _may_enlarge(node: ir.Node, measured: Collection[str]) -> bool:

@@ -1,0 +1,155 @@
+"""Calibration as a whole: statistics on samples, a range a tensor, kept for the next time.
+
+Knows graphs and samples; must not know where samples come from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from meta_deploy.calib import METHOD_NAMES
+from meta_deploy.calib.choice import best, errors_of, ranges_of
+from meta_deploy.calib.methods import METHODS
+from meta_deploy.calib.statistics import collect
+from meta_deploy.errors import InputError
+from meta_deploy.graph.precision.placement import Placement
+from meta_deploy.graph.precision.quantize import Range
+from meta_deploy.graph.precision.rules import Int8Rules
+from meta_deploy.targets import cache
+
+AUTO = "auto"
+FEW = 32  # below so many samples, what was not seen may well come
+_CACHE, _VERSION = "calibration", 1
+
+
+class Samples(Protocol):
+    """Inputs by name, one dictionary a run; may be iterated several times."""
+
+    noun: str
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Any: ...
+    def done(self, runs: int) -> int: ...
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """What was found for one tensor: its range and error by each method."""
+
+    ranges: dict[str, Range]
+    errors: dict[str, float]
+
+    def method(self, asked: str) -> str:
+        return best(self.errors) if asked == AUTO else asked
+
+
+class Calibrator:
+    """Finds the range of each tensor that is to be quantized."""
+
+    def __init__(
+        self,
+        samples: Samples,
+        rules: Int8Rules,
+        method: str = AUTO,
+        note: Callable[[str], None] = lambda line: None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        kept: bool = True,
+    ) -> None:
+        """`method` is one of `METHOD_NAMES`; `kept`: results are taken from and put into the user's cache.
+
+        Raises:
+            InputError: there are no samples, or no such method.
+        """
+        if method not in METHOD_NAMES:
+            raise InputError(f"'{method}' is not a calibration method; choose {', '.join(METHOD_NAMES)}")
+        if not len(samples):
+            raise InputError("there is nothing to calibrate on; give --calib-images a folder of images")
+        self.samples, self.rules, self.method = samples, rules, method
+        self.note, self.progress, self.kept = note, progress, kept
+
+    def __call__(self, model: ir.Model, placement: Placement) -> tuple[dict[str, Range], dict[str, Any]]:
+        """Each tensor's range, and how they were found: samples, their noun, the method, tensors by method.
+
+        Args:
+            model: in float32, its types and shapes inferred; not changed.
+            placement: what is to be quantized in it.
+
+        Raises:
+            InputError: a sample cannot be read, or a tensor is not finite on it.
+        """
+        count, noun = len(self.samples), self.samples.noun
+        if count < FEW:
+            one = noun.removesuffix("s") if count == 1 else noun
+            self.note(f"warning: calibrated on {count} {one}, fewer than {FEW}; give more by --calib-images")
+        digests = [_digest(feed) for feed in self.samples]
+        if count > 1 and len(set(digests)) == 1:
+            self.note(f"warning: all {count} {noun} are the same")
+        key = cache.key(_VERSION, _graph_digest(model), digests, sorted(placement.readers), str(self.rules))
+        tensors = self._read(key, placement.readers)
+        if tensors is not None:
+            self.note("the calibration of this graph on these inputs is at hand from before")
+        else:
+            tensors = self._measured(model, placement, len(digests))
+            self._write(key, tensors)
+        chosen = {name: tensor.method(self.method) for name, tensor in tensors.items()}
+        facts = {
+            "samples": count,
+            "noun": noun,
+            "method": self.method,
+            "methods": {name: n for name in METHODS if (n := list(chosen.values()).count(name))},
+        }
+        return {name: tensor.ranges[chosen[name]] for name, tensor in tensors.items()}, facts
+
+    def _measured(self, model: ir.Model, placement: Placement, runs: int) -> dict[str, Tensor]:
+        found = collect(
+            model,
+            placement.readers,
+            self.samples,
+            runs,
+            lambda done: self.progress(self.samples.done(done), len(self.samples)),
+        )
+        tensors = {}
+        for name, products in placement.readers.items():
+            ranges = ranges_of(found[name], self.rules)
+            tensors[name] = Tensor(ranges, errors_of(found.pop(name), ranges, products, self.rules))
+        return tensors
+
+    def _read(self, key: str, names: Collection[str]) -> dict[str, Tensor] | None:
+        found = cache.read(_CACHE, key) if self.kept else None
+        if found is None:
+            return None
+        try:
+            tensors = {
+                name: Tensor({k: (float(v[0]), float(v[1])) for k, v in ranges.items()}, errors)
+                for name, (ranges, errors) in json.loads(found[0]).items()
+            }
+        except (ValueError, TypeError, AttributeError, IndexError):
+            return None
+        return tensors if tensors.keys() == set(names) else None
+
+    def _write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        if self.kept:
+            data = json.dumps({name: (one.ranges, one.errors) for name, one in tensors.items()}).encode()
+            with contextlib.suppress(InputError):  # it only saves time
+                cache.write(_CACHE, key, data, {"tensors": len(tensors)})
+
+
+def _digest(feed: Mapping[str, np.ndarray]) -> str:
+    """Of a run's inputs."""
+    sha = hashlib.sha256()
+    for name in sorted(feed):
+        sha.update(f"{name} {feed[name].dtype} {feed[name].shape}".encode())
+        sha.update(np.ascontiguousarray(feed[name]).data)
+    return sha.hexdigest()
+
+
+def _graph_digest(model: ir.Model) -> str:
+    return hashlib.sha256(ir.to_proto(model).SerializeToString(deterministic=True)).hexdigest()

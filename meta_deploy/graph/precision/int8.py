@@ -1,0 +1,132 @@
+"""8-bit integers: QuantizeLinear and DequantizeLinear around the products that a target computes so.
+
+Weights are int8 in the file. Ranges of activations come from a calibration, which this is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from meta_deploy.errors import InputError
+from meta_deploy.graph.precision.precision import Precision
+from meta_deploy.graph.precision.rules import Int8Rules
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+
+    from meta_deploy.graph.precision.placement import Placement
+    from meta_deploy.graph.precision.quantize import Range
+
+_QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger")
+_LEAST_OPSET = 13  # DequantizeLinear with a scale for each channel
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What an 8-bit conversion is given.
+
+    Attributes:
+        rules: the target's.
+        calibrate: from a float32 model and what is to be quantized in it to each tensor's range, and facts
+            for people of how these were found.
+        outputs: names of the outputs that ship; None: all.
+    """
+
+    rules: Int8Rules
+    calibrate: Callable[[ir.Model, Placement], tuple[Mapping[str, Range], dict[str, Any]]]
+    outputs: Collection[str] | None = None
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What was quantized.
+
+    Attributes:
+        products: convolutions and matrix products of the graph.
+        int8_products: of these, those in 8 bits.
+        float32_products: why the others are not, and how many each.
+        tensors: activations that are quantized.
+        calibration: how their ranges were found.
+    """
+
+    products: int
+    int8_products: int
+    float32_products: dict[str, int]
+    tensors: int
+    calibration: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class INT8(Precision):
+    name = "int8"
+    title = "8-bit integers where they pay, by --calib-images"
+    measures = True
+    calibrates = True
+    tolerances = {  # noqa: RUF012
+        "maps_rms": 0.15,
+        "agreement": 0.8,
+        "proposals": 0.75,
+        "logits": 0.3,
+        "scores": 6e-2,
+        "box_iou": 0.95,
+        "mask_iou": 0.9,
+    }
+
+    def check(self, proto):
+        found = {node.op_type for node in proto.graph.node}
+        ops = sorted(op for op in found if op in _QUANTIZED or op.startswith(("QLinear", "QGemm")))
+        if ops:
+            raise InputError(f"the graph is quantized already ({', '.join(ops)}); export it without --int8")
+
+    def convert(self, proto, feeds=(), float32_operators=(), note=lambda line: None, quantization=None):
+        from meta_deploy.graph.graph import normalized
+        from meta_deploy.graph.precision.lower import to_proto
+        from meta_deploy.graph.precision.placement import place
+        from meta_deploy.graph.precision.qdq import insert
+
+        assert quantization is not None
+        model = normalized(_of_opset(proto))
+        placement = place(model.graph, quantization.rules, quantization.outputs)
+        count = len(placement.products)
+        if not count:
+            reasons = ", ".join(f"{reason} ({n})" for reason, n in placement.reasons().items())
+            raise InputError(
+                f"no product of the graph gains from 8 bits: {reasons or 'it has none'}; use --fp16 or --fp32"
+            )
+        ranges, facts = quantization.calibrate(model, placement)
+        insert(model.graph, placement, ranges, quantization.rules)
+        products = count + len(placement.declined)
+        done = Quantized(products, count, placement.reasons(), len(placement.readers), facts)
+        return to_proto(model), done
+
+    def describe(self, conversion):
+        calibration, reasons = conversion["calibration"], conversion["float32_products"]
+        how = ", ".join(f"{n} by {name}" for name, n in calibration["methods"].items())
+        line = f"{conversion['int8_products']} of {conversion['products']} products in int8, ranges of "
+        line += f"{conversion['tensors']} tensors from {calibration['samples']} {calibration['noun']} ({how})"
+        why = "".join(f"\n  {n} in float32: {reason}" for reason, n in reasons.items())
+        return line + why
+
+
+def _of_opset(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The model at an opset that has per-channel scales.
+
+    Raises:
+        InputError: an older one that ONNX cannot convert.
+    """
+    import onnx
+
+    opset = next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 0)
+    if opset >= _LEAST_OPSET:
+        return proto
+    try:
+        return onnx.version_converter.convert_version(proto, _LEAST_OPSET)
+    except Exception as error:  # of a foreign file, anything
+        raise InputError(
+            f"the graph is of opset {opset}, and 8 bits need {_LEAST_OPSET}; export it with a newer opset"
+        ) from error
