@@ -17,7 +17,7 @@ ALLOWED = {
     "targets": {"targets", "tasks", "graph", "bundle"},
     "runtime": {"runtime", "targets", "tasks", "imaging", "bundle"},
     "export": {"export", "models", "graph", "targets", "tasks", "imaging", "bundle"},
-    "report": {"report", "runtime", "graph", "targets", "tasks", "imaging", "bundle"},
+    "report": {"report", "export", "runtime", "models", "graph", "targets", "tasks", "imaging", "bundle"},
 }
 EVERYTHING = {*ALLOWED, "cli"}
 ALLOWED["cli"] = EVERYTHING

@@ -22,6 +22,7 @@ from meta_deploy.imaging.given import given_image
 from meta_deploy.imaging.images import ImageLike, ImageWarning, Picture, load
 from meta_deploy.imaging.preprocess import Preprocessor
 from meta_deploy.targets import open_backend
+from meta_deploy.targets.target import Backend
 from meta_deploy.tasks import get_task
 from meta_deploy.tasks.results import Result, Timings
 from meta_deploy.tasks.tiles import tiles_of
@@ -41,14 +42,14 @@ class Predictor:
     def __init__(
         self,
         bundle: Bundle | str | os.PathLike[str] | None = None,
-        backend: str = "auto",
+        backend: str | Backend = "auto",
         score_threshold: float | None = None,
         threads: int | None = None,
         depth: int | None = None,
         tile: int | None = None,
         tile_overlap: int | None = None,
     ):
-        """Open a bundle (None: the demo bundle of the package) on a back end.
+        """Open a bundle (None: the demo bundle of the package) on a back end, by name or already open.
 
         `score_threshold` is the least score of a detection, 0 to 1 (None: the bundle's own); `threads` the
         CPU threads of the model, 1 to 1024 (None: all CPUs that affinity and a container's quota leave to
@@ -74,7 +75,12 @@ class Predictor:
         self.depth = depth
         self.tile, self.tile_overlap = _checked_tile(tile, tile_overlap)
         bundle = DEMO_BUNDLE if bundle is None else bundle
-        if isinstance(bundle, Bundle):
+        if isinstance(backend, Backend):
+            self.bundle, self._backend = (
+                bundle if isinstance(bundle, Bundle) else Bundle.open(bundle),
+                backend,
+            )
+        elif isinstance(bundle, Bundle):
             self.bundle, self._backend = bundle, open_backend(bundle, backend, threads)
         else:
             self.bundle, self._backend = Bundle.use(

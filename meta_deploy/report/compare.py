@@ -1,0 +1,203 @@
+"""The order of a report: open every entry, run them in turns, ask each for the rest, sum up."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+from msgspec.structs import replace
+
+from meta_deploy.cpus import cpu_count
+from meta_deploy.errors import InputError
+from meta_deploy.export.progress import Progress
+from meta_deploy.imaging.sources import expand
+from meta_deploy.report import machine
+from meta_deploy.report.schema import PARTS, Entry, Latency, Ratio, Report, Settings
+from meta_deploy.report.statistics import LEAST_ROUNDS, compare, drift, spread
+from meta_deploy.report.subject import PYTORCH, kind_of
+from meta_deploy.report.worker import Failed, Worker
+from meta_deploy.targets import BACKEND_NAMES
+
+WARM_UP = 3
+RUNS = 40
+
+
+def report(
+    paths: Sequence[str | os.PathLike[str]],
+    *,
+    images: str | os.PathLike[str] | None = None,
+    backends: Sequence[str] = ("auto",),
+    runs: int = RUNS,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Compare models on this machine.
+
+    Args:
+        paths: bundles, .onnx files and checkpoints; the first that runs is what the others are compared with.
+        images: an image or a folder of images; None: the package's own.
+        backends: each bundle and .onnx file is run on each of these; checkpoints are run by PyTorch.
+        runs: timed rounds, at least 20.
+        threads: CPU threads of each; None: all CPUs that this process may use.
+        progress: who listens.
+
+    Returns:
+        An entry for each path and back end. What could not be measured has the reason as its `error`.
+
+    Raises:
+        InputError: nothing to compare, no images, or an option out of range.
+    """
+    progress = progress or Progress()
+    asked = _asked(paths, backends)
+    if runs < LEAST_ROUNDS:
+        raise InputError(f"{runs} runs are too few for an interval; take at least {LEAST_ROUNDS}")
+    pictures = image_files(images)
+    threads = threads or cpu_count()
+    about = machine.describe()
+    with contextlib.ExitStack() as stack:
+        workers, errors = _opened(asked, threads, pictures, stack, progress)
+        with progress.stage("measure"):
+            times = interleave(
+                workers, lambda worker, i: worker.call("timings", i), WARM_UP, runs, errors, progress.count
+            )
+        facts = {}
+        for name in times:
+            with _noted(errors, name):
+                facts[name] = workers[name].call("facts")
+    measured = latencies(times)
+    entries = [
+        replace(entry, error=errors[entry.name])
+        if entry.name in errors
+        else replace(entry, latency=measured[entry.name], **facts[entry.name])
+        for entry in asked
+    ]
+    drifts = {entry.name: entry.latency.drift for entry in entries if entry.latency}
+    return Report(
+        date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        command=shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        machine=about,
+        settings=Settings(images=tuple(pictures), warm_up=WARM_UP, runs=runs, threads=threads),
+        disturbances=machine.disturbances(about, drifts),
+        entries=tuple(entries),
+    )
+
+
+def image_files(images: str | os.PathLike[str] | None) -> list[str]:
+    """The images to run on. Raises InputError: there is none."""
+    named = files("meta_deploy") / "assets" / "images" if images is None else images
+    sources = expand([str(named)])
+    if others := [source.path for source in sources if source.video or source.arrays]:
+        raise InputError(f"'{others[0]}' is not an image; give --images an image or a folder of images")
+    return [str(source.path) for source in sources]
+
+
+def interleave(
+    workers: Mapping[str, Worker],
+    run: Callable[[Worker, int], object],
+    warm_up: int,
+    rounds: int,
+    errors: dict[str, str],
+    count: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, np.ndarray]:
+    """Times (rounds, 3) of the entries: preprocessing, model and postprocessing, in milliseconds.
+
+    Every round runs each entry once on the same image, starting with another one than the round before, so
+    that other work on the machine, and whoever came before, affect all alike. An entry that fails is out,
+    with its reason in `errors`.
+    """
+    running, times = dict(workers), {name: [] for name in workers}  # type: ignore[var-annotated]
+    for turn in range(-warm_up, rounds):
+        names = list(running)
+        first = turn % max(len(names), 1)
+        for name in names[first:] + names[:first]:
+            with _noted(errors, name):
+                took = run(running[name], turn)
+                if turn >= 0:
+                    times[name].append((took.pre, took.model, took.post))  # type: ignore[attr-defined]
+            if name in errors:
+                del running[name]
+        count(turn + warm_up + 1, rounds + warm_up)
+    return {name: np.array(times[name]) for name in running}
+
+
+def latencies(times: Mapping[str, np.ndarray]) -> dict[str, Latency]:
+    """What the times of `interleave` say, relative to the first entry's."""
+    found = {}
+    base: dict[str, np.ndarray] | None = None
+    for name, rounds in times.items():
+        parts = dict(zip(PARTS, [*rounds.T, rounds.sum(axis=1)], strict=True))
+        ratios: dict[str, Ratio | None] = {
+            f"{part}_ratio": None if base is None else compare(parts[part], base[part])
+            for part in ("total", "model")
+        }
+        spreads = {part: spread(values) for part, values in parts.items()}
+        found[name] = Latency(rounds=len(rounds), drift=drift(parts["model"]), **spreads, **ratios)  # type: ignore[arg-type]
+        base = base or parts
+    return found
+
+
+def _asked(paths: Sequence[str | os.PathLike[str]], backends: Sequence[str]) -> list[Entry]:
+    if not paths:
+        raise InputError("there is nothing to compare; name a bundle, an .onnx file or a checkpoint")
+    if unknown := [name for name in backends if name not in BACKEND_NAMES]:
+        raise InputError(f"'{unknown[0]}' is not a back end; choose {', '.join(BACKEND_NAMES)}")
+    found = []
+    for path in map(str, paths):
+        name = Path(os.path.abspath(path)).name
+        try:
+            kind = kind_of(path)
+        except InputError as error:
+            found.append(Entry(name=name, path=path, backend=backends[0], kind=None, error=str(error)))
+            continue
+        for backend in (PYTORCH,) if kind == "checkpoint" else backends:
+            shown = f"{name} ({backend})" if len(backends) > 1 else name
+            found.append(Entry(name=shown, path=path, backend=backend, kind=kind))
+    return _told_apart(found)
+
+
+def _told_apart(asked: Sequence[Entry]) -> list[Entry]:
+    """The same with a number after names that others have, too."""
+    met: Counter[str] = Counter()
+    result = []
+    for entry in asked:
+        met[entry.name] += 1
+        name = entry.name if met[entry.name] == 1 else f"{entry.name} #{met[entry.name]}"
+        result.append(replace(entry, name=name))
+    return result
+
+
+def _opened(
+    asked: Sequence[Entry],
+    threads: int,
+    images: Sequence[str],
+    stack: contextlib.ExitStack,
+    progress: Progress,
+) -> tuple[dict[str, Worker], dict[str, str]]:
+    """The entries' processes, and why others have none."""
+    workers: dict[str, Worker] = {}
+    errors = {entry.name: entry.error for entry in asked if entry.error is not None}
+    with progress.stage("open"):
+        for done, entry in enumerate(asked):
+            if entry.kind is not None:
+                with _noted(errors, entry.name):
+                    worker = Worker(entry.path, entry.backend, threads, images)
+                    workers[entry.name] = stack.enter_context(worker)
+            progress.count(done + 1, len(asked))
+    return workers, errors
+
+
+@contextlib.contextmanager
+def _noted(errors: dict[str, str], name: str) -> Iterator[None]:
+    """A failure of one entry is its own; the rest goes on."""
+    try:
+        yield
+    except Failed as error:
+        errors[name] = str(error)
