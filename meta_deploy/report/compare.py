@@ -20,7 +20,7 @@ from meta_deploy.errors import InputError
 from meta_deploy.export.progress import Progress
 from meta_deploy.imaging.sources import expand
 from meta_deploy.report import machine
-from meta_deploy.report.schema import PARTS, Entry, Latency, Ratio, Report, Settings
+from meta_deploy.report.schema import PARTS, Entry, Latency, Profile, Ratio, Report, Settings
 from meta_deploy.report.statistics import LEAST_ROUNDS, compare, drift, spread
 from meta_deploy.report.subject import PYTORCH, kind_of
 from meta_deploy.report.worker import Failed, Worker
@@ -72,11 +72,21 @@ def report(
         for name in times:
             with _noted(errors, name):
                 facts[name] = workers[name].call("facts")
+        profiles = _profiles({name: workers[name] for name in facts}, errors, progress)
+    roof = None
+    if profiles:
+        from meta_deploy.report import roofline
+
+        with progress.stage("roofline"):
+            roof = roofline.measure(threads)
+        profiles = {name: roofline.under_roof(one, roof) for name, one in profiles.items()}
     measured = latencies(times)
     entries = [
         replace(entry, error=errors[entry.name])
         if entry.name in errors
-        else replace(entry, latency=measured[entry.name], **facts[entry.name])
+        else replace(
+            entry, latency=measured[entry.name], profile=profiles.get(entry.name), **facts[entry.name]
+        )
         for entry in asked
     ]
     drifts = {entry.name: entry.latency.drift for entry in entries if entry.latency}
@@ -85,6 +95,7 @@ def report(
         command=shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
         machine=about,
         settings=Settings(images=tuple(pictures), warm_up=WARM_UP, runs=runs, threads=threads),
+        roofline=roof,
         disturbances=machine.disturbances(about, drifts),
         entries=tuple(entries),
     )
@@ -192,6 +203,20 @@ def _opened(
                     workers[entry.name] = stack.enter_context(worker)
             progress.count(done + 1, len(asked))
     return workers, errors
+
+
+def _profiles(
+    workers: Mapping[str, Worker], errors: dict[str, str], progress: Progress
+) -> dict[str, Profile]:
+    """The profiles of those that have one."""
+    found: dict[str, Profile] = {}
+    with progress.stage("profile"):
+        for done, (name, worker) in enumerate(workers.items()):
+            with _noted(errors, name):
+                if (one := worker.call("profile")) is not None:
+                    found[name] = one
+            progress.count(done + 1, len(workers))
+    return found
 
 
 @contextlib.contextmanager

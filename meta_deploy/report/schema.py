@@ -6,7 +6,7 @@ one image (of one run, where the input is arrays), memory in MB of 10^6 bytes, s
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import msgspec
 from msgspec import Struct
@@ -14,6 +14,19 @@ from msgspec import Struct
 SCHEMA = 1
 Verdict: TypeAlias = Literal["faster", "slower", "no difference"]
 PARTS = ("pre", "model", "post", "total")
+OperatorClass: TypeAlias = Literal[
+    "convolution",
+    "matrix product",
+    "attention",
+    "normalization",
+    "element-wise",
+    "data movement",
+    "resize",
+    "post-processing",
+    "other",
+    "between nodes",
+]
+CLASSES: tuple[OperatorClass, ...] = get_args(OperatorClass)
 
 
 class Spread(Struct, frozen=True, kw_only=True):
@@ -56,6 +69,98 @@ class Latency(Struct, frozen=True, kw_only=True):
     drift: float
 
 
+class Cost(Struct, frozen=True, kw_only=True):
+    """What operators have to do by the shapes that they ran on; None where shapes do not tell.
+
+    `bytes_read` and `bytes_written` go by the tensors, each once, as if no cache held them. `flops` counts a
+    multiplication and an addition as two.
+    """
+
+    bytes_read: int | None
+    bytes_written: int | None
+    flops: int | None
+
+
+class NodeRow(Cost, frozen=True, kw_only=True):
+    """A node of the graph as the back end runs it, which fuses and adds nodes, with its time in one run.
+
+    Attributes:
+        op: its operator, the back end's own included.
+        calls: in one run; not 1 for nodes in loops and branches.
+        inputs, outputs: types and shapes, such as "float 1x3x64x64".
+        intensity: FLOPs a byte read or written.
+        bound: by memory or by arithmetic, on this machine's roofline.
+        share_of_roof: the least time that this machine could take for its bytes and FLOPs, over its time.
+    """
+
+    name: str
+    op: str
+    op_class: OperatorClass
+    calls: float
+    ms: float
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    intensity: float | None = None
+    bound: Literal["memory", "arithmetic"] | None = None
+    share_of_roof: float | None = None
+
+
+class ClassRow(Struct, frozen=True, kw_only=True):
+    """All nodes of a class: times add up to `Profile.ms`; bytes and FLOPs are of nodes that tell theirs."""
+
+    name: OperatorClass
+    nodes: int
+    ms: float
+    share: float
+    bytes_read: int
+    bytes_written: int
+    flops: int
+
+
+class LiveTensor(Struct, frozen=True, kw_only=True):
+    """A tensor that is alive at the peak, and the node that made it ("input" for the graph's inputs)."""
+
+    name: str
+    made_by: str
+    bytes: int
+
+
+class LivePeak(Struct, frozen=True, kw_only=True):
+    """The most bytes of activations that are alive at once, by shapes and the order in which nodes run.
+
+    A tensor lives from the node that makes it to the last that reads it; weights are not counted.
+    """
+
+    bytes: int
+    node: str
+    tensors: tuple[LiveTensor, ...]
+
+
+class Profile(Struct, frozen=True, kw_only=True):
+    """Where a run of the model goes: means over `runs` runs under the back end's profiler.
+
+    Attributes:
+        by: whose profiler.
+        ms: a run, under the profiler, which slows it down a little.
+        classes: by falling time; the class "between nodes" is what is left of a run.
+        nodes: in the order in which they run.
+    """
+
+    by: str
+    runs: int
+    ms: float
+    classes: tuple[ClassRow, ...]
+    nodes: tuple[NodeRow, ...]
+    live_peak: LivePeak | None = None
+
+
+class Roofline(Struct, frozen=True, kw_only=True):
+    """What this machine does at best with the given threads: a copy, and a float32 matrix product."""
+
+    bandwidth_gb_s: float
+    peak_gflop_s: float
+
+
 class Entry(Struct, frozen=True, kw_only=True):
     """One thing that was compared, on one back end.
 
@@ -68,6 +173,7 @@ class Entry(Struct, frozen=True, kw_only=True):
         files: name -> bytes.
         peak_memory_mb: the most memory that its own process held, from its start to the end of the timed
             rounds; None where the system does not tell.
+        profile: where the model's time goes; None where there is no profiler for the back end.
     """
 
     name: str
@@ -82,6 +188,7 @@ class Entry(Struct, frozen=True, kw_only=True):
     files: dict[str, int] = {}
     latency: Latency | None = None
     peak_memory_mb: float | None = None
+    profile: Profile | None = None
 
 
 class Machine(Struct, frozen=True, kw_only=True):
@@ -118,6 +225,7 @@ class Report(Struct, frozen=True, kw_only=True):
     machine: Machine
     settings: Settings
     disturbances: tuple[str, ...] = ()
+    roofline: Roofline | None = None
     entries: tuple[Entry, ...]
 
     def to_json(self) -> str:

@@ -17,7 +17,11 @@ import numpy as np
 from meta_deploy.bundle.bundle import Bundle, write_bundle
 from meta_deploy.bundle.manifest import RawManifest, TensorSpec
 from meta_deploy.errors import BackendError, InputError
+from meta_deploy.imaging.preprocess import Preprocessor
+from meta_deploy.report.schema import Profile
 from meta_deploy.runtime.predictor import Predictor
+from meta_deploy.targets.model_file import read_model
+from meta_deploy.targets.onnxruntime import session_options
 from meta_deploy.targets.target import MODEL, Backend
 from meta_deploy.tasks.raw import Arrays
 from meta_deploy.tasks.results import Result, Timings
@@ -65,8 +69,9 @@ class Subject:
         import cv2
 
         cv2.setNumThreads(threads)
+        self._threads, self._scratch = threads, Path(scratch)
         self.kind = kind_of(path)
-        self.predictor = _OPEN[self.kind](path, backend, threads, Path(scratch))
+        self.predictor = _OPEN[self.kind](path, backend, threads, self._scratch)
         self.bundle = self.predictor.bundle
         self.runs_on = self.predictor.runs_on
         if self.kind == "bundle":
@@ -100,6 +105,26 @@ class Subject:
     def timings(self, index: int) -> Timings:
         """The times of one run; reading the image is not among them."""
         return self.result(index).timings
+
+    def profile(self) -> Profile | None:
+        """Where the model's time goes on the first image; None where there is no profiler for its back end.
+
+        It comes last: the model is closed.
+        """
+        if self.predictor.backend != "onnxruntime":
+            return None
+        from meta_deploy.report.profile import profile
+
+        feed = self._feed or self._first_input()
+        self.predictor.close()
+        return profile(read_model(self.bundle), feed, session_options(self._threads), self._scratch)
+
+    def _first_input(self) -> dict[str, np.ndarray]:
+        spec = self.bundle.input
+        picture = self.predictor.read(self._images[0])
+        images = [picture.pixels] * spec.batch.opt
+        batch, _ = Preprocessor(spec, self.bundle.preprocess)(images, [picture.size] * spec.batch.opt)
+        return {spec.name: batch}
 
 
 def peak_memory_mb() -> float | None:

@@ -12,14 +12,24 @@ import torch
 from meta_deploy import Predictor
 from meta_deploy.errors import InputError
 from meta_deploy.models.checkpoint.save import save_checkpoint
-from meta_deploy.report import machine
+from meta_deploy.report import machine, roofline
 from meta_deploy.report.compare import image_files, interleave, latencies, report
-from meta_deploy.report.schema import Report
+from meta_deploy.report.schema import Report, Roofline
 from meta_deploy.report.subject import Subject
 from meta_deploy.report.worker import Failed, Worker
 from meta_deploy.tasks.results import Timings
 from tests.bundles_by_hand import detector, raw_model
 from tests.tiny_models import lively, segmenter
+
+ROOF = Roofline(bandwidth_gb_s=10, peak_gflop_s=50)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def roof():
+    """Measured elsewhere; it takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(roofline, "measure", lambda threads: ROOF)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +78,13 @@ def test_rows_tell_what_ran_where(made):
     assert file.files == {"model.onnx": len(detector((64, 64)))}
     assert raw.files == {"model.onnx": len(raw_model())}
     assert raw.latency.pre.median == raw.latency.post.median == 0  # arrays go in and out
+
+
+def test_every_entry_on_onnx_runtime_has_its_profile(made):
+    assert made[1].roofline == ROOF
+    for entry in made[1].entries[:4]:
+        assert sum(row.ms for row in entry.profile.classes) == pytest.approx(entry.profile.ms)
+        assert any(node.bound == "memory" for node in entry.profile.nodes)
 
 
 def test_memory_is_of_the_entry_and_not_of_who_asks(made):
