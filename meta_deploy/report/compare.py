@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.resources import files
 from pathlib import Path
@@ -20,20 +20,24 @@ from meta_deploy.errors import InputError
 from meta_deploy.export.progress import Progress
 from meta_deploy.imaging.sources import expand
 from meta_deploy.report import machine
+from meta_deploy.report.judge import judge, noted, open_annotations
 from meta_deploy.report.schema import PARTS, Entry, Latency, Profile, Ratio, Report, Settings
 from meta_deploy.report.statistics import LEAST_ROUNDS, compare, drift, spread
 from meta_deploy.report.subject import PYTORCH, kind_of
-from meta_deploy.report.worker import Failed, Worker
+from meta_deploy.report.worker import Worker
 from meta_deploy.targets import BACKEND_NAMES
 
 WARM_UP = 3
 RUNS = 40
+COUNT = 50
 
 
 def report(
     paths: Sequence[str | os.PathLike[str]],
     *,
     images: str | os.PathLike[str] | None = None,
+    annotations: str | os.PathLike[str] | None = None,
+    count: int = COUNT,
     backends: Sequence[str] = ("auto",),
     runs: int = RUNS,
     threads: int | None = None,
@@ -44,6 +48,9 @@ def report(
     Args:
         paths: bundles, .onnx files and checkpoints; the first that runs is what the others are compared with.
         images: an image or a folder of images; None: the package's own.
+        annotations: a COCO JSON file for detectors, or a folder of label images for class maps, of the same
+            names as the images; None: results are held against the first entry's.
+        count: the most images to look at, spread evenly over those there are.
         backends: each bundle and .onnx file is run on each of these; checkpoints are run by PyTorch.
         runs: timed rounds, at least 20.
         threads: CPU threads of each; None: all CPUs that this process may use.
@@ -53,13 +60,19 @@ def report(
         An entry for each path and back end. What could not be measured has the reason as its `error`.
 
     Raises:
-        InputError: nothing to compare, no images, or an option out of range.
+        InputError: nothing to compare, no images, annotations of others, or an option out of range.
     """
     progress = progress or Progress()
     asked = _asked(paths, backends)
     if runs < LEAST_ROUNDS:
         raise InputError(f"{runs} runs are too few for an interval; take at least {LEAST_ROUNDS}")
-    pictures = image_files(images)
+    pictures, truth = image_files(images), None
+    if annotations is not None:
+        truth = open_annotations(annotations)
+        pictures = truth.known(pictures)
+    pictures = evenly(pictures, count)
+    if truth is not None:
+        truth.check(pictures)
     threads = threads or cpu_count()
     about = machine.describe()
     with contextlib.ExitStack() as stack:
@@ -70,8 +83,12 @@ def report(
             )
         facts = {}
         for name in times:
-            with _noted(errors, name):
+            with noted(errors, name):
                 facts[name] = workers[name].call("facts")
+        with progress.stage("accuracy"):
+            accuracies = judge(
+                {name: workers[name] for name in facts}, pictures, truth, errors, progress.count
+            )
         profiles = _profiles({name: workers[name] for name in facts}, errors, progress)
     roof = None
     if profiles:
@@ -85,7 +102,11 @@ def report(
         replace(entry, error=errors[entry.name])
         if entry.name in errors
         else replace(
-            entry, latency=measured[entry.name], profile=profiles.get(entry.name), **facts[entry.name]
+            entry,
+            latency=measured[entry.name],
+            accuracy=accuracies.get(entry.name),
+            profile=profiles.get(entry.name),
+            **facts[entry.name],
         )
         for entry in asked
     ]
@@ -94,7 +115,13 @@ def report(
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         command=shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
         machine=about,
-        settings=Settings(images=tuple(pictures), warm_up=WARM_UP, runs=runs, threads=threads),
+        settings=Settings(
+            images=tuple(pictures),
+            annotations=None if annotations is None else str(annotations),
+            warm_up=WARM_UP,
+            runs=runs,
+            threads=threads,
+        ),
         roofline=roof,
         disturbances=machine.disturbances(about, drifts),
         entries=tuple(entries),
@@ -108,6 +135,12 @@ def image_files(images: str | os.PathLike[str] | None) -> list[str]:
     if others := [source.path for source in sources if source.video or source.arrays]:
         raise InputError(f"'{others[0]}' is not an image; give --images an image or a folder of images")
     return [str(source.path) for source in sources]
+
+
+def evenly(items: Sequence[str], count: int) -> list[str]:
+    """At most `count` of them, spread evenly."""
+    step = max(1.0, len(items) / count)
+    return [items[int(i * step)] for i in range(min(len(items), count))]
 
 
 def interleave(
@@ -129,7 +162,7 @@ def interleave(
         names = list(running)
         first = turn % max(len(names), 1)
         for name in names[first:] + names[:first]:
-            with _noted(errors, name):
+            with noted(errors, name):
                 took = run(running[name], turn)
                 if turn >= 0:
                     times[name].append((took.pre, took.model, took.post))  # type: ignore[attr-defined]
@@ -198,7 +231,7 @@ def _opened(
     with progress.stage("open"):
         for done, entry in enumerate(asked):
             if entry.kind is not None:
-                with _noted(errors, entry.name):
+                with noted(errors, entry.name):
                     worker = Worker(entry.path, entry.backend, threads, images)
                     workers[entry.name] = stack.enter_context(worker)
             progress.count(done + 1, len(asked))
@@ -212,17 +245,8 @@ def _profiles(
     found: dict[str, Profile] = {}
     with progress.stage("profile"):
         for done, (name, worker) in enumerate(workers.items()):
-            with _noted(errors, name):
+            with noted(errors, name):
                 if (one := worker.call("profile")) is not None:
                     found[name] = one
             progress.count(done + 1, len(workers))
     return found
-
-
-@contextlib.contextmanager
-def _noted(errors: dict[str, str], name: str) -> Iterator[None]:
-    """A failure of one entry is its own; the rest goes on."""
-    try:
-        yield
-    except Failed as error:
-        errors[name] = str(error)

@@ -161,6 +161,30 @@ class Roofline(Struct, frozen=True, kw_only=True):
     peak_gflop_s: float
 
 
+class Accuracy(Struct, frozen=True, kw_only=True):
+    """How good an entry's results are, or how near to the first entry's. What does not apply is None.
+
+    Attributes:
+        against: what its results are held against. Without annotations these are the first entry's: of its
+            detections those of a score of at least 0.3.
+        images: how many were looked at; runs, where the input is arrays.
+        box_ap, box_ap50, mask_ap, mask_ap50: COCO's average precision, 0 to 1, at IoU 0.5 to 0.95 and 0.5.
+        mean_iou: over the classes that occur; pixel_accuracy: the share of pixels of the right class.
+        max_relative_error: of arrays, the largest difference over the largest value, over all outputs;
+            not finite where an output is absent or of another shape.
+    """
+
+    against: Literal["annotations", "the first entry"]
+    images: int
+    box_ap: float | None = None
+    box_ap50: float | None = None
+    mask_ap: float | None = None
+    mask_ap50: float | None = None
+    mean_iou: float | None = None
+    pixel_accuracy: float | None = None
+    max_relative_error: float | None = None
+
+
 class Entry(Struct, frozen=True, kw_only=True):
     """One thing that was compared, on one back end.
 
@@ -173,6 +197,7 @@ class Entry(Struct, frozen=True, kw_only=True):
         files: name -> bytes.
         peak_memory_mb: the most memory that its own process held, from its start to the end of the timed
             rounds; None where the system does not tell.
+        accuracy: None for the first entry without annotations, and for what cannot be compared.
         profile: where the model's time goes; None where there is no profiler for the back end.
     """
 
@@ -188,6 +213,7 @@ class Entry(Struct, frozen=True, kw_only=True):
     files: dict[str, int] = {}
     latency: Latency | None = None
     peak_memory_mb: float | None = None
+    accuracy: Accuracy | None = None
     profile: Profile | None = None
 
 
@@ -205,9 +231,14 @@ class Machine(Struct, frozen=True, kw_only=True):
 
 
 class Settings(Struct, frozen=True, kw_only=True):
-    """How it was measured. `images` is what was run on; none: random arrays, the same for all entries."""
+    """How it was measured.
+
+    `images` is what was run on; entries that take arrays get random ones, the same for all. `annotations` is
+    the file or folder that results are held against.
+    """
 
     images: tuple[str, ...]
+    annotations: str | None = None
     warm_up: int
     runs: int
     threads: int

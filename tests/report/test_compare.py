@@ -87,6 +87,13 @@ def test_every_entry_on_onnx_runtime_has_its_profile(made):
         assert any(node.bound == "memory" for node in entry.profile.nodes)
 
 
+def test_the_same_results_agree(made):
+    first, again, file, raw = (entry.accuracy for entry in made[1].entries[:4])
+    assert first is raw is None
+    for same in (again, file):
+        assert (same.box_ap, same.mask_ap, same.images) == (pytest.approx(1), pytest.approx(1), 8)
+
+
 def test_memory_is_of_the_entry_and_not_of_who_asks(made):
     ballast = np.ones(100_000_000)  # 800 MB
     with Worker(str(made[0]["raw"]), "auto", 1, []) as worker:
@@ -196,6 +203,7 @@ def test_nothing_to_compare_no_images_and_few_runs_are_refused(bundles, tmp_path
         ([bundles / "raw"], {"runs": 19}),
         ([bundles / "raw"], {"backends": ["abacus"]}),
         ([bundles / "raw"], {"images": tmp_path}),
+        ([bundles / "raw"], {"annotations": tmp_path / "none.json"}),
     ):
         with pytest.raises(InputError):
             report(arguments, **options)
