@@ -19,7 +19,7 @@ from meta_deploy.cpus import cpu_count
 from meta_deploy.errors import InputError
 from meta_deploy.export.progress import Progress
 from meta_deploy.imaging.sources import expand
-from meta_deploy.report import machine
+from meta_deploy.report import COUNT, RUNS, machine
 from meta_deploy.report.judge import judge, noted, open_annotations
 from meta_deploy.report.schema import PARTS, Entry, Latency, Profile, Ratio, Report, Settings
 from meta_deploy.report.statistics import LEAST_ROUNDS, compare, drift, spread
@@ -28,8 +28,6 @@ from meta_deploy.report.worker import Worker
 from meta_deploy.targets import BACKEND_NAMES
 
 WARM_UP = 3
-RUNS = 40
-COUNT = 50
 
 
 def report(

@@ -16,9 +16,9 @@ from onnx import TensorProto, helper
 from meta_deploy.ort import onnxruntime
 from meta_deploy.report.schema import NodeRow, Profile, Roofline
 
-_REPEATS = 5
+_REPEATS = 10
 _COPIED = 64 << 20  # bytes, more than caches hold
-_SIDE = 1024
+_SIDE = 768
 
 
 def measure(threads: int) -> Roofline:

@@ -191,7 +191,7 @@ class Entry(Struct, frozen=True, kw_only=True):
     Attributes:
         name: the shortest that tells it from the others.
         kind: what `path` is; None where it is no model.
-        backend: as asked for.
+        backend: what ran it; what was asked for, where it failed.
         error: why there is nothing more to tell of it; None where all went well.
         runs_on: library, version, device and precision in words.
         files: name -> bytes.
