@@ -114,5 +114,6 @@ def test_the_whole_runtime_loads_without_torch_and_onnx():
 
 @pytest.mark.parametrize("command", ["infer", "report"])
 def test_help_loads_nothing_heavy(command):
-    code = f"from meta_deploy.cli.{command} import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass"
+    code = f"from meta_deploy.cli.{command} import main"
+    code += "\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass"
     assert not loaded_by(code) & {"numpy", "cv2", "PIL", "onnxruntime", "tqdm", "torch", "onnx"}

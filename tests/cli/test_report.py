@@ -1,6 +1,11 @@
 """meta-report: what it prints, writes and refuses, and by which exit code."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -69,3 +74,24 @@ def test_what_cannot_be_done_is_one_line_and_code_2(bundles, tmp_path, capsys, m
     assert main([str(bundles / "raw"), *filled]) == 2
     assert said in one_line(capsys)
     assert not list(tmp_path.glob("*.html"))
+
+
+def test_interrupted_it_leaves_no_report_and_no_process(bundles, tmp_path):
+    out = tmp_path / "report.html"
+    command = [sys.executable, "-m", "meta_deploy.cli.report", str(bundles / "detector"), "--runs", "1000000"]
+    process = subprocess.Popen(
+        [*command, "--out", str(out)], stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        process.kill()
+        pytest.skip("this system does not tell of children")
+    deadline = time.monotonic() + 60
+    while not (pids := children.read_text().split()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert process.stderr.read() == "meta-report: interrupted\n"
+    assert pids
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert not list(tmp_path.iterdir())
