@@ -57,7 +57,7 @@ _OPS: dict[OperatorClass, tuple[str, ...]] = {
         *("IsNaN", "IsInf", "Softmax", "LogSoftmax", "BiasSoftmax", "CumSum"),
         *("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2"),
         *("ReduceSumSquare", "ReduceLogSum", "ReduceLogSumExp"),
-        *("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "LpPool"),
+        *("Subgraph", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "LpPool"),
         *("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"),
         *("QLinearAdd", "QLinearMul", "QLinearSigmoid", "QLinearLeakyRelu", "QLinearSoftmax"),
     ),
@@ -208,6 +208,8 @@ def _flops(call: Call) -> int | None:
         return 0
     if kind != "element-wise":
         return None
+    if call.op == "Subgraph":  # OpenVINO's, of any number of element-wise operators
+        return None
     if call.op.startswith("Reduce"):
         return _input(call, 0).size
     if call.op in ("Sum", "Max", "Min", "Mean"):
@@ -274,7 +276,8 @@ def _attention(call: Call) -> int:
     k, v = _input(call, 1), _input(call, 2)
     if len(q.shape) == 4:
         batch, heads, tokens, each = q.shape
-        return _softmax_products(batch, heads, tokens, k.shape[2], heads * each, heads * v.shape[3])
+        # k may come with its last two axes swapped, as OpenVINO has it
+        return _softmax_products(batch, heads, tokens, v.shape[2], heads * each, heads * v.shape[3])
     batch, tokens, width = q.shape
     keys = k.shape[-2]
     values = v.shape[-1] * (v.shape[1] if len(v.shape) == 4 else 1)

@@ -29,11 +29,14 @@ _END = "_kernel_time"
 
 @dataclass(frozen=True)
 class Event:
-    """One call of one node. `micros` is its own time, without that of nodes in its subgraphs."""
+    """One call of one node. `micros` is its own time, without that of nodes in its subgraphs.
+
+    It is None where there was nothing to do, as for a Reshape.
+    """
 
     name: str
     op: str
-    micros: float
+    micros: float | None
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
 
@@ -68,13 +71,20 @@ def profile(
 def interpret(events: Sequence[dict[str, Any]], graph: onnx.GraphProto, by: str) -> Profile:
     """What the profiler's events say of the graph that ran; the first run is not counted."""
     spans, calls = read_events(events)
-    spans, calls = spans[1:], calls[1:]
+    return assemble(spans[1:], calls[1:], graph, by)
+
+
+def assemble(
+    spans: Sequence[float], calls: Sequence[Sequence[Event]], graph: onnx.GraphProto, by: str
+) -> Profile:
+    """The profile of runs that took `spans` microseconds, in which nodes of the graph were called."""
     runs = len(spans)
     nodes = {node.name: node for node in _all_nodes(graph)}
     kinds, weights = classes(graph), _weights(graph)
     met: dict[str, list[Event]] = defaultdict(list)
     for event in itertools.chain(*calls):
-        met[event.name].append(event)
+        if event.micros is not None:
+            met[event.name].append(event)
     rows = [_row(name, found, nodes.get(name), kinds, weights, runs) for name, found in met.items()]
     ms = sum(spans) / runs / 1000
     return Profile(
@@ -142,7 +152,7 @@ def _row(
         op=first.op,
         op_class=kinds.get(name, "other"),
         calls=len(found) / runs,
-        ms=sum(event.micros for event in found) / runs / 1000,
+        ms=sum(event.micros or 0 for event in found) / runs / 1000,
         inputs=tuple(map(str, first.inputs)),
         outputs=tuple(map(str, first.outputs)),
         bytes_read=_mean([one.bytes_read for one in costs], runs),
@@ -151,8 +161,8 @@ def _row(
     )
 
 
-def _shapes(event: Event) -> tuple[str, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    return event.op, event.inputs, event.outputs
+def _shapes(event: Event) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    return event.inputs, event.outputs
 
 
 def _mean(values: Sequence[int | None], runs: int) -> int | None:
@@ -160,10 +170,10 @@ def _mean(values: Sequence[int | None], runs: int) -> int | None:
 
 
 def _cost_of(
-    shapes: tuple[str, Any, Any], node: onnx.NodeProto | None, weights: Mapping[str, Tensor], count: int
+    shapes: tuple[Any, Any], node: onnx.NodeProto | None, weights: Mapping[str, Tensor], count: int
 ) -> Cost:
     """The cost of `count` calls; unknown where the profiler's shapes do not fit the node."""
-    op, told, outputs = shapes
+    told, outputs = shapes
     inputs = _aligned(node, told, weights) if node is not None else None
     if node is None or inputs is None:
         return Cost(bytes_read=None, bytes_written=None, flops=None)
@@ -173,7 +183,7 @@ def _cost_of(
         if a.type != onnx.AttributeProto.GRAPH
     }
     text = {key: value.decode() if isinstance(value, bytes) else value for key, value in attributes.items()}
-    one = cost(Call(op, inputs, outputs, text))
+    one = cost(Call(node.op_type, inputs, outputs, text))
     return Cost(**{key: None if value is None else value * count for key, value in asdict(one).items()})
 
 

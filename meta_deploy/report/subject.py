@@ -22,6 +22,7 @@ from meta_deploy.report.schema import Profile
 from meta_deploy.runtime.predictor import Predictor
 from meta_deploy.targets.model_file import read_model
 from meta_deploy.targets.onnxruntime import session_options
+from meta_deploy.targets.openvino import read_parts
 from meta_deploy.targets.target import MODEL, Backend
 from meta_deploy.tasks.raw import Arrays
 from meta_deploy.tasks.results import Result, Timings
@@ -120,12 +121,16 @@ class Subject:
 
         It comes last: the model is closed.
         """
-        if self.predictor.backend != "onnxruntime":
+        if self.predictor.backend not in ("onnxruntime", "openvino"):
             return None
-        from meta_deploy.report.profile import profile
-
         feed = self._feed or self._first_input()
         self.predictor.close()
+        if self.predictor.backend == "openvino":
+            from meta_deploy.report import openvino_profile
+
+            return openvino_profile.profile(*read_parts(self.bundle), feed, self._threads)
+        from meta_deploy.report.profile import profile
+
         return profile(read_model(self.bundle), feed, session_options(self._threads), self._scratch)
 
     def _first_input(self) -> dict[str, np.ndarray]:

@@ -7,6 +7,7 @@ from onnx import TensorProto
 from onnx.helper import make_node
 
 from meta_deploy.ort import onnxruntime
+from meta_deploy.report import openvino_profile
 from meta_deploy.report.operators import Call, Tensor, classes, cost
 from meta_deploy.report.profile import interpret, live_peak, profile, read_events
 from meta_deploy.report.roofline import measure, under_roof
@@ -194,6 +195,53 @@ def test_operators_of_no_class_are_others():
     }
 
 
+# --- OpenVINO -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def on_openvino():
+    """The graph of both libraries: a grouped convolution, an attention, a product and a norm."""
+    nodes = [
+        make_node("Conv", ["x", "w", "b"], ["c"], pads=[1, 1, 1, 1], group=4),
+        make_node("Reshape", ["c", "heads"], ["v"]),
+        make_node("Transpose", ["v"], ["kt"], perm=[0, 1, 3, 2]),
+        make_node("MatMul", ["v", "kt"], ["s"]),
+        make_node("Softmax", ["s"], ["softmax"], name="softmax"),
+        make_node("MatMul", ["softmax", "v"], ["a"]),
+        make_node("MatMul", ["a", "m"], ["p"]),
+        make_node("LayerNormalization", ["p", "scale", "shift"], ["y"]),
+    ]
+    weights = [
+        *(
+            weight("w", 16, 4, 3, 3),
+            weight("b", 16),
+            weight("m", 8, 32),
+            weight("scale", 32),
+            weight("shift", 32),
+        ),
+        whole("heads", [1, 2, 64, 8]),
+    ]
+    proto = model(nodes, [value("x", [1, 16, 8, 8])], None, weights)
+    feed = {"x": RNG.standard_normal((1, 16, 8, 8)).astype(np.float32)}
+    return openvino_profile.profile(proto.SerializeToString(), b"", "f32", feed, 1, runs=1)
+
+
+def test_on_openvino_products_and_convolutions_are_those_counted_by_hand(on_openvino):
+    flops = {}
+    for row in on_openvino.nodes:
+        flops[row.op_class] = flops.get(row.op_class, 0) + (row.flops or 0)
+    assert flops["convolution"] in (1024 * 2 * 36, 1024 * (2 * 36 + 1))  # the bias may be apart
+    assert flops["matrix product"] == 64 * 64 * 2 * 8
+    assert flops["attention"] in (64 * 64 * (64 + 10), 64 * 64 * (64 + 12))  # in one node, with a scale
+
+
+def test_on_openvino_classes_add_up_too_and_activations_have_a_peak(on_openvino):
+    assert sum(row.ms for row in on_openvino.classes) == pytest.approx(on_openvino.ms)
+    assert all(row.ms >= 0 for row in on_openvino.classes)
+    assert on_openvino.live_peak.bytes >= 4 * (1024 + 4096)
+    assert on_openvino.by.startswith("OpenVINO 20")
+
+
 # --- events by hand -----------------------------------------------------------------------------------------
 
 
@@ -254,4 +302,11 @@ def test_a_bundle_is_profiled_as_its_back_end_runs_it(bundles, tmp_path):
     found = Subject(str(bundles / "raw"), "auto", 1, [], tmp_path).profile()
     assert {row.op for row in found.nodes} == {"Add", "Greater"}
     assert {type(row).__mro__[1] for row in found.nodes} == {Cost}
-    assert Subject(str(bundles / "raw"), "openvino", 1, [], tmp_path).profile() is None
+    found = Subject(str(bundles / "raw"), "openvino", 1, [], tmp_path).profile()
+    assert found.ms > 0
+
+
+def test_an_attention_in_one_node_is_counted_whichever_way_its_keys_lie():
+    q, kt, v = (Tensor("float", shape) for shape in ((1, 2, 6, 4), (1, 2, 4, 9), (1, 2, 9, 4)))
+    found = cost(Call("Attention", [q, kt, v], [q], {}))
+    assert found.flops == 6 * 9 * (2 * 8 + 2 * 8 + 6 * 2)
