@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from msgspec.structs import replace
@@ -18,13 +19,14 @@ from msgspec.structs import replace
 from meta_deploy.cpus import cpu_count
 from meta_deploy.errors import InputError
 from meta_deploy.export.progress import Progress
+from meta_deploy.imaging.images import load
 from meta_deploy.imaging.sources import expand
 from meta_deploy.report import COUNT, RUNS, machine
-from meta_deploy.report.judge import judge, noted, open_annotations
-from meta_deploy.report.schema import PARTS, Entry, Latency, Profile, Ratio, Report, Settings
+from meta_deploy.report.judge import Annotations, judge, noted, open_annotations
+from meta_deploy.report.schema import PARTS, Entry, Latency, Ratio, Report, Roofline, Settings
 from meta_deploy.report.statistics import LEAST_ROUNDS, compare, drift, spread
 from meta_deploy.report.subject import PYTORCH, kind_of
-from meta_deploy.report.worker import Worker
+from meta_deploy.report.worker import Failed, Worker
 from meta_deploy.targets import BACKEND_NAMES
 
 WARM_UP = 3
@@ -64,66 +66,111 @@ def report(
     asked = _asked(paths, backends)
     if runs < LEAST_ROUNDS:
         raise InputError(f"{runs} runs are too few for an interval; take at least {LEAST_ROUNDS}")
-    pictures, truth = image_files(images), None
-    if annotations is not None:
-        truth = open_annotations(annotations)
-        pictures = truth.known(pictures)
-    pictures = evenly(pictures, count)
-    if truth is not None:
-        truth.check(pictures)
-    threads = threads or cpu_count()
+    pictures, truth = _pictures(images, annotations, count)
+    settings = Settings(
+        images=tuple(pictures),
+        annotations=None if annotations is None else str(annotations),
+        warm_up=WARM_UP,
+        runs=runs,
+        threads=threads or cpu_count(),
+    )
     about = machine.describe()
     with contextlib.ExitStack() as stack:
-        workers, errors = _opened(asked, threads, pictures, stack, progress)
-        with progress.stage("measure"):
-            times = interleave(
-                workers, lambda worker, i: worker.call("timings", i), WARM_UP, runs, errors, progress.count
-            )
-        facts = {}
-        for name in times:
-            with noted(errors, name):
-                facts[name] = workers[name].call("facts")
-        with progress.stage("accuracy"):
-            accuracies = judge(
-                {name: workers[name] for name in facts}, pictures, truth, errors, progress.count
-            )
-        profiles = _profiles({name: workers[name] for name in facts}, errors, progress)
+        workers, errors = _opened(asked, settings, stack, progress)
+        measured = _measured(workers, settings, truth, errors, progress)
     roof = None
-    if profiles:
-        from meta_deploy.report import roofline
-
+    if any(fields.get("profile") for fields in measured.values()):
         with progress.stage("roofline"):
-            roof = roofline.measure(threads)
-        profiles = {name: roofline.under_roof(one, roof) for name, one in profiles.items()}
-    measured = latencies(times)
-    entries = [
+            roof = _under_roof(measured, settings.threads)
+    entries = tuple(
         replace(entry, error=errors[entry.name])
         if entry.name in errors
-        else replace(
-            entry,
-            latency=measured[entry.name],
-            accuracy=accuracies.get(entry.name),
-            profile=profiles.get(entry.name),
-            **facts[entry.name],
-        )
+        else replace(entry, **measured[entry.name])
         for entry in asked
-    ]
+    )
     drifts = {entry.name: entry.latency.drift for entry in entries if entry.latency}
     return Report(
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         command=shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
         machine=about,
-        settings=Settings(
-            images=tuple(pictures),
-            annotations=None if annotations is None else str(annotations),
-            warm_up=WARM_UP,
-            runs=runs,
-            threads=threads,
-        ),
+        settings=settings,
         roofline=roof,
         disturbances=machine.disturbances(about, drifts),
-        entries=tuple(entries),
+        entries=entries,
     )
+
+
+def _pictures(
+    images: str | os.PathLike[str] | None, annotations: str | os.PathLike[str] | None, count: int
+) -> tuple[list[str], Annotations | None]:
+    """The images to run on, and what is true of them; both are read once, to tell now what is wrong.
+
+    Raises:
+        InputError: no images, annotations of others, or one that cannot be read.
+    """
+    pictures, truth = image_files(images), None
+    if annotations is not None:
+        truth = open_annotations(annotations)
+        pictures = truth.known(pictures)
+    pictures = evenly(pictures, count)
+    for picture in pictures:
+        load(picture)
+    if truth is not None:
+        truth.check(pictures)
+    return pictures, truth
+
+
+def _measured(
+    workers: Mapping[str, Worker],
+    settings: Settings,
+    truth: Annotations | None,
+    errors: dict[str, str],
+    progress: Progress,
+) -> dict[str, dict[str, Any]]:
+    """Fields of `Entry` by name, of the entries that run; why others do not goes into `errors`."""
+    with progress.stage("measure"):
+        times = interleave(
+            workers,
+            lambda worker, i: worker.call("timings", i),
+            settings.warm_up,
+            settings.runs,
+            errors,
+            progress.count,
+        )
+    running = {name: workers[name] for name in times}
+    facts: dict[str, dict[str, Any]] = {}
+    for name, worker in running.items():
+        with noted(errors, name):
+            facts[name] = worker.call("facts")
+    with progress.stage("accuracy"):
+        accuracies = judge(running, settings.images, truth, errors, progress.count)
+    with progress.stage("profile"):
+        for done, (name, worker) in enumerate(running.items()):
+            if name not in errors:
+                facts[name] |= _profile(worker)
+            progress.count(done + 1, len(running))
+    for name, latency in latencies({name: times[name] for name in times if name not in errors}).items():
+        facts[name] |= {"latency": latency, "accuracy": accuracies.get(name)}
+    return facts
+
+
+def _profile(worker: Worker) -> dict[str, Any]:
+    """The profile, or why there is none: a model that was measured stays so without."""
+    try:
+        return {"profile": worker.call("profile")}
+    except Failed as error:
+        return {"no_profile": str(error)}
+
+
+def _under_roof(measured: Mapping[str, dict[str, Any]], threads: int) -> Roofline:
+    """This machine's roofline, under which the profiles get their places."""
+    from meta_deploy.report import roofline
+
+    roof = roofline.measure(threads)
+    for fields in measured.values():
+        if fields.get("profile"):
+            fields["profile"] = roofline.under_roof(fields["profile"], roof)
+    return roof
 
 
 def image_files(images: str | os.PathLike[str] | None) -> list[str]:
@@ -217,11 +264,7 @@ def _told_apart(asked: Sequence[Entry]) -> list[Entry]:
 
 
 def _opened(
-    asked: Sequence[Entry],
-    threads: int,
-    images: Sequence[str],
-    stack: contextlib.ExitStack,
-    progress: Progress,
+    asked: Sequence[Entry], settings: Settings, stack: contextlib.ExitStack, progress: Progress
 ) -> tuple[dict[str, Worker], dict[str, str]]:
     """The entries' processes, and why others have none."""
     workers: dict[str, Worker] = {}
@@ -230,21 +273,7 @@ def _opened(
         for done, entry in enumerate(asked):
             if entry.kind is not None:
                 with noted(errors, entry.name):
-                    worker = Worker(entry.path, entry.backend, threads, images)
+                    worker = Worker(entry.path, entry.backend, settings.threads, settings.images)
                     workers[entry.name] = stack.enter_context(worker)
             progress.count(done + 1, len(asked))
     return workers, errors
-
-
-def _profiles(
-    workers: Mapping[str, Worker], errors: dict[str, str], progress: Progress
-) -> dict[str, Profile]:
-    """The profiles of those that have one."""
-    found: dict[str, Profile] = {}
-    with progress.stage("profile"):
-        for done, (name, worker) in enumerate(workers.items()):
-            with noted(errors, name):
-                if (one := worker.call("profile")) is not None:
-                    found[name] = one
-            progress.count(done + 1, len(workers))
-    return found

@@ -76,6 +76,9 @@ def _where(entries: Sequence[Entry]) -> Iterable[str]:
     peaks = [e.profile.live_peak for e in profiled]  # type: ignore[union-attr]
     rows.append(["peak of live activations", *(words.size(peak.bytes) if peak else "" for peak in peaks)])
     yield _table(rows)
+    for entry in entries:
+        if entry.no_profile is not None:
+            yield f"{_plain(entry.name)}: {_plain(entry.no_profile)}."
 
 
 def _slowest(entry: Entry) -> str:

@@ -56,7 +56,7 @@ def latency(report: Report) -> str:
         for row, entry in enumerate(entries):
             total = entry.latency.total  # type: ignore[union-attr]
             axes.plot([total.p5, total.p90], [row, row], color=_INK, linewidth=1.5, marker="|", markersize=7)
-        axes.set_xlabel("ms an image, median; line: 5th to 90th percentile")
+        axes.set_xlabel("ms an image; line: p5 to p90")
         _legend(figure, axes)
         return _svg(figure, "Latency of each entry")
 

@@ -198,7 +198,7 @@ class Entry(Struct, frozen=True, kw_only=True):
         peak_memory_mb: the most memory that its own process held, from its start to the end of the timed
             rounds; None where the system does not tell.
         accuracy: None for the first entry without annotations, and for what cannot be compared.
-        profile: where the model's time goes; None where there is no profiler for the back end.
+        profile: where the model's time goes; None where `no_profile` says why.
     """
 
     name: str
@@ -215,6 +215,7 @@ class Entry(Struct, frozen=True, kw_only=True):
     peak_memory_mb: float | None = None
     accuracy: Accuracy | None = None
     profile: Profile | None = None
+    no_profile: str | None = None
 
 
 class Machine(Struct, frozen=True, kw_only=True):

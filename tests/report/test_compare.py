@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from meta_deploy import Predictor
-from meta_deploy.errors import InputError
+from meta_deploy.errors import BackendError, InputError
 from meta_deploy.models.checkpoint.save import save_checkpoint
 from meta_deploy.report import machine, roofline
 from meta_deploy.report.compare import image_files, interleave, latencies, report
@@ -127,6 +127,8 @@ def test_a_checkpoint_is_what_pytorch_makes_of_it(tmp_path, photo):
     outputs = subject.predictor.run({"images": images})
     np.testing.assert_allclose(outputs["logits"], expected, rtol=1e-4, atol=1e-5)
     assert subject.facts()["task"] == "semantic-segmentation"
+    with pytest.raises(BackendError, match="not profiled on pytorch"):
+        subject.profile()
 
 
 def test_a_file_gives_what_its_bundle_gives(made, photo, tmp_path):
@@ -207,6 +209,26 @@ def test_nothing_to_compare_no_images_and_few_runs_are_refused(bundles, tmp_path
     ):
         with pytest.raises(InputError):
             report(arguments, **options)
+
+
+def test_an_image_that_cannot_be_read_is_told_before_the_work(bundles, tmp_path):
+    (tmp_path / "cut.jpg").write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(InputError, match=r"cut\.jpg"):
+        report([bundles / "detector"], images=tmp_path)
+
+
+def test_a_model_that_cannot_be_profiled_keeps_its_figures(bundles, monkeypatch):
+    call = Worker.call
+
+    def failing(self, method, *args):
+        if method == "profile":
+            raise Failed("no room for it")
+        return call(self, method, *args)
+
+    monkeypatch.setattr(Worker, "call", failing)
+    (entry,) = report([bundles / "raw"], runs=20, threads=1).entries
+    assert (entry.error, entry.profile, entry.no_profile) == (None, None, "no room for it")
+    assert entry.latency.rounds == 20
 
 
 def test_arrays_are_no_images(tmp_path):
