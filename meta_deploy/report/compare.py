@@ -28,6 +28,7 @@ from meta_deploy.report.statistics import LEAST_ROUNDS, compare, drift, spread
 from meta_deploy.report.subject import PYTORCH, kind_of
 from meta_deploy.report.worker import Failed, Worker
 from meta_deploy.targets import BACKEND_NAMES
+from meta_deploy.text import escaped
 
 WARM_UP = 3
 
@@ -240,7 +241,7 @@ def _asked(paths: Sequence[str | os.PathLike[str]], backends: Sequence[str]) -> 
         raise InputError(f"'{unknown[0]}' is not a back end; choose {', '.join(BACKEND_NAMES)}")
     found = []
     for path in map(str, paths):
-        name = Path(os.path.abspath(path)).name
+        name = escaped(Path(os.path.abspath(path)).name)
         try:
             kind = kind_of(path)
         except InputError as error:

@@ -135,10 +135,11 @@ class Subject:
         return profile(read_model(self.bundle), feed, session_options(self._threads), self._scratch)
 
     def _first_input(self) -> dict[str, np.ndarray]:
+        """The first image as often as the model takes at least."""
         spec = self.bundle.input
-        picture = self.predictor.read(self._images[0])
-        images = [picture.pixels] * spec.batch.opt
-        batch, _ = Preprocessor(spec, self.bundle.preprocess)(images, [picture.size] * spec.batch.opt)
+        picture, count = self.predictor.read(self._images[0]), spec.batch.min
+        preprocess = Preprocessor(spec, self.bundle.preprocess)
+        batch, _ = preprocess([picture.pixels] * count, [picture.size] * count)
         return {spec.name: batch}
 
 

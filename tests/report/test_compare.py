@@ -13,7 +13,7 @@ from meta_deploy import Predictor
 from meta_deploy.errors import BackendError, InputError
 from meta_deploy.models.checkpoint.save import save_checkpoint
 from meta_deploy.report import machine, roofline
-from meta_deploy.report.compare import image_files, interleave, latencies, report
+from meta_deploy.report.compare import _asked, image_files, interleave, latencies, report
 from meta_deploy.report.schema import Report, Roofline
 from meta_deploy.report.subject import Subject
 from meta_deploy.report.worker import Failed, Worker
@@ -197,6 +197,11 @@ def test_ratios_are_to_the_first_of_the_model_and_of_all_parts():
 
 
 # --- what is refused, what is noticed -----------------------------------------------------------------------
+
+
+def test_names_are_one_line_and_no_two_alike():
+    found = _asked(["no/a\nb", "other/a\nb"], ["auto"])
+    assert [entry.name for entry in found] == ["a\\nb", "a\\nb #2"]
 
 
 def test_nothing_to_compare_no_images_and_few_runs_are_refused(bundles, tmp_path):

@@ -5,6 +5,7 @@ import onnx
 import pytest
 from onnx import TensorProto
 from onnx.helper import make_node
+from PIL import Image
 
 from meta_deploy.ort import onnxruntime
 from meta_deploy.report import openvino_profile
@@ -304,6 +305,14 @@ def test_a_bundle_is_profiled_as_its_back_end_runs_it(bundles, tmp_path):
     assert {type(row).__mro__[1] for row in found.nodes} == {Cost}
     found = Subject(str(bundles / "raw"), "openvino", 1, [], tmp_path).profile()
     assert found.ms > 0
+
+
+def test_a_profile_is_of_as_many_images_as_are_timed(bundles, tmp_path):
+    image = tmp_path / "x.png"
+    Image.new("RGB", (64, 64)).save(image)
+    for name, count in (("detector-dynamic", 1), ("detector-batch", 4)):
+        found = Subject(str(bundles / name), "onnxruntime", 1, [str(image)], tmp_path).profile()
+        assert f"float {count}x3x64x64" in by_op(found)["ReduceMax"].inputs
 
 
 def test_an_attention_in_one_node_is_counted_whichever_way_its_keys_lie():
