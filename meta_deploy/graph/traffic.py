@@ -20,15 +20,15 @@ from meta_deploy.graph.graph import IdentitySet, is_op, name_batch, read_by, sta
 
 # Parameters of norms, and pads, axes, sizes and repeats, are a few numbers and not counted; indices are.
 # What else normalizes, such as ReduceMean, Sub, Div of a norm written out, is arithmetic and not counted.
-# Reshape, Squeeze, Unsqueeze, Flatten and Identity only rename what is there: nothing.
-_READ_FIRST = (
-    *("Transpose", "Pad", "Expand", "Tile", "DepthToSpace", "SpaceToDepth", "ReverseSequence"),
+RENAMES = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity")  # only rename what is there: nothing
+NORMS = (
     *("LayerNormalization", "BatchNormalization", "InstanceNormalization", "GroupNormalization"),
     *("RMSNormalization", "LpNormalization", "MeanVarianceNormalization"),
 )
-_READ_ALL = ("Concat", "ScatterElements", "ScatterND")
-_READ_WHAT_THEY_WRITE = ("Slice", "Split")
-_READ_WHAT_THEY_WRITE_AND_INDICES = ("Gather", "GatherElements", "GatherND")
+READ_FIRST = ("Transpose", "Pad", "Expand", "Tile", "DepthToSpace", "SpaceToDepth", "ReverseSequence")
+READ_ALL = ("Concat", "ScatterElements", "ScatterND")
+READ_WHAT_THEY_WRITE = ("Slice", "Split")
+READ_WHAT_THEY_WRITE_AND_INDICES = ("Gather", "GatherElements", "GatherND")
 
 _SMALL = 64  # numbers in a constant that may say a shape
 _ROUNDS = 10  # of inferring shapes; each adds what the values known by then tell
@@ -70,13 +70,13 @@ def bytes_known(graph: gs.Graph) -> tuple[int, bool]:
 def _touched(node: gs.Node) -> Iterable[gs.Tensor]:
     """The tensors that a node reads or writes, as often as it does."""
     written = [tensor for tensor in node.outputs if not tensor.is_empty()]
-    if is_op(node, *_READ_FIRST):
+    if is_op(node, *READ_FIRST, *NORMS):
         return [node.inputs[0], *written]
-    if is_op(node, *_READ_ALL):
+    if is_op(node, *READ_ALL):
         return [*node.inputs, *written]
-    if is_op(node, *_READ_WHAT_THEY_WRITE):
+    if is_op(node, *READ_WHAT_THEY_WRITE):
         return written * 2
-    if is_op(node, *_READ_WHAT_THEY_WRITE_AND_INDICES):
+    if is_op(node, *READ_WHAT_THEY_WRITE_AND_INDICES):
         return [node.inputs[1], *written * 2]
     return []
 

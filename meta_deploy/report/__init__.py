@@ -2,3 +2,6 @@
 
 Reads what the runtime and the exporter give; changes nothing.
 """
+
+RUNS = 40  # timed rounds, unless asked otherwise
+COUNT = 50  # images at most

@@ -23,6 +23,7 @@ from meta_deploy.imaging.given import given_image
 from meta_deploy.imaging.images import ImageLike, ImageWarning, Picture, load
 from meta_deploy.imaging.preprocess import Preprocessor
 from meta_deploy.targets import open_backend
+from meta_deploy.targets.target import Backend
 from meta_deploy.tasks import get_task
 from meta_deploy.tasks.results import Result, Timings
 from meta_deploy.tasks.tiles import tiles_of
@@ -41,7 +42,7 @@ class Predictor:
     def __init__(
         self,
         bundle: Bundle | str | os.PathLike[str] | None = None,
-        backend: str = "auto",
+        backend: str | Backend = "auto",
         score_threshold: float | None = None,
         threads: int | None = None,
         depth: int | None = None,
@@ -49,6 +50,8 @@ class Predictor:
         tile_overlap: int | None = None,
     ):
         """Open a bundle on a back end: a folder, or the name of one in the package (None: "nuclei").
+
+        `backend` is a name, or a back end that is open already.
 
         `score_threshold` is the least score of a detection, 0 to 1 (None: the bundle's own); `threads` the
         CPU threads of the model, 1 to 1024 (None: all CPUs that affinity and a container's quota leave to
@@ -72,7 +75,10 @@ class Predictor:
             raise InputError(f"threads must be a whole number from 1 to {MAX_THREADS}, not {threads!r}")
         check_depth(depth)
         self.depth = depth
-        if isinstance(bundle, Bundle):
+        if isinstance(backend, Backend):
+            self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(locate(bundle))
+            self._backend = backend
+        elif isinstance(bundle, Bundle):
             self.bundle, self._backend = bundle, open_backend(bundle, backend, threads)
         else:
             self.bundle, self._backend = Bundle.use(

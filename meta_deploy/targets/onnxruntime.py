@@ -103,6 +103,18 @@ def _words(text: str) -> str:
     return (text.splitlines() or [""])[0]
 
 
+def session_options(threads: int) -> Any:
+    """How a bundle's graph is opened; 0 threads: ONNX Runtime's choice."""
+    ort = _library()
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = _FATAL  # errors arrive as exceptions, warnings are not the user's
+    # Idle workers that spin take the cores from the postprocessing, and from whatever else runs here.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.intra_op_num_threads = threads
+    return options
+
+
 class OnnxRuntimeBackend(Backend):
     """A bundle's model.onnx in an ONNX Runtime session."""
 
@@ -120,13 +132,8 @@ class OnnxRuntimeBackend(Backend):
         by = "on" if name == "onnxruntime" else "with"
         self.runs_on = f"ONNX Runtime {ort.__version__} {by} {_TITLES[name]}"
         self._contract = Contract(bundle, MODEL)
-        options = ort.SessionOptions()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.log_severity_level = _FATAL  # errors arrive as exceptions, warnings are not the user's
-        # Idle workers that spin take the cores from the postprocessing, and from whatever else runs here.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._share = Share(threads)
-        options.intra_op_num_threads = self._share.threads
+        options = session_options(self._share.threads)
         try:
             session = ort.InferenceSession(read_model(bundle), options, providers=_providers(name))
             taken, given = _values(session.get_inputs()), _values(session.get_outputs())

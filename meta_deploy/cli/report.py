@@ -1,0 +1,231 @@
+"""meta-report: models compared on this machine, a page, Markdown or JSON. Parses, calls, prints."""
+
+from __future__ import annotations
+
+import sys
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from meta_deploy.cli.common import (
+    EXIT_INPUT,
+    Parser,
+    check_signals,
+    done,
+    path,
+    positive_int,
+    run,
+    thread_count,
+)
+from meta_deploy.cli.terminal import say, tell
+from meta_deploy.errors import InputError
+from meta_deploy.report import COUNT, RUNS
+from meta_deploy.targets import BACKEND_NAMES
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from meta_deploy.report.schema import Report
+
+OUT = "report.html"
+
+_EPILOG = """\
+examples:
+  meta-report my-bundle other-bundle
+  meta-report model.pth stock-bundle my-bundle --images val/ --annotations instances_val.json
+  meta-report my-bundle --backend onnxruntime --backend openvino --out report.md
+
+The first model that runs is what the others are compared with.
+Exit code 0: done; 2: bad input (what could be measured is in the report); 1: internal error.
+"""
+
+
+def parser() -> Parser:
+    """The command's options."""
+    p = Parser(
+        prog="meta-report",
+        description="Compare models on this machine: latency, memory, where the time goes, accuracy.",
+        epilog=_EPILOG,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    p.add_argument(
+        "models", nargs="+", type=path, metavar="BUNDLE|ONNX|CKPT", help="bundles, .onnx files, checkpoints"
+    )
+    p.add_argument(
+        "--images",
+        type=path,
+        metavar="DIR",
+        help="images to run on (default: the package's own); models that take arrays get random ones",
+    )
+    p.add_argument(
+        "--annotations",
+        type=path,
+        metavar="FILE|DIR",
+        help="what is true of the images: a COCO JSON file for detectors, or for class maps a folder of "
+        "label images, 255 where a pixel does not count (default: the first model's results)",
+    )
+    p.add_argument(
+        "--count",
+        type=positive_int,
+        default=COUNT,
+        metavar="N",
+        help="the most images, spread evenly over those there are (default: %(default)s)",
+    )
+    p.add_argument(
+        "--backend",
+        action="append",
+        choices=BACKEND_NAMES,
+        help="what runs bundles and .onnx files; several times for several (default: auto); checkpoints run "
+        "on PyTorch",
+    )
+    p.add_argument(
+        "--runs",
+        type=positive_int,
+        default=RUNS,
+        metavar="N",
+        help="timed rounds, at least 20; each runs every model once (default: %(default)s)",
+    )
+    p.add_argument(
+        "--threads",
+        type=thread_count,
+        metavar="N",
+        help="CPU threads of each model, 1 to 1024 (default: all that this process may use)",
+    )
+    p.add_argument(
+        "--out",
+        action="append",
+        type=path,
+        metavar="FILE",
+        help=f"where the report goes: .html, .md or .json by its suffix; several times for several (default: "
+        f"{OUT}; with --json none)",
+    )
+    p.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The entry point; returns the exit code."""
+    return run(lambda: _report(parser().parse_args(argv)), "meta-report")
+
+
+def _report(args: Namespace) -> int:
+    outs = args.out or ([] if args.json else [OUT])
+    try:
+        from meta_deploy.report.compare import report
+        from meta_deploy.report.write import renderer
+    except ImportError as error:
+        raise InputError(
+            f"{error.name or error} is not installed; pip install meta-deploy[report]"
+        ) from error
+
+    renderers = {out: renderer(out) for out in outs}
+    _check_outs(args, outs)
+    with _Bar() as bar:
+        found = report(
+            args.models,
+            images=args.images,
+            annotations=args.annotations,
+            count=args.count,
+            backends=args.backend or ["auto"],
+            runs=args.runs,
+            threads=args.threads,
+            progress=bar.progress(),
+        )
+    for entry in found.entries:
+        if entry.error is not None:
+            tell(f"meta-report: {entry.name}: {entry.error}")
+    if not any(entry.latency for entry in found.entries):
+        raise InputError("none of the models could be measured, so there is no report")
+    _write(found, renderers)
+    _tell_verdicts(found, args.json)
+    done()
+    return EXIT_INPUT if _lacking(found) else 0
+
+
+def _check_outs(args: Namespace, outs: Sequence[str]) -> None:
+    """Refuse now what cannot be written after minutes. Raises InputError."""
+    from meta_deploy.bundle.claims import Claims
+    from meta_deploy.bundle.files import check_writable
+
+    claims = Claims()
+    claims.add_streams()
+    for name, what in (*((model, "a model") for model in args.models), (args.images, "the images")):
+        if name is not None:
+            claims.add(name, what)
+    if args.annotations is not None:
+        claims.add(args.annotations, "the annotations")
+    for out in outs:
+        claims.write(out, "--out")
+        check_writable(out)
+
+
+def _write(found: Report, renderers: dict[str, Any]) -> None:
+    from meta_deploy.bundle.files import atomic_write
+
+    for out, render in renderers.items():
+        text = render(found)
+        check_signals()
+        with atomic_write(out) as stream:
+            stream.write(text.encode())
+
+
+def _tell_verdicts(found: Report, as_json: bool) -> None:
+    """The comparison on standard output; with --json the document, and the comparison elsewhere."""
+    from meta_deploy.report import words
+
+    stream = sys.stderr if as_json else sys.stdout
+    for text in found.disturbances:
+        tell(f"meta-report: warning: {text}")
+    for entry in found.entries:
+        if entry.latency:
+            memory = f", {entry.peak_memory_mb:,.0f} MB" if entry.peak_memory_mb else ""
+            total = entry.latency.total
+            spread = f"{words.ms(total.p5)} to {words.ms(total.p90)}"
+            say(f"{entry.name}: {words.ms(total.median)} ms ({spread}){memory}", stream)
+    for sentence in words.verdicts(found):
+        if "was not measured" not in sentence:
+            say(sentence, stream)
+    if as_json:
+        print(found.to_json(), end="")
+
+
+def _lacking(found: Report) -> bool:
+    """Whether a model was measured on none of its back ends."""
+    measured = {entry.path for entry in found.entries if entry.error is None}
+    return any(entry.path not in measured for entry in found.entries)
+
+
+class _Bar:
+    """A progress bar for each stage, on a terminal, with what is left of it."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def progress(self) -> Any:
+        from meta_deploy.export.progress import Progress
+
+        return Progress(start=self._start, end=self._end, count=self._count)
+
+    def _start(self, stage: str) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(desc=stage, file=sys.stderr, disable=not sys.stderr.isatty(), leave=False)
+
+    def _count(self, at: int, total: int) -> None:
+        check_signals()
+        self._bar.total = total
+        self._bar.update(at - self._bar.n)
+
+    def _end(self, stage: str, seconds: float) -> None:
+        self._bar.close()
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

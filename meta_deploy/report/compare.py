@@ -1,0 +1,280 @@
+"""The order of a report: open every entry, run them in turns, ask each for the rest, sum up."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from msgspec.structs import replace
+
+from meta_deploy.cpus import cpu_count
+from meta_deploy.errors import InputError
+from meta_deploy.export.progress import Progress
+from meta_deploy.imaging.images import load
+from meta_deploy.imaging.sources import expand
+from meta_deploy.report import COUNT, RUNS, machine
+from meta_deploy.report.judge import Annotations, judge, noted, open_annotations
+from meta_deploy.report.schema import PARTS, Entry, Latency, Ratio, Report, Roofline, Settings
+from meta_deploy.report.statistics import LEAST_ROUNDS, compare, drift, spread
+from meta_deploy.report.subject import PYTORCH, kind_of
+from meta_deploy.report.worker import Failed, Worker
+from meta_deploy.targets import BACKEND_NAMES
+from meta_deploy.text import escaped
+
+WARM_UP = 3
+
+
+def report(
+    paths: Sequence[str | os.PathLike[str]],
+    *,
+    images: str | os.PathLike[str] | None = None,
+    annotations: str | os.PathLike[str] | None = None,
+    count: int = COUNT,
+    backends: Sequence[str] = ("auto",),
+    runs: int = RUNS,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Compare models on this machine.
+
+    Args:
+        paths: bundles, .onnx files and checkpoints; the first that runs is what the others are compared with.
+        images: an image or a folder of images; None: the package's own.
+        annotations: a COCO JSON file for detectors, or a folder of label images for class maps, of the same
+            names as the images; None: results are held against the first entry's.
+        count: the most images to look at, spread evenly over those there are.
+        backends: each bundle and .onnx file is run on each of these; checkpoints are run by PyTorch.
+        runs: timed rounds, at least 20.
+        threads: CPU threads of each; None: all CPUs that this process may use.
+        progress: who listens.
+
+    Returns:
+        An entry for each path and back end. What could not be measured has the reason as its `error`.
+
+    Raises:
+        InputError: nothing to compare, no images, annotations of others, or an option out of range.
+    """
+    progress = progress or Progress()
+    asked = _asked(paths, backends)
+    if runs < LEAST_ROUNDS:
+        raise InputError(f"{runs} runs are too few for an interval; take at least {LEAST_ROUNDS}")
+    pictures, truth = _pictures(images, annotations, count)
+    settings = Settings(
+        images=tuple(pictures),
+        annotations=None if annotations is None else str(annotations),
+        warm_up=WARM_UP,
+        runs=runs,
+        threads=threads or cpu_count(),
+    )
+    about = machine.describe()
+    with contextlib.ExitStack() as stack:
+        workers, errors = _opened(asked, settings, stack, progress)
+        measured = _measured(workers, settings, truth, errors, progress)
+    roof = None
+    if any(fields.get("profile") for fields in measured.values()):
+        with progress.stage("roofline"):
+            roof = _under_roof(measured, settings.threads)
+    entries = tuple(
+        replace(entry, error=errors[entry.name])
+        if entry.name in errors
+        else replace(entry, **measured[entry.name])
+        for entry in asked
+    )
+    drifts = {entry.name: entry.latency.drift for entry in entries if entry.latency}
+    return Report(
+        date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        command=shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        machine=about,
+        settings=settings,
+        roofline=roof,
+        disturbances=machine.disturbances(about, drifts),
+        entries=entries,
+    )
+
+
+def _pictures(
+    images: str | os.PathLike[str] | None, annotations: str | os.PathLike[str] | None, count: int
+) -> tuple[list[str], Annotations | None]:
+    """The images to run on, and what is true of them; both are read once, to tell now what is wrong.
+
+    Raises:
+        InputError: no images, annotations of others, or one that cannot be read.
+    """
+    pictures, truth = image_files(images), None
+    if annotations is not None:
+        truth = open_annotations(annotations)
+        pictures = truth.known(pictures)
+    pictures = evenly(pictures, count)
+    for picture in pictures:
+        load(picture)
+    if truth is not None:
+        truth.check(pictures)
+    return pictures, truth
+
+
+def _measured(
+    workers: Mapping[str, Worker],
+    settings: Settings,
+    truth: Annotations | None,
+    errors: dict[str, str],
+    progress: Progress,
+) -> dict[str, dict[str, Any]]:
+    """Fields of `Entry` by name, of the entries that run; why others do not goes into `errors`."""
+    with progress.stage("measure"):
+        times = interleave(
+            workers,
+            lambda worker, i: worker.call("timings", i),
+            settings.warm_up,
+            settings.runs,
+            errors,
+            progress.count,
+        )
+    running = {name: workers[name] for name in times}
+    facts: dict[str, dict[str, Any]] = {}
+    for name, worker in running.items():
+        with noted(errors, name):
+            facts[name] = worker.call("facts")
+    with progress.stage("accuracy"):
+        accuracies = judge(running, settings.images, truth, errors, progress.count)
+    with progress.stage("profile"):
+        for done, (name, worker) in enumerate(running.items()):
+            if name not in errors:
+                facts[name] |= _profile(worker)
+            progress.count(done + 1, len(running))
+    for name, latency in latencies({name: times[name] for name in times if name not in errors}).items():
+        facts[name] |= {"latency": latency, "accuracy": accuracies.get(name)}
+    return facts
+
+
+def _profile(worker: Worker) -> dict[str, Any]:
+    """The profile, or why there is none: a model that was measured stays so without."""
+    try:
+        return {"profile": worker.call("profile")}
+    except Failed as error:
+        return {"no_profile": str(error)}
+
+
+def _under_roof(measured: Mapping[str, dict[str, Any]], threads: int) -> Roofline:
+    """This machine's roofline, under which the profiles get their places."""
+    from meta_deploy.report import roofline
+
+    roof = roofline.measure(threads)
+    for fields in measured.values():
+        if fields.get("profile"):
+            fields["profile"] = roofline.under_roof(fields["profile"], roof)
+    return roof
+
+
+def image_files(images: str | os.PathLike[str] | None) -> list[str]:
+    """The images to run on. Raises InputError: there is none."""
+    named = files("meta_deploy") / "assets" / "images" if images is None else images
+    sources = expand([str(named)])
+    if others := [source.path for source in sources if source.video or source.arrays]:
+        raise InputError(f"'{others[0]}' is not an image; give --images an image or a folder of images")
+    return [str(source.path) for source in sources]
+
+
+def evenly(items: Sequence[str], count: int) -> list[str]:
+    """At most `count` of them, spread evenly."""
+    step = max(1.0, len(items) / count)
+    return [items[int(i * step)] for i in range(min(len(items), count))]
+
+
+def interleave(
+    workers: Mapping[str, Worker],
+    run: Callable[[Worker, int], object],
+    warm_up: int,
+    rounds: int,
+    errors: dict[str, str],
+    count: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, np.ndarray]:
+    """Times (rounds, 3) of the entries: preprocessing, model and postprocessing, in milliseconds.
+
+    Every round runs each entry once on the same image, starting with another one than the round before, so
+    that other work on the machine, and whoever came before, affect all alike. An entry that fails is out,
+    with its reason in `errors`.
+    """
+    running, times = dict(workers), {name: [] for name in workers}  # type: ignore[var-annotated]
+    for turn in range(-warm_up, rounds):
+        names = list(running)
+        first = turn % max(len(names), 1)
+        for name in names[first:] + names[:first]:
+            with noted(errors, name):
+                took = run(running[name], turn)
+                if turn >= 0:
+                    times[name].append((took.pre, took.model, took.post))  # type: ignore[attr-defined]
+            if name in errors:
+                del running[name]
+        count(turn + warm_up + 1, rounds + warm_up)
+    return {name: np.array(times[name]) for name in running}
+
+
+def latencies(times: Mapping[str, np.ndarray]) -> dict[str, Latency]:
+    """What the times of `interleave` say, relative to the first entry's."""
+    found = {}
+    base: dict[str, np.ndarray] | None = None
+    for name, rounds in times.items():
+        parts = dict(zip(PARTS, [*rounds.T, rounds.sum(axis=1)], strict=True))
+        ratios: dict[str, Ratio | None] = {
+            f"{part}_ratio": None if base is None else compare(parts[part], base[part])
+            for part in ("total", "model")
+        }
+        spreads = {part: spread(values) for part, values in parts.items()}
+        found[name] = Latency(rounds=len(rounds), drift=drift(parts["model"]), **spreads, **ratios)  # type: ignore[arg-type]
+        base = base or parts
+    return found
+
+
+def _asked(paths: Sequence[str | os.PathLike[str]], backends: Sequence[str]) -> list[Entry]:
+    if not paths:
+        raise InputError("there is nothing to compare; name a bundle, an .onnx file or a checkpoint")
+    if unknown := [name for name in backends if name not in BACKEND_NAMES]:
+        raise InputError(f"'{unknown[0]}' is not a back end; choose {', '.join(BACKEND_NAMES)}")
+    found = []
+    for path in map(str, paths):
+        name = escaped(Path(os.path.abspath(path)).name)
+        try:
+            kind = kind_of(path)
+        except InputError as error:
+            found.append(Entry(name=name, path=path, backend=backends[0], kind=None, error=str(error)))
+            continue
+        for backend in (PYTORCH,) if kind == "checkpoint" else backends:
+            shown = f"{name} ({backend})" if len(backends) > 1 else name
+            found.append(Entry(name=shown, path=path, backend=backend, kind=kind))
+    return _told_apart(found)
+
+
+def _told_apart(asked: Sequence[Entry]) -> list[Entry]:
+    """The same with a number after names that others have, too."""
+    met: Counter[str] = Counter()
+    result = []
+    for entry in asked:
+        met[entry.name] += 1
+        name = entry.name if met[entry.name] == 1 else f"{entry.name} #{met[entry.name]}"
+        result.append(replace(entry, name=name))
+    return result
+
+
+def _opened(
+    asked: Sequence[Entry], settings: Settings, stack: contextlib.ExitStack, progress: Progress
+) -> tuple[dict[str, Worker], dict[str, str]]:
+    """The entries' processes, and why others have none."""
+    workers: dict[str, Worker] = {}
+    errors = {entry.name: entry.error for entry in asked if entry.error is not None}
+    with progress.stage("open"):
+        for done, entry in enumerate(asked):
+            if entry.kind is not None:
+                with noted(errors, entry.name):
+                    worker = Worker(entry.path, entry.backend, settings.threads, settings.images)
+                    workers[entry.name] = stack.enter_context(worker)
+            progress.count(done + 1, len(asked))
+    return workers, errors

@@ -1,0 +1,313 @@
+"""How good results are: against annotations, or against the first entry's results.
+
+Knows results of every task, COCO files and label images; must not know what made the results.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from meta_deploy.errors import InputError
+from meta_deploy.report.accuracy import coco_ap
+from meta_deploy.report.schema import Accuracy
+from meta_deploy.report.worker import Failed, Worker
+from meta_deploy.tasks.comparison import Floats
+from meta_deploy.tasks.detection import Detections
+from meta_deploy.tasks.raw import Arrays
+from meta_deploy.tasks.results import Result, coco_category_ids
+from meta_deploy.tasks.semantic_segmentation import Segmentation
+
+SURE = 0.3  # the least score at which a detection of the first entry is taken for true
+IGNORED = 255  # of label images: a pixel that does not count
+_LABELS = (".png", ".tif", ".tiff")
+
+
+class Annotations(ABC):
+    """What is true of images."""
+
+    path: str
+
+    @abstractmethod
+    def _knows(self, image: str) -> bool:
+        """Whether there is an annotation of this image."""
+
+    def known(self, images: Sequence[str]) -> list[str]:
+        """Those of the images that are annotated.
+
+        Raises:
+            InputError: none is.
+        """
+        found = [image for image in images if self._knows(image)]
+        if not found:
+            raise InputError(
+                f"'{self.path}' annotates none of the {len(images)} images, such as "
+                f"'{os.path.basename(images[0])}'; give the annotations of these images"
+            )
+        return found
+
+    def check(self, images: Sequence[str]) -> None:
+        """Read what is read image by image. Raises InputError now and not after minutes."""
+        return
+
+
+class CocoAnnotations(Annotations):
+    """A COCO instances file; images are known by their file's name."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            self.content = json.loads(Path(path).read_text())
+            self.ids = {os.path.basename(i["file_name"]): i["id"] for i in self.content["images"]}
+            self.categories = {c["name"]: c["id"] for c in self.content["categories"]}
+            for annotation in self.content["annotations"]:
+                _ = annotation["image_id"], annotation["category_id"], annotation["bbox"]
+        except OSError as error:
+            raise InputError(f"cannot read '{path}': {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise InputError(
+                f"'{path}' is not a COCO file: it needs images, categories and annotations with boxes"
+            ) from error
+
+    def _knows(self, image: str) -> bool:
+        return os.path.basename(image) in self.ids
+
+    def part(self, images: Sequence[str]) -> dict[str, Any]:
+        """The annotations of these images alone."""
+        ids = {self.ids[os.path.basename(image)] for image in images}
+        return {
+            "images": [i for i in self.content["images"] if i["id"] in ids],
+            "categories": self.content["categories"],
+            "annotations": [a for a in self.content["annotations"] if a["image_id"] in ids],
+        }
+
+    def category_ids(self, classes: Sequence[str]) -> list[int]:
+        """Each class's id by its name; by its number where no name is a category's."""
+        if not self.categories.keys() & set(classes):
+            return coco_category_ids(classes)
+        return [self.categories.get(name, -1 - label) for label, name in enumerate(classes)]
+
+
+class LabelImages(Annotations):
+    """A folder of label images: the class of each pixel as a number, 255 where it does not count."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.files = {p.stem: p for p in sorted(Path(path).iterdir()) if p.suffix.lower() in _LABELS}
+
+    def _knows(self, image: str) -> bool:
+        return Path(image).stem in self.files
+
+    def check(self, images: Sequence[str]) -> None:
+        for image in images:
+            self.labels(image)
+
+    def labels(self, image: str) -> np.ndarray:
+        """(H, W). Raises InputError where it is no image of labels."""
+        file = self.files[Path(image).stem]
+        try:
+            with Image.open(file) as opened:
+                labels = np.asarray(opened)
+        except OSError as error:
+            raise InputError(f"cannot read the labels '{file}': {error}") from error
+        if labels.ndim != 2 or labels.dtype.kind not in "ui":
+            raise InputError(f"'{file}' has colours and not a class number for each pixel")
+        return labels
+
+
+def open_annotations(path: str | os.PathLike[str]) -> Annotations:
+    """A COCO file, or a folder of label images.
+
+    Raises:
+        InputError: it is neither.
+    """
+    return LabelImages(str(path)) if os.path.isdir(path) else CocoAnnotations(str(path))
+
+
+@contextlib.contextmanager
+def noted(errors: dict[str, str], name: str) -> Iterator[None]:
+    """A failure of one entry is its own; the rest goes on."""
+    try:
+        yield
+    except Failed as error:
+        errors[name] = str(error)
+
+
+def judge(
+    workers: Mapping[str, Worker],
+    images: Sequence[str],
+    truth: Annotations | None,
+    errors: dict[str, str],
+    count: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Accuracy]:
+    """Run every entry on every image, and hold its results against the truth or the first entry's.
+
+    Entries whose results are of another kind than what they are held against have no accuracy.
+    """
+    scales: dict[str, Scale] = {}
+    running = dict(workers)
+    for done, image in enumerate(images):
+        first: Result | None = None
+        for name in list(running):
+            with noted(errors, name):
+                result = running[name].call("result", done)
+                if name not in scales:
+                    scales[name] = _scale(result, truth)
+                if truth is not None or first is not None:
+                    scales[name].add(image, result, first)
+                first = first or result
+            if name in errors:
+                del running[name]
+        count(done + 1, len(images))
+    found = {name: scales[name].accuracy(list(images), truth) for name in running if name in scales}
+    return {name: accuracy for name, accuracy in found.items() if accuracy is not None}
+
+
+class Scale(ABC):
+    """Gathers the results of one entry, image by image."""
+
+    @abstractmethod
+    def add(self, image: str, result: Any, first: Result | None) -> None:
+        """One image's result, and the first entry's, which is the truth without annotations."""
+
+    @abstractmethod
+    def accuracy(self, images: list[str], truth: Annotations | None) -> Accuracy | None:
+        """The figures over all images; None where nothing could be compared."""
+
+
+def _scale(result: Result, truth: Annotations | None) -> Scale:
+    if isinstance(result, Detections):
+        return DetectionScale(truth)
+    if isinstance(result, Segmentation):
+        return MapScale(truth)
+    return ArrayScale()
+
+
+class DetectionScale(Scale):
+    """Average precision."""
+
+    def __init__(self, truth: Annotations | None) -> None:
+        self._truth = truth
+        self._records: list[dict[str, Any]] = []
+        self._taken: dict[str, Any] = {"images": [], "categories": [], "annotations": []}
+
+    def add(self, image: str, result: Any, first: Result | None) -> None:
+        if isinstance(self._truth, CocoAnnotations):
+            image_id = self._truth.ids[os.path.basename(image)]
+            self._records += result.to_coco(image_id, self._truth.category_ids(result.classes))
+        elif self._truth is None and isinstance(first, Detections) and first.size == result.size:
+            ids = list(range(1, len(result.classes) + 1))
+            image_id = len(self._taken["images"]) + 1
+            self._records += result.to_coco(image_id, ids)
+            self._take(image_id, first)
+
+    def _take(self, image_id: int, first: Detections) -> None:
+        """The first entry's detections as annotations."""
+        taken, (height, width) = self._taken, first.size
+        names = enumerate(first.classes, 1)
+        taken["images"].append({"id": image_id, "height": height, "width": width, "file_name": ""})
+        taken["categories"] = [{"id": id_, "name": str(id_)} for id_, _ in names]
+        sure = first.filter(SURE)
+        for record in sure.to_coco(image_id, [c["id"] for c in taken["categories"]]):
+            area = record["bbox"][2] * record["bbox"][3]
+            number = len(taken["annotations"]) + 1
+            taken["annotations"].append({**record, "id": number, "area": area, "iscrowd": 0})
+
+    def accuracy(self, images: list[str], truth: Annotations | None) -> Accuracy | None:
+        if isinstance(truth, CocoAnnotations):
+            content, against = truth.part(images), "annotations"
+        elif truth is None and self._taken["images"]:
+            content, against = self._taken, "the first entry"
+        else:
+            return None
+        found = coco_ap(content, self._records)
+        figures = {
+            f"{kind}_{key.lower()}": _finite(found[kind][key])
+            for kind in ("box", "mask")
+            for key in ("AP", "AP50")
+            if kind in found
+        }
+        if not any("segmentation" in record for record in self._records):
+            figures = {key: value for key, value in figures.items() if key.startswith("box")}
+        return Accuracy(against=against, images=len(content["images"]), **figures)  # type: ignore[arg-type]
+
+
+class MapScale(Scale):
+    """Intersection over union of the classes, from counts of pixels: (true class, class that was found)."""
+
+    def __init__(self, truth: Annotations | None) -> None:
+        self._truth = truth
+        self._counts = np.zeros((0, 0), np.int64)
+        self._images = 0
+
+    def add(self, image: str, result: Any, first: Result | None) -> None:
+        if isinstance(self._truth, LabelImages):
+            labels = self._truth.labels(image)
+            if labels.shape != result.size:
+                raise Failed(f"the labels of '{image}' are of another size than the image")
+        elif self._truth is None and isinstance(first, Segmentation) and first.size == result.size:
+            labels = first.labels
+        else:
+            return
+        counted = labels != IGNORED if self._truth is not None else np.ones(labels.shape, bool)
+        expected, found = labels[counted].astype(np.int64), result.labels[counted].astype(np.int64)
+        most = int(max(expected.max(initial=0), found.max(initial=0), len(result.classes) - 1)) + 1
+        counts = np.bincount(expected * most + found, minlength=most * most).reshape(most, most)
+        grown = np.zeros((max(most, len(self._counts)),) * 2, np.int64)
+        grown[: len(self._counts), : len(self._counts)] += self._counts
+        grown[:most, :most] += counts
+        self._counts = grown
+        self._images += 1
+
+    def accuracy(self, images: list[str], truth: Annotations | None) -> Accuracy | None:
+        total = int(self._counts.sum())
+        if not total:
+            return None
+        both = self._counts.diagonal()
+        either = self._counts.sum(axis=0) + self._counts.sum(axis=1) - both
+        return Accuracy(
+            against="the first entry" if truth is None else "annotations",
+            images=self._images,
+            mean_iou=float((both[either > 0] / either[either > 0]).mean()),
+            pixel_accuracy=float(both.sum() / total),
+        )
+
+
+class ArrayScale(Scale):
+    """The largest relative difference of arrays. Annotations say nothing of these."""
+
+    def __init__(self) -> None:
+        self._errors = [0.0]
+        self._runs = 0
+
+    def add(self, image: str, result: Any, first: Result | None) -> None:
+        if not isinstance(first, Arrays):
+            return
+        self._runs += 1
+        for name, expected in first.outputs.items():
+            found = result.outputs.get(name)
+            if found is None or found.shape != expected.shape or expected.dtype.kind not in "fiub":
+                self._errors.append(math.inf)
+            elif expected.size:
+                floats = Floats()
+                floats.add(expected.astype(np.float64), found.astype(np.float64))
+                self._errors += floats.most
+
+    def accuracy(self, images: list[str], truth: Annotations | None) -> Accuracy | None:
+        if not self._runs:
+            return None
+        worst = max(self._errors)
+        return Accuracy(against="the first entry", images=self._runs, max_relative_error=worst)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,120 @@
+"""A report as Markdown, for a pull request: verdicts first, then tables. Knows the schema and words alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from meta_deploy.report import words
+from meta_deploy.report.schema import CLASSES, Entry, Report
+
+TOP = 10  # nodes that are listed
+
+
+def to_markdown(report: Report) -> str:
+    """The whole report."""
+    parts = [
+        "# Comparison",
+        f"> **Disturbed.** {_plain(' '.join(report.disturbances))}" if report.disturbances else "",
+        "\n".join(f"- {_plain(sentence)}" for sentence in words.verdicts(report)),
+        _comparison(report.entries),
+        _note(report),
+        *_where(report.entries),
+        *(_slowest(entry) for entry in report.entries if entry.profile),
+        _how(report),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _comparison(entries: Sequence[Entry]) -> str:
+    head = ["", "median ms", "p5", "p90", "p99", "pre", "model", "post", "ratio (99 % interval)"]
+    rows = [[*head, "memory", "files", "accuracy"]]
+    for entry in entries:
+        found = entry.latency
+        if found is None:
+            rows.append([entry.name, entry.error or "", *[""] * 10])
+            continue
+        total = [found.total.median, found.total.p5, found.total.p90, found.total.p99]
+        parts = [found.pre.median, found.model.median, found.post.median]
+        memory = "" if entry.peak_memory_mb is None else f"{entry.peak_memory_mb:,.0f} MB"
+        rows.append(
+            [
+                entry.name,
+                *map(words.ms, [*total, *parts]),
+                words.ratio(found.total_ratio) or "first",
+                memory,
+                words.size(sum(entry.files.values())),
+                words.accuracy(entry.accuracy),
+            ]
+        )
+    return _table(rows)
+
+
+def _note(report: Report) -> str:
+    settings = report.settings
+    images = f"{len(settings.images)} image{'s' if len(settings.images) != 1 else ''}"
+    against = {e.accuracy.against for e in report.entries if e.accuracy is not None}
+    accuracy = f" Accuracy is against {' and '.join(sorted(against))}." if against else ""
+    return (
+        f"Milliseconds from a decoded image to its result, {settings.runs} interleaved rounds after "
+        f"{settings.warm_up} to warm up, on {images}, {settings.threads} "
+        f"thread{'s' if settings.threads != 1 else ''}; memory is the peak of a process of its own.{accuracy}"
+    )
+
+
+def _where(entries: Sequence[Entry]) -> Iterable[str]:
+    """Time by class, a column an entry."""
+    profiled = [entry for entry in entries if entry.profile is not None]
+    if not profiled:
+        return
+    yield "## Where the model's time goes"
+    rows = [["ms", *(entry.name for entry in profiled)]]
+    for name in CLASSES:
+        found = [next((c for c in e.profile.classes if c.name == name), None) for e in profiled]  # type: ignore[union-attr]
+        if any(found):
+            rows.append([name, *(f"{words.ms(c.ms)} ({100 * c.share:.0f} %)" if c else "" for c in found)])
+    rows.append(["a run, profiled", *(words.ms(e.profile.ms) for e in profiled)])  # type: ignore[union-attr]
+    peaks = [e.profile.live_peak for e in profiled]  # type: ignore[union-attr]
+    rows.append(["peak of live activations", *(words.size(peak.bytes) if peak else "" for peak in peaks)])
+    yield _table(rows)
+    for entry in entries:
+        if entry.no_profile is not None:
+            yield f"{_plain(entry.name)}: {_plain(entry.no_profile)}."
+
+
+def _slowest(entry: Entry) -> str:
+    assert entry.profile is not None
+    rows = [["node", "operator", "class", "ms", "bytes", "FLOPs", "bound by", "of roof"]]
+    for node in sorted(entry.profile.nodes, key=lambda node: -node.ms)[:TOP]:
+        known = node.bytes_read is not None and node.bytes_written is not None
+        moved = node.bytes_read + node.bytes_written if known else None  # type: ignore[operator]
+        roof = "" if node.share_of_roof is None else f"{100 * node.share_of_roof:.0f} %"
+        figures = [words.ms(node.ms), words.size(moved), words.count(node.flops)]
+        rows.append([f"`{node.name}`", node.op, node.op_class, *figures, node.bound or "", roof])
+    return f"### The slowest nodes of {_plain(entry.name)}\n\n{_table(rows)}"
+
+
+def _how(report: Report) -> str:
+    about = report.machine
+    sets = f" ({', '.join(about.instruction_sets)})" if about.instruction_sets else ""
+    lines = [
+        f"- {about.cpu}{sets}, {about.cpus} CPUs, {about.memory_gb or '?'} GB; {about.system}; "
+        f"governor {about.governor or 'unknown'}; load {about.load if about.load is not None else 'unknown'}",
+        f"- {', '.join(f'{name} {version}' for name, version in about.versions.items())}",
+        *(f"- {_plain(entry.name)}: {_plain(entry.runs_on)}" for entry in report.entries if entry.runs_on),
+        f"- {report.date}: `{report.command}`",
+    ]
+    if report.roofline is not None:
+        roof = report.roofline
+        lines.insert(1, f"- measured: {roof.bandwidth_gb_s:.1f} GB/s, {roof.peak_gflop_s:.1f} GFLOP/s")
+    return "## How it was measured\n\n" + "\n".join(lines)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = [[_plain(cell) for cell in row] for row in rows]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown takes for nothing else, in one line."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

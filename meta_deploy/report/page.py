@@ -1,0 +1,67 @@
+"""A report as one HTML file that needs nothing else. Knows the schema, plots and template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jinja2
+
+from meta_deploy import __version__
+from meta_deploy.report import plots, words
+from meta_deploy.report.schema import Entry, NodeRow, Report
+
+TOP = 300  # nodes that the page lists; --json has all
+_TEMPLATE = "page.html.jinja"
+
+
+def to_html(report: Report) -> str:
+    """The whole page."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,  # names come from outside
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(_TEMPLATE).render(
+        report=report,
+        measured=[entry for entry in report.entries if entry.latency],
+        profiled=[entry for entry in report.entries if entry.profile],
+        words=words,
+        colours={name: f"var(--series-{i})" for i, name in enumerate(plots.CLASSES)},
+        figures=_figures(report),
+        roofs={entry.name: plots.roofline(report, entry) for entry in _roofed(report)},
+        slowest=slowest,
+        moved=moved,
+        top=TOP,
+        version=__version__,
+    )
+
+
+def _figures(report: Report) -> list[tuple[str, str]]:
+    """The plots of all entries together, with their titles."""
+    found = [("Latency", plots.latency(report))]
+    if any(entry.peak_memory_mb is not None for entry in report.entries):
+        found.append(("Memory", plots.memory(report)))
+    if any(entry.profile for entry in report.entries):
+        found.append(("Where the model's time goes", plots.classes(report)))
+    if (trade := plots.trade(report)) is not None:
+        found.append(("Accuracy and latency", trade))
+    return found
+
+
+def _roofed(report: Report) -> list[Entry]:
+    return [entry for entry in report.entries if entry.profile and report.roofline]
+
+
+def slowest(entry: Entry) -> list[NodeRow]:
+    """The nodes that take most, the slowest first."""
+    assert entry.profile is not None
+    return sorted(entry.profile.nodes, key=lambda node: -node.ms)[:TOP]
+
+
+def moved(node: NodeRow) -> int | None:
+    """Bytes read and written."""
+    if node.bytes_read is None or node.bytes_written is None:
+        return None
+    return node.bytes_read + node.bytes_written

@@ -1,0 +1,265 @@
+"""What a report holds, and so the schema of its JSON, stated here and nowhere else.
+
+Knows names and units, and neither how a number is measured nor how it is shown. Times are in milliseconds of
+one image (of one run, where the input is arrays), memory in MB of 10^6 bytes, sizes of files in bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias, get_args
+
+import msgspec
+from msgspec import Struct
+
+SCHEMA = 1
+Verdict: TypeAlias = Literal["faster", "slower", "no difference"]
+PARTS = ("pre", "model", "post", "total")
+OperatorClass: TypeAlias = Literal[
+    "convolution",
+    "matrix product",
+    "attention",
+    "normalization",
+    "element-wise",
+    "data movement",
+    "resize",
+    "post-processing",
+    "other",
+    "between nodes",
+]
+CLASSES: tuple[OperatorClass, ...] = get_args(OperatorClass)
+
+
+class Spread(Struct, frozen=True, kw_only=True):
+    """How a time is spread over the rounds."""
+
+    median: float
+    p5: float
+    p90: float
+    p99: float
+
+
+class Ratio(Struct, frozen=True, kw_only=True):
+    """A time relative to the first entry's: the median over the rounds of both times of one round.
+
+    `low` and `high` are its confidence interval, 99 %, by a bootstrap over blocks of rounds.
+    """
+
+    value: float
+    low: float
+    high: float
+    verdict: Verdict
+
+
+class Latency(Struct, frozen=True, kw_only=True):
+    """Preprocessing (decoding apart), the model and postprocessing of one image, and their sum.
+
+    Attributes:
+        rounds: timed runs; each round runs every entry once.
+        total_ratio, model_ratio: to the first entry that ran; None for that one.
+        drift: the model's median time in the last third of the rounds over that in the first third.
+    """
+
+    rounds: int
+    pre: Spread
+    model: Spread
+    post: Spread
+    total: Spread
+    total_ratio: Ratio | None
+    model_ratio: Ratio | None
+    drift: float
+
+
+class Cost(Struct, frozen=True, kw_only=True):
+    """What operators have to do by the shapes that they ran on; None where shapes do not tell.
+
+    `bytes_read` and `bytes_written` go by the tensors, each once, as if no cache held them. `flops` counts a
+    multiplication and an addition as two.
+    """
+
+    bytes_read: int | None
+    bytes_written: int | None
+    flops: int | None
+
+
+class NodeRow(Cost, frozen=True, kw_only=True):
+    """A node of the graph as the back end runs it, which fuses and adds nodes, with its time in one run.
+
+    Attributes:
+        op: its operator, the back end's own included.
+        calls: in one run; not 1 for nodes in loops and branches.
+        inputs, outputs: types and shapes, such as "float 1x3x64x64".
+        intensity: FLOPs a byte read or written.
+        bound: by memory or by arithmetic, on this machine's roofline.
+        share_of_roof: the least time that this machine could take for its bytes and FLOPs, over its time.
+    """
+
+    name: str
+    op: str
+    op_class: OperatorClass
+    calls: float
+    ms: float
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    intensity: float | None = None
+    bound: Literal["memory", "arithmetic"] | None = None
+    share_of_roof: float | None = None
+
+
+class ClassRow(Struct, frozen=True, kw_only=True):
+    """All nodes of a class: times add up to `Profile.ms`; bytes and FLOPs are of nodes that tell theirs."""
+
+    name: OperatorClass
+    nodes: int
+    ms: float
+    share: float
+    bytes_read: int
+    bytes_written: int
+    flops: int
+
+
+class LiveTensor(Struct, frozen=True, kw_only=True):
+    """A tensor that is alive at the peak, and the node that made it ("input" for the graph's inputs)."""
+
+    name: str
+    made_by: str
+    bytes: int
+
+
+class LivePeak(Struct, frozen=True, kw_only=True):
+    """The most bytes of activations that are alive at once, by shapes and the order in which nodes run.
+
+    A tensor lives from the node that makes it to the last that reads it; weights are not counted.
+    """
+
+    bytes: int
+    node: str
+    tensors: tuple[LiveTensor, ...]
+
+
+class Profile(Struct, frozen=True, kw_only=True):
+    """Where a run of the model goes: means over `runs` runs under the back end's profiler.
+
+    Attributes:
+        by: whose profiler.
+        ms: a run, under the profiler, which slows it down a little.
+        classes: by falling time; the class "between nodes" is what is left of a run.
+        nodes: in the order in which they run.
+    """
+
+    by: str
+    runs: int
+    ms: float
+    classes: tuple[ClassRow, ...]
+    nodes: tuple[NodeRow, ...]
+    live_peak: LivePeak | None = None
+
+
+class Roofline(Struct, frozen=True, kw_only=True):
+    """What this machine does at best with the given threads: a copy, and a float32 matrix product."""
+
+    bandwidth_gb_s: float
+    peak_gflop_s: float
+
+
+class Accuracy(Struct, frozen=True, kw_only=True):
+    """How good an entry's results are, or how near to the first entry's. What does not apply is None.
+
+    Attributes:
+        against: what its results are held against. Without annotations these are the first entry's: of its
+            detections those of a score of at least 0.3.
+        images: how many were looked at; runs, where the input is arrays.
+        box_ap, box_ap50, mask_ap, mask_ap50: COCO's average precision, 0 to 1, at IoU 0.5 to 0.95 and 0.5.
+        mean_iou: over the classes that occur; pixel_accuracy: the share of pixels of the right class.
+        max_relative_error: of arrays, the largest difference over the largest value, over all outputs;
+            not finite where an output is absent or of another shape.
+    """
+
+    against: Literal["annotations", "the first entry"]
+    images: int
+    box_ap: float | None = None
+    box_ap50: float | None = None
+    mask_ap: float | None = None
+    mask_ap50: float | None = None
+    mean_iou: float | None = None
+    pixel_accuracy: float | None = None
+    max_relative_error: float | None = None
+
+
+class Entry(Struct, frozen=True, kw_only=True):
+    """One thing that was compared, on one back end.
+
+    Attributes:
+        name: the shortest that tells it from the others.
+        kind: what `path` is; None where it is no model.
+        backend: what ran it; what was asked for, where it failed.
+        error: why there is nothing more to tell of it; None where all went well.
+        runs_on: library, version, device and precision in words.
+        files: name -> bytes.
+        peak_memory_mb: the most memory that its own process held, from its start to the end of the timed
+            rounds; None where the system does not tell.
+        accuracy: None for the first entry without annotations, and for what cannot be compared.
+        profile: where the model's time goes; None where `no_profile` says why.
+    """
+
+    name: str
+    path: str
+    kind: Literal["bundle", "onnx", "checkpoint"] | None
+    backend: str
+    error: str | None = None
+    runs_on: str | None = None
+    model: str | None = None
+    task: str | None = None
+    precision: str | None = None
+    files: dict[str, int] = {}
+    latency: Latency | None = None
+    peak_memory_mb: float | None = None
+    accuracy: Accuracy | None = None
+    profile: Profile | None = None
+    no_profile: str | None = None
+
+
+class Machine(Struct, frozen=True, kw_only=True):
+    """What the numbers were measured on and with. `load` is the load average before the first run."""
+
+    cpu: str
+    instruction_sets: tuple[str, ...]
+    cpus: int
+    memory_gb: float | None
+    governor: str | None
+    system: str
+    versions: dict[str, str]
+    load: float | None
+
+
+class Settings(Struct, frozen=True, kw_only=True):
+    """How it was measured.
+
+    `images` is what was run on; entries that take arrays get random ones, the same for all. `annotations` is
+    the file or folder that results are held against.
+    """
+
+    images: tuple[str, ...]
+    annotations: str | None = None
+    warm_up: int
+    runs: int
+    threads: int
+
+
+class Report(Struct, frozen=True, kw_only=True):
+    """All that `meta-report` found.
+
+    `disturbances` say in a sentence each why the times are not to be trusted; none: nothing was noticed.
+    """
+
+    schema: int = SCHEMA
+    date: str
+    command: str
+    machine: Machine
+    settings: Settings
+    disturbances: tuple[str, ...] = ()
+    roofline: Roofline | None = None
+    entries: tuple[Entry, ...]
+
+    def to_json(self) -> str:
+        """The JSON document. What is not a finite number is null."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=1).decode() + "\n"

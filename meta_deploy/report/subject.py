@@ -1,0 +1,244 @@
+"""One thing that is compared, opened: a bundle, an ONNX file or a checkpoint, run as its user would run it.
+
+Knows how each kind is opened; must not know what it is compared with.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+import numpy as np
+
+from meta_deploy.bundle.bundle import Bundle, write_bundle
+from meta_deploy.bundle.manifest import RawManifest, TensorSpec
+from meta_deploy.errors import BackendError, InputError
+from meta_deploy.imaging.preprocess import Preprocessor
+from meta_deploy.report.schema import Profile
+from meta_deploy.runtime.predictor import Predictor
+from meta_deploy.targets.model_file import read_model
+from meta_deploy.targets.onnxruntime import session_options
+from meta_deploy.targets.openvino import read_parts
+from meta_deploy.targets.target import MODEL, Backend
+from meta_deploy.tasks.raw import Arrays
+from meta_deploy.tasks.results import Result, Timings
+
+Kind = Literal["bundle", "onnx", "checkpoint"]
+PYTORCH = "pytorch"
+_TURN_MS = 20.0
+_CHECKPOINTS = (".pth", ".pt", ".safetensors", ".ckpt", ".bin")
+
+
+def kind_of(path: str | os.PathLike[str]) -> Kind:
+    """What a path is taken for.
+
+    Raises:
+        InputError: it is none of these, or not there.
+    """
+    suffix = Path(path).suffix.lower()
+    if not os.path.exists(path):
+        raise InputError(f"there is no '{path}'; name a bundle, an .onnx file or a checkpoint")
+    if os.path.isdir(path):
+        return "bundle"
+    if suffix == ".onnx":
+        return "onnx"
+    if suffix in _CHECKPOINTS:
+        return "checkpoint"
+    raise InputError(f"'{path}' is no bundle, .onnx file or checkpoint ({', '.join(_CHECKPOINTS)}); name one")
+
+
+class Subject:
+    """An opened model with the inputs that it is run on.
+
+    Attributes:
+        bundle: the bundle; of a file, one as it would be exported without any pass.
+        runs_on: library, version, device and precision in words.
+        files: name -> bytes.
+    """
+
+    def __init__(
+        self, path: str, backend: str, threads: int, images: Sequence[str], scratch: str | os.PathLike[str]
+    ) -> None:
+        """Open `path` on `backend`; `scratch` is a folder for files on the way.
+
+        Raises:
+            InputError: it cannot be opened, or not on this back end.
+        """
+        import cv2
+
+        cv2.setNumThreads(threads)
+        self._threads, self._scratch = threads, Path(scratch)
+        self.kind = kind_of(path)
+        self.predictor = _OPEN[self.kind](path, backend, threads, self._scratch)
+        self.bundle = self.predictor.bundle
+        self.runs_on = self.predictor.runs_on
+        if self.kind == "bundle":
+            self.files = {name: entry.bytes for name, entry in self.bundle.manifest.files.items()}
+        else:
+            self.files = {os.path.basename(path): os.path.getsize(path)}
+        self._images = images
+        self._feed = random_feed(self.bundle) if not self.bundle.takes_images else {}
+
+    def facts(self) -> dict[str, Any]:
+        """Fields of `schema.Entry`, after the timed rounds."""
+        return {
+            "backend": self.predictor.backend,
+            "runs_on": self.runs_on,
+            "model": self.bundle.model_name,
+            "task": self.bundle.task,
+            "precision": None if self.kind == "onnx" else self.bundle.precision,
+            "files": self.files,
+            "peak_memory_mb": peak_memory_mb(),
+        }
+
+    def result(self, index: int) -> Result:
+        """What comes out for image `index`, counted around; for arrays, where the model takes those."""
+        if not self.bundle.takes_images:
+            began = perf_counter()
+            outputs = self.predictor.run(self._feed)
+            return Arrays(outputs, timings=Timings(model=1000 * (perf_counter() - began)))
+        picture = self.predictor.read(self._images[index % len(self._images)])
+        (result,) = self.predictor.batch([picture])
+        return result
+
+    def timings(self, index: int) -> Timings:
+        """The times of a run; reading the image is not among them.
+
+        A model that is done in less than 20 ms is run again until these are over, and the run in the middle
+        counts: of the first, much is the time in which caches fill.
+        """
+        runs = [self.result(index).timings]
+        while sum(run.total for run in runs) < _TURN_MS:
+            runs.append(self.result(index).timings)
+        return sorted(runs, key=lambda run: run.total)[len(runs) // 2]
+
+    def profile(self) -> Profile:
+        """Where the model's time goes on the first image. It comes last: the model is closed.
+
+        Raises:
+            BackendError: its back end has no profiler here.
+        """
+        if self.predictor.backend not in ("onnxruntime", "openvino"):
+            raise BackendError(f"nodes are not profiled on {self.predictor.backend}")
+        feed = self._feed or self._first_input()
+        self.predictor.close()
+        if self.predictor.backend == "openvino":
+            from meta_deploy.report import openvino_profile
+
+            return openvino_profile.profile(*read_parts(self.bundle), feed, self._threads)
+        from meta_deploy.report.profile import profile
+
+        return profile(read_model(self.bundle), feed, session_options(self._threads), self._scratch)
+
+    def _first_input(self) -> dict[str, np.ndarray]:
+        """The first image as often as the model takes at least."""
+        spec = self.bundle.input
+        picture, count = self.predictor.read(self._images[0]), spec.batch.min
+        preprocess = Preprocessor(spec, self.bundle.preprocess)
+        batch, _ = preprocess([picture.pixels] * count, [picture.size] * count)
+        return {spec.name: batch}
+
+
+def peak_memory_mb() -> float | None:
+    """The most memory that this process has held so far, in MB; None where the system does not tell.
+
+    On Linux not by getrusage, which after fork and exec begins with what the parent held.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024 / 1e6
+    except (OSError, StopIteration):
+        pass
+    try:
+        import resource
+    except ImportError:
+        return None
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+    )
+
+
+def random_feed(bundle: Bundle) -> dict[str, np.ndarray]:
+    """Seeded inputs of the usual shapes for a bundle that takes arrays: normal numbers, integers 0 and 1."""
+    assert isinstance(bundle.manifest, RawManifest)
+    generator = np.random.default_rng(0)
+    feed = {}
+    for given in bundle.manifest.inputs:
+        dtype = np.dtype(given.dtype)
+        whole = dtype.kind in "iub"
+        values = generator.integers(0, 2, given.opt) if whole else generator.standard_normal(given.opt)
+        feed[given.name] = np.asarray(values).astype(dtype)
+    return feed
+
+
+# --- opening ------------------------------------------------------------------------------------------------
+
+
+def _open_bundle(path: str, backend: str, threads: int, scratch: Path) -> Predictor:
+    return Predictor(path, backend, threads=threads)
+
+
+def _open_onnx(path: str, backend: str, threads: int, scratch: Path) -> Predictor:
+    """An ONNX file as the bundle that an export without passes would make of it."""
+    from meta_deploy.export.options import Options
+    from meta_deploy.export.sources import open_source
+    from meta_deploy.export.sources.source import output_specs
+
+    source = open_source(path, Options(check=False), lambda note: None)
+    graph = source.graph("native")
+    manifest = source.manifest(target="onnxruntime", precision="fp32", outputs=output_specs(graph, {}))
+    bundle = write_bundle(scratch / "bundle", manifest, {MODEL: graph.SerializeToString()})
+    return Predictor(bundle, backend, threads=threads)
+
+
+def _open_checkpoint(path: str, backend: str, threads: int, scratch: Path) -> Predictor:
+    if backend not in ("auto", PYTORCH):
+        raise BackendError(f"'{path}' is a checkpoint, which only PyTorch runs, not {backend}")
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise BackendError(
+            f"PyTorch cannot be imported ({error}); pip install meta-deploy[export]"
+        ) from error
+    from meta_deploy.export.options import Options
+    from meta_deploy.export.sources.checkpoint import CheckpointSource
+
+    source = CheckpointSource(path, Options(), lambda note: None)
+    outputs = tuple(TensorSpec(name=name, dtype="float32", shape=()) for name in source.outputs)
+    manifest = source.manifest(target=PYTORCH, precision="fp32", outputs=outputs)
+    return Predictor(Bundle(Path(path), manifest), PyTorchBackend(source.loaded.model, threads))
+
+
+_OPEN: Mapping[str, Callable[[str, str, int, Path], Predictor]] = {
+    "bundle": _open_bundle,
+    "onnx": _open_onnx,
+    "checkpoint": _open_checkpoint,
+}
+
+
+class PyTorchBackend(Backend):
+    """A model of ours as PyTorch runs it, eagerly and in float32."""
+
+    name = PYTORCH
+
+    def __init__(self, model: Any, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self._model = model.eval()
+        self.runs_on = f"PyTorch {torch.__version__} on the CPU, eager, in float32"
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        import torch
+
+        (images,) = inputs.values()
+        with torch.inference_mode():
+            outputs = self._model(torch.from_numpy(images))
+        return {name: value.numpy() for name, value in outputs.items()}
+
+    def close(self) -> None:
+        self._model = None
