@@ -94,15 +94,17 @@ def start_from(model: torch.nn.Module, checkpoint: Path) -> None:
     model.load_state_dict(state)
 
 
-def freeze_batch_norm(model: torch.nn.Module) -> None:
-    """Normalize with the running statistics from now on, as the exported model does.
+def freeze_batch_norm(model: torch.nn.Module, ema: dict[str, Tensor]) -> None:
+    """Normalize with the averaged statistics from now on, as the exported model does.
 
     Batches of the largest pictures are small, and pyramid pooling sees one pixel of each picture: what their
     own statistics teach does not hold for a single picture.
     """
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()
+            module.running_mean.copy_(ema[f"{name}.running_mean"])
+            module.running_var.copy_(ema[f"{name}.running_var"])
 
 
 class Training:
@@ -288,7 +290,7 @@ def train(args: argparse.Namespace) -> None:
         if training.progress() >= end:
             continue
         if 1 < stage == len(args.sizes):
-            freeze_batch_norm(training.model)
+            freeze_batch_norm(training.model, training.ema)
         clock, averages = time.perf_counter(), Averages()
         for images, targets in training.batches(size):
             averages.add(training.train_step(images, targets), len(images))

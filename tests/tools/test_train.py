@@ -5,7 +5,7 @@ import json
 import torch
 
 from meta_deploy.models.checkpoint.load import load_model
-from tools.train import Training, parse, train
+from tools.train import Training, freeze_batch_norm, parse, train
 
 SMALL = ["meta-nano-upernet", "--sizes", "64", "--batch", "2", "--workers", "0", "--no-bf16"]
 
@@ -40,3 +40,15 @@ def test_a_resumed_training_is_the_uninterrupted_one_and_can_be_loaded(tmp_path,
     lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 4
     assert set(lines[-1]["validation"]) >= {"IoU background", "IoU boundary"}
+
+
+def test_frozen_batch_norm_has_the_averages_and_keeps_them():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4)).train()
+    ema = {name: torch.full_like(value, 2) for name, value in model.state_dict().items()}
+    freeze_batch_norm(model, ema)
+    norm = model[1]
+    x = torch.randn(2, 3, 5, 5)
+    expected = (model[0](x) - 2) / (2 + norm.eps) ** 0.5
+    torch.testing.assert_close(model(x), expected)
+    assert norm.running_mean.eq(2).all()
+    assert norm.weight.requires_grad
