@@ -43,12 +43,12 @@ def test_export_checkpoint(example, tmp_path):
 
 
 def test_predict_image(example, tmp_path):
-    out, _ = example("predict_image.py", IMAGES / "fluorescence-4.png")
+    out, _ = example("predict_image.py", IMAGES / "fluorescence-1.png")
     *objects, last = out.splitlines()
     assert len(objects) >= 1
     assert all(line.endswith(" pixels") for line in objects)
     assert last.startswith("overlay.jpg; ")
-    with Image.open(tmp_path / "overlay.jpg") as overlay, Image.open(IMAGES / "fluorescence-4.png") as image:
+    with Image.open(tmp_path / "overlay.jpg") as overlay, Image.open(IMAGES / "fluorescence-1.png") as image:
         assert overlay.size == image.size
 
 
