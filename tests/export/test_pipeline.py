@@ -447,6 +447,7 @@ def test_a_bundle_for_openvino_holds_the_model_that_was_checked(quick):
         with Predictor(bundle) as predictor:
             assert predictor.backend == "openvino"
             assert len(predictor("pictures/a.png").scores) > 0
+    assert sizes["fp16"] < 0.7 * sizes["fp32"]
 
 
 def test_what_was_built_wrong_is_caught_and_nothing_is_written(quick, tmp_path, monkeypatch):
