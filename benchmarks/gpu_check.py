@@ -35,7 +35,7 @@ from meta_deploy.targets import TARGETS
 from meta_deploy.targets.tensorrt.build import available
 
 CASES = ("meta-t-mask-rcnn@512", "meta-s-mask-rcnn@512", "meta-b-mask-rcnn@512")
-PRECISION_NAMES = (*PRECISIONS, "int8")
+PRECISION_NAMES = tuple(PRECISIONS)
 BASE = "pytorch fp32"  # what others are so many times faster than
 _LONGEST_CELL = 120
 _SHORT_OF_MEMORY = re.compile(
@@ -121,10 +121,10 @@ def choose(
 ) -> tuple[list[Contender], list[str]]:
     """The contenders to check here, and a line for each that is left out and why."""
     notes = []
-    written = {name for target in TARGETS.values() for name in target.precisions} & set(PRECISIONS)
+    written = {name for name, precision in PRECISIONS.items() if not precision.calibrates}
     for precision in precisions:
         if precision not in written:
-            notes.append(f"{precision} is left out: no target's bundles have it yet")
+            notes.append(f"{precision} is left out: nothing is calibrated here")
     absent = [KINDS[kind].title for kind in kinds if KINDS[kind].on == "gpu" and not gpu]
     if absent:
         notes.append(f"left out, as there is no NVIDIA GPU here: {', '.join(absent)}")

@@ -3,7 +3,7 @@
     python tools/make_assets.py --data DIR RUN/meta-nano-mask-rcnn.pth RUN/meta-nano-upernet.pth
 
 The pictures are some of DIR's validation set. Checkpoints are stored in float16; `--set` changes settings of
-a detector's configuration that need no training, such as its NMS.
+the configurations that need no training; the ones that ship have {"nms": 0.3, "tile": 384}.
 """
 
 import argparse

@@ -19,6 +19,7 @@ from meta_deploy.errors import BundleError
 SCHEMA = 1
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
+LEAST_TILE, MOST_TILE = 16, 1 << 20  # pixels
 MAX_CLASSES = 32767  # class maps are int16
 
 # A line that a picture, a terminal and a file can hold: no control characters, no half characters.
@@ -28,7 +29,7 @@ Line: TypeAlias = Annotated[str, Meta(max_length=200, pattern=_LINE)]
 Real: TypeAlias = Annotated[float, Meta(ge=-1e6, le=1e6)]
 Deviation: TypeAlias = Annotated[float, Meta(ge=1e-6, le=1e6)]
 Edge: TypeAlias = Annotated[int, Meta(ge=1, le=65536)]
-TileSide: TypeAlias = Annotated[int, Meta(ge=16, le=1 << 20)]
+TileSide: TypeAlias = Annotated[int, Meta(ge=LEAST_TILE, le=MOST_TILE)]
 Images: TypeAlias = Annotated[int, Meta(ge=1, le=4096)]
 Count: TypeAlias = Annotated[int, Meta(ge=0)]
 Size: TypeAlias = tuple[Edge, Edge]

@@ -21,7 +21,7 @@ from meta_deploy.calib.calibrate import Calibrator
 from meta_deploy.errors import BundleError, InputError, VerificationError
 from meta_deploy.export.options import Options
 from meta_deploy.export.progress import Progress
-from meta_deploy.export.samples import MOST, MOST_CALIBRATION, ImageSamples, Samples, find_files, spread
+from meta_deploy.export.samples import MOST, MOST_CALIBRATION, ImageSamples, Samples, evenly, find_files
 from meta_deploy.export.shapes import ANY
 from meta_deploy.export.sources import check_options, open_source
 from meta_deploy.export.sources.source import Source, output_specs
@@ -79,7 +79,7 @@ def run(path: str | Path, options: Options, progress: Progress) -> Bundle:
         with progress.stage("load"):
             source = open_source(path, options, progress.note)
             check_manifest(path, source)
-            samples = source.samples(spread(files)) if needed else Samples()
+            samples = source.samples(evenly(files)) if needed else Samples()
             quantization = (
                 quantizes(source, files, target, options, progress) if precision.calibrates else None
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from meta_deploy.imaging.sources import expand
 
 MOST = 8  # images or .npz files that an export compares on
 MOST_CALIBRATION = 512  # that ranges are measured on
+_P = TypeVar("_P")  # a path
 Feed = dict[str, np.ndarray]
 
 
@@ -85,14 +87,14 @@ def find_files(folder: str | Path | None, most: int = MOST) -> list[Path]:
         raise InputError(f"'{folder}' is not a folder; give --calib-images a folder of images")
     else:
         paths = sorted(Path(folder).glob("*.npz")) or [source.path for source in expand([str(folder)])]
-    chosen = spread(paths, most)
+    chosen = evenly(paths, most)
     for path in chosen:
         if path.suffix != ".npz":
             read_image(path)  # a broken one is told before the long work, not after it
     return chosen
 
 
-def spread(paths: Sequence[Path], most: int = MOST) -> list[Path]:
+def evenly(paths: Sequence[_P], most: int = MOST) -> list[_P]:
     """At most so many of these, evenly from all."""
     step = max(1, len(paths) / most)
     return [paths[int(i * step)] for i in range(min(len(paths), most))]

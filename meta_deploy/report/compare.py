@@ -9,16 +9,17 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from msgspec.structs import replace
 
+from meta_deploy.bundle.shipped import ASSETS
 from meta_deploy.cpus import cpu_count
 from meta_deploy.errors import InputError
 from meta_deploy.export.progress import Progress
+from meta_deploy.export.samples import evenly
 from meta_deploy.imaging.images import load
 from meta_deploy.imaging.sources import expand
 from meta_deploy.report import COUNT, RUNS, machine
@@ -176,17 +177,10 @@ def _under_roof(measured: Mapping[str, dict[str, Any]], threads: int) -> Rooflin
 
 def image_files(images: str | os.PathLike[str] | None) -> list[str]:
     """The images to run on. Raises InputError: there is none."""
-    named = files("meta_deploy") / "assets" / "images" if images is None else images
-    sources = expand([str(named)])
+    sources = expand([str(ASSETS / "images" if images is None else images)])
     if others := [source.path for source in sources if source.video or source.arrays]:
         raise InputError(f"'{others[0]}' is not an image; give --images an image or a folder of images")
     return [str(source.path) for source in sources]
-
-
-def evenly(items: Sequence[str], count: int) -> list[str]:
-    """At most `count` of them, spread evenly."""
-    step = max(1.0, len(items) / count)
-    return [items[int(i * step)] for i in range(min(len(items), count))]
 
 
 def interleave(

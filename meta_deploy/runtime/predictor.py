@@ -16,6 +16,7 @@ from time import perf_counter
 import numpy as np
 
 from meta_deploy.bundle.bundle import Bundle
+from meta_deploy.bundle.manifest import LEAST_TILE, MOST_TILE
 from meta_deploy.bundle.shipped import locate
 from meta_deploy.errors import InputError
 from meta_deploy.imaging.depth import check_depth
@@ -29,7 +30,6 @@ from meta_deploy.tasks.results import Result, Timings
 from meta_deploy.tasks.tiles import tiles_of
 
 MAX_THREADS = 1024
-LEAST_TILE, MOST_TILE = 16, 1 << 20
 
 
 class Predictor:

@@ -45,6 +45,7 @@ def test_the_back_ends_of_the_cpu_are_checked_and_timed(tiny, tmp_path, monkeypa
         options += ["--photos", str(ASSETS / "images")]
     assert gpu_check.main([*options, "--json", str(tmp_path / "numbers.json")]) == 0
     told = capsys.readouterr()
+    assert "int8 is left out" in told.err
     assert "left out, as there is no NVIDIA GPU here: ONNX Runtime (CUDA)" in told.err
     content = json.loads((tmp_path / "numbers.json").read_text())
     assert content["machine"]["versions"]["torch"]

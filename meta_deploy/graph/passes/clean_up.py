@@ -133,7 +133,7 @@ def _infer_open_sizes(model: ir.Model) -> list[ir.Value]:
 
 
 def _batch_of(model: ir.Model) -> str:
-    """The name of an unknown batch, the first axis of the first input; "" without one."""
+    """What the first axis of the first input is called where its size is open; else an empty string."""
     first = next((value.shape[0] for value in model.graph.inputs[:1] if value.shape), None)
     return first.value or "" if isinstance(first, ir.SymbolicDim) else ""
 
