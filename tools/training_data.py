@@ -19,6 +19,7 @@ from pycocotools import mask as rle
 from tools import scenes
 
 SMALLEST = 6  # visible pixels that an object must have to be learned
+EMPTY = 0.02  # share of samples without anything to see
 LIKELY_SIZE = (14.0, 64.0)  # bounds of a picture's median object after magnification: square root of pixels
 
 
@@ -72,7 +73,7 @@ class CocoFolder:
     """A folder with `instances_train.json`, `instances_val.json` and their pictures in `train/` and `val/`.
 
     Where images name their `kind`, every kind is drawn as often as the square root of its number of pictures
-    asks, so that rare kinds are learned too. Crowds are left out.
+    asks, so that rare kinds are learned too. Crowds are left out. One sample in fifty shows nothing at all.
 
     Args:
         folder: as above.
@@ -96,6 +97,8 @@ class CocoFolder:
 
     def sample(self, k: int, size: int) -> Sample:
         rng = np.random.default_rng((self.seed, k))
+        if rng.random() < EMPTY:
+            return _empty(rng, size)
         picture = self.pictures[rng.choice(len(self.pictures), p=self.chance)]
         low, high = (value / picture.object_size for value in LIKELY_SIZE)
         factor = float(np.clip(np.exp(rng.uniform(*np.log(self.magnify))), low, high))
@@ -142,6 +145,18 @@ class _Picture:
                 self.objects.append((cut, (x1, y1), label_of[annotation["category_id"]]))
         areas = [int(mask.sum()) for mask, _, _ in self.objects]
         self.object_size = float(np.sqrt(np.median(areas))) if areas else 30.0
+
+
+def _empty(rng: np.random.Generator, size: int) -> Sample:
+    """A sample without objects: black, white or any colour, even or shaded, with noise or without."""
+    colour = rng.choice([0.0, 1.0, rng.random()]) + rng.choice([0.0, 0.2]) * rng.uniform(-1, 1, 3)
+    slopes = rng.choice([0.0, 0.2]) * rng.uniform(-1, 1, 2)
+    y, x = np.mgrid[0:size, 0:size] / size - 0.5
+    pixels = colour + (slopes[0] * y + slopes[1] * x)[..., None]
+    pixels += rng.choice([0.0, rng.uniform(0, 0.2)]) * rng.standard_normal((size, size, 1))
+    image = (np.clip(pixels, 0, 1) * 255 + 0.5).astype(np.uint8)
+    nothing = np.zeros((0, size, size), np.uint8)
+    return Sample(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), nothing)
 
 
 def with_objects(data: dict[str, Any]) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:

@@ -57,6 +57,7 @@ def test_a_sample_is_a_function_of_its_number(folder):
 
 def test_masks_lie_where_the_objects_are_seen_and_boxes_are_tight(folder, monkeypatch):
     monkeypatch.setattr("tools.training_data.recolour", lambda rng, image: image)
+    monkeypatch.setattr("tools.training_data.EMPTY", 0)
     source = CocoFolder(folder, magnify=(0.7, 1.6))
     seen = set()
     for k in range(40):
@@ -71,6 +72,18 @@ def test_masks_lie_where_the_objects_are_seen_and_boxes_are_tight(folder, monkey
             assert box.tolist() == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
             seen.add(int(label))
     assert seen == {0, 1}
+
+
+def test_some_samples_show_nothing_in_black_white_and_grey(folder, monkeypatch):
+    monkeypatch.setattr("tools.training_data.EMPTY", 1)
+    samples = [CocoFolder(folder).sample(k, 32) for k in range(40)]
+    assert all(len(s.boxes) == len(s.labels) == len(s.masks) == 0 for s in samples)
+    brightness = [s.image.mean() for s in samples]
+    assert min(brightness) < 30
+    assert max(brightness) > 225
+    assert any(60 < level < 200 for level in brightness)
+    assert any(s.image.std() == 0 for s in samples)
+    assert any(s.image.std() > 10 for s in samples)
 
 
 def test_a_picture_without_objects_gives_empty_arrays_of_the_right_shape(folder):
