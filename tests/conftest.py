@@ -66,6 +66,17 @@ def detector_bundle(bundles) -> Bundle:
     return Bundle.open(bundles / "detector")
 
 
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    """The checkpoint of a tiny detector, which exports in seconds."""
+    from meta_deploy.models.checkpoint.save import save_checkpoint  # imports PyTorch
+    from tests import tiny_models
+
+    path, config = tmp_path_factory.mktemp("tiny") / "tiny.pth", tiny_models.detector()
+    save_checkpoint(path, tiny_models.lively(config), config, list("abcde"))
+    return path
+
+
 @pytest.fixture
 def photo() -> np.ndarray:
     """RGB, 96 wide and 128 high, a gradient and a white corner; it lies in 64x64 at half its size."""
