@@ -1,8 +1,13 @@
 """Small models whose every part says something, and their exports, made once: an export takes seconds."""
 
 import functools
+import hashlib
+import os
+import pickle
+from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 from torch import nn
@@ -89,6 +94,18 @@ def pictures(batch, size=SIZE, seed=1):
     return torch.nn.functional.interpolate(coarse, size=size, mode="bicubic") + 0.3 * fine
 
 
+def made_once(key, make):
+    """What `make()` gives, made by the first worker that asks for it; kept in the folder `$MADE_ONCE`."""
+    kept = Path(os.environ["MADE_ONCE"]) / hashlib.sha256(key.encode()).hexdigest()
+    if kept.exists():
+        return pickle.loads(kept.read_bytes())
+    made = make()
+    begun = kept.with_suffix(f".{os.getpid()}")
+    begun.write_bytes(pickle.dumps(made))
+    begun.rename(kept)
+    return made
+
+
 class Exported:
     """A model, its graph with all stages as outputs, and a session of it after the passes."""
 
@@ -99,9 +116,18 @@ class Exported:
         self.model = lively(config)
         options = Options(batch=batch, dynamic_batch=dynamic_batch, dynamic_size=dynamic_size)
         self.spec = input_spec(size or config.input_size, options)
-        self.literal = export_onnx(self.model, self.spec, operators)
         target = TARGETS["onnxruntime" if operators == "native" else "tensorrt"]
-        self.graph, self.passes = run_passes(self.literal, list(target.passes), target.prices)
+
+        def make():
+            literal = export_onnx(self.model, self.spec, operators)
+            return literal, *run_passes(literal, list(target.passes), target.prices)
+
+        self.literal, self.graph, self.passes = made_once(f"{config}{self.spec}{operators}", make)
+
+    def literal_copy(self):
+        copy = onnx.ModelProto()
+        copy.CopyFrom(self.literal)
+        return copy
 
     @functools.cached_property
     def session(self):

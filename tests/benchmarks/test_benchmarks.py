@@ -20,11 +20,9 @@ from benchmarks import (
     large_pictures,
 )
 from benchmarks.common import ASSETS, Case, Run, interleave, ratio, run_command, table
-from meta_deploy.bundle.bundle import Bundle
-from meta_deploy.export.trace import export_onnx
-from meta_deploy.models.checkpoint.load import load_model
 from meta_deploy.runtime.predictor import Predictor
 from tests.small_graphs import model, value
+from tests.tiny_models import exported
 
 
 @pytest.mark.parametrize("text", ["demo", "meta-t-upernet@512x512", "meta-b-mask-rcnn@768x1024+dynamic"])
@@ -77,10 +75,10 @@ def numbers(options):
     return content
 
 
-@pytest.fixture(scope="module")
-def traced(tiny):
+@pytest.fixture
+def traced():
     """Its graph as traced, which takes longer than what is done with it here."""
-    return export_onnx(load_model(tiny.checkpoint).model, Bundle.open(tiny.bundle).input)
+    return exported("detector").literal_copy()
 
 
 @pytest.mark.slow

@@ -175,8 +175,7 @@ def quick(checkpoint, tmp_path, monkeypatch):
     def call(**options):
         kind = {"batch": options.get("batch", 1), "dynamic_batch": options.get("dynamic_batch")}
         kind["operators"] = "lowered" if options.get("target") == "tensorrt-rtx" else "native"
-        proto = onnx.ModelProto()
-        proto.CopyFrom(exported("detector", **kind).literal)
+        proto = exported("detector", **kind).literal_copy()
         monkeypatch.setattr(checkpoint_source, "export_onnx", lambda model, spec, operators: proto)
         return export(checkpoint, **{"out": "bundle", "calib_images": pictures[0].parent, **options})
 

@@ -51,12 +51,10 @@ def unharmed(proto, feeds, passes=TARGETS["onnxruntime"].passes, tolerance=1e-5)
 
 KINDS = {
     "detector": {"kind": "detector"},
-    "detector, windows": {"kind": "detector", "window": 5},
-    "detector, every norm its own": {"kind": "detector", "shared_norm": False},
     "detector, any batch": {"kind": "detector", "dynamic_batch": (1, 2, 4)},
     "detector, any size": {
         "kind": "detector",
-        "size": (128, 64),  # as in test_onnx_export.py: traced once
+        "size": (128, 64),  # as in export/test_trace.py: traced once
         "dynamic_size": True,
         "window": 5,
         "stripe_width": 4,
