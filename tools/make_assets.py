@@ -1,9 +1,10 @@
 """Write the assets of the package: annotated pictures, checkpoints, and the bundles exported from them.
 
-    python tools/make_assets.py --data DIR RUN/meta-nano-mask-rcnn.pth RUN/meta-nano-upernet.pth
+    python tools/make_assets.py --data DIR --set '{"nms": 0.3, "tile": 384}' --class-bias '[0.5, 0, -0.4]' \
+        RUN/meta-nano-mask-rcnn.pth RUN/meta-nano-upernet.pth
 
-The pictures are some of DIR's validation set. Checkpoints are stored in float16; `--set` changes settings of
-the configurations that need no training; the ones that ship have {"nms": 0.3, "tile": 384}.
+The pictures are some of DIR's validation set. Checkpoints are stored in float16. `--set` and `--class-bias`
+choose what needs no training; the values above were chosen on the validation set, and ship.
 """
 
 import argparse
@@ -49,9 +50,18 @@ def write_pictures(data: Path, folder: Path) -> None:
     (folder / "instances.json").write_text(json.dumps(part_of(truth, chosen)))
 
 
-def write_checkpoint(path: Path, settings: dict[str, Any]) -> Path:
-    """Store a trained checkpoint in float16; settings of its kind of model are changed."""
+def write_checkpoint(path: Path, settings: dict[str, Any], class_bias: list[float] | None = None) -> Path:
+    """Store a trained checkpoint in float16.
+
+    Args:
+        path: what tools/train.py wrote.
+        settings: changes to the configuration, those that its kind of model has.
+        class_bias: added to a segmenter's logits, class by class.
+    """
     loaded = load_model(path)
+    if class_bias is not None:
+        with torch.no_grad():
+            loaded.model.decode_head.conv_seg.bias += torch.tensor(class_bias)
     config = config_to_dict(loaded.config)
     config |= {name: value for name, value in settings.items() if name in config}
     out = ASSETS / f"{loaded.config.name}.pth"
@@ -66,10 +76,16 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, required=True, help="the folder that they were trained on")
     parser.add_argument("--set", type=json.loads, default={}, metavar="JSON", help='such as {"nms": 0.3}')
+    parser.add_argument(
+        "--class-bias",
+        type=json.loads,
+        metavar="JSON",
+        help="added to the segmenter's logits: [0.5, 0, -0.4]",
+    )
     args = parser.parse_args()
     write_pictures(args.data, ASSETS / "images")
-    for name, path in zip(SHIPPED, args.checkpoints, strict=True):
-        checkpoint = write_checkpoint(path, args.set)
+    for name, path, bias in zip(SHIPPED, args.checkpoints, (None, args.class_bias), strict=True):
+        checkpoint = write_checkpoint(path, args.set, bias)
         bundle = export(checkpoint, target="onnxruntime", out=ASSETS / name)
         print(f"{bundle.path}: verified on {bundle.manifest.verification['images']} images")
 

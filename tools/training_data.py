@@ -19,7 +19,7 @@ from pycocotools import mask as rle
 from tools import scenes
 
 SMALLEST = 6  # visible pixels that an object must have to be learned
-EMPTY = 0.02  # share of samples without anything to see
+EMPTY = 0.1  # share of samples without anything to see
 LIKELY_SIZE = (14.0, 64.0)  # bounds of a picture's median object after magnification: square root of pixels
 
 
@@ -73,7 +73,7 @@ class CocoFolder:
     """A folder with `instances_train.json`, `instances_val.json` and their pictures in `train/` and `val/`.
 
     Where images name their `kind`, every kind is drawn as often as the square root of its number of pictures
-    asks, so that rare kinds are learned too. Crowds are left out. One sample in fifty shows nothing at all.
+    asks, so that rare kinds are learned too. Crowds are left out. One sample in ten shows nothing at all.
 
     Args:
         folder: as above.
@@ -148,12 +148,14 @@ class _Picture:
 
 
 def _empty(rng: np.random.Generator, size: int) -> Sample:
-    """A sample without objects: black, white or any colour, even or shaded, with noise or without."""
-    colour = rng.choice([0.0, 1.0, rng.random()]) + rng.choice([0.0, 0.2]) * rng.uniform(-1, 1, 3)
-    slopes = rng.choice([0.0, 0.2]) * rng.uniform(-1, 1, 2)
-    y, x = np.mgrid[0:size, 0:size] / size - 0.5
-    pixels = colour + (slopes[0] * y + slopes[1] * x)[..., None]
-    pixels += rng.choice([0.0, rng.uniform(0, 0.2)]) * rng.standard_normal((size, size, 1))
+    """A sample without objects: black, white or any colour; every other one shaded and with noise."""
+    pixels = np.full((size, size, 3), rng.choice([0.0, 1.0, rng.random()]))
+    if rng.random() < 0.3:
+        pixels += rng.uniform(-0.2, 0.2, 3)
+    if rng.random() < 0.5:
+        y, x = np.mgrid[0:size, 0:size] / size - 0.5
+        pixels += (rng.uniform(-0.5, 0.5) * y + rng.uniform(-0.5, 0.5) * x)[..., None]
+        pixels += rng.uniform(0, 0.4) * rng.standard_normal((size, size, 1))
     image = (np.clip(pixels, 0, 1) * 255 + 0.5).astype(np.uint8)
     nothing = np.zeros((0, size, size), np.uint8)
     return Sample(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), nothing)
