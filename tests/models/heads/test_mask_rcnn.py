@@ -246,7 +246,7 @@ def test_mask_is_of_the_label_and_the_box():
 
 def test_box_head_flattens_channels_first():
     torch.manual_seed(0)
-    head = BoxHead(3, 10, CLASSES).double()
+    head = BoxHead(replace(TINY, fpn_channels=3, fc_channels=10)).double()
     x = torch.randn(4, 3, 7, 7, dtype=torch.float64)
     state = ref.numpy_state(head)
     y = np.array([[p[c, i, j] for c in range(3) for i in range(7) for j in range(7)] for p in x.numpy()])
