@@ -259,6 +259,29 @@ def test_box_head_flattens_channels_first():
     assert deltas.shape == (4, 4 * CLASSES)
 
 
+def test_box_head_can_have_convolutions_with_batch_norms_and_one_linear_layer():
+    torch.manual_seed(0)
+    config = replace(
+        TINY, fpn_channels=3, fc_channels=10, box_convs=2, box_channels=4, box_fcs=1, box_norm=True
+    )
+    head = BoxHead(config).double().eval()
+    state = head.state_dict()
+    for name, value in state.items():
+        if name.endswith(("running_mean", "bn.bias")):
+            value.normal_()
+        elif name.endswith(("running_var", "bn.weight")):
+            value.uniform_(0.5, 2.0)
+    x = torch.randn(4, 3, 7, 7, dtype=torch.float64)
+    y = x
+    for i in (0, 1):
+        bn = {k: state[f"shared_convs.{i}.bn.{k}"] for k in ("running_mean", "running_var", "weight", "bias")}
+        y = F.conv2d(y, state[f"shared_convs.{i}.conv.weight"], padding=1)
+        y = F.batch_norm(y, **bn).clamp(min=0)
+    y = F.linear(y.flatten(1), state["shared_fcs.0.weight"], state["shared_fcs.0.bias"]).clamp(min=0)
+    torch.testing.assert_close(head(x)[0], F.linear(y, state["fc_cls.weight"], state["fc_cls.bias"]))
+    assert "shared_fcs.1.weight" not in state
+
+
 def test_mask_head_doubles_fourteen_to_twenty_eight():
     assert MaskHead(8, 6, CLASSES)(torch.randn(3, 8, 14, 14)).shape == (3, CLASSES, 28, 28)
 
