@@ -18,7 +18,12 @@ from meta_deploy.models.backbones.spatial_prior import SpatialPrior
 from meta_deploy.models.backbones.vit import Mlp, PatchEmbed, SelfAttention, pos_grid_of, resize_pos_embed
 from meta_deploy.models.backbones.windows import merge, partition
 from meta_deploy.models.config import Count, CountOrZero, NotNegative, Positive
-from meta_deploy.models.ops.deformable_attention import DeformableAttention, Size, reference_points
+from meta_deploy.models.ops.deformable_attention import (
+    DeformableAttention,
+    Size,
+    reference_points,
+    split_maps,
+)
 from meta_deploy.models.shapes import State, any_starts_with, count_of, known, ratio_of, size_of
 
 
@@ -81,7 +86,7 @@ class ViTAdapterConfig(BackboneConfig, frozen=True, tag="vit-adapter"):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block on a map (B, H, W, C); `window` 0 means global attention.
+    """Pre-norm transformer block on the tokens of a map; `window` 0 means global attention.
 
     Windows that reach over the map are filled with keys and values of zero, which take part in the softmax.
     """
@@ -99,15 +104,16 @@ class Block(nn.Module):
         for name in ("gamma1", "gamma2"):  # LayerScale
             self.register_parameter(name, nn.Parameter(torch.ones(dim)) if layer_scale else None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B, H, W, C), H and W in patches."""
-        B, H, W, C = x.shape
+    def forward(self, x: Tensor, size: Size) -> Tensor:
+        """(B, N, C) -> (B, N, C), tokens of a map of this (height, width), row by row."""
+        B, H, W = x.shape[0], *size
         qkv = self.attn.qkv(self.norm1(x))
         if self.window:
             window = (self.window, self.window)
-            y = merge(self.attn.attend(partition(qkv, window)), window, (B, H, W))
+            y = self.attn.attend(partition(qkv.reshape(B, H, W, -1), window))
+            y = merge(y, window, (B, H, W)).reshape(B, H * W, -1)
         else:
-            y = self.attn.attend(qkv.reshape(B, H * W, 3 * C)).reshape(B, H, W, C)
+            y = self.attn.attend(qkv)
         x = x + self._scaled(self.attn.proj(y), self.gamma1)
         return x + self._scaled(self.mlp(self.norm2(x)), self.gamma2)
 
@@ -169,10 +175,8 @@ class Injector(Exchange):
         self.gamma = nn.Parameter(torch.zeros(config.embed_dim))
 
     def forward(self, x: Tensor, c: Tensor, sizes: Sequence[Size]) -> Tensor:
-        """The ViT's map (B, h, w, D), the prior's tokens (B, N, D) on maps of `sizes` -> the new map."""
-        B, h, w, D = x.shape
-        attended = self.attend(x.reshape(B, h * w, D), [(h, w)], c, sizes)
-        return x + self.gamma * attended.reshape(B, h, w, D)
+        """The ViT's tokens (B, n, D), the prior's (B, N, D) on maps of `sizes` -> the ViT's new ones."""
+        return x + self.gamma * self.attend(x, sizes[1:2], c, sizes)
 
 
 class Extractor(Exchange):
@@ -185,16 +189,15 @@ class Extractor(Exchange):
         self.ffn_norm = nn.LayerNorm(config.embed_dim, eps=1e-6) if hidden else None
 
     def forward(self, c: Tensor, x: Tensor, sizes: Sequence[Size]) -> Tensor:
-        """The prior's tokens (B, N, D) on maps of `sizes`, the ViT's map (B, h, w, D) -> the new tokens."""
-        B, h, w, D = x.shape
-        c = c + self.attend(c, sizes, x.reshape(B, h * w, D), [(h, w)])
+        """The prior's tokens (B, N, D) on maps of `sizes`, the ViT's (B, n, D) -> the prior's new ones."""
+        c = c + self.attend(c, sizes, x, sizes[1:2])
         if self.ffn is None or self.ffn_norm is None:
             return c
         return c + self.ffn(self.ffn_norm(c), sizes)
 
 
 class Interaction(nn.Module):
-    """One exchange: inject, run a part of the ViT, extract."""
+    """One exchange: inject, run a part of the ViT, extract. The ViT's grid is the prior's second map."""
 
     def __init__(self, config: ViTAdapterConfig, extra_extractors: int) -> None:
         super().__init__()
@@ -205,10 +208,10 @@ class Interaction(nn.Module):
     def forward(
         self, x: Tensor, c: Tensor, blocks: nn.ModuleList, sizes: Sequence[Size]
     ) -> tuple[Tensor, Tensor]:
-        """The ViT's map (B, h, w, D) and the prior's tokens (B, N, D) -> the new ones."""
+        """The tokens of the ViT (B, n, D) and of the prior (B, N, D) -> the new ones."""
         x = self.injector(x, c, sizes)
         for block in blocks:
-            x = block(x)
+            x = block(x, sizes[1])
         for extractor in (self.extractor, *self.extra_extractors):
             c = extractor(c, x, sizes)
         return x, c
@@ -257,7 +260,7 @@ class ViTAdapter(BackboneModule):
         c = torch.cat(maps, dim=2).transpose(1, 2)
 
         x = self.patch_embed(images)
-        x = (x + resize_pos_embed(self.pos_embed, sizes[1])).permute(0, 2, 3, 1)
+        x = (x + resize_pos_embed(self.pos_embed, sizes[1])).flatten(2).transpose(1, 2)
         part = len(self.blocks) // len(self.interactions)
         features = []
         for i, interaction in enumerate(self.interactions):
@@ -268,24 +271,18 @@ class ViTAdapter(BackboneModule):
         maps = [c1 + self.up(c2), c2, c3, c4]
         if self.vit_feature != "none":
             added = features if self.vit_feature == "each" else [x] * 4
-            maps = [m + self._resized(f, 16 / s) for m, f, s in zip(maps, added, self.strides, strict=True)]
+            grids = [split_maps(feature, sizes[1:2])[0] for feature in added]
+            maps = [m + self._resized(g, 16 / s) for m, g, s in zip(maps, grids, self.strides, strict=True)]
         return [
             norm(m) for norm, m in zip((self.norm1, self.norm2, self.norm3, self.norm4), maps, strict=True)
         ]
 
     @staticmethod
     def _resized(x: Tensor, factor: float) -> Tensor:
-        """(B, h, w, D) -> (B, D, h * factor, w * factor): bilinear, corners not aligned."""
-        x = x.permute(0, 3, 1, 2)
+        """(B, D, h, w) -> (B, D, h * factor, w * factor): bilinear, corners not aligned."""
         if factor == 1:
             return x
         return F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
-
-
-def split_maps(tokens: Tensor, sizes: Sequence[Size]) -> list[Tensor]:
-    """Tokens (B, N, C) of maps one after the other -> maps (B, C, h, w)."""
-    parts = tokens.transpose(1, 2).split([h * w for h, w in sizes], dim=2)
-    return [part.unflatten(2, size) for part, size in zip(parts, sizes, strict=True)]
 
 
 def measure(config: ViTAdapterConfig, state: State) -> dict[str, Any]:

@@ -29,6 +29,15 @@ def reference_points(sizes: Sequence[Size], like: Tensor) -> Tensor:
     return torch.cat(points)
 
 
+def split_maps(tokens: Tensor, sizes: Sequence[Size]) -> list[Tensor]:
+    """Tokens (B, N, C) of maps one after the other, row by row -> maps (B, C, h, w)."""
+    channels_first = tokens.transpose(1, 2)
+    if len(sizes) == 1:
+        return [channels_first.unflatten(2, sizes[0])]
+    parts = channels_first.split([h * w for h, w in sizes], dim=2)
+    return [part.unflatten(2, size) for part, size in zip(parts, sizes, strict=True)]
+
+
 class DeformableAttention(nn.Module):
     """Each query looks at a few points of each map, around its reference point, at offsets that it chooses.
 
@@ -81,19 +90,19 @@ class DeformableAttention(nn.Module):
         B, Q, _ = query.shape
         heads, levels, points = self.heads, self.levels, self.points
         offsets = self._offsets(query, sizes).reshape(B, Q, heads, levels, points, 2)
-        grids = offsets.permute(0, 2, 3, 4, 1, 5) + references  # (B, heads, levels, points, Q, 2)
+        grids = offsets.permute(3, 0, 2, 4, 1, 5) + references  # (levels, B, heads, points, Q, 2)
+        grids = grids.reshape(levels * B * heads, points, Q, 2)
         weights = self.attention_weights(query).reshape(B, Q, heads, levels * points).softmax(dim=-1)
         weights = weights.permute(0, 2, 3, 1).reshape(B * heads, 1, levels * points, Q)
 
-        values = self.value_proj(feature).transpose(1, 2)  # (B, heads * d, N)
-        sampled = []
-        for level, (value, (h, w)) in enumerate(
-            zip(values.split([h * w for h, w in sizes], dim=2), sizes, strict=True)
-        ):
-            image = value.reshape(B * heads, -1, h, w)
-            grid = grids[:, :, level].reshape(B * heads, points, Q, 2)
-            sampled.append(F.grid_sample(image, grid, "bilinear", "zeros", align_corners=False))
-        out = (torch.cat(sampled, dim=2) * weights).sum(dim=2)  # (B * heads, d, Q)
+        sampled = [
+            F.grid_sample(image.reshape(B * heads, -1, h, w), grid, "bilinear", "zeros", align_corners=False)
+            for image, grid, (h, w) in zip(
+                split_maps(self.value_proj(feature), sizes), grids.chunk(levels), sizes, strict=True
+            )
+        ]  # (B * heads, d, points, Q) each
+        together = torch.cat(sampled, dim=2) if levels > 1 else sampled[0]
+        out = (together * weights).sum(dim=2)  # (B * heads, d, Q)
         return self.output_proj(out.reshape(B, -1, Q).transpose(1, 2))
 
     def _offsets(self, query: Tensor, sizes: Sequence[Size]) -> Tensor:

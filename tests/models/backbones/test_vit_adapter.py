@@ -74,7 +74,8 @@ def test_windows_are_padded_with_keys_and_values_of_zero(layer_scale):
     y = y + gamma1 * ref.linear(mixed[:4, :5], state, "attn.proj")
     hidden = ref.gelu(ref.linear(ref.layer_norm(y, state, "norm2"), state, "mlp.fc1"))
     y = y + gamma2 * ref.linear(hidden, state, "mlp.fc2")
-    np.testing.assert_allclose(block(x)[0].detach().numpy(), y, atol=1e-12)
+    out = block(x.flatten(1, 2), (4, 5))[0].reshape(4, 5, 8)
+    np.testing.assert_allclose(out.detach().numpy(), y, atol=1e-12)
 
 
 def test_the_depthwise_convolution_is_shared_by_the_maps_and_does_not_mix_them():
@@ -101,7 +102,8 @@ def test_what_of_the_vit_is_added_to_which_map(vit_feature):
     features = {"last": [seen[3]] * 4, "each": seen, "none": [0 * seen[0]] * 4}[vit_feature]
     factors = (4, 2, 1, 0.5)
     for i, (feature, factor) in enumerate(zip(features, factors, strict=True)):
-        added = F.interpolate(feature.permute(0, 3, 1, 2), scale_factor=factor, mode="bilinear")
+        grid = feature.transpose(1, 2).unflatten(2, (4, 6))
+        added = F.interpolate(grid, scale_factor=factor, mode="bilinear")
         norm = getattr(model, f"norm{i + 1}")
         gain = norm.weight / (norm.running_var + 1e-5).sqrt()
         torch.testing.assert_close(maps[i] - plain[i], gain[:, None, None] * added)
