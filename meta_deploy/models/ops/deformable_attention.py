@@ -91,14 +91,14 @@ class DeformableAttention(nn.Module):
         heads, levels, points = self.heads, self.levels, self.points
         offsets = self._offsets(query, sizes).reshape(B, Q, heads, levels, points, 2)
         grids = offsets.permute(3, 0, 2, 4, 1, 5) + references  # (levels, B, heads, points, Q, 2)
-        grids = grids.reshape(levels * B * heads, points, Q, 2)
+        by_level = grids.flatten(1, 2).unbind(0) if levels > 1 else (grids.flatten(0, 2),)
         weights = self.attention_weights(query).reshape(B, Q, heads, levels * points).softmax(dim=-1)
         weights = weights.permute(0, 2, 3, 1).reshape(B * heads, 1, levels * points, Q)
 
         sampled = [
             F.grid_sample(image.reshape(B * heads, -1, h, w), grid, "bilinear", "zeros", align_corners=False)
             for image, grid, (h, w) in zip(
-                split_maps(self.value_proj(feature), sizes), grids.chunk(levels), sizes, strict=True
+                split_maps(self.value_proj(feature), sizes), by_level, sizes, strict=True
             )
         ]  # (B * heads, d, points, Q) each
         together = torch.cat(sampled, dim=2) if levels > 1 else sampled[0]
