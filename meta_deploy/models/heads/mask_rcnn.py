@@ -71,7 +71,8 @@ class MaskRCNNConfig(HeadConfig, frozen=True, tag="mask-rcnn"):
 class BoxHead(nn.Module):
     """Shared convolutions and linear layers, then class scores (background last) and class-specific boxes."""
 
-    def __init__(self, config: MaskRCNNConfig) -> None:
+    def __init__(self, config: MaskRCNNConfig, boxes: int | None = None) -> None:
+        """`boxes` is the number of boxes that are predicted for a proposal; None: one a class."""
         super().__init__()
         widths = [config.fpn_channels] + [config.box_channels] * config.box_convs
         self.shared_convs = nn.ModuleList(
@@ -83,7 +84,7 @@ class BoxHead(nn.Module):
             nn.Linear(hidden if i else widths[-1] * 7 * 7, hidden) for i in range(config.box_fcs)
         )
         self.fc_cls = nn.Linear(hidden, config.num_classes + 1)
-        self.fc_reg = nn.Linear(hidden, 4 * config.num_classes)
+        self.fc_reg = nn.Linear(hidden, 4 * (boxes or config.num_classes))
         for fc in self.modules():
             if isinstance(fc, nn.Linear):
                 nn.init.xavier_uniform_(fc.weight)
@@ -124,8 +125,8 @@ class MaskHead(nn.Module):
         return self.conv_logits(F.relu(self.upsample(x)))
 
 
-class RoIHead(nn.Module):
-    """Second stage: classifies and refines proposals, then predicts a mask in each kept box."""
+class RoIStage(nn.Module):
+    """What second stages of one and of several heads share: pooling, and the choice of detections."""
 
     def __init__(self, config: MaskRCNNConfig) -> None:
         super().__init__()
@@ -133,10 +134,16 @@ class RoIHead(nn.Module):
         self.score_threshold = config.score_threshold
         self.nms_threshold = config.nms
         self.max_detections = config.max_detections
-        self.bbox_head = BoxHead(config)
-        self.mask_head = MaskHead(
-            config.fpn_channels, config.mask_channels, config.num_classes, config.mask_norm
-        )
+
+    def detect(
+        self, features: list[Tensor], proposals: Tensor, proposal_logits: Tensor, image_size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Proposals (B, P, 4) and their logits (B, P) -> what `choose` gives."""
+        raise NotImplementedError
+
+    def masks(self, features: list[Tensor], boxes: Tensor, labels: Tensor) -> Tensor:
+        """Boxes (B, K, 4) and their labels (B, K) -> mask probabilities (B, K, 28, 28)."""
+        raise NotImplementedError
 
     @staticmethod
     def box_pool(features: list[Tensor], rois: Tensor, batch_index: Tensor) -> Tensor:
@@ -148,36 +155,65 @@ class RoIHead(nn.Module):
         """Maps at strides 4..32, RoIs (R, 4), image of each (R,) -> (R, C, 14, 14)."""
         return pyramid_roi_align(features, rois, batch_index, _ROI_STRIDES, 14)
 
-    def detect(
-        self, features: list[Tensor], proposals: Tensor, proposal_logits: Tensor, image_size: tuple[int, int]
+    def choose(
+        self, logits: Tensor, boxes: Tensor, proposal_logits: Tensor, image_size: tuple[int, int]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Proposals (B, P, 4) -> the K best boxes (B, K, 4), scores (B, K) and labels (B, K).
+        """The K best of all proposals' boxes, after NMS within each class.
 
-        Padded entries have the score `INVALID`.
+        Args:
+            logits: (B * P, classes + 1), background last.
+            boxes: (B, P, classes, 4), or (B, P, 1, 4) for all classes, clipped to the image.
+            proposal_logits: (B, P); `INVALID` where a proposal is only padding.
+            image_size: (H, W).
+
+        Returns:
+            Boxes (B, K, 4), scores (B, K) and labels (B, K), best first; padded entries have the score
+            `INVALID`.
         """
-        B, P, _ = proposals.shape
-        logits, deltas = self.bbox_head(
-            self.box_pool(features, proposals.reshape(-1, 4), image_of(proposals))
-        )
+        B, P, per_class, _ = boxes.shape
         scores = logits.softmax(dim=-1)[:, : self.num_classes].reshape(B, P, -1)
-        deltas = deltas.reshape(B, P, self.num_classes, 4)
-        boxes = decode_boxes(proposals[:, :, None], deltas, BOX_STDS, image_size)  # (B, P, classes, 4)
         valid = (proposal_logits > INVALID)[:, :, None] & has_area(boxes)
         scores = torch.where(valid, scores, INVALID).reshape(B, -1)
+        if per_class == 1:
+            boxes = boxes.expand(-1, -1, self.num_classes, -1)
         boxes = boxes.reshape(B, -1, 4)
-
         classes = torch.arange(self.num_classes, device=boxes.device).repeat(P)
         apart = separate(boxes, classes.to(boxes.dtype), image_size)
         kept = nms(apart, scores, self.nms_threshold, self.score_threshold, self.max_detections)
         scores, index = select_top(torch.where(kept, scores, INVALID), self.max_detections)
         return take(boxes, index), scores, index % self.num_classes
 
+
+class RoIHead(RoIStage):
+    """Second stage: classifies and refines proposals, then predicts a mask in each kept box."""
+
+    def __init__(self, config: MaskRCNNConfig) -> None:
+        super().__init__(config)
+        self.bbox_head = BoxHead(config)
+        self.mask_head = MaskHead(
+            config.fpn_channels, config.mask_channels, config.num_classes, config.mask_norm
+        )
+
+    def detect(
+        self, features: list[Tensor], proposals: Tensor, proposal_logits: Tensor, image_size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        B, P, _ = proposals.shape
+        logits, deltas = self.bbox_head(
+            self.box_pool(features, proposals.reshape(-1, 4), image_of(proposals))
+        )
+        deltas = deltas.reshape(B, P, self.num_classes, 4)
+        boxes = decode_boxes(proposals[:, :, None], deltas, BOX_STDS, image_size)  # (B, P, classes, 4)
+        return self.choose(logits, boxes, proposal_logits, image_size)
+
     def masks(self, features: list[Tensor], boxes: Tensor, labels: Tensor) -> Tensor:
-        """Boxes (B, K, 4) and their labels (B, K) -> mask probabilities (B, K, 28, 28)."""
-        B, K = labels.shape
-        logits = self.mask_head(self.mask_pool(features, boxes.reshape(-1, 4), image_of(boxes)))
-        index = labels.reshape(-1, 1, 1, 1).expand(-1, 1, *logits.shape[-2:])
-        return logits.gather(1, index).sigmoid().reshape(B, K, *logits.shape[-2:])
+        pooled = self.mask_pool(features, boxes.reshape(-1, 4), image_of(boxes))
+        return mask_of_label(self.mask_head(pooled), labels)
+
+
+def mask_of_label(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logits (B * K, classes, h, w), labels (B, K) -> the probabilities of each one's class (B, K, h, w)."""
+    index = labels.reshape(-1, 1, 1, 1).expand(-1, 1, *logits.shape[-2:])
+    return logits.gather(1, index).sigmoid().reshape(*labels.shape, *logits.shape[-2:])
 
 
 def image_of(boxes: Tensor) -> Tensor:
@@ -187,9 +223,17 @@ def image_of(boxes: Tensor) -> Tensor:
 
 
 class MaskRCNN(nn.Module):
-    """Image in, boxes, classes and masks out; the backbone's strides are 4 to 32."""
+    """Image in, boxes, classes and masks out; the backbone's strides are 4 to 32.
 
-    def __init__(self, config: MaskRCNNConfig, backbone: BackboneModule) -> None:
+    Args:
+        config: of the model.
+        backbone: images to maps.
+        roi_head: the second stage; None for `RoIHead`.
+    """
+
+    def __init__(
+        self, config: MaskRCNNConfig, backbone: BackboneModule, roi_head: RoIStage | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.backbone = backbone
@@ -206,7 +250,7 @@ class MaskRCNN(nn.Module):
             config.anchor_scale,
             config.rpn_convs,
         )
-        self.roi_head = RoIHead(config)
+        self.roi_head = roi_head or RoIHead(config)
 
     def extract_features(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> five maps at strides 4 to 64."""
@@ -244,17 +288,24 @@ class MaskRCNN(nn.Module):
         return outputs
 
 
-def num_classes_of(state: State) -> int | None:
+def num_classes_of(state: State, stage: str = "") -> int | None:
     """Classes of the box head, the background not counted, else those of the mask head."""
-    with_background = size_of(state, "roi_head.bbox_head.fc_cls.weight", 0)
+    with_background = size_of(state, f"roi_head.bbox_head.{stage}fc_cls.weight", 0)
     if with_background is None:
-        return size_of(state, "roi_head.mask_head.conv_logits.weight", 0)
+        return size_of(state, f"roi_head.mask_head.{stage}conv_logits.weight", 0)
     return with_background - 1
 
 
-def measure(config: MaskRCNNConfig, state: State) -> dict[str, Any]:
-    """The layers and widths that names and shapes tell; what has no tensor here is left out."""
-    neck, box, mask = "neck.lateral_convs.0.", "roi_head.bbox_head.", "roi_head.mask_head.convs.0."
+def measure(config: MaskRCNNConfig, state: State, stage: str = "") -> dict[str, Any]:
+    """The layers and widths that names and shapes tell; what has no tensor here is left out.
+
+    Args:
+        config: not used.
+        state: of the whole model.
+        stage: what stands before the names within the heads of one stage of a cascade, such as "0.".
+    """
+    neck, box = "neck.lateral_convs.0.", f"roi_head.bbox_head.{stage}"
+    mask = f"roi_head.mask_head.{stage}convs.0."
     mapped = size_of(state, "neck.convs.0.conv.weight", 0)
     has_box, convs = f"{box}fc_cls.weight" in state, count_of(state, f"{box}shared_convs.")
     return known(

@@ -15,7 +15,7 @@ from meta_deploy.models.checkpoint.read import Checkpoint
 from meta_deploy.models.registry import build_model, get_config
 
 PUBLISHED = Path(__file__).resolve().parents[4] / "shared" / "data" / "vit-adapter" / "keys"
-HEADS = {"MaskRCNN": "mask-rcnn", "EncoderDecoder": "upernet"}
+HEADS = {"MaskRCNN": "mask-rcnn", "CascadeRCNN": "cascade-mask-rcnn", "EncoderDecoder": "upernet"}
 published = pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published names are not here")
 
 
@@ -39,7 +39,7 @@ def on_meta(fact):
 
 def test_the_published_configurations_are_counted():
     if PUBLISHED.is_dir():
-        assert sum(map(supported, facts().values())) == 21
+        assert sum(map(supported, facts().values())) == 23
 
 
 @functools.cache
@@ -80,7 +80,7 @@ def test_every_supported_configuration_is_inferred_as_it_was_trained():
             "inplanes": backbone["conv_inplane"],
         }
         if backbone.get("add_vit_feature", True):
-            expected["vit_feature"] = "last" if fact["detector"] == "MaskRCNN" else "each"
+            expected["vit_feature"] = "each" if fact["detector"] == "EncoderDecoder" else "last"
         else:
             expected["vit_feature"] = "none"
         assert {key: getattr(own, key) for key in expected} == expected, name

@@ -1,7 +1,6 @@
 """Mask R-CNN: the second stage against MMDetection 2.x's test path in numpy, padding, batches, names."""
 
 import functools
-import math
 
 import numpy as np
 import pytest
@@ -57,30 +56,10 @@ def images(*shape):
 # --- MMDetection, in numpy ---
 
 
-def pooled(features, rois, bins):
-    """SingleRoIExtractor: maps (C, h, w) at strides 4..32 and RoIs (R, 4) -> (R, C, bins, bins)."""
-    out = []
-    for roi in rois:
-        scale = math.sqrt((roi[2] - roi[0]) * (roi[3] - roi[1]))
-        level = int(min(max(math.floor(math.log2(scale / 56 + 1e-6)), 0), 3))
-        out.append(ref.roi_align(features[level], roi, bins, STRIDES[level]))
-    return np.array(out)
-
-
-def multiclass_nms(boxes, scores, score_threshold, iou_threshold, max_num):
-    """Boxes (P, classes, 4), scores (P, classes) -> detections, class by class, then the best of all."""
-    found = []
-    for c in range(scores.shape[1]):
-        for i in ref.greedy_nms(boxes[:, c], scores[:, c], iou_threshold, score_threshold):
-            found.append((scores[i, c], c, boxes[i, c]))
-    found.sort(key=lambda item: -item[0])
-    return found[:max_num]
-
-
 def second_stage(head, features, proposals, image_size):
     """`StandardRoIHead.simple_test_bboxes` and `simple_test_mask` of one image's numpy maps and proposals."""
     state = ref.numpy_state(head)
-    x = pooled(features, proposals, 7).reshape(len(proposals), -1)
+    x = ref.pyramid_pool(features, proposals, 7).reshape(len(proposals), -1)
     for i in (0, 1):
         x = np.maximum(ref.linear(x, state, f"bbox_head.shared_fcs.{i}"), 0)
     scores = ref.softmax(ref.linear(x, state, "bbox_head.fc_cls"))[:, :-1]
@@ -92,7 +71,7 @@ def second_stage(head, features, proposals, image_size):
         ]
     )
     area = (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
-    found = multiclass_nms(
+    found = ref.multiclass_nms(
         boxes,
         np.where(area, scores, -1.0),  # MMDetection keeps empty boxes; this project drops them
         head.score_threshold,
@@ -101,7 +80,7 @@ def second_stage(head, features, proposals, image_size):
     )
     masks = []
     for _, label, box in found:
-        x = pooled(features, [box], 14)[0]
+        x = ref.pyramid_pool(features, [box], 14)[0]
         for i in range(4):
             x = np.maximum(ref.conv3x3(x, state, f"mask_head.convs.{i}.conv"), 0)
         up = np.einsum("iyx,iokl->oykxl", x, state["mask_head.upsample.weight"]).reshape(-1, 28, 28)
