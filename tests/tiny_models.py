@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from msgspec.structs import replace
 from torch import nn
 
 from meta_deploy.export.options import Options
@@ -17,6 +18,7 @@ from meta_deploy.export.sources.checkpoint import input_spec
 from meta_deploy.export.trace import export_onnx, quiet
 from meta_deploy.graph.pipeline import run_passes
 from meta_deploy.models.backbones.meta import METAConfig
+from meta_deploy.models.backbones.vit_adapter import ViTAdapterConfig
 from meta_deploy.models.heads.mask_rcnn import MaskRCNNConfig
 from meta_deploy.models.heads.upernet import UPerNetConfig
 from meta_deploy.models.registry import build_model
@@ -39,6 +41,13 @@ def detector(**backbone):
         max_detections=100,
         input_size=SIZE,
     )
+
+
+def adapter(**backbone):
+    """A detector on a small ViT-Adapter with windows, two interactions and an extra extractor."""
+    small = {"embed_dim": 16, "depth": 8, "num_heads": 2, "deform_heads": 2, "inplanes": 4, "pos_grid": 4}
+    parts = {"window": 4, "interactions": 2, "extra_extractors": 1}
+    return replace(detector(), backbone=ViTAdapterConfig(**{**small, **parts, **backbone}))
 
 
 def segmenter(**backbone):
@@ -158,7 +167,7 @@ def exported(
     **backbone,
 ):
     """Made once for each set of arguments."""
-    config = {"detector": detector, "segmenter": segmenter}[kind](**backbone)
+    config = {"detector": detector, "adapter": adapter, "segmenter": segmenter}[kind](**backbone)
     return Exported(config, size, batch, dynamic_batch, dynamic_size, operators)
 
 

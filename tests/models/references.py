@@ -138,6 +138,26 @@ def roi_align(feature, roi, bins, stride):
     return out / max(n_x * n_y, 1)
 
 
+def pyramid_pool(features, rois, bins):
+    """SingleRoIExtractor: maps (C, h, w) at strides 4..32 and RoIs (R, 4) -> (R, C, bins, bins)."""
+    out = []
+    for roi in rois:
+        scale = math.sqrt((roi[2] - roi[0]) * (roi[3] - roi[1]))
+        level = int(min(max(math.floor(math.log2(scale / 56 + 1e-6)), 0), 3))
+        out.append(roi_align(features[level], roi, bins, 4 * 2**level))
+    return np.array(out)
+
+
+def multiclass_nms(boxes, scores, score_threshold, iou_threshold, max_num):
+    """Boxes (P, classes, 4), scores (P, classes) -> detections, class by class, then the best of all."""
+    found = []
+    for c in range(scores.shape[1]):
+        for i in greedy_nms(boxes[:, c], scores[:, c], iou_threshold, score_threshold):
+            found.append((scores[i, c], c, boxes[i, c]))
+    found.sort(key=lambda item: -item[0])
+    return found[:max_num]
+
+
 def numpy_state(module):
     """A module's state dict as float64 arrays."""
     return {name: value.detach().double().numpy() for name, value in module.state_dict().items()}

@@ -53,6 +53,8 @@ class Backbone:
         width: `BackboneConfig.width` from a state dict.
         measure: configuration and state dict -> the settings that shapes tell.
         by_task: task -> settings that go before those of the size.
+        normalization: `mean` and `std` of the input by a state dict, where its ViT was not pretrained on
+            images normalized as ImageNet's usually are; empty where it was.
         vit: what stands before the names of a plain ViT inside of it, whose weights can then come from a
             checkpoint of their own (the configuration has `layer_scale` for them); None where there is none.
     """
@@ -65,6 +67,7 @@ class Backbone:
     width: Callable[[State], int | None]
     measure: Callable[[Any, State], dict[str, Any]]
     by_task: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    normalization: Callable[[State], dict[str, tuple[float, ...]]] = lambda state: {}
     vit: str | None = None
 
     @property

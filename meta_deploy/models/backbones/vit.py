@@ -43,10 +43,13 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
-        B, N, C = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, head_dim)
-        return self.proj(attention(q, k, v).transpose(1, 2).reshape(B, N, C))
+        return self.proj(self.attend(self.qkv(x)))
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """What lies between the two projections: (B, N, 3C) -> (B, N, C)."""
+        B, N, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+        q, k, v = qkv.reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+        return attention(q, k, v).transpose(1, 2).reshape(B, N, C)  # q, k, v: (B, heads, N, head_dim)
 
 
 class Mlp(nn.Module):
@@ -92,7 +95,7 @@ class Block(nn.Module):
         B, H, W, C = x.shape
         y = self.norm1(x)
         if self.window:
-            # Padding is zeros after the norm and takes part in the softmax, as in ViTDet and ViT-Adapter.
+            # Padding is zeros after the norm and takes part in the softmax, as in ViTDet.
             window = (self.window, self.window)
             y = merge(self.attn(partition(y, window)), window, (B, H, W))
         else:

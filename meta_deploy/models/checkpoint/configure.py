@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from meta_deploy.errors import InputError
 from meta_deploy.models.backbones.backbone import Backbone
 from meta_deploy.models.checkpoint.file import refuse, shown
+from meta_deploy.models.checkpoint.foreign import head_title
 from meta_deploy.models.checkpoint.read import Checkpoint
 from meta_deploy.models.checkpoint.recognise import (
     ALLOW,
@@ -35,10 +36,19 @@ def choose_config(
     Raises:
         CheckpointError: the tensors are not the named model's, or don't tell which model they are of.
     """
-    embedded = checkpoint.config
+    embedded, state = checkpoint.config, checkpoint.state
+    if embedded is None and not allow_partial and find_head(state) is None and head_title(state):
+        refuse_foreign(checkpoint)
     if model_name is None:
         config = infer_config(checkpoint)
-        return config, [] if embedded else [f"the tensors look like {config.name}: {GUESSED}"]
+        if embedded:
+            return config, []
+        notes = [f"the tensors look like {config.name} ({_facts(config)}): {GUESSED}"]
+        usual = get_config(config.name)
+        if (config.mean, config.std) != (usual.mean, usual.std):
+            source = "the training's configuration" if checkpoint.normalization else "the ViT's pretraining"
+            notes.append(f"mean {_numbers(config.mean)} and std {_numbers(config.std)} are those of {source}")
+        return config, notes
     config = _named_config(checkpoint, model_name, allow_partial)
     if embedded is None or embedded.head != config.head:
         return config, []
@@ -73,9 +83,16 @@ def infer_config(checkpoint: Checkpoint) -> ModelConfig:
             "configuration (save_checkpoint does) or name the model with --model",
         )
     try:
-        return _with_shapes(get_config(name), state)
+        return replace(_with_shapes(get_config(name), state), **_normalization(checkpoint, backbone))
     except InputError as error:
         refuse(path, f"looks like {name}, but its shapes don't fit together: {shown(error, 200)}", error)
+
+
+def _normalization(checkpoint: Checkpoint, backbone: Backbone) -> dict[str, tuple[float, ...]]:
+    """Mean and std, where the training's configuration or the ViT's pretraining tell them."""
+    if checkpoint.normalization is not None:
+        return dict(zip(("mean", "std"), checkpoint.normalization, strict=True))
+    return backbone.normalization(without_prefix(checkpoint.state, "backbone."))
 
 
 def _with_shapes(config: ModelConfig, state: State) -> ModelConfig:
@@ -94,7 +111,7 @@ def _with_shapes(config: ModelConfig, state: State) -> ModelConfig:
 
 
 def _named_config(checkpoint: Checkpoint, model_name: str, allow_partial: bool) -> ModelConfig:
-    """The named model's settings, but the tensors' number of classes and position grid."""
+    """The named model's settings, but the checkpoint's number of classes, position grid, mean and std."""
     state, wanted, head = checkpoint.state, get_config(model_name), find_head(checkpoint.state)
     backbone = backbone_of(wanted)
     same_width = find_backbone(state) is backbone and width_of(state, backbone) == wanted.backbone.width
@@ -114,7 +131,8 @@ def _named_config(checkpoint: Checkpoint, model_name: str, allow_partial: bool) 
         refuse(checkpoint.path, f"has a head of {classes} classes; take another checkpoint", error)
     measured = backbone.measure(config.backbone, without_prefix(state, "backbone."))
     grid = {key: measured[key] for key in ("pos_grid",) if key in measured}
-    return replace(config, backbone=replace(config.backbone, **grid))
+    backbone_config = replace(config.backbone, **grid)
+    return replace(config, backbone=backbone_config, **_normalization(checkpoint, backbone))
 
 
 def _look(state: State, wanted: Backbone) -> str:
@@ -123,6 +141,22 @@ def _look(state: State, wanted: Backbone) -> str:
         f"a {backbone.title} model of width {width_of(state, backbone)} with head "
         f"{head.name if head else 'unknown'}"
     )
+
+
+def _facts(config: ModelConfig) -> str:
+    """What of a configuration is not the named model's, and its classes, as "num_classes 80, pos_grid 24"."""
+    usual, own = (
+        {**data, **data["backbone"]}
+        for data in (config_to_dict(get_config(config.name)), config_to_dict(config))
+    )
+    said = {k: v for k, v in own.items() if k not in ("backbone", "mean", "std") and v != usual.get(k)}
+    return ", ".join(
+        f"{key} {shown(value)}" for key, value in ({"num_classes": config.num_classes} | said).items()
+    )
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
 
 
 def _differ(old: ModelConfig, new: ModelConfig) -> list[str]:

@@ -10,25 +10,33 @@ from collections.abc import Callable
 
 from meta_deploy.models.shapes import State, count_of, size_of
 
-_WIDTHS = {192: "tiny", 384: "small", 768: "base", 1024: "large"}  # of ViTs
+_WIDTHS = {192: "T", 384: "S", 768: "B", 1024: "L"}  # of ViTs
 _BOTTLENECKS = {4: 26, 6: 50, 23: 101, 36: 152}  # blocks in a ResNet's third stage -> layers in all
 _HEADS = ("rpn_head.", "roi_head.", "bbox_head.", "decode_head.", "panoptic_head.")
 
-# A part of a name that only this head has, the most special first; the head's title.
+# Parts of names that only this head has, all of them, the most special head first; the head's title.
 # fmt: off
-_HEAD_TITLES: tuple[tuple[str, str], ...] = (
-    ("roi_head.semantic_head.", "HTC"),
-    ("rpn_head.init_proposal_bboxes.", "Sparse R-CNN"),
-    ("head.pixel_decoder.", "Mask2Former"),
-    ("roi_head.mask_head.0.", "Cascade Mask R-CNN"),
-    ("roi_head.bbox_head.0.", "Cascade R-CNN"),
-    ("roi_head.mask_head.", "Mask R-CNN"),
-    ("roi_head.bbox_head.", "Faster R-CNN"),
-    ("bbox_head.atss_cls.", "ATSS"),
-    ("bbox_head.gfl_cls.", "GFL"),
-    ("bbox_head.retina_cls.", "RetinaNet"),
-    ("decode_head.psp_modules.", "UPerNet"),
-    ("decode_head.scale_heads.", "Semantic FPN"),
+_HEAD_TITLES: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("roi_head.semantic_head.", "roi_head.bbox_head.0.shared_convs."), "HTC++"),
+    (("roi_head.semantic_head.",), "HTC"),
+    (("rpn_head.init_proposal_bboxes.",), "Sparse R-CNN"),
+    (("head.pixel_decoder.",), "Mask2Former"),
+    (("roi_head.mask_head.0.",), "Cascade Mask R-CNN"),
+    (("roi_head.bbox_head.0.",), "Cascade R-CNN"),
+    (("roi_head.mask_head.",), "Mask R-CNN"),
+    (("roi_head.bbox_head.",), "Faster R-CNN"),
+    (("bbox_head.atss_cls.",), "ATSS"),
+    (("bbox_head.gfl_cls.",), "GFL"),
+    (("bbox_head.retina_cls.",), "RetinaNet"),
+    (("decode_head.psp_modules.",), "UPerNet"),
+    (("decode_head.scale_heads.",), "Semantic FPN"),
+)
+# Of ViTs of other kinds, which have adapters and detectors too.
+_VITS: tuple[tuple[str, str], ...] = (
+    (".attn.relative_position_bias_table", "BEiT"),
+    (".attn.q_bias", "BEiT"),
+    ("visual_embed.", "Uni-Perceiver"),
+    (".self_attn.in_proj.", "Uni-Perceiver"),
 )
 # Layers with an output a class, and how many outputs they have besides.
 _CLASSIFIERS: tuple[tuple[str, int], ...] = (
@@ -40,18 +48,18 @@ _CLASSIFIERS: tuple[tuple[str, int], ...] = (
 
 
 def foreign_adapter(state: State) -> str | None:
-    """ "ViT-Adapter (tiny, Mask R-CNN head, 80 classes)", and likewise ViT-CoMer; None if it is neither."""
+    """As "ViT-Adapter-L (BEiT) with Mask2Former, 150 classes", and likewise ViT-CoMer; None if neither."""
     names = {name.removeprefix("backbone.") for name in state}
     if any(".cti_tov." in name or ".cti_toc." in name for name in names):
-        return _describe("ViT-CoMer", state, _vit_size(state))
+        return describe("ViT-CoMer", state)
     if any(name.startswith("spm.") for name in names) or {"level_embed", "norm1.weight"} <= names:
-        return _describe("ViT-Adapter", state, _vit_size(state))
+        return describe("ViT-Adapter", state)
     return None
 
 
 def foreign_detector(state: State) -> str | None:
     """The same of a detector or segmenter on a Swin, ResNet or plain ViT; None if it is none of these."""
-    if not any(name.startswith(_HEADS) for name in state):
+    if head_title(state) is None and not any(name.startswith(_HEADS) for name in state):
         return None
     has = {name.removeprefix("backbone.") for name in state if name.startswith("backbone.")}
     kinds: tuple[tuple[str, str, Callable[[State], str | None]], ...] = (
@@ -62,19 +70,40 @@ def foreign_detector(state: State) -> str | None:
     )
     for name, title, size in kinds:
         if name in has:
-            return _describe(title, state, size(state))
+            return describe(title, state, size)
     return None
 
 
-def _describe(title: str, state: State, size: str | None) -> str:
-    """The title, with what else is known of the model behind it."""
-    head = next((name for part, name in _HEAD_TITLES if any(part in n for n in state)), None)
+def head_title(state: State) -> str | None:
+    """The head's name, as its paper has it."""
+    for parts, title in _HEAD_TITLES:
+        if all(any(part in name for name in state) for part in parts):
+            return title
+    return None
+
+
+def describe(title: str, state: State, size: Callable[[State], str | None] | None = None) -> str:
+    """The title of a backbone with what else is known of the model: its size, its ViT, head and classes.
+
+    Args:
+        title: of the backbone.
+        state: of the whole model.
+        size: a state dict's size, in letters or numbers (None: that of the ViT's width).
+    """
+    head, letters = head_title(state), (size or _vit_size)(state)
+    kind = next((kind for part, kind in _VITS if any(part in name for name in state)), None)
     classes = next(
         (n - extra for layer, extra in _CLASSIFIERS if (n := size_of(state, f"{layer}.weight", 0))), None
     )
-    facts = (size, head and f"{head} head", classes and f"{classes} classes")
-    known = ", ".join(fact for fact in facts if fact)
-    return f"{title} ({known})" if known else title
+    return "".join(
+        (
+            title,
+            f"-{letters}" if letters else "",
+            f" ({kind})" if kind and not title.startswith("Swin") else "",
+            f" with {head}" if head else "",
+            f", {classes} classes" if classes else "",
+        )
+    )
 
 
 def _vit_size(state: State) -> str | None:
@@ -88,7 +117,7 @@ def _swin_size(state: State) -> str | None:
         state, "backbone.patch_embed.proj.weight", 0
     )
     deep = (count_of(state, "backbone.stages.2.blocks.") or count_of(state, "backbone.layers.2.blocks.")) != 6
-    return {96: "small" if deep else "tiny", 128: "base", 192: "large"}.get(width or 0)
+    return {96: "S" if deep else "T", 128: "B", 192: "L"}.get(width or 0)
 
 
 def _resnet_size(state: State) -> str | None:
@@ -97,4 +126,4 @@ def _resnet_size(state: State) -> str | None:
         layers = _BOTTLENECKS.get(third or 0)
     else:
         layers = {2: 18, 6: 34}.get(third or 0)
-    return f"{layers} layers" if layers else None
+    return str(layers) if layers else None

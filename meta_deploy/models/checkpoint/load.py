@@ -220,9 +220,13 @@ def _class_names(checkpoint: Checkpoint, config: ModelConfig) -> tuple[list[str]
     elif names is not None and not all(map(_is_name, names)):
         notes.append(f"class names that are empty, over {MAX_NAME} characters or not printable: not used")
     elif names is not None:
-        return names, notes
+        return [name.strip() for name in names], notes
     usual = HEADS[config.head].class_names
     if len(usual) == config.num_classes:
+        notes.append(
+            f"no class names in the checkpoint: with {len(usual)} classes they are taken for the usual ones "
+            f"({first_few(list(usual))})"
+        )
         return list(usual), notes
     return [f"class {i}" for i in range(config.num_classes)], notes
 

@@ -15,7 +15,13 @@ from torch import Tensor
 from meta_deploy.errors import CheckpointError
 from meta_deploy.models.backbones.backbone import BACKBONES
 from meta_deploy.models.checkpoint.file import first_few, one_line, read_file, refuse
-from meta_deploy.models.checkpoint.unwrap import Weights, find_class_names, find_weights, plain_weights
+from meta_deploy.models.checkpoint.unwrap import (
+    Weights,
+    find_class_names,
+    find_normalization,
+    find_weights,
+    plain_weights,
+)
 from meta_deploy.models.registry import ModelConfig, config_from_dict
 
 
@@ -27,6 +33,7 @@ class Checkpoint:
         state: name -> tensor, on the CPU, floating-point ones float32 and finite.
         config: what our own trainer embedded, or None.
         class_names: as the trainer saved them, or None.
+        normalization: (mean, std) of RGB images of 0..255 that the trainer's configuration names, or None.
         path: where it came from.
         notes: what was decided on the way, for the user.
     """
@@ -36,6 +43,7 @@ class Checkpoint:
     class_names: list[str] | None
     path: Path
     notes: tuple[str, ...] = ()
+    normalization: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -74,6 +82,7 @@ class Candidate:
             class_names=find_class_names(self.beside),
             path=self.path,
             notes=self.weights.notes,
+            normalization=find_normalization(self.beside),
         )
 
 

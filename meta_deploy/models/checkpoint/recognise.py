@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from meta_deploy.models.backbones.backbone import BACKBONES, Backbone
 from meta_deploy.models.checkpoint.file import first_few, refuse
-from meta_deploy.models.checkpoint.foreign import foreign_adapter, foreign_detector
+from meta_deploy.models.checkpoint.foreign import describe, foreign_adapter, foreign_detector, head_title
 from meta_deploy.models.checkpoint.read import Checkpoint
 from meta_deploy.models.heads.head import HEADS, Head
 from meta_deploy.models.registry import MODEL_NAMES
@@ -62,9 +62,16 @@ def refuse_foreign(checkpoint: Checkpoint) -> NoReturn:
         CheckpointError: always.
     """
     state, path = checkpoint.state, checkpoint.path
-    if what := foreign_adapter(state) or foreign_detector(state):
+    what = foreign_adapter(state) or foreign_detector(state)
+    if what is None and (backbone := find_backbone(state)) and head_title(state):
+        what = describe(backbone.title, state)
+    if what is not None:
         titles = " or ".join(backbone.title for backbone in BACKBONES.values())
-        refuse(path, f"is {what}; not supported yet, give a checkpoint of a {titles} model")
+        refuse(
+            path,
+            f"is {what}; not supported, give a {titles} model (of a plain ViT) with the head "
+            f"{', '.join(sorted(HEADS))}",
+        )
     if (prefix := vit_prefix(state)) is not None:
         width = size_of(state, prefix + "patch_embed.proj.weight", 0)
         refuse(

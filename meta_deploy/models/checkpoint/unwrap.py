@@ -5,7 +5,9 @@ Knows the habits of trainers, not the models.
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,6 +33,10 @@ _NOT_WEIGHTS = ("optim", "sched", "scaler", "loss", "criterion", "callback", "lo
 # Modules that wrap a model or a part of it; no module of ours or of a plain ViT has such a name.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 _MOST_SHARED = 8  # tied weights share theirs among two or three
+# In the text of a configuration of MMDetection or MMSegmentation: mean=[123.675, 116.28, 103.53], std=[…].
+_MEAN_STD = re.compile(r"\bmean=[\[(]([-\d., e]{1,99})[\])],\s*std=[\[(]([-\d., e]{1,99})[\])]")
+_IN_RGB = re.compile(r"\b(to_rgb|bgr_to_rgb)=True\b")
+_LONGEST_TEXT = 1_000_000
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # what averaging leaves out
 
 
@@ -208,3 +214,29 @@ def find_class_names(raw: Any) -> list[str] | None:
             if isinstance(names, (list, tuple)) and names and all(isinstance(n, str) for n in names):
                 return list(names)
     return None
+
+
+def find_normalization(raw: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and std of RGB images of 0..255, where the text of a trainer's configuration names one pair.
+
+    The configurations of MMDetection and MMSegmentation are Python; this looks for the one thing, runs
+    nothing, and answers None where there is more than one pair or it is not of RGB.
+    """
+    meta = raw.get("meta") if isinstance(raw, Mapping) else None
+    text = (meta.get("config") or meta.get("cfg")) if isinstance(meta, Mapping) else None
+    if not isinstance(text, str) or len(text) > _LONGEST_TEXT or not _IN_RGB.search(text):
+        return None
+    pairs = {(_three(mean), _three(std)) for mean, std in _MEAN_STD.findall(text)}
+    if len(pairs) != 1:
+        return None
+    ((mean, std),) = pairs
+    return (mean, std) if mean and std and min(mean) >= 0 and min(std) > 0 else None
+
+
+def _three(text: str) -> tuple[float, ...] | None:
+    """Three finite numbers."""
+    try:
+        numbers = tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        return None
+    return numbers if len(numbers) == 3 and all(map(math.isfinite, numbers)) else None

@@ -1,4 +1,4 @@
-"""Feature pyramid network (Lin et al., CVPR 2017), state-dict names as in MMDetection."""
+"""Necks: the feature pyramid network (Lin et al., CVPR 2017) and a plain mapper, names as in MMDetection."""
 
 from collections.abc import Sequence
 
@@ -34,13 +34,16 @@ class FPN(nn.Module):
         in_channels: of each map, the largest map first.
         out_channels: of all outputs.
         extra_level: whether to add a last map, every other pixel of the one before, as detectors have.
+        norm: whether each convolution has a batch norm.
     """
 
-    def __init__(self, in_channels: Sequence[int], out_channels: int, extra_level: bool = True) -> None:
+    def __init__(
+        self, in_channels: Sequence[int], out_channels: int, extra_level: bool = True, norm: bool = False
+    ) -> None:
         super().__init__()
         self.extra_level = extra_level
-        self.lateral_convs = nn.ModuleList(ConvModule(c, out_channels, 1) for c in in_channels)
-        self.fpn_convs = nn.ModuleList(ConvModule(out_channels, out_channels, 3) for _ in in_channels)
+        self.lateral_convs = nn.ModuleList(ConvModule(c, out_channels, 1, norm) for c in in_channels)
+        self.fpn_convs = nn.ModuleList(ConvModule(out_channels, out_channels, 3, norm) for _ in in_channels)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight)
@@ -53,3 +56,25 @@ class FPN(nn.Module):
             laterals[i] = laterals[i] + F.interpolate(laterals[i + 1], scale_factor=2.0, mode="nearest")
         outputs = [conv(x) for conv, x in zip(self.fpn_convs, laterals, strict=True)]
         return [*outputs, F.max_pool2d(outputs[-1], 1, stride=2)] if self.extra_level else outputs
+
+
+class ChannelMapper(nn.Module):
+    """Maps to maps of one width, each on its own, and a coarser one: what ViT-Adapter has "without FPN".
+
+    Args:
+        in_channels: of each map, the largest map first.
+        out_channels: of all outputs.
+    """
+
+    def __init__(self, in_channels: Sequence[int], out_channels: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(ConvModule(c, out_channels, 1, relu=True) for c in in_channels)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight)
+                zero_bias(module)
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        """Maps (B, in_channels[i], h_i, w_i) -> maps (B, out_channels, h_i, w_i), and a last one of half."""
+        outputs = [conv(x) for conv, x in zip(self.convs, maps, strict=True)]
+        return [*outputs, F.max_pool2d(outputs[-1], 2, stride=2)]

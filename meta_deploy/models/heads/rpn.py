@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from meta_deploy.models.heads.fpn import ConvModule
 from meta_deploy.models.init import zero_bias
 from meta_deploy.models.ops.boxes import INVALID, decode_boxes, has_area, nms, select_top, take
 
@@ -20,6 +21,7 @@ class RPNHead(nn.Module):
         nms_threshold: IoU.
         max_proposals: proposals per image.
         anchor_scale: side of a square anchor, in strides of its level.
+        convs: 3x3 convolutions before the two outputs.
     """
 
     strides = (4, 8, 16, 32, 64)
@@ -31,18 +33,25 @@ class RPNHead(nn.Module):
         nms_threshold: float,
         max_proposals: int,
         anchor_scale: float = 8.0,
+        convs: int = 1,
     ) -> None:
         super().__init__()
         self.pre_nms = pre_nms
         self.nms_threshold = nms_threshold
         self.max_proposals = max_proposals
         self.anchor_scale = anchor_scale
-        self.rpn_conv = nn.Conv2d(channels, channels, 3, padding=1)
+        # Names as in MMDetection: of one convolution other than of several.
+        self.rpn_conv: nn.Module = nn.Conv2d(channels, channels, 3, padding=1)
+        if convs > 1:
+            self.rpn_conv = nn.Sequential(
+                *(ConvModule(channels, channels, 3, relu=True) for _ in range(convs))
+            )
         self.rpn_cls = nn.Conv2d(channels, len(_RATIOS), 1)
         self.rpn_reg = nn.Conv2d(channels, len(_RATIOS) * 4, 1)
-        for conv in (self.rpn_conv, self.rpn_cls, self.rpn_reg):
-            nn.init.normal_(conv.weight, std=0.01)
-            zero_bias(conv)
+        for conv in self.modules():
+            if isinstance(conv, nn.Conv2d):
+                nn.init.normal_(conv.weight, std=0.01)
+                zero_bias(conv)
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Per level: logits (B, 3, h, w) and deltas (B, 12, h, w)."""

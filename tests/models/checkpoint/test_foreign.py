@@ -9,13 +9,14 @@ import torch
 from meta_deploy.errors import CheckpointError
 from meta_deploy.models.checkpoint.foreign import foreign_adapter, foreign_detector
 from meta_deploy.models.checkpoint.load import load_model
+from meta_deploy.models.checkpoint.read import read_checkpoint
 
 PUBLISHED = Path(__file__).resolve().parents[4] / "shared" / "data" / "vit-adapter" / "keys"
 DETECTORS = {  # what the published configurations call their models
     "MaskRCNN": "Mask R-CNN",
     "CascadeRCNN": "Cascade Mask R-CNN",
-    "HybridTaskCascade": "HTC",
-    "HybridTaskCascadeAug": "HTC",
+    "HybridTaskCascade": "HTC++",
+    "HybridTaskCascadeAug": "HTC++",
     "ATSS": "ATSS",
     "GFL": "GFL",
     "SparseRCNN": "Sparse R-CNN",
@@ -34,6 +35,16 @@ UPERNET = {
     "decode_head.psp_modules.0.1.conv.weight": (4, 4, 1, 1),
     "decode_head.conv_seg.weight": (150, 4, 1, 1),
 }
+
+SPARSE_RCNN = {
+    "rpn_head.init_proposal_bboxes.weight": (100, 4),
+    "roi_head.bbox_head.0.fc_cls.weight": (80, 4),
+}
+MASK2FORMER = {
+    "decode_head.pixel_decoder.input_convs.0.conv.weight": (4, 4, 1, 1),
+    "decode_head.cls_embed.weight": (151, 4),
+}
+BEIT = {"backbone.blocks.0.attn.q_bias": (4,), "backbone.blocks.0.attn.relative_position_bias_table": (9, 2)}
 
 
 def vit(width):
@@ -86,18 +97,18 @@ def zeros(*parts):
 @pytest.mark.parametrize(
     ("state", "name"),
     [
-        (zeros(vit_adapter(192), MASK_RCNN), "ViT-Adapter (tiny, Mask R-CNN head, 80 classes)"),
-        (zeros(vit_adapter(768), UPERNET), "ViT-Adapter (base, UPerNet head, 150 classes)"),
-        (zeros(vit_adapter(320), MASK_RCNN), "ViT-Adapter (Mask R-CNN head, 80 classes)"),
-        (zeros(vit_adapter(384)), "ViT-Adapter (small)"),
-        (zeros(vit_comer(384), UPERNET), "ViT-CoMer (small, UPerNet head, 150 classes)"),
-        (zeros(vit(1024), MASK_RCNN), "a plain ViT (large, Mask R-CNN head, 80 classes)"),
-        (zeros(swin(96, 6), MASK_RCNN), "Swin (tiny, Mask R-CNN head, 80 classes)"),
-        (zeros(swin(96, 18), UPERNET), "Swin (small, UPerNet head, 150 classes)"),
-        (zeros(swin(128, 18, official=True), UPERNET), "Swin (base, UPerNet head, 150 classes)"),
-        (zeros(resnet(6), MASK_RCNN), "ResNet (50 layers, Mask R-CNN head, 80 classes)"),
-        (zeros(resnet(6, "conv2"), MASK_RCNN), "ResNet (34 layers, Mask R-CNN head, 80 classes)"),
-        (zeros(resnet(23), {"bbox_head.retina_cls.weight": (720, 4, 3, 3)}), "ResNet (101 layers, RetinaNet"),
+        (zeros(vit_adapter(192), SPARSE_RCNN), "ViT-Adapter-T with Sparse R-CNN"),
+        (zeros(vit_adapter(768), BEIT, MASK2FORMER), "ViT-Adapter-B (BEiT) with Mask2Former, 150 classes"),
+        (zeros(vit_adapter(320), BEIT, MASK_RCNN), "ViT-Adapter (BEiT) with Mask R-CNN, 80 classes"),
+        (zeros(vit_adapter(384), BEIT), "ViT-Adapter-S (BEiT)"),
+        (zeros(vit_comer(384), UPERNET), "ViT-CoMer-S with UPerNet, 150 classes"),
+        (zeros(vit(1024), MASK_RCNN), "a plain ViT-L with Mask R-CNN, 80 classes"),
+        (zeros(swin(96, 6), MASK_RCNN), "Swin-T with Mask R-CNN, 80 classes"),
+        (zeros(swin(96, 18), UPERNET), "Swin-S with UPerNet, 150 classes"),
+        (zeros(swin(128, 18, official=True), UPERNET), "Swin-B with UPerNet, 150 classes"),
+        (zeros(resnet(6), MASK_RCNN), "ResNet-50 with Mask R-CNN, 80 classes"),
+        (zeros(resnet(6, "conv2"), MASK_RCNN), "ResNet-34 with Mask R-CNN, 80 classes"),
+        (zeros(resnet(23), {"bbox_head.retina_cls.weight": (720, 4, 3, 3)}), "ResNet-101 with RetinaNet"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -109,15 +120,15 @@ def test_a_foreign_model_is_named_in_one_sentence(tmp_path, state, name, argumen
         load_model(path, *arguments)
     message = str(error.value)
     assert message.startswith(f"checkpoint '{path}' is {name}")
-    assert "not supported yet" in message
+    assert "; not supported, give a META" in message
     assert "--allow-partial" not in message
     assert "\n" not in message
 
 
 def test_an_adapters_backbone_saved_alone_is_named(tmp_path):
-    state = {name.removeprefix("backbone."): tensor for name, tensor in zeros(vit_adapter(192)).items()}
+    state = {name.removeprefix("backbone."): tensor for name, tensor in zeros(vit_comer(192)).items()}
     torch.save(state, tmp_path / "x.pth")
-    with pytest.raises(CheckpointError, match=r"is ViT-Adapter \(tiny\); not supported yet"):
+    with pytest.raises(CheckpointError, match=r"is ViT-CoMer-T; not supported"):
         load_model(tmp_path / "x.pth", "meta-t-mask-rcnn", allow_partial=True)
 
 
@@ -134,15 +145,20 @@ def test_every_published_checkpoint_of_vit_adapter_is_named():
         state = {name: torch.empty(shape, device="meta") for name, (_, *shape) in names.items()}
         what = foreign_adapter(state) or foreign_detector(state) or ""
         backbone = "ViT-Adapter" if "adapter" in path.stem else "a plain ViT"
-        size = next(size for size in ("tiny", "small", "base", "large") if size in path.stem)
-        assert what.startswith(f"{backbone} ({size}, "), path.name
-        assert f"{DETECTORS[facts['detector']]} head" in what, path.name
-        if facts["detector"] != "SparseRCNN":  # whose classifier may or may not have a background
-            assert f", {facts['classes']} classes)" in what, path.name
+        size = next(s for s in ("tiny", "small", "base", "large") if s in path.stem)[0].upper()
+        kind = {"BEiT": " (BEiT)", "UniP": " (Uni-Perceiver)"}.get(facts["backbone"]["type"][:4], "")
+        start = f"{backbone}-{size}{kind} with {DETECTORS[facts['detector']]}"
+        classes = f", {facts['classes']} classes"
+        # Sparse R-CNN's classifier may or may not have a background.
+        assert what.removesuffix(", 79 classes").removesuffix(classes) == start, path.name
 
 
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the files that mmcv wrote are not here")
 @pytest.mark.parametrize("name", ["detection.pth", "segmentation.pth.tar", "segmentation-legacy.pth.tar"])
 def test_files_that_mmcv_wrote_are_read_and_named(name):
-    with pytest.raises(CheckpointError, match="is ViT-Adapter; not supported yet"):
+    """They hold a few tensors of a backbone, in all that mmcv writes around them."""
+    read = read_checkpoint(PUBLISHED / "checkpoint-structure" / name)
+    assert len(read.state) == 6
+    assert read.class_names[0] == ("person" if name.startswith("detection") else "wall")
+    with pytest.raises(CheckpointError, match="holds a ViT-Adapter backbone of width 4 without a head"):
         load_model(PUBLISHED / "checkpoint-structure" / name)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from meta_deploy.models.heads.fpn import FPN, ConvModule
+from meta_deploy.models.heads.fpn import FPN, ChannelMapper, ConvModule
 
 
 def maps(channels, H=96, W=160):
@@ -64,3 +65,38 @@ def test_conv_module_alone_is_a_convolution_with_bias():
     assert set(module.state_dict()) == {"conv.weight", "conv.bias"}
     x = torch.randn(1, 3, 4, 4)
     torch.testing.assert_close(module(x), F.conv2d(x, module.conv.weight, module.conv.bias))
+
+
+def test_a_pyramid_can_have_batch_norms():
+    torch.manual_seed(0)
+    fpn = FPN((6,) * 4, 4, norm=True).double().eval()
+    for norm in (m for m in fpn.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2.0)
+    x = maps(6, 96, 64)
+    plain = FPN((6,) * 4, 4).double().eval()
+    for ours, theirs in zip((m.conv for m in convolutions(plain)), convolutions(fpn), strict=True):
+        scale = theirs.bn.weight / (theirs.bn.running_var + theirs.bn.eps).sqrt()
+        ours.weight.data = theirs.conv.weight * scale[:, None, None, None]
+        ours.bias.data = theirs.bn.bias - theirs.bn.running_mean * scale
+    for a, b in zip(fpn(x), plain(x), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def convolutions(module):
+    return [m for m in module.modules() if isinstance(m, ConvModule)]
+
+
+def test_the_mapper_is_a_convolution_and_relu_a_map_and_a_pooled_last_one():
+    torch.manual_seed(0)
+    mapper = ChannelMapper((6,) * 4, 4).double()
+    x = maps(6, 96, 160)
+    *outputs, last = mapper(x)
+    for i, (given, out) in enumerate(zip(x, outputs, strict=True)):
+        conv = mapper.convs[i].conv
+        expected = torch.einsum("oi,bihw->bohw", conv.weight[:, :, 0, 0], given) + conv.bias[:, None, None]
+        torch.testing.assert_close(out, expected.clamp(min=0))
+    B, C, H, W = outputs[3].shape
+    quarters = outputs[3][:, :, : H // 2 * 2, : W // 2 * 2].reshape(B, C, H // 2, 2, W // 2, 2)
+    torch.testing.assert_close(last, quarters.amax(dim=(3, 5)))
+    assert set(mapper.state_dict()) == {f"convs.{i}.conv.{n}" for i in range(4) for n in ("weight", "bias")}

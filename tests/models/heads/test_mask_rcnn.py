@@ -1,7 +1,6 @@
 """Mask R-CNN: the second stage against MMDetection 2.x's test path in numpy, padding, batches, names."""
 
 import functools
-import math
 
 import numpy as np
 import pytest
@@ -57,30 +56,10 @@ def images(*shape):
 # --- MMDetection, in numpy ---
 
 
-def pooled(features, rois, bins):
-    """SingleRoIExtractor: maps (C, h, w) at strides 4..32 and RoIs (R, 4) -> (R, C, bins, bins)."""
-    out = []
-    for roi in rois:
-        scale = math.sqrt((roi[2] - roi[0]) * (roi[3] - roi[1]))
-        level = int(min(max(math.floor(math.log2(scale / 56 + 1e-6)), 0), 3))
-        out.append(ref.roi_align(features[level], roi, bins, STRIDES[level]))
-    return np.array(out)
-
-
-def multiclass_nms(boxes, scores, score_threshold, iou_threshold, max_num):
-    """Boxes (P, classes, 4), scores (P, classes) -> detections, class by class, then the best of all."""
-    found = []
-    for c in range(scores.shape[1]):
-        for i in ref.greedy_nms(boxes[:, c], scores[:, c], iou_threshold, score_threshold):
-            found.append((scores[i, c], c, boxes[i, c]))
-    found.sort(key=lambda item: -item[0])
-    return found[:max_num]
-
-
 def second_stage(head, features, proposals, image_size):
     """`StandardRoIHead.simple_test_bboxes` and `simple_test_mask` of one image's numpy maps and proposals."""
     state = ref.numpy_state(head)
-    x = pooled(features, proposals, 7).reshape(len(proposals), -1)
+    x = ref.pyramid_pool(features, proposals, 7).reshape(len(proposals), -1)
     for i in (0, 1):
         x = np.maximum(ref.linear(x, state, f"bbox_head.shared_fcs.{i}"), 0)
     scores = ref.softmax(ref.linear(x, state, "bbox_head.fc_cls"))[:, :-1]
@@ -92,7 +71,7 @@ def second_stage(head, features, proposals, image_size):
         ]
     )
     area = (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
-    found = multiclass_nms(
+    found = ref.multiclass_nms(
         boxes,
         np.where(area, scores, -1.0),  # MMDetection keeps empty boxes; this project drops them
         head.score_threshold,
@@ -101,7 +80,7 @@ def second_stage(head, features, proposals, image_size):
     )
     masks = []
     for _, label, box in found:
-        x = pooled(features, [box], 14)[0]
+        x = ref.pyramid_pool(features, [box], 14)[0]
         for i in range(4):
             x = np.maximum(ref.conv3x3(x, state, f"mask_head.convs.{i}.conv"), 0)
         up = np.einsum("iyx,iokl->oykxl", x, state["mask_head.upsample.weight"]).reshape(-1, 28, 28)
@@ -246,7 +225,7 @@ def test_mask_is_of_the_label_and_the_box():
 
 def test_box_head_flattens_channels_first():
     torch.manual_seed(0)
-    head = BoxHead(3, 10, CLASSES).double()
+    head = BoxHead(replace(TINY, fpn_channels=3, fc_channels=10)).double()
     x = torch.randn(4, 3, 7, 7, dtype=torch.float64)
     state = ref.numpy_state(head)
     y = np.array([[p[c, i, j] for c in range(3) for i in range(7) for j in range(7)] for p in x.numpy()])
@@ -257,6 +236,29 @@ def test_box_head_flattens_channels_first():
     np.testing.assert_allclose(deltas.detach().numpy(), ref.linear(y, state, "fc_reg"), atol=1e-12)
     assert logits.shape == (4, CLASSES + 1)
     assert deltas.shape == (4, 4 * CLASSES)
+
+
+def test_box_head_can_have_convolutions_with_batch_norms_and_one_linear_layer():
+    torch.manual_seed(0)
+    config = replace(
+        TINY, fpn_channels=3, fc_channels=10, box_convs=2, box_channels=4, box_fcs=1, box_norm=True
+    )
+    head = BoxHead(config).double().eval()
+    state = head.state_dict()
+    for name, value in state.items():
+        if name.endswith(("running_mean", "bn.bias")):
+            value.normal_()
+        elif name.endswith(("running_var", "bn.weight")):
+            value.uniform_(0.5, 2.0)
+    x = torch.randn(4, 3, 7, 7, dtype=torch.float64)
+    y = x
+    for i in (0, 1):
+        bn = {k: state[f"shared_convs.{i}.bn.{k}"] for k in ("running_mean", "running_var", "weight", "bias")}
+        y = F.conv2d(y, state[f"shared_convs.{i}.conv.weight"], padding=1)
+        y = F.batch_norm(y, **bn).clamp(min=0)
+    y = F.linear(y.flatten(1), state["shared_fcs.0.weight"], state["shared_fcs.0.bias"]).clamp(min=0)
+    torch.testing.assert_close(head(x)[0], F.linear(y, state["fc_cls.weight"], state["fc_cls.bias"]))
+    assert "shared_fcs.1.weight" not in state
 
 
 def test_mask_head_doubles_fourteen_to_twenty_eight():

@@ -90,6 +90,19 @@ def test_head_is_a_shared_convolution_and_two_predictions():
     assert {n.split(".")[0] for n in state} == {"rpn_conv", "rpn_cls", "rpn_reg"}
 
 
+def test_several_convolutions_have_a_relu_each_and_mmdetections_names():
+    torch.manual_seed(0)
+    head = RPNHead(4, 10, 0.7, 10, convs=2).double()
+    state = head.state_dict()
+    x = levels(64, 96, 4)[0]
+    hidden = x
+    for i in (0, 1):
+        weight, bias = state[f"rpn_conv.{i}.conv.weight"], state[f"rpn_conv.{i}.conv.bias"]
+        hidden = F.conv2d(hidden, weight, bias, padding=1).clamp(min=0)
+    (logits,), _ = head([x])
+    torch.testing.assert_close(logits, F.conv2d(hidden, state["rpn_cls.weight"], state["rpn_cls.bias"]))
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("pre_nms", "max_proposals"), [(1000, 1000), (60, 1000), (200, 25)])
 @pytest.mark.parametrize("spread", [0.3, 1.0, 4.0])
