@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from meta_deploy.bundle.bundle import Bundle, reserve_bundle
 from meta_deploy.bundle.manifest import FileEntry, Nodes, PassRow, TensorSpec, from_dict, to_json
 from meta_deploy.calib import METHOD_NAMES
 from meta_deploy.calib.calibrate import Calibrator
+from meta_deploy.calib.search import Search
 from meta_deploy.errors import BundleError, InputError, VerificationError
 from meta_deploy.export.options import Options
 from meta_deploy.export.progress import Progress
@@ -27,15 +28,17 @@ from meta_deploy.export.sources import check_options, open_source
 from meta_deploy.export.sources.source import Source, output_specs
 from meta_deploy.export.speed import measured, verdict
 from meta_deploy.export.trace import drop_outputs
+from meta_deploy.export.trial import JUDGED, OutputsTrial
 from meta_deploy.export.verify import OnnxRun, Recorded, Run, WithStages, verify
 from meta_deploy.graph.attention import attention_count
 from meta_deploy.graph.compact import compact
 from meta_deploy.graph.pipeline import run_passes
-from meta_deploy.graph.precision import PRECISIONS
+from meta_deploy.graph.precision import PRECISIONS, Precision
 from meta_deploy.graph.precision.emulate import emulated
-from meta_deploy.graph.precision.int8 import Quantization
+from meta_deploy.graph.precision.int8 import Quantization, Quantized, searched
+from meta_deploy.graph.precision.lower import Conversion
 from meta_deploy.targets import choose_target
-from meta_deploy.targets.target import MODEL, BuildOptions, Target
+from meta_deploy.targets.target import MODEL, BuildOptions, Built, Target
 
 
 def export(source: str | Path, *, progress: Progress | None = None, **options: Any) -> Bundle:
@@ -61,83 +64,45 @@ def export(source: str | Path, *, progress: Progress | None = None, **options: A
 
 def run(path: str | Path, options: Options, progress: Progress) -> Bundle:
     """`export` with checked options."""
-    target, reason = choose_target(options.target, options.precision)
-    precision = PRECISIONS[options.precision]
-    build_options = BuildOptions(precision.name, tuple(options.gpus), options.workspace_mb)
-    form = target.choose_operators(options.operators)
-    passes = choose_passes(options.passes, target)
-    check_options(path, options)
-    target.check(build_options)
-    check_method(options)
-    lowered = precision.name not in ("fp32", *target.lowered_by_build)
-    needed = options.check or (lowered and precision.measures)
-    most = MOST_CALIBRATION if precision.calibrates else MOST
-    files = find_files(options.calib_images, most) if needed or options.calib_images is not None else []
-    named = f"{Path(path).stem}-{target.name}-{precision.name}"
-    folder = named if options.out is None else options.out
-    with reserve_bundle(folder, [Path(path), *files]) as reserved:
+    plan = planned(path, options)
+    with reserve_bundle(plan.folder, [Path(path), *plan.files]) as reserved:
         with progress.stage("load"):
             source = open_source(path, options, progress.note)
             check_manifest(path, source)
-            samples = source.samples(evenly(files)) if needed else Samples()
-            quantization = (
-                quantizes(source, files, target, options, progress) if precision.calibrates else None
-            )
-        if target.bounded:
-            check_bounds(source)
-        progress.note(source.describe())
-        progress.note(f"target {target.name} ({reason}), {precision.name}")
-        if passes and not source.static:
-            progress.note(
-                "open input sizes disable most passes; fix them (--input-size, --shape) for a leaner graph"
-            )
+            samples = source.samples(evenly(plan.files)) if plan.needs_samples else Samples()
+            quantization = quantizes(source, plan, progress) if plan.precision.calibrates else None
+        tell(source, plan, progress)
         with progress.stage("export") if source.traced else contextlib.nullcontext():
-            graph = source.graph(form)
-            precision.check(graph)
-            before = node_count(graph)
+            original = source.graph(plan.form)
+            plan.precision.check(original)
+            before = node_count(original)
         with progress.stage("passes"), sound(source):
-            graph, rows = run_passes(graph, passes, target.prices, explain=options.explain)
+            full, rows = run_passes(original, plan.passes, plan.target.prices, explain=options.explain)
+            del original
             gc.collect()  # a graph refers to itself in circles, and a large model's holds gigabytes
-        conversion, full = None, graph if precision.calibrates else None
-        if lowered:
-            with progress.stage("precision"), sound(source):
-                float32_operators = target.float32_operators.get(precision.name, ())
-                graph, conversion = precision.convert(
-                    graph, samples, float32_operators, progress.note, quantization
-                )
-        after = node_count(graph)
-        if target.compacts:
-            compact(graph)
-        shipped = ship(graph, source)
-        with progress.stage("engine") if target.builds else contextlib.nullcontext():
-            build_options = replace(build_options, attention=attention_count(shipped))
-            built = target.build(serialize(shipped), source.profiles, build_options, progress.count)
-        verification, shapes = None, {}
+        lowered = lower(full, source, samples, plan, quantization, progress)
+        del full
+        after = node_count(lowered.graph)
+        if plan.target.compacts:
+            compact(lowered.graph)
+        shipped = ship(lowered.graph, source)
+        with progress.stage("engine") if plan.target.builds else contextlib.nullcontext():
+            build_options = replace(
+                plan.build_options, precision=lowered.precision.name, attention=attention_count(shipped)
+            )
+            built = plan.target.build(serialize(shipped), source.profiles, build_options, progress.count)
+        verification: dict[str, Any] | None = None
+        shapes: dict[str, Any] = {}
         if options.check:
-            with progress.stage("verify"):
-                # What a GPU rounds after each operator, a CPU may carry on in float32.
-                rounded = conversion is not None and target.rounds_each_operator
-                exported: Run = OnnxRun(emulated(graph) if rounded else graph)
-                shipped_run = target.runner(built.files, source.profiles, precision.name)
-                if shipped_run:
-                    exported = WithStages(shipped_run, exported)
-                recorded = Recorded(exported)
-                verification = verify(source, recorded, samples, precision.tolerances, progress.count)
-                verification["emulated"], shapes = rounded, recorded.shapes
-            if full is not None:
-                with progress.stage("speed"):
-                    graphs = shipped, drop_outputs(full, source.outputs)
-                    feed = next(iter(samples))
-                    verification["speed"] = measured(target, shipped_run, graphs, source.profiles, feed)
-                progress.note(verdict(verification["speed"], precision.name))
+            verification, shapes = compare(source, lowered, shipped, built, samples, plan, progress)
         with progress.stage("write"):
             manifest = source.manifest(
                 created_by=versions(),
                 outputs=output_specs(shipped, shapes),
-                target=target.name,
-                precision=precision.name,
-                operators=form,
-                conversion=conversion.to_dict() if conversion else None,
+                target=plan.target.name,
+                precision=lowered.precision.name,
+                operators=plan.form,
+                conversion=lowered.conversion.to_dict() if lowered.conversion else None,
                 nodes=Nodes(before=before, after=after),
                 passes=tuple(msgspec.convert(row.to_dict(), PassRow) for row in rows),
                 verification=verification,
@@ -146,6 +111,160 @@ def run(path: str | Path, options: Options, progress: Progress) -> Bundle:
                 engine=built.engine,
             )
             return reserved.write(manifest, built.files, progress.written)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an export will do, decided before any long work.
+
+    Attributes:
+        reason: why this target.
+        build_options: for the target's `build`.
+        form: of NMS and RoIAlign.
+        passes: their names, in order.
+        files: images or .npz files that were given, or the package's own.
+        needs_samples: whether anything is run on them.
+        folder: of the bundle.
+    """
+
+    options: Options
+    target: Target
+    reason: str
+    precision: Precision
+    build_options: BuildOptions
+    form: str
+    passes: list[str]
+    files: list[Path]
+    needs_samples: bool
+    folder: str | Path
+
+    @property
+    def lowers(self) -> bool:
+        """Whether the graph itself changes its precision."""
+        return self.precision.name not in ("fp32", *self.target.lowered_by_build)
+
+
+def planned(path: str | Path, options: Options) -> Plan:
+    """Choose, and refuse what can be refused before any work.
+
+    Raises:
+        InputError: options that there are not, or that do not go together; images that are not there.
+    """
+    target, reason = choose_target(options.target, options.precision)
+    precision = PRECISIONS[options.precision]
+    build_options = BuildOptions(precision.name, tuple(options.gpus), options.workspace_mb)
+    form = target.choose_operators(options.operators)
+    passes = choose_passes(options.passes, target)
+    check_options(path, options)
+    target.check(build_options)
+    check_int8_options(options)
+    lowers = precision.name not in ("fp32", *target.lowered_by_build)
+    needed = options.check or (lowers and precision.measures)
+    most = MOST_CALIBRATION if precision.calibrates else MOST
+    files = find_files(options.calib_images, most) if needed or options.calib_images is not None else []
+    named = f"{Path(path).stem}-{target.name}-{precision.name}"
+    folder = named if options.out is None else options.out
+    return Plan(options, target, reason, precision, build_options, form, passes, files, needed, folder)
+
+
+def tell(source: Source, plan: Plan, progress: Progress) -> None:
+    """What is exported, and for what.
+
+    Raises:
+        InputError: the target does not take the source's sizes.
+    """
+    if plan.target.bounded:
+        check_bounds(source)
+    progress.note(source.describe())
+    progress.note(f"target {plan.target.name} ({plan.reason}), {plan.precision.name}")
+    if plan.passes and not source.static:
+        progress.note(
+            "open input sizes disable most passes; fix them (--input-size, --shape) for a leaner graph"
+        )
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A graph in the precision that ships; where that is 8 bits, the float32 one that it was made of."""
+
+    graph: onnx.ModelProto
+    full: onnx.ModelProto | None
+    precision: Precision
+    conversion: Conversion | Quantized | None
+
+
+def lower(
+    full: onnx.ModelProto,
+    source: Source,
+    samples: Samples,
+    plan: Plan,
+    quantization: Quantization | None,
+    progress: Progress,
+) -> Lowered:
+    """The graph in the precision that was asked for; in float32 where 8 bits are not worth it.
+
+    Raises:
+        InputError: the graph cannot be converted; nothing is worth it, and that was to be an error.
+    """
+    if not plan.lowers:
+        return Lowered(full, None, plan.precision, None)
+    float32_operators = plan.target.float32_operators.get(plan.precision.name, ())
+    with progress.stage("precision"), sound(source):
+        graph, conversion = plan.precision.convert(
+            full, samples, float32_operators, progress.note, quantization
+        )
+    if not isinstance(conversion, Quantized) or not conversion.declined:
+        kept = full if plan.precision.calibrates else None  # a large model's holds gigabytes
+        return Lowered(graph, kept, plan.precision, conversion)
+    if plan.options.strict:
+        table = searched(conversion.search)
+        if table:
+            progress.note(table.lstrip("\n"))
+        raise InputError(f"{conversion.declined}; use --fp16 or --fp32, or leave out --strict")
+    progress.note(f"warning: {conversion.declined}; the bundle is in float32")
+    return Lowered(full, None, PRECISIONS["fp32"], conversion)
+
+
+def compare(
+    source: Source,
+    lowered: Lowered,
+    shipped: onnx.ModelProto,
+    built: Built,
+    samples: Samples,
+    plan: Plan,
+    progress: Progress,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Compare what ships with the original, and time 8 bits against float32.
+
+    Returns:
+        The figures, and the shapes that the outputs had.
+
+    Raises:
+        VerificationError: they do not agree.
+    """
+    precision, conversion = lowered.precision, lowered.conversion
+    with progress.stage("verify"):
+        # What a GPU rounds after each operator, a CPU may carry on in float32.
+        rounded = isinstance(conversion, Conversion) and plan.target.rounds_each_operator
+        exported: Run = OnnxRun(emulated(lowered.graph) if rounded else lowered.graph)
+        shipped_run = plan.target.runner(built.files, source.profiles, precision.name)
+        if shipped_run:
+            exported = WithStages(shipped_run, exported)
+        recorded = Recorded(exported)
+        verification = verify(source, recorded, samples, precision.tolerances, progress.count)
+        verification["emulated"] = rounded
+    if lowered.full is not None:
+        speed = (
+            conversion.search["speed"] if isinstance(conversion, Quantized) and conversion.search else None
+        )
+        if speed is None:
+            with progress.stage("speed"):
+                graphs = shipped, drop_outputs(lowered.full, source.outputs)
+                feed = next(iter(samples))
+                speed = measured(plan.target, shipped_run, graphs, source.profiles, feed)
+        verification["speed"] = speed
+        progress.note(verdict(speed, precision.name))
+    return verification, recorded.shapes
 
 
 def choose_passes(passes: str, target: Target) -> list[str]:
@@ -165,30 +284,34 @@ def choose_passes(passes: str, target: Target) -> list[str]:
     return [name for name in target.passes if name in names or name in target.required_passes]
 
 
-def check_method(options: Options) -> None:
-    """Refuse a way to calibrate that there is not, or without 8 bits.
+def check_int8_options(options: Options) -> None:
+    """Refuse a way to calibrate that there is not, and what is for 8 bits without them.
 
     Raises:
-        InputError: it is such a one.
+        InputError: such an option.
     """
     if options.calib_method not in METHOD_NAMES:
         raise InputError(
             f"'{options.calib_method}' is not a calibration method; choose {', '.join(METHOD_NAMES)}"
         )
-    if options.calib_method != METHOD_NAMES[0] and not PRECISIONS[options.precision].calibrates:
-        raise InputError(f"--calib-method is for --int8, and the precision is {options.precision}")
+    fresh = Options()
+    for name in ("calib_method", "max_drop", "strict", "search"):
+        if getattr(options, name) != getattr(fresh, name) and not PRECISIONS[options.precision].calibrates:
+            option = {"search": "no-search"}.get(name, name).replace("_", "-")
+            raise InputError(f"--{option} is for --int8, and the precision is {options.precision}")
+    if options.max_drop is not None and not options.search:
+        raise InputError("--max-drop is what the search keeps to; leave out --no-search")
 
 
-def quantizes(
-    source: Source, files: Sequence[Path], target: Target, options: Options, progress: Progress
-) -> Quantization:
+def quantizes(source: Source, plan: Plan, progress: Progress) -> Quantization:
     """How a graph is quantized for a target, with ranges measured on all of the files.
 
     Raises:
         InputError: the source takes no images, and nothing else was given.
     """
-    assert target.int8 is not None
-    samples = source.samples(files)
+    options, rules = plan.options, plan.target.int8
+    assert rules is not None
+    samples = source.samples(plan.files)
     if options.calib_images is None:
         if not isinstance(samples, ImageSamples):
             raise InputError(
@@ -196,8 +319,13 @@ def quantizes(
                 "give --calib-images a folder of .npz files of its inputs"
             )
         progress.note("warning: calibrated on the package's own pictures; give your own by --calib-images")
-    calibrate = Calibrator(samples, target.int8, options.calib_method, progress.note, progress.count)
-    return Quantization(target.int8, calibrate, source.outputs)
+    calibrate = Calibrator(samples, rules, options.calib_method, progress.note, progress.count)
+    search = None
+    if options.search:
+        judged = source.samples(evenly(plan.files, JUDGED))
+        trial = OutputsTrial(source, plan.target, judged, plan.precision.tolerances)
+        search = Search(trial, rules, options.max_drop, progress.note, progress.count)
+    return Quantization(rules, calibrate, source.outputs, search)
 
 
 def check_bounds(source: Source) -> None:
