@@ -181,8 +181,14 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         "--max-drop",
         type=number,
         metavar="POINTS",
-        help="how much --int8 may lose: 100 is all that agrees with float32 (default: what verification "
-        "tolerates)",
+        help="how much --int8 may lose: of average precision or mean IoU with --annotations, else of what "
+        "agrees with float32, of 100 (default: what verification tolerates)",
+    )
+    group.add_argument(
+        "--annotations",
+        type=path,
+        metavar="PATH",
+        help="of the --calib-images: a COCO file, or for class maps a folder of label images",
     )
     group.add_argument(
         "--strict", action="store_true", help="fail where --int8 gains nothing, instead of taking float32"
@@ -278,6 +284,7 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
         "calib_images",
         "calib_method",
         "max_drop",
+        "annotations",
         "strict",
         "batch",
         "dynamic_size",

@@ -28,6 +28,8 @@ class Options:
         calib_method: one of `calib.METHOD_NAMES`, how the range of an 8-bit tensor is found.
         search: measure which products gain from 8 bits on this machine; otherwise the target's rules decide.
         max_drop: how many points 8 bits may lose; None: as much as verification tolerates.
+        annotations: a COCO file, or a folder of label images, of `calib_images`, which `max_drop` is about;
+            None: it is about the agreement with float32.
         strict: fail where 8 bits gain nothing, instead of taking float32.
         input_size: (height, width) in pixels; None: the model's own.
         batch: images per call; None: 1, or what the ONNX file says.
@@ -55,6 +57,7 @@ class Options:
     calib_method: str = "auto"
     search: bool = True
     max_drop: float | None = None
+    annotations: str | Path | None = None
     strict: bool = False
     input_size: tuple[int, int] | None = None
     batch: int | None = None

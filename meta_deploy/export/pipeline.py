@@ -15,7 +15,7 @@ import msgspec
 import onnx
 
 from meta_deploy.bundle.bundle import Bundle, reserve_bundle
-from meta_deploy.bundle.manifest import FileEntry, Nodes, PassRow, TensorSpec, from_dict, to_json
+from meta_deploy.bundle.manifest import FileEntry, Manifest, Nodes, PassRow, TensorSpec, from_dict, to_json
 from meta_deploy.calib import METHOD_NAMES
 from meta_deploy.calib.calibrate import Calibrator
 from meta_deploy.calib.search import Search
@@ -28,7 +28,7 @@ from meta_deploy.export.sources import check_options, open_source
 from meta_deploy.export.sources.source import Source, output_specs
 from meta_deploy.export.speed import measured, verdict
 from meta_deploy.export.trace import drop_outputs
-from meta_deploy.export.trial import JUDGED, OutputsTrial
+from meta_deploy.export.trial import ANNOTATED, JUDGED, AnnotatedTrial, OutputsTrial
 from meta_deploy.export.verify import OnnxRun, Recorded, Run, WithStages, verify
 from meta_deploy.graph.attention import attention_count
 from meta_deploy.graph.compact import compact
@@ -39,6 +39,7 @@ from meta_deploy.graph.precision.int8 import Quantization, Quantized, searched
 from meta_deploy.graph.precision.lower import Conversion
 from meta_deploy.targets import choose_target
 from meta_deploy.targets.target import MODEL, BuildOptions, Built, Target
+from meta_deploy.tasks.annotations import Annotations, open_annotations
 
 
 def export(source: str | Path, *, progress: Progress | None = None, **options: Any) -> Bundle:
@@ -65,7 +66,7 @@ def export(source: str | Path, *, progress: Progress | None = None, **options: A
 def run(path: str | Path, options: Options, progress: Progress) -> Bundle:
     """`export` with checked options."""
     plan = planned(path, options)
-    with reserve_bundle(plan.folder, [Path(path), *plan.files]) as reserved:
+    with reserve_bundle(plan.folder, plan.reads(path)) as reserved:
         with progress.stage("load"):
             source = open_source(path, options, progress.note)
             check_manifest(path, source)
@@ -125,6 +126,7 @@ class Plan:
         files: images or .npz files that were given, or the package's own.
         needs_samples: whether anything is run on them.
         folder: of the bundle.
+        truth: what is true of the files, to judge 8 bits by.
     """
 
     options: Options
@@ -137,6 +139,12 @@ class Plan:
     files: list[Path]
     needs_samples: bool
     folder: str | Path
+    truth: Annotations | None
+
+    def reads(self, source: str | Path) -> list[Path]:
+        """The files that the bundle must not replace."""
+        annotations = [] if self.options.annotations is None else [Path(self.options.annotations)]
+        return [Path(source), *self.files, *annotations]
 
     @property
     def lowers(self) -> bool:
@@ -164,7 +172,11 @@ def planned(path: str | Path, options: Options) -> Plan:
     files = find_files(options.calib_images, most) if needed or options.calib_images is not None else []
     named = f"{Path(path).stem}-{target.name}-{precision.name}"
     folder = named if options.out is None else options.out
-    return Plan(options, target, reason, precision, build_options, form, passes, files, needed, folder)
+    truth = None
+    if options.annotations is not None:
+        truth = open_annotations(options.annotations)
+        truth.check(truth.known([str(path) for path in files]))
+    return Plan(options, target, reason, precision, build_options, form, passes, files, needed, folder, truth)
 
 
 def tell(source: Source, plan: Plan, progress: Progress) -> None:
@@ -295,12 +307,15 @@ def check_int8_options(options: Options) -> None:
             f"'{options.calib_method}' is not a calibration method; choose {', '.join(METHOD_NAMES)}"
         )
     fresh = Options()
-    for name in ("calib_method", "max_drop", "strict", "search"):
+    for name in ("calib_method", "max_drop", "annotations", "strict", "search"):
         if getattr(options, name) != getattr(fresh, name) and not PRECISIONS[options.precision].calibrates:
             option = {"search": "no-search"}.get(name, name).replace("_", "-")
             raise InputError(f"--{option} is for --int8, and the precision is {options.precision}")
-    if options.max_drop is not None and not options.search:
-        raise InputError("--max-drop is what the search keeps to; leave out --no-search")
+    for name in ("max_drop", "annotations"):
+        if getattr(options, name) is not None and not options.search:
+            raise InputError(f"--{name.replace('_', '-')} is for the search; leave out --no-search")
+    if options.annotations is not None and options.max_drop is None:
+        raise InputError("--annotations say what 8 bits lose; give --max-drop, how much that may be")
 
 
 def quantizes(source: Source, plan: Plan, progress: Progress) -> Quantization:
@@ -322,10 +337,25 @@ def quantizes(source: Source, plan: Plan, progress: Progress) -> Quantization:
     calibrate = Calibrator(samples, rules, options.calib_method, progress.note, progress.count)
     search = None
     if options.search:
-        judged = source.samples(evenly(plan.files, JUDGED))
-        trial = OutputsTrial(source, plan.target, judged, plan.precision.tolerances)
-        search = Search(trial, rules, options.max_drop, progress.note, progress.count)
+        search = Search(trial_of(source, plan), rules, options.max_drop, progress.note, progress.count)
     return Quantization(rules, calibrate, source.outputs, search)
+
+
+def trial_of(source: Source, plan: Plan) -> OutputsTrial:
+    """What judges 8 bits: annotations where there are any, else the agreement with float32.
+
+    Raises:
+        InputError: the annotations are not of this kind of model.
+    """
+    common = plan.precision.tolerances
+    if plan.truth is None:
+        return OutputsTrial(source, plan.target, source.samples(evenly(plan.files, JUDGED)), common)
+    known = plan.truth.known([str(path) for path in plan.files])
+    samples = source.samples([Path(path) for path in evenly(known, ANNOTATED)])
+    if not isinstance(samples, ImageSamples):
+        raise InputError("--annotations are of images, and --calib-images has arrays; leave them out")
+    bundle = Bundle(Path(plan.folder), planned_manifest(source))
+    return AnnotatedTrial(source, plan.target, samples, common, bundle, plan.truth)
 
 
 def check_bounds(source: Source) -> None:
@@ -364,10 +394,8 @@ def check_manifest(path: str | Path, source: Source) -> None:
     Raises:
         InputError: the source or an option brought such a value.
     """
-    outputs = tuple(TensorSpec(name=name, dtype="float32", shape=()) for name in source.outputs)
-    files = {MODEL: FileEntry(sha256="?", bytes=0)}
     try:
-        planned = source.manifest(target="onnxruntime", precision="fp32", outputs=outputs, files=files)
+        planned = planned_manifest(source)
         from_dict(msgspec.to_builtins(planned), Path(path))
         to_json(planned)
     except (BundleError, ValueError) as error:
@@ -375,6 +403,13 @@ def check_manifest(path: str | Path, source: Source) -> None:
         raise InputError(
             f"'{path}' cannot be exported: its manifest {what}; correct that value in it, or the option"
         ) from error
+
+
+def planned_manifest(source: Source) -> Manifest:
+    """The manifest as far as it is known before there is a graph."""
+    outputs = tuple(TensorSpec(name=name, dtype="float32", shape=()) for name in source.outputs)
+    files = {MODEL: FileEntry(sha256="?", bytes=0)}
+    return source.manifest(target="onnxruntime", precision="fp32", outputs=outputs, files=files)
 
 
 def node_count(graph: onnx.ModelProto) -> int:

@@ -15,7 +15,7 @@ from meta_deploy.bundle.manifest import InputSpec, Preprocess
 from meta_deploy.bundle.shipped import ASSETS
 from meta_deploy.errors import InputError
 from meta_deploy.imaging.images import read_image
-from meta_deploy.imaging.preprocess import Preprocessor
+from meta_deploy.imaging.preprocess import Placement, Preprocessor
 from meta_deploy.imaging.sources import expand
 
 MOST = 8  # images or .npz files that an export compares on
@@ -83,9 +83,19 @@ class ImageSamples(Samples):
         return len(self._paths)
 
     def __iter__(self) -> Iterator[Feed]:
+        for feed, _ in self.placed():
+            yield feed
+
+    def names(self) -> list[str]:
+        """The files' paths."""
+        return [str(path) for path in self._paths]
+
+    def placed(self) -> Iterator[tuple[Feed, list[tuple[Path, Placement]]]]:
+        """Each run with its images: their files, and where they lie in the input."""
         for group in self._groups:
-            batch, _ = self._preprocessor([read_image(self._paths[i]) for i in group])
-            yield {self._name: batch}
+            batch, placements = self._preprocessor([read_image(self._paths[i]) for i in group])
+            paths = [self._paths[i] for i in group]
+            yield {self._name: batch}, list(zip(paths, placements, strict=True))
 
     def runs(self) -> int:
         return len(self._groups)

@@ -199,7 +199,11 @@ def test_the_drop_is_what_does_not_agree_and_the_error_a_share_of_the_tolerance(
         ({"calib_images": "nan"}, "tensor 'b' has values that are not finite"),
         ({"calib_images": "one"}, "there is one of the inputs, from which nothing is learnt of others; give"),
         ({"calib_images": "alike"}, "all 3 inputs are the same, from which nothing is learnt of others"),
-        ({"max_drop": 2.0}, "--max-drop is what the search keeps to; leave out --no-search"),
+        ({"max_drop": 2.0}, "--max-drop is for the search; leave out --no-search"),
+        ({"search": True, "annotations": "x.json"}, "--annotations say what 8 bits lose; give --max-drop"),
+        ({"search": True, "max_drop": 1, "annotations": "x.json"}, "cannot read 'x.json'"),
+        ({"search": True, "max_drop": 1, "annotations": "net.onnx"}, "'net.onnx' is not a COCO file"),
+        ({"search": True, "max_drop": 1, "annotations": "empty"}, "'empty' annotates none of the 8 images"),
         ({"max_drop": -1.0}, "--max-drop -1 is not from 0 to 100 points"),
         (
             {"precision": "fp32", "search": True, "strict": True},
