@@ -16,15 +16,15 @@ import onnx
 
 from meta_deploy.bundle.bundle import Bundle, reserve_bundle
 from meta_deploy.bundle.manifest import FileEntry, Manifest, Nodes, PassRow, TensorSpec, from_dict, to_json
-from meta_deploy.calib import METHOD_NAMES
 from meta_deploy.calib.calibrate import Calibrator
 from meta_deploy.calib.search import Search
 from meta_deploy.errors import BundleError, InputError, VerificationError
 from meta_deploy.export.options import Options
+from meta_deploy.export.plan import Plan, planned
 from meta_deploy.export.progress import Progress
-from meta_deploy.export.samples import MOST, MOST_CALIBRATION, ImageSamples, Samples, evenly, find_files
+from meta_deploy.export.samples import ImageSamples, Samples, evenly
 from meta_deploy.export.shapes import ANY
-from meta_deploy.export.sources import check_options, open_source
+from meta_deploy.export.sources import open_source
 from meta_deploy.export.sources.source import Source, output_specs
 from meta_deploy.export.speed import measured, verdict
 from meta_deploy.export.trace import drop_outputs
@@ -37,9 +37,7 @@ from meta_deploy.graph.precision import PRECISIONS, Precision
 from meta_deploy.graph.precision.emulate import emulated
 from meta_deploy.graph.precision.int8 import Quantization, Quantized, searched
 from meta_deploy.graph.precision.lower import Conversion
-from meta_deploy.targets import choose_target
-from meta_deploy.targets.target import MODEL, BuildOptions, Built, Target
-from meta_deploy.tasks.annotations import Annotations, open_annotations
+from meta_deploy.targets.target import MODEL, Built
 
 
 def export(source: str | Path, *, progress: Progress | None = None, **options: Any) -> Bundle:
@@ -82,7 +80,7 @@ def run(path: str | Path, options: Options, progress: Progress) -> Bundle:
             del original
             gc.collect()  # a graph refers to itself in circles, and a large model's holds gigabytes
         lowered = lower(full, source, samples, plan, quantization, progress)
-        del full
+        del full, quantization  # a search holds graphs and results
         after = node_count(lowered.graph)
         if plan.target.compacts:
             compact(lowered.graph)
@@ -112,71 +110,6 @@ def run(path: str | Path, options: Options, progress: Progress) -> Bundle:
                 engine=built.engine,
             )
             return reserved.write(manifest, built.files, progress.written)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What an export will do, decided before any long work.
-
-    Attributes:
-        reason: why this target.
-        build_options: for the target's `build`.
-        form: of NMS and RoIAlign.
-        passes: their names, in order.
-        files: images or .npz files that were given, or the package's own.
-        needs_samples: whether anything is run on them.
-        folder: of the bundle.
-        truth: what is true of the files, to judge 8 bits by.
-    """
-
-    options: Options
-    target: Target
-    reason: str
-    precision: Precision
-    build_options: BuildOptions
-    form: str
-    passes: list[str]
-    files: list[Path]
-    needs_samples: bool
-    folder: str | Path
-    truth: Annotations | None
-
-    def reads(self, source: str | Path) -> list[Path]:
-        """The files that the bundle must not replace."""
-        annotations = [] if self.options.annotations is None else [Path(self.options.annotations)]
-        return [Path(source), *self.files, *annotations]
-
-    @property
-    def lowers(self) -> bool:
-        """Whether the graph itself changes its precision."""
-        return self.precision.name not in ("fp32", *self.target.lowered_by_build)
-
-
-def planned(path: str | Path, options: Options) -> Plan:
-    """Choose, and refuse what can be refused before any work.
-
-    Raises:
-        InputError: options that there are not, or that do not go together; images that are not there.
-    """
-    target, reason = choose_target(options.target, options.precision)
-    precision = PRECISIONS[options.precision]
-    build_options = BuildOptions(precision.name, tuple(options.gpus), options.workspace_mb)
-    form = target.choose_operators(options.operators)
-    passes = choose_passes(options.passes, target)
-    check_options(path, options)
-    target.check(build_options)
-    check_int8_options(options)
-    lowers = precision.name not in ("fp32", *target.lowered_by_build)
-    needed = options.check or (lowers and precision.measures)
-    most = MOST_CALIBRATION if precision.calibrates else MOST
-    files = find_files(options.calib_images, most) if needed or options.calib_images is not None else []
-    named = f"{Path(path).stem}-{target.name}-{precision.name}"
-    folder = named if options.out is None else options.out
-    truth = None
-    if options.annotations is not None:
-        truth = open_annotations(options.annotations)
-        truth.check(truth.known([str(path) for path in files]))
-    return Plan(options, target, reason, precision, build_options, form, passes, files, needed, folder, truth)
 
 
 def tell(source: Source, plan: Plan, progress: Progress) -> None:
@@ -277,45 +210,6 @@ def compare(
         verification["speed"] = speed
         progress.note(verdict(speed, precision.name))
     return verification, recorded.shapes
-
-
-def choose_passes(passes: str, target: Target) -> list[str]:
-    """The passes to run, in the order of the target's pipeline.
-
-    Raises:
-        InputError: an unknown name.
-    """
-    if passes == "all":
-        return list(target.passes)
-    names = [] if passes == "none" else [name.strip() for name in passes.split(",")]
-    if unknown := [name for name in names if name not in target.passes]:
-        raise InputError(
-            f"'{unknown[0]}' is not a graph pass of {target.name}; "
-            f"choose all, none, or some of {', '.join(dict.fromkeys(target.passes))}"
-        )
-    return [name for name in target.passes if name in names or name in target.required_passes]
-
-
-def check_int8_options(options: Options) -> None:
-    """Refuse a way to calibrate that there is not, and what is for 8 bits without them.
-
-    Raises:
-        InputError: such an option.
-    """
-    if options.calib_method not in METHOD_NAMES:
-        raise InputError(
-            f"'{options.calib_method}' is not a calibration method; choose {', '.join(METHOD_NAMES)}"
-        )
-    fresh = Options()
-    for name in ("calib_method", "max_drop", "annotations", "strict", "search"):
-        if getattr(options, name) != getattr(fresh, name) and not PRECISIONS[options.precision].calibrates:
-            option = {"search": "no-search"}.get(name, name).replace("_", "-")
-            raise InputError(f"--{option} is for --int8, and the precision is {options.precision}")
-    for name in ("max_drop", "annotations"):
-        if getattr(options, name) is not None and not options.search:
-            raise InputError(f"--{name.replace('_', '-')} is for the search; leave out --no-search")
-    if options.annotations is not None and options.max_drop is None:
-        raise InputError("--annotations say what 8 bits lose; give --max-drop, how much that may be")
 
 
 def quantizes(source: Source, plan: Plan, progress: Progress) -> Quantization:

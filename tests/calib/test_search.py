@@ -187,10 +187,10 @@ class Scripted(Trial):
         return Verdict(10 * error, error)
 
 
-def searched(trial, max_drop=None, count=4):
+def searched(trial, max_drop=None, count=4, note=lambda line: None):
     graph, placement = placed(network(count))
     ranges = dict.fromkeys(placement.readers, (-1.0, 1.0))
-    found, facts = Search(trial, RULES, max_drop)(graph, placement, ranges)
+    found, facts = Search(trial, RULES, max_drop, note)(graph, placement, ranges)
     return [product.node.outputs[0].name for product in found.products], found, facts
 
 
@@ -280,7 +280,9 @@ def test_an_interrupted_search_goes_on_where_it_was(monkeypatch, different_sizes
     with pytest.raises(KeyboardInterrupt):
         searched(first)
     again = Scripted(times, errors, monkeypatch=monkeypatch)
-    whole = searched(again)[0]
+    lines = []
+    whole = searched(again, note=lines.append)[0]
+    assert lines[0].endswith("4 groups of products in float32 and in 8 bits, 4 times at hand from before")
     assert first.asked[1:] == [["p0"], ["p1"]]
     assert again.asked[:2] == [["p2"], ["p3"]]
     assert whole == ["p2", "p3"]

@@ -154,6 +154,16 @@ def test_what_gains_time_and_loses_little_is_in_8_bits_and_told_with_its_table(h
     assert "fp32 ms  int8 ms" in summary(bundle, 1)
 
 
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_groups_are_timed_in_the_library_that_runs_the_bundle(here, target):
+    pytest.importorskip(target)
+    bundle = quantize(target=target, search=True, calib_images=inputs(here / "in", 2), check=False)
+    done = bundle.manifest.conversion
+    assert all(min(group["fp32_ms"], group["int8_ms"]) > 0 for group in done["search"]["groups"])
+    assert sum(group["products"] for group in done["search"]["groups"]) == 2
+    assert (bundle.precision == "int8") == (done["int8_products"] > 0) == (not done["declined"])
+
+
 @pytest.mark.parametrize(
     ("low", "max_drop", "why"),
     [
