@@ -255,15 +255,30 @@ def test_it_says_no_where_8_bits_do_not_pay(low, error, max_drop, why, monkeypat
     assert len(found.declined) == 5
 
 
-def test_a_set_that_is_faster_as_a_whole_than_its_groups_alone_is_taken(monkeypatch, different_sizes):
-    """Neighbours share what each pays for alone."""
-    times = {"p0": (2.0, 1.0), "p1": (2.0, 2.1), "p2": (2.0, 2.1), "p3": (2.0, 1.0)}
-    trial = Scripted(times, dict.fromkeys(times, 0.1), monkeypatch=monkeypatch)
-    whole = trial.seconds
-    trial.seconds = lambda proto: (lambda feed: 0.004) if len(trial.low(proto)) == 4 else whole(proto)
+@pytest.mark.parametrize(
+    ("seconds", "error", "expected"),
+    [
+        ({2: 0.005, 3: 0.0049, 4: 0.004}, 0.1, ["p0", "p1", "p2", "p3"]),
+        ({2: 0.005, 3: 0.004, 4: 0.0042}, 0.1, ["p0", "p2", "p3"]),
+        ({2: 0.005, 3: 0.004, 4: 0.003}, 0.6, ["p0", "p3"]),  # three lose too much
+        ({2: 0.005, 3: 0.0049, 4: 0.0049}, 0.1, ["p0", "p3"]),  # that is no more than noise
+    ],
+)
+def test_a_set_that_is_faster_as_a_whole_than_its_groups_alone_is_taken(
+    seconds, error, expected, monkeypatch, different_sizes
+):
+    """Neighbours share what each pays for alone: p1 seems to lose time, and p2 to gain none."""
+    times = {"p0": (2.0, 1.0), "p1": (2.0, 2.1), "p2": (2.0, 2.0), "p3": (2.0, 1.0)}
+    trial = Scripted(times, dict.fromkeys(times, error), monkeypatch=monkeypatch)
+    alone = trial.seconds
+
+    def whole(proto):
+        return (lambda feed: seconds[len(trial.low(proto))]) if len(trial.low(proto)) > 1 else alone(proto)
+
+    trial.seconds = whole
     chosen, _, facts = searched(trial)
-    assert chosen == ["p0", "p1", "p2", "p3"]
-    assert facts["speed"]["ratio"] == 0.5
+    assert chosen == expected
+    assert facts["speed"]["ratio"] == pytest.approx(seconds[len(expected)] / 0.008, abs=1e-3)
 
 
 def test_an_interrupted_search_goes_on_where_it_was(monkeypatch, different_sizes):
