@@ -126,20 +126,19 @@ def alone(
     float32 = to_proto(model)
     insert(graph, placement, ranges, rules)
     generator = np.random.default_rng(0)
-    feed = {
-        str(value.name): generator.uniform(*ranges[str(value.name)], shapes[str(value.name)]).astype(
-            np.float32
-        )
-        for value in inputs
-    }
+    feed = {}
+    for name in (str(value.name) for value in inputs):
+        low, high = ranges.get(name, (0.0, 1.0))
+        feed[name] = generator.uniform(low, high, shapes[name]).astype(np.float32)
     return Alone(float32, to_proto(model), feed)
 
 
 def _read(group: Group) -> list[ir.Value]:
-    """What the group's products read and none of its kernels makes."""
-    made = {output for product in group.products for node in _kernel(product) for output in node.outputs}
-    read = [product.node.inputs[0] for product in group.products]
-    return [value for value in read if value is not None and value not in made]
+    """What the group's kernels read and none of them makes: activations, and bounds that are computed."""
+    nodes = [node for product in group.products for node in _kernel(product)]
+    made = {output for node in nodes for output in node.outputs}
+    read = (value for node in nodes for value in node.inputs if value is not None)
+    return [value for value in read if value not in made and not is_constant(value)]
 
 
 def _kernel(product: Product) -> list[ir.Node]:

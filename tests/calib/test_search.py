@@ -75,12 +75,27 @@ def test_a_group_is_what_shares_a_tensor_or_weights():
     assert names(groups_of(placed(network(shared=True))[1])) == [["p0"], ["p1"], ["p2", "p3"]]
 
 
-@pytest.mark.parametrize("proto", [convolutions(), network(shared=True)])
+def clipped():
+    """A convolution whose result is cut off at a bound that the graph computes."""
+    nodes = [
+        *(node("Sigmoid", ["x"], ["a"]), node("Conv", ["a", "w"], ["b"], kernel_shape=[1, 1])),
+        *(node("ReduceMin", ["a"], ["least"], keepdims=0), node("ReduceMax", ["a"], ["most"], keepdims=0)),
+        *(node("Clip", ["b", "least", "most"], ["c"]), node("Sigmoid", ["c"], ["d"])),
+        node("Conv", ["d", "last"], ["y"], kernel_shape=[1, 1]),
+    ]
+    constants = [constant("stem", 8, 3, 1, 1), constant("w", 8, 8, 1, 1), constant("last", 4, 8, 1, 1)]
+    nodes.insert(0, node("Conv", ["x0", "stem"], ["x"], kernel_shape=[1, 1]))
+    opset = [helper.make_opsetid("", 20)]
+    return model(nodes, [value("x0", [1, 3, 10, 10])], ["y"], constants, opset_imports=opset)
+
+
+@pytest.mark.parametrize("proto", [convolutions(), network(shared=True), clipped()])
 def test_a_group_alone_computes_what_it_does_in_the_graph(proto):
     graph, placement = placed(proto)
     groups = groups_of(placement)
-    feed = {"x": np.random.default_rng(1).normal(size=(1, 3, 10, 10)).astype(np.float32)}
-    feed = feed if len(proto.graph.input[0].type.tensor_type.shape.dim) == 4 else FEED
+    given = proto.graph.input[0]
+    images = np.random.default_rng(1).normal(size=(1, 3, 10, 10)).astype(np.float32)
+    feed = {given.name: images} if len(given.type.tensor_type.shape.dim) == 4 else FEED
     every = [name for n in proto.graph.node for name in n.output]
     shown = model(
         proto.graph.node, proto.graph.input, every, proto.graph.initializer, opset_imports=proto.opset_import
