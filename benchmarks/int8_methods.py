@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from msgspec.structs import replace
 
 from benchmarks.common import ASSETS, WORK, interleave, machine, open_session, parser, ratio, save, table
 from benchmarks.demo_accuracy import ALL, DATA, SCORE, detection_rows, results_of, segmentation_rows
+from benchmarks.quantize_static import quantize_static_of
 from meta_deploy.bundle.bundle import Bundle, write_bundle
 from meta_deploy.calib import METHOD_NAMES
 from meta_deploy.calib.calibrate import Calibrator
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     graphs["search"] = searched(bundle, args.calib_images)
     for method in args.methods:
         graphs[f"rules, {method}"] = ruled(graphs["fp32"], samples, method)
-    graphs |= theirs(graphs["fp32"], samples)
+    graphs |= quantize_static_of(graphs["fp32"], samples)
     truth = evenly_chosen(json.loads((args.data / "instances_val.json").read_text()), args.count)
     times = timed(graphs, next(iter(samples)), args.rounds, args.threads)
     rows = []
@@ -114,33 +114,6 @@ def ruled(graph: onnx.ModelProto, samples: ImageSamples, method: str) -> onnx.Mo
     rules = TARGETS["onnxruntime"].int8
     assert rules is not None
     return INT8().convert(graph, quantization=Quantization(rules, Calibrator(samples, rules, method)))[0]
-
-
-def theirs(graph: onnx.ModelProto, samples: ImageSamples) -> dict[str, onnx.ModelProto]:
-    """ONNX Runtime's own quantization: its defaults, and unsigned with int8 weights by channel."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
-
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.feeds = iter(samples)
-
-        def get_next(self):
-            return next(self.feeds, None)
-
-    best = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8, "per_channel": True}
-    products = {"op_types_to_quantize": ["Conv", "MatMul", "Gemm"]}
-    made = {}
-    with tempfile.TemporaryDirectory() as folder:
-        source, out = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
-        onnx.save(graph, source)
-        for name, options in (
-            ("defaults", {}),
-            ("best, all", best),
-            ("best, products", {**best, **products}),
-        ):
-            quantize_static(source, out, Reader(), **options)
-            made[f"quantize_static, {name}"] = onnx.load(out)
-    return made
 
 
 def timed(
