@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from meta_deploy.calib.calibrate import graph_digest
 from meta_deploy.calib.groups import Group, alone, groups_of, shapes_of
-from meta_deploy.calib.timing import Run, facts_of, interleaved, median_and_error
+from meta_deploy.calib.timing import Run, facts_of, interleaved, is_sure
 from meta_deploy.errors import InputError
 from meta_deploy.graph.precision.lower import to_proto
 from meta_deploy.graph.precision.placement import Placement, Product
@@ -29,9 +29,8 @@ from meta_deploy.targets import cache
 
 PAYS = 0.97  # of float32's time; nearer to it than this, nothing is gained that could be told from noise
 SLOWER, INACCURATE = "it gains no time on this machine", "its error is not worth its time"
-_ROUNDS, _SECONDS = 11, 5.0  # that a group is timed
-_SURE = 2.0  # a gain is more than noise if it is so many of its standard errors
-_CACHE, _VERSION = "search", 1
+_ROUNDS, _SECONDS = 15, 5.0  # that a group is timed
+_CACHE, _VERSION = "search", 2
 
 
 @dataclass(frozen=True)
@@ -81,23 +80,37 @@ class Trial(ABC):
 
 @dataclass
 class Row:
-    """What was measured of a group alone. Times in ms; `error` None where it did not have to be known."""
+    """What was measured of a group alone.
+
+    Attributes:
+        fp32_ms, int8_ms, gain_ms: medians of the times, and of their difference in each round.
+        rounds, faster, slower: how many there were, and in how many of them 8 bits were that.
+        error: None where it did not have to be known.
+    """
 
     group: Group
     fp32_ms: float
     int8_ms: float
     gain_ms: float
-    noise_ms: float
+    rounds: int
+    faster: int
+    slower: int
     error: float | None = None
 
     @property
     def gains(self) -> bool:
-        """Whether 8 bits are faster by more than the noise."""
-        return self.gain_ms > self.noise_ms
+        """Whether 8 bits are faster, and not by chance."""
+        return self.gain_ms > 0 and is_sure(self.faster, self.rounds)
+
+    @property
+    def loses(self) -> bool:
+        """Whether they are slower, and not by chance."""
+        return self.gain_ms < 0 and is_sure(self.slower, self.rounds)
 
     def to_dict(self, chosen: bool) -> dict[str, Any]:
-        times = {key: round(getattr(self, key), 4) for key in ("fp32_ms", "int8_ms", "gain_ms", "noise_ms")}
-        facts = {"group": self.group.name, "products": len(self.group.products), **times}
+        times = {key: round(getattr(self, key), 4) for key in ("fp32_ms", "int8_ms", "gain_ms")}
+        counts = {"rounds": self.rounds, "faster": self.faster, "slower": self.slower}
+        facts = {"group": self.group.name, "products": len(self.group.products), **times, **counts}
         return {**facts, "error": self.error, "int8": chosen}
 
 
@@ -160,7 +173,7 @@ class Search:
         facts: dict[str, Any] = {"max_drop": self.max_drop, "drop": None, "speed": None}
         why = ""
         if not any(row.gains for row in rows):
-            why = "no group of products gains more time than the noise"
+            why = "no group of products gains time that is more than noise"
         elif not chosen:
             why = "no set of the groups that gain time stays within the limit"
         else:
@@ -229,7 +242,7 @@ class Search:
         Beside the chosen groups it is one with those that seem to lose no time, and one with all there are:
         alone, a group pays for numbers that it would share with its neighbours.
         """
-        even = [row for row in rows if row in chosen or row.gain_ms >= -row.noise_ms]
+        even = [row for row in rows if row in chosen or not row.loses]
         sets = list({len(one): one for one in (chosen, even, rows)}.values())
         runs = [self.trial.open(self._quantized(one)) for one in sets]
         times = interleaved([*runs, self.trial.baseline()], self.trial.feed)
@@ -270,10 +283,11 @@ class _Kept:
 
 
 def _gain(times: Sequence[Sequence[float]]) -> list[float]:
-    """Of rounds of (float32, 8 bits) in seconds: both medians, the gain's and its noise, in ms."""
+    """Of rounds of (float32, 8 bits) in seconds, the figures of a `Row`."""
     full, low = (1000 * float(np.median(one)) for one in zip(*times, strict=True))
-    gain, error = median_and_error([1000 * (a - b) for a, b in times])
-    return [full, low, gain, _SURE * error]
+    gains = [1000 * (a - b) for a, b in times]
+    counts = len(gains), sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
+    return [full, low, float(np.median(gains)), *counts]
 
 
 def _structure(proto: onnx.ModelProto) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import numpy as np
 
 ROUNDS, SECONDS = 15, 20.0
-_MAD = 1.4826  # times the median deviation is the standard deviation, of a normal distribution
-_MEDIAN = 1.2533  # the standard error of a median over that of a mean, likewise
+_LEAST = 5  # with fewer the sign test is never sure
+_LEVEL = 0.05
 
 Feed = Mapping[str, np.ndarray]
 Run = Callable[[Feed], Any]
@@ -21,22 +22,23 @@ def interleaved(
 ) -> list[list[float]]:
     """Seconds of each run, round by round, so that other load on the machine falls on all alike.
 
-    At least three rounds, and no new one after so many `seconds`.
+    At least five rounds, and no new one after so many `seconds`.
     """
     for run in runs:
         run(feed)  # the first run of a session makes its memory
     times: list[list[float]] = []
     end = time.perf_counter() + seconds
-    while len(times) < 3 or (len(times) < rounds and time.perf_counter() < end):
+    while len(times) < _LEAST or (len(times) < rounds and time.perf_counter() < end):
         times.append([_seconds(run, feed) for run in runs])
     return times
 
 
-def median_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The median and its standard error, both deaf to a few outliers."""
-    median = float(np.median(values))
-    spread = float(np.median(np.abs(np.asarray(values) - median)))
-    return median, _MEDIAN * _MAD * spread / len(values) ** 0.5
+def is_sure(wins: int, rounds: int) -> bool:
+    """Whether one side wins more rounds than chance lets at a level of 5 %: the sign test.
+
+    It is deaf to how far apart times are, which other work on the machine may blow up.
+    """
+    return sum(math.comb(rounds, k) for k in range(wins, rounds + 1)) <= _LEVEL * 2**rounds
 
 
 def facts_of(times: Sequence[Sequence[float]]) -> dict[str, float]:

@@ -8,8 +8,8 @@ from onnx import helper, numpy_helper
 
 from meta_deploy.calib import search as module
 from meta_deploy.calib.groups import alone, groups_of, shapes_of
-from meta_deploy.calib.search import Row, Search, Trial, Verdict, by_worth, longest
-from meta_deploy.calib.timing import median_and_error
+from meta_deploy.calib.search import Row, Search, Trial, Verdict, _gain, by_worth, longest
+from meta_deploy.calib.timing import is_sure
 from meta_deploy.graph.graph import normalized
 from meta_deploy.graph.precision.placement import place
 from meta_deploy.graph.precision.rules import Int8Rules
@@ -115,7 +115,7 @@ def test_a_group_alone_computes_what_it_does_in_the_graph(proto):
 
 
 def rows(gains, errors):
-    return [Row(None, 1.0, 1.0, gain, 0.0, error) for gain, error in zip(gains, errors, strict=True)]
+    return [Row(None, 1.0, 1.0, gain, 15, 15, 0, error) for gain, error in zip(gains, errors, strict=True)]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -147,13 +147,25 @@ def test_the_longest_that_holds_is_found_with_few_questions():
             assert 0 not in asked
 
 
-def test_a_median_and_its_error_are_those_of_many_trials():
+@pytest.mark.parametrize("rounds", [5, 8, 11, 15])
+def test_a_gain_is_sure_if_chance_makes_so_many_wins_in_one_case_of_twenty(rounds):
+    wins = np.random.default_rng(0).integers(0, 2, (40_000, rounds)).sum(axis=1)
+    for count in range(rounds + 1):
+        chance = (wins >= count).mean()
+        if abs(chance - 0.05) > 0.005:
+            assert is_sure(count, rounds) == (chance < 0.05)
+
+
+def test_other_work_on_the_machine_hides_no_gain():
+    """Of two rounds in three both take ten times as long, each by chance of another length."""
     generator = np.random.default_rng(0)
-    found = [median_and_error(generator.normal(5, 2, 15)) for _ in range(2000)]
-    medians, errors = zip(*found, strict=True)
-    assert np.mean(medians) == pytest.approx(5, abs=0.05)
-    assert np.mean(errors) == pytest.approx(np.std(medians), rel=0.15)
-    assert median_and_error([1.0, 1.0, 1.0, 50.0, 1.0]) == (1.0, 0.0)
+    load = np.where(generator.random(15) < 0.6, 10 + 5 * generator.random(15), 1)
+    for low, gains, loses in ((0.5, True, False), (1.0, False, False), (2.0, False, True)):
+        noise = generator.normal(1, 0.1, (15, 2))
+        found = Row(
+            None, *_gain([(full * a, full * low * b) for full, (a, b) in zip(load, noise, strict=True)])
+        )
+        assert (found.gains, found.loses) == (gains, loses)
 
 
 class Scripted(Trial):
@@ -255,7 +267,7 @@ def test_what_gains_no_time_stays_and_says_so(monkeypatch, different_sizes):
 @pytest.mark.parametrize(
     ("low", "error", "max_drop", "why"),
     [
-        (2.0, 0.1, None, "no group of products gains more time than the noise"),
+        (2.0, 0.1, None, "no group of products gains time that is more than noise"),
         (1.0, 3.0, None, "no set of the groups that gain time stays within the limit"),
         (1.0, 0.2, 1.0, "no set of the groups that gain time stays within the limit"),
         (1.96, 0.1, None, "8 bits take 0.98 of float32's time on this machine"),
