@@ -21,8 +21,8 @@ import numpy as np
 
 from benchmarks.common import ROOT, machine, parser, save, table
 from meta_deploy.bundle.shipped import SHIPPED
-from meta_deploy.report.accuracy import coco_ap, match_counts
 from meta_deploy.runtime.predictor import Predictor
+from meta_deploy.tasks.accuracy import coco_ap, match_counts
 from meta_deploy.tasks.detection import Detections
 from tools.segmentation_losses import class_target
 from tools.training_data import decode, evenly_chosen, part_of, with_objects

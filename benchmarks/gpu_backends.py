@@ -36,9 +36,9 @@ from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.imaging.images import read_image
 from meta_deploy.imaging.preprocess import Preprocessor
 from meta_deploy.models.checkpoint.load import load_model
-from meta_deploy.report.accuracy import coco_ap
 from meta_deploy.targets import TARGETS, open_backend
 from meta_deploy.tasks import get_task
+from meta_deploy.tasks.accuracy import coco_ap
 from meta_deploy.tasks.detection import Detections
 from meta_deploy.tasks.results import coco_category_ids
 

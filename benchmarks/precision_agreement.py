@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.common import WORK, Case, export, machine, parser, photos, save, table
 from meta_deploy.bundle.bundle import Bundle, write_bundle
 from meta_deploy.graph.precision.emulate import emulated
-from meta_deploy.report.accuracy import coco_ap
 from meta_deploy.runtime.predictor import Predictor
+from meta_deploy.tasks.accuracy import coco_ap
 from tools.training_data import evenly_chosen
 
 CASES = ("demo", "meta-t-mask-rcnn@512")

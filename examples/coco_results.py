@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from meta_deploy import Predictor
-from meta_deploy.report.accuracy import coco_ap
+from meta_deploy.tasks.accuracy import coco_ap
 
 
 def main(annotations: str, images: str, bundle: str | None = None) -> None:

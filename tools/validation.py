@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from meta_deploy.models.registry import ModelConfig
-from meta_deploy.report.accuracy import coco_ap, match_counts
+from meta_deploy.tasks.accuracy import coco_ap, match_counts
 from meta_deploy.tasks.masks import paste_mask
 from tools.segmentation_losses import class_target
 from tools.training_data import Source, decode, evenly_chosen, with_objects

@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import onnx_ir as ir
 
 from meta_deploy.calib import METHOD_NAMES
@@ -27,7 +26,7 @@ from meta_deploy.targets import cache
 
 AUTO = "auto"
 FEW = 32  # below so many samples, what was not seen may well come
-_CACHE, _VERSION = "calibration", 1
+_CACHE, _VERSION = "calibration", 2
 
 
 class Samples(Protocol):
@@ -38,6 +37,9 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
     def __iter__(self) -> Any: ...
     def done(self, runs: int) -> int: ...
+    def runs(self) -> int: ...
+    def digests(self) -> list[str]: ...
+    def settings(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -83,21 +85,24 @@ class Calibrator:
             placement: what is to be quantized in it.
 
         Raises:
-            InputError: a sample cannot be read, or a tensor is not finite on it.
+            InputError: a sample cannot be read, or a tensor is not finite on it; no two samples differ.
         """
         count, noun = len(self.samples), self.samples.noun
+        digests = self.samples.digests()
+        if len(set(digests)) == 1:
+            what = f"there is one of the {noun}" if count == 1 else f"all {count} {noun} are the same"
+            raise InputError(
+                f"{what}, from which nothing is learnt of others; give --calib-images {FEW} or more"
+            )
         if count < FEW:
-            one = noun.removesuffix("s") if count == 1 else noun
-            self.note(f"warning: calibrated on {count} {one}, fewer than {FEW}; give more by --calib-images")
-        digests = [_digest(feed) for feed in self.samples]
-        if count > 1 and len(set(digests)) == 1:
-            self.note(f"warning: all {count} {noun} are the same")
-        key = cache.key(_VERSION, _graph_digest(model), digests, sorted(placement.readers), str(self.rules))
+            self.note(f"warning: calibrated on {count} {noun}, fewer than {FEW}; give more by --calib-images")
+        of = digests, self.samples.settings()
+        key = cache.key(_VERSION, graph_digest(model), of, sorted(placement.readers), str(self.rules))
         tensors = self._read(key, placement.readers)
         if tensors is not None:
             self.note("the calibration of this graph on these inputs is at hand from before")
         else:
-            tensors = self._measured(model, placement, len(digests))
+            tensors = self._measured(model, placement)
             self._write(key, tensors)
         chosen = {name: tensor.method(self.method) for name, tensor in tensors.items()}
         facts = {
@@ -108,12 +113,12 @@ class Calibrator:
         }
         return {name: tensor.ranges[chosen[name]] for name, tensor in tensors.items()}, facts
 
-    def _measured(self, model: ir.Model, placement: Placement, runs: int) -> dict[str, Tensor]:
+    def _measured(self, model: ir.Model, placement: Placement) -> dict[str, Tensor]:
         found = collect(
             model,
             placement.readers,
             self.samples,
-            runs,
+            self.samples.runs(),
             lambda done: self.progress(self.samples.done(done), len(self.samples)),
         )
         tensors = {}
@@ -142,14 +147,6 @@ class Calibrator:
                 cache.write(_CACHE, key, data, {"tensors": len(tensors)})
 
 
-def _digest(feed: Mapping[str, np.ndarray]) -> str:
-    """Of a run's inputs."""
-    sha = hashlib.sha256()
-    for name in sorted(feed):
-        sha.update(f"{name} {feed[name].dtype} {feed[name].shape}".encode())
-        sha.update(np.ascontiguousarray(feed[name]).data)
-    return sha.hexdigest()
-
-
-def _graph_digest(model: ir.Model) -> str:
+def graph_digest(model: ir.Model) -> str:
+    """The sha256 of a graph, its weights included."""
     return hashlib.sha256(ir.to_proto(model).SerializeToString(deterministic=True)).hexdigest()

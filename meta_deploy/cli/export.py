@@ -177,6 +177,27 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         choices=METHOD_NAMES,
         help="how --int8 finds the range of a tensor (default: auto, for each the best of the others)",
     )
+    group.add_argument(
+        "--max-drop",
+        type=number,
+        metavar="POINTS",
+        help="how much --int8 may lose: of average precision or mean IoU with --annotations, else of what "
+        "agrees with float32, of 100 (default: what verification tolerates)",
+    )
+    group.add_argument(
+        "--annotations",
+        type=path,
+        metavar="PATH",
+        help="of the --calib-images: a COCO file, or for class maps a folder of label images",
+    )
+    group.add_argument(
+        "--strict", action="store_true", help="fail where --int8 gains nothing, instead of taking float32"
+    )
+    group.add_argument(
+        "--no-search",
+        action="store_true",
+        help="let the target's rules say what is in 8 bits, without timing it on this machine",
+    )
     group.add_argument("--no-verify", action="store_true", help="skip the comparison with the original")
     group.add_argument("--out", type=path, metavar="DIR", help="the bundle (default: NAME-TARGET-PRECISION)")
     group.add_argument("--json", action="store_true", help="print one JSON document instead of text")
@@ -262,6 +283,9 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
         "operators",
         "calib_images",
         "calib_method",
+        "max_drop",
+        "annotations",
+        "strict",
         "batch",
         "dynamic_size",
         "scale",
@@ -278,6 +302,7 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
         "class_names": class_names(args.class_names),
         "explain": args.explain is not None,
         "check": not args.no_verify,
+        "search": not args.no_search,
     }
 
 

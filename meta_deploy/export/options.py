@@ -26,6 +26,11 @@ class Options:
         calib_images: a folder of images (or, for an ONNX file, of .npz inputs) to measure and verify on;
             None: the package's own images, or random inputs.
         calib_method: one of `calib.METHOD_NAMES`, how the range of an 8-bit tensor is found.
+        search: measure which products gain from 8 bits on this machine; otherwise the target's rules decide.
+        max_drop: how many points 8 bits may lose; None: as much as verification tolerates.
+        annotations: a COCO file, or a folder of label images, of `calib_images`, which `max_drop` is about;
+            None: it is about the agreement with float32.
+        strict: fail where 8 bits gain nothing, instead of taking float32.
         input_size: (height, width) in pixels; None: the model's own.
         batch: images per call; None: 1, or what the ONNX file says.
         dynamic_batch: (min, opt, max) images per call, instead of `batch`.
@@ -50,6 +55,10 @@ class Options:
     workspace_mb: int | None = None
     calib_images: str | Path | None = None
     calib_method: str = "auto"
+    search: bool = True
+    max_drop: float | None = None
+    annotations: str | Path | None = None
+    strict: bool = False
     input_size: tuple[int, int] | None = None
     batch: int | None = None
     dynamic_batch: tuple[int, int, int] | None = None
@@ -74,6 +83,8 @@ class Options:
                 least = -MOST if name == "mean" else 1 / MOST
                 if not least <= number <= MOST:  # false for NaN too
                     raise InputError(f"--{name} {number:g} is not from {least:g} to {MOST:g}")
+        if self.max_drop is not None and not 0 <= self.max_drop <= 100:
+            raise InputError(f"--max-drop {self.max_drop:g} is not from 0 to 100 points")
         for name, shape in self.shapes.items():
             if not all(isinstance(size, int) and size >= 0 for size in shape):
                 raise InputError(f"--shape of '{name}' is {shape}, and has to be whole numbers")

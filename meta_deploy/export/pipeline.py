@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,27 +15,29 @@ import msgspec
 import onnx
 
 from meta_deploy.bundle.bundle import Bundle, reserve_bundle
-from meta_deploy.bundle.manifest import FileEntry, Nodes, PassRow, TensorSpec, from_dict, to_json
-from meta_deploy.calib import METHOD_NAMES
+from meta_deploy.bundle.manifest import FileEntry, Manifest, Nodes, PassRow, TensorSpec, from_dict, to_json
 from meta_deploy.calib.calibrate import Calibrator
+from meta_deploy.calib.search import Search
 from meta_deploy.errors import BundleError, InputError, VerificationError
 from meta_deploy.export.options import Options
+from meta_deploy.export.plan import Plan, planned
 from meta_deploy.export.progress import Progress
-from meta_deploy.export.samples import MOST, MOST_CALIBRATION, ImageSamples, Samples, evenly, find_files
+from meta_deploy.export.samples import ImageSamples, Samples, evenly
 from meta_deploy.export.shapes import ANY
-from meta_deploy.export.sources import check_options, open_source
+from meta_deploy.export.sources import open_source
 from meta_deploy.export.sources.source import Source, output_specs
 from meta_deploy.export.speed import measured, verdict
 from meta_deploy.export.trace import drop_outputs
+from meta_deploy.export.trial import ANNOTATED, JUDGED, AnnotatedTrial, OutputsTrial
 from meta_deploy.export.verify import OnnxRun, Recorded, Run, WithStages, verify
 from meta_deploy.graph.attention import attention_count
 from meta_deploy.graph.compact import compact
 from meta_deploy.graph.pipeline import run_passes
-from meta_deploy.graph.precision import PRECISIONS
+from meta_deploy.graph.precision import PRECISIONS, Precision
 from meta_deploy.graph.precision.emulate import emulated
-from meta_deploy.graph.precision.int8 import Quantization
-from meta_deploy.targets import choose_target
-from meta_deploy.targets.target import MODEL, BuildOptions, Target
+from meta_deploy.graph.precision.int8 import Quantization, Quantized, searched
+from meta_deploy.graph.precision.lower import Conversion
+from meta_deploy.targets.target import MODEL, Built
 
 
 def export(source: str | Path, *, progress: Progress | None = None, **options: Any) -> Bundle:
@@ -61,83 +63,45 @@ def export(source: str | Path, *, progress: Progress | None = None, **options: A
 
 def run(path: str | Path, options: Options, progress: Progress) -> Bundle:
     """`export` with checked options."""
-    target, reason = choose_target(options.target, options.precision)
-    precision = PRECISIONS[options.precision]
-    build_options = BuildOptions(precision.name, tuple(options.gpus), options.workspace_mb)
-    form = target.choose_operators(options.operators)
-    passes = choose_passes(options.passes, target)
-    check_options(path, options)
-    target.check(build_options)
-    check_method(options)
-    lowered = precision.name not in ("fp32", *target.lowered_by_build)
-    needed = options.check or (lowered and precision.measures)
-    most = MOST_CALIBRATION if precision.calibrates else MOST
-    files = find_files(options.calib_images, most) if needed or options.calib_images is not None else []
-    named = f"{Path(path).stem}-{target.name}-{precision.name}"
-    folder = named if options.out is None else options.out
-    with reserve_bundle(folder, [Path(path), *files]) as reserved:
+    plan = planned(path, options)
+    with reserve_bundle(plan.folder, plan.reads(path)) as reserved:
         with progress.stage("load"):
             source = open_source(path, options, progress.note)
             check_manifest(path, source)
-            samples = source.samples(evenly(files)) if needed else Samples()
-            quantization = (
-                quantizes(source, files, target, options, progress) if precision.calibrates else None
-            )
-        if target.bounded:
-            check_bounds(source)
-        progress.note(source.describe())
-        progress.note(f"target {target.name} ({reason}), {precision.name}")
-        if passes and not source.static:
-            progress.note(
-                "open input sizes disable most passes; fix them (--input-size, --shape) for a leaner graph"
-            )
+            samples = source.samples(evenly(plan.files)) if plan.needs_samples else Samples()
+            quantization = quantizes(source, plan, progress) if plan.precision.calibrates else None
+        tell(source, plan, progress)
         with progress.stage("export") if source.traced else contextlib.nullcontext():
-            graph = source.graph(form)
-            precision.check(graph)
-            before = node_count(graph)
+            original = source.graph(plan.form)
+            plan.precision.check(original)
+            before = node_count(original)
         with progress.stage("passes"), sound(source):
-            graph, rows = run_passes(graph, passes, target.prices, explain=options.explain)
+            full, rows = run_passes(original, plan.passes, plan.target.prices, explain=options.explain)
+            del original
             gc.collect()  # a graph refers to itself in circles, and a large model's holds gigabytes
-        conversion, full = None, graph if precision.calibrates else None
-        if lowered:
-            with progress.stage("precision"), sound(source):
-                float32_operators = target.float32_operators.get(precision.name, ())
-                graph, conversion = precision.convert(
-                    graph, samples, float32_operators, progress.note, quantization
-                )
-        after = node_count(graph)
-        if target.compacts:
-            compact(graph)
-        shipped = ship(graph, source)
-        with progress.stage("engine") if target.builds else contextlib.nullcontext():
-            build_options = replace(build_options, attention=attention_count(shipped))
-            built = target.build(serialize(shipped), source.profiles, build_options, progress.count)
-        verification, shapes = None, {}
+        lowered = lower(full, source, samples, plan, quantization, progress)
+        del full, quantization  # a search holds graphs and results
+        after = node_count(lowered.graph)
+        if plan.target.compacts:
+            compact(lowered.graph)
+        shipped = ship(lowered.graph, source)
+        with progress.stage("engine") if plan.target.builds else contextlib.nullcontext():
+            build_options = replace(
+                plan.build_options, precision=lowered.precision.name, attention=attention_count(shipped)
+            )
+            built = plan.target.build(serialize(shipped), source.profiles, build_options, progress.count)
+        verification: dict[str, Any] | None = None
+        shapes: dict[str, Any] = {}
         if options.check:
-            with progress.stage("verify"):
-                # What a GPU rounds after each operator, a CPU may carry on in float32.
-                rounded = conversion is not None and target.rounds_each_operator
-                exported: Run = OnnxRun(emulated(graph) if rounded else graph)
-                shipped_run = target.runner(built.files, source.profiles, precision.name)
-                if shipped_run:
-                    exported = WithStages(shipped_run, exported)
-                recorded = Recorded(exported)
-                verification = verify(source, recorded, samples, precision.tolerances, progress.count)
-                verification["emulated"], shapes = rounded, recorded.shapes
-            if full is not None:
-                with progress.stage("speed"):
-                    graphs = shipped, drop_outputs(full, source.outputs)
-                    feed = next(iter(samples))
-                    verification["speed"] = measured(target, shipped_run, graphs, source.profiles, feed)
-                progress.note(verdict(verification["speed"], precision.name))
+            verification, shapes = compare(source, lowered, shipped, built, samples, plan, progress)
         with progress.stage("write"):
             manifest = source.manifest(
                 created_by=versions(),
                 outputs=output_specs(shipped, shapes),
-                target=target.name,
-                precision=precision.name,
-                operators=form,
-                conversion=conversion.to_dict() if conversion else None,
+                target=plan.target.name,
+                precision=lowered.precision.name,
+                operators=plan.form,
+                conversion=lowered.conversion.to_dict() if lowered.conversion else None,
                 nodes=Nodes(before=before, after=after),
                 passes=tuple(msgspec.convert(row.to_dict(), PassRow) for row in rows),
                 verification=verification,
@@ -148,47 +112,115 @@ def run(path: str | Path, options: Options, progress: Progress) -> Bundle:
             return reserved.write(manifest, built.files, progress.written)
 
 
-def choose_passes(passes: str, target: Target) -> list[str]:
-    """The passes to run, in the order of the target's pipeline.
+def tell(source: Source, plan: Plan, progress: Progress) -> None:
+    """What is exported, and for what.
 
     Raises:
-        InputError: an unknown name.
+        InputError: the target does not take the source's sizes.
     """
-    if passes == "all":
-        return list(target.passes)
-    names = [] if passes == "none" else [name.strip() for name in passes.split(",")]
-    if unknown := [name for name in names if name not in target.passes]:
-        raise InputError(
-            f"'{unknown[0]}' is not a graph pass of {target.name}; "
-            f"choose all, none, or some of {', '.join(dict.fromkeys(target.passes))}"
+    if plan.target.bounded:
+        check_bounds(source)
+    progress.note(source.describe())
+    progress.note(f"target {plan.target.name} ({plan.reason}), {plan.precision.name}")
+    if plan.passes and not source.static:
+        progress.note(
+            "open input sizes disable most passes; fix them (--input-size, --shape) for a leaner graph"
         )
-    return [name for name in target.passes if name in names or name in target.required_passes]
 
 
-def check_method(options: Options) -> None:
-    """Refuse a way to calibrate that there is not, or without 8 bits.
+@dataclass(frozen=True)
+class Lowered:
+    """A graph in the precision that ships; where that is 8 bits, the float32 one that it was made of."""
+
+    graph: onnx.ModelProto
+    full: onnx.ModelProto | None
+    precision: Precision
+    conversion: Conversion | Quantized | None
+
+
+def lower(
+    full: onnx.ModelProto,
+    source: Source,
+    samples: Samples,
+    plan: Plan,
+    quantization: Quantization | None,
+    progress: Progress,
+) -> Lowered:
+    """The graph in the precision that was asked for; in float32 where 8 bits are not worth it.
 
     Raises:
-        InputError: it is such a one.
+        InputError: the graph cannot be converted; nothing is worth it, and that was to be an error.
     """
-    if options.calib_method not in METHOD_NAMES:
-        raise InputError(
-            f"'{options.calib_method}' is not a calibration method; choose {', '.join(METHOD_NAMES)}"
+    if not plan.lowers:
+        return Lowered(full, None, plan.precision, None)
+    float32_operators = plan.target.float32_operators.get(plan.precision.name, ())
+    with progress.stage("precision"), sound(source):
+        graph, conversion = plan.precision.convert(
+            full, samples, float32_operators, progress.note, quantization
         )
-    if options.calib_method != METHOD_NAMES[0] and not PRECISIONS[options.precision].calibrates:
-        raise InputError(f"--calib-method is for --int8, and the precision is {options.precision}")
+    if not isinstance(conversion, Quantized) or not conversion.declined:
+        kept = full if plan.precision.calibrates else None  # a large model's holds gigabytes
+        return Lowered(graph, kept, plan.precision, conversion)
+    if plan.options.strict:
+        table = searched(conversion.search)
+        if table:
+            progress.note(table.lstrip("\n"))
+        raise InputError(f"{conversion.declined}; use --fp16 or --fp32, or leave out --strict")
+    progress.note(f"warning: {conversion.declined}; the bundle is in float32")
+    return Lowered(full, None, PRECISIONS["fp32"], conversion)
 
 
-def quantizes(
-    source: Source, files: Sequence[Path], target: Target, options: Options, progress: Progress
-) -> Quantization:
+def compare(
+    source: Source,
+    lowered: Lowered,
+    shipped: onnx.ModelProto,
+    built: Built,
+    samples: Samples,
+    plan: Plan,
+    progress: Progress,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Compare what ships with the original, and time 8 bits against float32.
+
+    Returns:
+        The figures, and the shapes that the outputs had.
+
+    Raises:
+        VerificationError: they do not agree.
+    """
+    precision, conversion = lowered.precision, lowered.conversion
+    with progress.stage("verify"):
+        # What a GPU rounds after each operator, a CPU may carry on in float32.
+        rounded = isinstance(conversion, Conversion) and plan.target.rounds_each_operator
+        exported: Run = OnnxRun(emulated(lowered.graph) if rounded else lowered.graph)
+        shipped_run = plan.target.runner(built.files, source.profiles, precision.name)
+        if shipped_run:
+            exported = WithStages(shipped_run, exported)
+        recorded = Recorded(exported)
+        verification = verify(source, recorded, samples, precision.tolerances, progress.count)
+        verification["emulated"] = rounded
+    if lowered.full is not None:
+        speed = (
+            conversion.search["speed"] if isinstance(conversion, Quantized) and conversion.search else None
+        )
+        if speed is None:
+            with progress.stage("speed"):
+                graphs = shipped, drop_outputs(lowered.full, source.outputs)
+                feed = next(iter(samples))
+                speed = measured(plan.target, shipped_run, graphs, source.profiles, feed)
+        verification["speed"] = speed
+        progress.note(verdict(speed, precision.name))
+    return verification, recorded.shapes
+
+
+def quantizes(source: Source, plan: Plan, progress: Progress) -> Quantization:
     """How a graph is quantized for a target, with ranges measured on all of the files.
 
     Raises:
         InputError: the source takes no images, and nothing else was given.
     """
-    assert target.int8 is not None
-    samples = source.samples(files)
+    options, rules = plan.options, plan.target.int8
+    assert rules is not None
+    samples = source.samples(plan.files)
     if options.calib_images is None:
         if not isinstance(samples, ImageSamples):
             raise InputError(
@@ -196,8 +228,28 @@ def quantizes(
                 "give --calib-images a folder of .npz files of its inputs"
             )
         progress.note("warning: calibrated on the package's own pictures; give your own by --calib-images")
-    calibrate = Calibrator(samples, target.int8, options.calib_method, progress.note, progress.count)
-    return Quantization(target.int8, calibrate, source.outputs)
+    calibrate = Calibrator(samples, rules, options.calib_method, progress.note, progress.count)
+    search = None
+    if options.search:
+        search = Search(trial_of(source, plan), rules, options.max_drop, progress.note, progress.count)
+    return Quantization(rules, calibrate, source.outputs, search)
+
+
+def trial_of(source: Source, plan: Plan) -> OutputsTrial:
+    """What judges 8 bits: annotations where there are any, else the agreement with float32.
+
+    Raises:
+        InputError: the annotations are not of this kind of model.
+    """
+    common = plan.precision.tolerances
+    if plan.truth is None:
+        return OutputsTrial(source, plan.target, source.samples(evenly(plan.files, JUDGED)), common)
+    known = plan.truth.known([str(path) for path in plan.files])
+    samples = source.samples([Path(path) for path in evenly(known, ANNOTATED)])
+    if not isinstance(samples, ImageSamples):
+        raise InputError("--annotations are of images, and --calib-images has arrays; leave them out")
+    bundle = Bundle(Path(plan.folder), planned_manifest(source))
+    return AnnotatedTrial(source, plan.target, samples, common, bundle, plan.truth)
 
 
 def check_bounds(source: Source) -> None:
@@ -236,10 +288,8 @@ def check_manifest(path: str | Path, source: Source) -> None:
     Raises:
         InputError: the source or an option brought such a value.
     """
-    outputs = tuple(TensorSpec(name=name, dtype="float32", shape=()) for name in source.outputs)
-    files = {MODEL: FileEntry(sha256="?", bytes=0)}
     try:
-        planned = source.manifest(target="onnxruntime", precision="fp32", outputs=outputs, files=files)
+        planned = planned_manifest(source)
         from_dict(msgspec.to_builtins(planned), Path(path))
         to_json(planned)
     except (BundleError, ValueError) as error:
@@ -247,6 +297,13 @@ def check_manifest(path: str | Path, source: Source) -> None:
         raise InputError(
             f"'{path}' cannot be exported: its manifest {what}; correct that value in it, or the option"
         ) from error
+
+
+def planned_manifest(source: Source) -> Manifest:
+    """The manifest as far as it is known before there is a graph."""
+    outputs = tuple(TensorSpec(name=name, dtype="float32", shape=()) for name in source.outputs)
+    files = {MODEL: FileEntry(sha256="?", bytes=0)}
+    return source.manifest(target="onnxruntime", precision="fp32", outputs=outputs, files=files)
 
 
 def node_count(graph: onnx.ModelProto) -> int:

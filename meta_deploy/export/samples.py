@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
 import numpy as np
 
 from meta_deploy.bundle.manifest import InputSpec, Preprocess
 from meta_deploy.bundle.shipped import ASSETS
 from meta_deploy.errors import InputError
 from meta_deploy.imaging.images import read_image
-from meta_deploy.imaging.preprocess import Preprocessor
+from meta_deploy.imaging.preprocess import Placement, Preprocessor
 from meta_deploy.imaging.sources import expand
 
 MOST = 8  # images or .npz files that an export compares on
@@ -35,9 +38,34 @@ class Samples:
     def __iter__(self) -> Iterator[Mapping[str, np.ndarray]]:
         yield from self._feeds
 
+    def runs(self) -> int:
+        """How many dictionaries there are."""
+        return len(self)
+
     def done(self, runs: int) -> int:
         """How many of these were met in the first `runs` runs."""
         return min(runs, len(self))
+
+    def digests(self) -> list[str]:
+        """A sha256 for each of these: what is equal has the same one."""
+        return [_digest(feed) for feed in self]
+
+    def settings(self) -> str:
+        """What beside them decides the runs' inputs."""
+        return ""
+
+
+class ArraySamples(Samples):
+    """.npz files, each read when its turn comes."""
+
+    def __init__(self, paths: Sequence[Path], read: Callable[[Path], Feed]) -> None:
+        self._paths, self._read = paths, read
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __iter__(self) -> Iterator[Feed]:
+        yield from map(self._read, self._paths)
 
 
 class ImageSamples(Samples):
@@ -46,7 +74,7 @@ class ImageSamples(Samples):
     noun = "images"
 
     def __init__(self, paths: Sequence[Path], spec: InputSpec, preprocess: Preprocess) -> None:
-        self._paths = paths
+        self._paths, self._spec, self._preprocess = paths, spec, preprocess
         self._name = spec.name
         self._preprocessor = Preprocessor(spec, preprocess)
         self._groups = list(_groups(len(paths), spec))
@@ -55,12 +83,40 @@ class ImageSamples(Samples):
         return len(self._paths)
 
     def __iter__(self) -> Iterator[Feed]:
+        for feed, _ in self.placed():
+            yield feed
+
+    def names(self) -> list[str]:
+        """The files' paths."""
+        return [str(path) for path in self._paths]
+
+    def placed(self) -> Iterator[tuple[Feed, list[tuple[Path, Placement]]]]:
+        """Each run with its images: their files, and where they lie in the input."""
         for group in self._groups:
-            batch, _ = self._preprocessor([read_image(self._paths[i]) for i in group])
-            yield {self._name: batch}
+            batch, placements = self._preprocessor([read_image(self._paths[i]) for i in group])
+            paths = [self._paths[i] for i in group]
+            yield {self._name: batch}, list(zip(paths, placements, strict=True))
+
+    def runs(self) -> int:
+        return len(self._groups)
 
     def done(self, runs: int) -> int:
         return min(sum(map(len, self._groups[:runs])), len(self))
+
+    def digests(self) -> list[str]:
+        """Of the files, so that none has to be decoded."""
+        return [hashlib.sha256(path.read_bytes()).hexdigest() for path in self._paths]
+
+    def settings(self) -> str:
+        return json.dumps(msgspec.to_builtins((self._spec, self._preprocess)), sort_keys=True)
+
+
+def _digest(feed: Mapping[str, np.ndarray]) -> str:
+    sha = hashlib.sha256()
+    for name in sorted(feed):
+        sha.update(f"{name} {feed[name].dtype} {feed[name].shape}".encode())
+        sha.update(np.ascontiguousarray(feed[name]).data)
+    return sha.hexdigest()
 
 
 def _groups(count: int, spec: InputSpec) -> Iterator[list[int]]:

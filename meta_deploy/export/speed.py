@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,11 +9,10 @@ import numpy as np
 import onnx
 
 from meta_deploy.bundle.manifest import Profile
+from meta_deploy.calib.search import PAYS
+from meta_deploy.calib.timing import facts_of, interleaved
 from meta_deploy.export.verify import OnnxRun, Run
 from meta_deploy.targets.target import BuildOptions, Target
-
-ROUNDS, SECONDS = 15, 20.0
-PAYS = 0.97  # of float32's time; nearer to it than this, nothing is gained that could be told from noise
 
 
 def measured(
@@ -37,38 +35,14 @@ def measured(
         ratio: the median over rounds of the low one's time by float32's; fp32_ms, ms: the medians of both.
     """
     low, full = graphs
-    if shipped is None:
-        runs: list[Run] = [OnnxRun(low, arena=True), OnnxRun(full, arena=True)]
-    else:
-        built = target.build(full.SerializeToString(), profiles, BuildOptions("fp32"))
-        base = target.runner(built.files, profiles, "fp32")
-        assert base is not None
-        runs = [shipped, base]
-    times = interleaved(runs, feed)
-    ratios = [a / b for a, b in times]
-    ms = 1000 * np.median(times, axis=0)
-    return {
-        "ratio": round(float(np.median(ratios)), 3),
-        "ms": round(float(ms[0]), 2),
-        "fp32_ms": round(float(ms[1]), 2),
-    }
+    runs = [shipped or OnnxRun(low, arena=True), opened(target, full, profiles, "fp32")]
+    return facts_of(interleaved(runs, feed))
 
 
-def interleaved(runs: Sequence[Run], feed: Mapping[str, np.ndarray]) -> list[list[float]]:
-    """Seconds of each run, round by round, so that other load on the machine falls on all alike."""
-    for run in runs:
-        run(feed)  # the first run of a session makes its memory
-    rounds: list[list[float]] = []
-    end = time.perf_counter() + SECONDS
-    while len(rounds) < 3 or (len(rounds) < ROUNDS and time.perf_counter() < end):
-        rounds.append([_seconds(run, feed) for run in runs])
-    return rounds
-
-
-def _seconds(run: Run, feed: Mapping[str, np.ndarray]) -> float:
-    start = time.perf_counter()
-    run(feed)
-    return time.perf_counter() - start
+def opened(target: Target, graph: onnx.ModelProto, profiles: Sequence[Profile], precision: str) -> Run:
+    """A graph in the library that runs the target's bundles, as these run it."""
+    built = target.build(graph.SerializeToString(), profiles, BuildOptions(precision))
+    return target.runner(built.files, profiles, precision) or OnnxRun(graph, arena=True)
 
 
 def verdict(facts: Mapping[str, Any], precision: str) -> str:

@@ -23,12 +23,13 @@ from meta_deploy.export.samples import evenly
 from meta_deploy.imaging.images import load
 from meta_deploy.imaging.sources import expand
 from meta_deploy.report import COUNT, RUNS, machine
-from meta_deploy.report.judge import Annotations, judge, noted, open_annotations
+from meta_deploy.report.judge import judge, noted
 from meta_deploy.report.schema import PARTS, Entry, Latency, Ratio, Report, Roofline, Settings
 from meta_deploy.report.statistics import LEAST_ROUNDS, compare, drift, spread
 from meta_deploy.report.subject import PYTORCH, kind_of
 from meta_deploy.report.worker import Failed, Worker
 from meta_deploy.targets import BACKEND_NAMES
+from meta_deploy.tasks.annotations import Annotations, open_annotations
 from meta_deploy.text import escaped
 
 WARM_UP = 3

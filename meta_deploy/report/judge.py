@@ -6,131 +6,25 @@ Knows results of every task, COCO files and label images; must not know what mad
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from meta_deploy.errors import InputError
-from meta_deploy.report.accuracy import coco_ap
 from meta_deploy.report.schema import Accuracy
 from meta_deploy.report.worker import Failed, Worker
+from meta_deploy.tasks.accuracy import Pixels, coco_ap
+from meta_deploy.tasks.annotations import Annotations, CocoAnnotations, LabelImages
 from meta_deploy.tasks.comparison import Floats
 from meta_deploy.tasks.detection import Detections
 from meta_deploy.tasks.raw import Arrays
-from meta_deploy.tasks.results import Result, coco_category_ids
+from meta_deploy.tasks.results import Result
 from meta_deploy.tasks.semantic_segmentation import Segmentation
 
 SURE = 0.3  # the least score at which a detection of the first entry is taken for true
-IGNORED = 255  # of label images: a pixel that does not count
-_LABELS = (".png", ".tif", ".tiff")
-
-
-class Annotations(ABC):
-    """What is true of images."""
-
-    path: str
-
-    @abstractmethod
-    def _knows(self, image: str) -> bool:
-        """Whether there is an annotation of this image."""
-
-    def known(self, images: Sequence[str]) -> list[str]:
-        """Those of the images that are annotated.
-
-        Raises:
-            InputError: none is.
-        """
-        found = [image for image in images if self._knows(image)]
-        if not found:
-            raise InputError(
-                f"'{self.path}' annotates none of the {len(images)} images, such as "
-                f"'{os.path.basename(images[0])}'; give the annotations of these images"
-            )
-        return found
-
-    def check(self, images: Sequence[str]) -> None:
-        """Read what is read image by image. Raises InputError now and not after minutes."""
-        return
-
-
-class CocoAnnotations(Annotations):
-    """A COCO instances file; images are known by their file's name."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        try:
-            self.content = json.loads(Path(path).read_text())
-            self.ids = {os.path.basename(i["file_name"]): i["id"] for i in self.content["images"]}
-            self.categories = {c["name"]: c["id"] for c in self.content["categories"]}
-            for annotation in self.content["annotations"]:
-                _ = annotation["image_id"], annotation["category_id"], annotation["bbox"]
-        except OSError as error:
-            raise InputError(f"cannot read '{path}': {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise InputError(
-                f"'{path}' is not a COCO file: it needs images, categories and annotations with boxes"
-            ) from error
-
-    def _knows(self, image: str) -> bool:
-        return os.path.basename(image) in self.ids
-
-    def part(self, images: Sequence[str]) -> dict[str, Any]:
-        """The annotations of these images alone."""
-        ids = {self.ids[os.path.basename(image)] for image in images}
-        return {
-            "images": [i for i in self.content["images"] if i["id"] in ids],
-            "categories": self.content["categories"],
-            "annotations": [a for a in self.content["annotations"] if a["image_id"] in ids],
-        }
-
-    def category_ids(self, classes: Sequence[str]) -> list[int]:
-        """Each class's id by its name; by its number where no name is a category's."""
-        if not self.categories.keys() & set(classes):
-            return coco_category_ids(classes)
-        return [self.categories.get(name, -1 - label) for label, name in enumerate(classes)]
-
-
-class LabelImages(Annotations):
-    """A folder of label images: the class of each pixel as a number, 255 where it does not count."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.files = {p.stem: p for p in sorted(Path(path).iterdir()) if p.suffix.lower() in _LABELS}
-
-    def _knows(self, image: str) -> bool:
-        return Path(image).stem in self.files
-
-    def check(self, images: Sequence[str]) -> None:
-        for image in images:
-            self.labels(image)
-
-    def labels(self, image: str) -> np.ndarray:
-        """(H, W). Raises InputError where it is no image of labels."""
-        file = self.files[Path(image).stem]
-        try:
-            with Image.open(file) as opened:
-                labels = np.asarray(opened)
-        except OSError as error:
-            raise InputError(f"cannot read the labels '{file}': {error}") from error
-        if labels.ndim != 2 or labels.dtype.kind not in "ui":
-            raise InputError(f"'{file}' has colours and not a class number for each pixel")
-        return labels
-
-
-def open_annotations(path: str | os.PathLike[str]) -> Annotations:
-    """A COCO file, or a folder of label images.
-
-    Raises:
-        InputError: it is neither.
-    """
-    return LabelImages(str(path)) if os.path.isdir(path) else CocoAnnotations(str(path))
 
 
 @contextlib.contextmanager
@@ -242,11 +136,11 @@ class DetectionScale(Scale):
 
 
 class MapScale(Scale):
-    """Intersection over union of the classes, from counts of pixels: (true class, class that was found)."""
+    """Intersection over union of the classes."""
 
     def __init__(self, truth: Annotations | None) -> None:
         self._truth = truth
-        self._counts = np.zeros((0, 0), np.int64)
+        self._pixels = Pixels()
         self._images = 0
 
     def add(self, image: str, result: Any, first: Result | None) -> None:
@@ -258,27 +152,20 @@ class MapScale(Scale):
             labels = first.labels
         else:
             return
-        counted = labels != IGNORED if self._truth is not None else np.ones(labels.shape, bool)
-        expected, found = labels[counted].astype(np.int64), result.labels[counted].astype(np.int64)
-        most = int(max(expected.max(initial=0), found.max(initial=0), len(result.classes) - 1)) + 1
-        counts = np.bincount(expected * most + found, minlength=most * most).reshape(most, most)
-        grown = np.zeros((max(most, len(self._counts)),) * 2, np.int64)
-        grown[: len(self._counts), : len(self._counts)] += self._counts
-        grown[:most, :most] += counts
-        self._counts = grown
+        if self._truth is not None:
+            self._pixels.add_labels(labels, result.labels)
+        else:
+            self._pixels.add(labels, result.labels)
         self._images += 1
 
     def accuracy(self, images: list[str], truth: Annotations | None) -> Accuracy | None:
-        total = int(self._counts.sum())
-        if not total:
+        if not self._pixels.total:
             return None
-        both = self._counts.diagonal()
-        either = self._counts.sum(axis=0) + self._counts.sum(axis=1) - both
         return Accuracy(
             against="the first entry" if truth is None else "annotations",
             images=self._images,
-            mean_iou=float((both[either > 0] / either[either > 0]).mean()),
-            pixel_accuracy=float(both.sum() / total),
+            mean_iou=self._pixels.mean_iou,
+            pixel_accuracy=self._pixels.accuracy,
         )
 
 

@@ -19,4 +19,5 @@ def test_a_product_is_measured_in_8_bits_and_in_float32():
         assert np.linalg.norm(actual - expected) < 0.1 * np.linalg.norm(expected)
         row = int8_products.measure(proto, rules, threads=1, rounds=2)
         assert row["int8 / fp32"] > 0
+        assert sum(name.startswith("quantize_static") and row[name] > 0 for name in row) == 3
     assert not int8_products.quantized(int8_products.convolution(16, 32, 1, 20), rules)[1]

@@ -169,17 +169,25 @@ def test_a_value_that_is_not_finite_is_told_with_its_tensor(wrong):
         Calibrator(Samples(feeds), RULES, kept=False)(*placed(network()))
 
 
-def test_few_samples_and_equal_ones_are_warned_of():
+def test_few_samples_are_warned_of():
     def told(feeds):
         lines = []
         Calibrator(Samples(feeds), RULES, note=lines.append, kept=False)(*placed(network()))
         return lines
 
     assert told(pictures(33)) == []
-    (line,) = told(pictures(1))
-    assert line == "warning: calibrated on 1 input, fewer than 32; give more by --calib-images"
-    assert told(pictures(1) * 2)[-1] == "warning: all 2 inputs are the same"
-    assert told([{"x": np.zeros((1, 3, 24, 24), np.float32)}])  # black alone makes no scale of zero
+    (line,) = told(pictures(2))
+    assert line == "warning: calibrated on 2 inputs, fewer than 32; give more by --calib-images"
+    nearly_black = [{"x": np.full((1, 3, 24, 24), tiny, np.float32)} for tiny in (0, 1e-30)]
+    assert told(nearly_black)  # makes no scale of zero
+
+
+@pytest.mark.parametrize(
+    ("count", "message"), [(1, "there is one of the inputs"), (3, "all 3 inputs are the same")]
+)
+def test_samples_of_which_no_two_differ_are_refused(count, message):
+    with pytest.raises(InputError, match=f"^{message}, from which nothing is learnt of others; give --calib"):
+        Calibrator(Samples(pictures(1) * count), RULES, kept=False)(*placed(network()))
 
 
 def test_no_samples_and_no_such_method_are_refused():
@@ -200,5 +208,5 @@ def test_progress_counts_the_samples():
 def test_the_graph_is_left_as_it_was():
     graph, placement = placed(network())
     before = ir.to_proto(graph).SerializeToString(deterministic=True)
-    Calibrator(Samples(pictures(1)), RULES, kept=False)(graph, placement)
+    Calibrator(Samples(pictures(2)), RULES, kept=False)(graph, placement)
     assert ir.to_proto(graph).SerializeToString(deterministic=True) == before

@@ -1,13 +1,19 @@
 """--int8: calibrated on what was given, verified, told in the manifest; and refused in one line."""
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
+from PIL import Image
 
 from meta_deploy import Predictor
+from meta_deploy.bundle.manifest import BatchRange, Fit, InputSpec, Preprocess, SizeRange
+from meta_deploy.calib import search, timing
+from meta_deploy.cli.export import summary
 from meta_deploy.errors import InputError
-from meta_deploy.export import Progress, export, speed
+from meta_deploy.export import Progress, export, samples, speed, trial
+from meta_deploy.export.verify import OnnxRun
 from tests.small_graphs import model, run, value
 
 node = helper.make_node
@@ -57,19 +63,18 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+def quantize(name="net.onnx", **options):
+    """An export to 8 bits, by the rules alone unless `search` says otherwise."""
+    fixed = {"precision": "int8", "target": "onnxruntime", "search": False, "out": "b"}
+    return export(name, **{**fixed, **options})
+
+
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
 def test_a_bundle_in_8_bits_is_smaller_and_answers_nearly_as_the_file(here, target):
     pytest.importorskip(target)
     lines = []
     progress = Progress(note=lines.append)
-    bundle = export(
-        "net.onnx",
-        precision="int8",
-        target=target,
-        calib_images=inputs(here / "in", 40),
-        out="b",
-        progress=progress,
-    )
+    bundle = quantize(target=target, calib_images=inputs(here / "in", 40), progress=progress)
     assert not any("warning: calibrated" in line for line in lines)
     manifest = bundle.manifest
     assert manifest.precision == "int8"
@@ -94,42 +99,106 @@ def test_a_bundle_in_8_bits_is_smaller_and_answers_nearly_as_the_file(here, targ
     assert 0 < np.linalg.norm(actual - expected) < 0.05 * np.linalg.norm(expected)
 
 
-def test_both_are_timed_in_turns_and_no_gain_is_told(monkeypatch):
+def test_both_are_timed_in_turns_and_no_gain_is_told():
     calls = []
     runs = [lambda feed: calls.append("low"), lambda feed: calls.append("full")]
-    monkeypatch.setattr(speed, "ROUNDS", 4)
-    assert np.shape(speed.interleaved(runs, {})) == (4, 2)
-    assert calls == ["low", "full"] * 5
+    assert np.shape(timing.interleaved(runs, {}, rounds=6)) == (6, 2)
+    assert calls == ["low", "full"] * 7
     slower, faster = ({"ratio": ratio, "ms": 12.0, "fp32_ms": 10.0} for ratio in (1.2, 0.5))
     assert speed.verdict(slower, "int8").startswith("warning: int8 takes 1.20 of fp32's time on this machine")
     assert speed.verdict(faster, "int8") == "int8 takes 0.50 of fp32's time on this machine (12.0 ms)"
 
 
 def test_the_method_is_the_one_asked_for(here):
-    bundle = export(
-        "net.onnx",
-        precision="int8",
-        target="onnxruntime",
-        calib_images=inputs(here / "in", 2),
-        calib_method="mse",
-        out="b",
-    )
+    bundle = quantize(calib_images=inputs(here / "in", 2), calib_method="mse", check=False)
     assert bundle.manifest.conversion["calibration"]["methods"] == {"mse": 3}
 
 
 def test_images_calibrate_where_the_graph_takes_them(here):
     lines = []
-    bundle = export(
-        "net.onnx",
-        precision="int8",
-        target="onnxruntime",
-        scale=1 / 255,
-        out="b",
-        progress=Progress(note=lines.append),
-    )
+    bundle = quantize(scale=1 / 255, check=False, progress=Progress(note=lines.append))
     assert bundle.manifest.conversion["calibration"]["noun"] == "images"
     assert "warning: calibrated on the package's own pictures; give your own by --calib-images" in lines
     assert any("8 images, fewer than 32" in line for line in lines)
+
+
+def times(monkeypatch, low, full=2.0):
+    """Every run in 8 bits takes `low` seconds, every one in float32 `full`."""
+
+    def interleaved(runs, *_):
+        return [[low if isinstance(r, OnnxRun) and is_low(r) else full for r in runs]] * 5
+
+    def is_low(one):
+        return any("QuantizeLinear" in name for name in one.operators)
+
+    class Told(OnnxRun):
+        def __init__(self, graph, *args, **settings):
+            super().__init__(graph, *args, **settings)
+            self.operators = {node.op_type for node in graph.graph.node}
+
+    monkeypatch.setattr(speed, "OnnxRun", Told)
+    monkeypatch.setattr(search, "interleaved", interleaved)
+
+
+def test_what_gains_time_and_loses_little_is_in_8_bits_and_told_with_its_table(here, monkeypatch):
+    times(monkeypatch, 1.0)
+    lines = []
+    progress = Progress(note=lines.append)
+    bundle = quantize(search=True, max_drop=5, calib_images=inputs(here / "in", 2), progress=progress)
+    done = bundle.manifest.conversion
+    assert (bundle.precision, done["int8_products"], done["declined"]) == ("int8", 2, "")
+    (group,) = done["search"]["groups"]  # the second reads what the first makes
+    assert (group["products"], group["int8"], group["fp32_ms"], group["int8_ms"]) == (2, True, 2000, 1000)
+    assert 0 < done["search"]["drop"] < 5
+    assert bundle.manifest.verification["speed"] == {"ratio": 0.5, "ms": 1000, "fp32_ms": 2000}
+    assert "fp32 ms  int8 ms" in summary(bundle, 1)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_groups_are_timed_in_the_library_that_runs_the_bundle(here, target):
+    pytest.importorskip(target)
+    bundle = quantize(target=target, search=True, calib_images=inputs(here / "in", 2), check=False)
+    done = bundle.manifest.conversion
+    assert all(min(group["fp32_ms"], group["int8_ms"]) > 0 for group in done["search"]["groups"])
+    assert sum(group["products"] for group in done["search"]["groups"]) == 2
+    assert (bundle.precision == "int8") == (done["int8_products"] > 0) == (not done["declined"])
+
+
+@pytest.mark.parametrize(
+    ("low", "max_drop", "why"),
+    [
+        (3.0, None, "no group of products gains time that is more than noise"),
+        (1.0, 0, "no set of the groups that gain time stays within the limit"),
+    ],
+)
+def test_where_8_bits_do_not_pay_float32_ships_and_says_why(here, monkeypatch, low, max_drop, why):
+    times(monkeypatch, low)
+    lines = []
+    given = {"search": True, "max_drop": max_drop, "calib_images": inputs(here / "in", 2)}
+    bundle = quantize(**given, progress=Progress(note=lines.append))
+    assert f"warning: {why}; the bundle is in float32" in lines
+    assert (bundle.precision, bundle.manifest.conversion["declined"]) == ("fp32", why)
+    assert f"in float32, as {why}" in summary(bundle, 1)
+    feed = {"image": np.random.default_rng(9).normal(size=(1, 3, SIDE, SIDE)).astype(np.float32)}
+    with Predictor(bundle) as predictor:
+        np.testing.assert_allclose(
+            predictor.run(feed)["y"], run(network(), **feed)["y"], rtol=1e-4, atol=1e-6
+        )
+    with pytest.raises(InputError, match=f"^{why}; use --fp16 or --fp32, or leave out --strict"):
+        quantize(**given, strict=True, out="strict", progress=Progress(note=lines.append))
+    assert not (here / "strict").exists()
+    assert any("groups of products" in line for line in lines)
+
+
+def test_the_drop_is_what_does_not_agree_and_the_error_a_share_of_the_tolerance():
+    maps = {"rms_relative_error": 0.05, "tolerance": {"rms_relative_error": 0.15}}
+    found = {"agreement": 0.9, "mean_box_iou": 0.96, "mean_score_difference": 0.03}
+    limits = {"agreement": 0.8, "mean_box_iou": 0.95, "mean_score_difference": 0.06}
+    detections = {**found, "tolerance": limits}
+    assert trial.used(maps) == pytest.approx(1 / 3)
+    assert trial.used(detections) == pytest.approx(0.8)  # of the IoU: 0.04 of 0.05
+    assert trial.lost({"maps": maps, "detections": detections}) == pytest.approx(0.1)
+    assert trial.lost({"y": maps}) == 0.05
 
 
 @pytest.mark.parametrize(
@@ -138,9 +207,21 @@ def test_images_calibrate_where_the_graph_takes_them(here):
         ({}, "8 bits need ranges from real inputs, which 'net' has none of here; give --calib-images"),
         ({"calib_images": "empty"}, "no image in the folder 'empty'"),
         ({"calib_images": "nan"}, "tensor 'b' has values that are not finite"),
+        ({"calib_images": "one"}, "there is one of the inputs, from which nothing is learnt of others; give"),
+        ({"calib_images": "alike"}, "all 3 inputs are the same, from which nothing is learnt of others"),
+        ({"max_drop": 2.0}, "--max-drop is for the search; leave out --no-search"),
+        ({"search": True, "annotations": "x.json"}, "--annotations say what 8 bits lose; give --max-drop"),
+        ({"search": True, "max_drop": 1, "annotations": "x.json"}, "cannot read 'x.json'"),
+        ({"search": True, "max_drop": 1, "annotations": "net.onnx"}, "'net.onnx' is not a COCO file"),
+        ({"search": True, "max_drop": 1, "annotations": "empty"}, "'empty' annotates none of the 8 images"),
+        ({"max_drop": -1.0}, "--max-drop -1 is not from 0 to 100 points"),
+        (
+            {"precision": "fp32", "search": True, "strict": True},
+            "--strict is for --int8, and the precision is fp32",
+        ),
         ({"calib_method": "best"}, "'best' is not a calibration method; choose auto, minmax"),
         (
-            {"precision": "fp16", "calib_method": "mse"},
+            {"precision": "fp16", "search": True, "calib_method": "mse"},
             "--calib-method is for --int8, and the precision is fp16",
         ),
         (
@@ -152,29 +233,38 @@ def test_images_calibrate_where_the_graph_takes_them(here):
 def test_what_cannot_be_calibrated_is_refused(here, options, message):
     (here / "empty").mkdir()
     inputs(here / "nan", 2, lambda array: array.fill(np.nan))
+    (one,) = inputs(here / "one", 1).iterdir()
+    (here / "alike").mkdir()
+    for i in range(3):
+        (here / "alike" / f"{i}.npz").write_bytes(one.read_bytes())
     with pytest.raises(InputError, match=message):
-        export(
-            "net.onnx", **{"precision": "int8", "target": "onnxruntime", "check": False, **options}, out="b"
-        )
+        quantize(**{"check": False, **options})
     assert not (here / "b").exists()
 
 
 def test_what_is_in_8_bits_already_is_refused_before_the_work(here):
-    bundle = export(
-        "net.onnx",
-        precision="int8",
-        target="onnxruntime",
-        calib_images=inputs(here / "in", 2),
-        out="b",
-    )
+    bundle = quantize(calib_images=inputs(here / "in", 2), check=False)
     stages = []
     with pytest.raises(InputError, match="the graph is quantized already"):
-        export(
+        quantize(
             bundle.path / "model.onnx",
-            precision="int8",
-            target="onnxruntime",
             calib_images=here / "in",
             progress=Progress(start=stages.append),
             out="c",
         )
     assert "passes" not in stages
+
+
+def test_images_are_known_by_their_files_without_being_decoded(tmp_path, monkeypatch):
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for path, level in zip(paths, (0, 0, 9), strict=True):
+        Image.new("RGB", (8, 8), (level,) * 3).save(path)
+    one, size = BatchRange(min=1, opt=1, max=1), SizeRange(min=(8, 8), opt=(8, 8), max=(8, 8))
+    spec = InputSpec(name="images", batch=one, size=size, divisor=8)
+    rules = Preprocess(resize=Fit(size=(8, 8)), mean=(0.0,) * 3, std=(1.0,) * 3)
+    monkeypatch.setattr(samples, "read_image", None)
+    one, same, other = samples.ImageSamples(paths, spec, rules).digests()
+    assert one == same != other
+    brighter = msgspec.structs.replace(rules, mean=(1.0,) * 3)
+    settings = {samples.ImageSamples(paths, spec, given).settings() for given in (rules, brighter)}
+    assert len(settings) == 2

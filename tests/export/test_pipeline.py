@@ -21,7 +21,7 @@ from meta_deploy.errors import (
 )
 from meta_deploy.export import Progress, export, pipeline
 from meta_deploy.export.options import Options
-from meta_deploy.export.pipeline import choose_passes
+from meta_deploy.export.plan import choose_passes
 from meta_deploy.export.samples import find_files
 from meta_deploy.export.sources import checkpoint as checkpoint_source
 from meta_deploy.export.sources.checkpoint import describe, input_spec, preprocess_rules

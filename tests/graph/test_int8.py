@@ -1,5 +1,7 @@
 """8 bits: where they go, that ONNX Runtime's own kernels take them, and that the numbers stay near."""
 
+import re
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -8,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from meta_deploy.errors import InputError
 from meta_deploy.graph.graph import normalized
-from meta_deploy.graph.precision.int8 import INT8, Quantization
+from meta_deploy.graph.precision.int8 import INT8, Quantization, searched
 from meta_deploy.graph.precision.placement import place
 from meta_deploy.graph.precision.rules import Int8Rules
 from meta_deploy.targets import TARGETS
@@ -420,6 +422,43 @@ def test_what_is_quantized_already_is_refused():
     INT8().check(network())
 
 
-def test_a_graph_in_which_nothing_gains_is_refused():
-    with pytest.raises(InputError, match=r"no product of the graph gains from 8 bits: .*\(5\).*; use --fp16"):
-        quantized(network(), ORT)
+def test_a_graph_in_which_nothing_gains_stays_as_it_is_and_says_why():
+    proto, done = quantized(network(), ORT)
+    assert proto == network()
+    assert (done.int8_products, done.products) == (0, 7)
+    assert re.match(r"no product of the graph gains from 8 bits: .*\(5\)", done.declined)
+
+
+def test_what_a_search_leaves_is_what_is_quantized():
+    def search(graph, placement, ranges):
+        assert set(ranges) == set(placement.readers)
+        return placement.only(placement.products[1:3], "not now"), {"declined": "", "groups": []}
+
+    extremes.proto = network()
+    given = Quantization(FREE, extremes(feeds()), search=search)
+    converted, done = INT8().convert(network(), quantization=given)
+    assert (done.int8_products, done.search, done.declined) == (2, {"declined": "", "groups": []}, "")
+    assert done.float32_products["not now"] == 3
+    weights = [t.name for t in converted.graph.initializer if t.data_type == TensorProto.INT8]
+    assert [name for name in weights if name.endswith("/int8")] == ["w2/int8", "m1/int8"]
+    none = Quantization(
+        FREE, extremes(feeds()), search=lambda g, p, r: (p.only([], "no"), {"declined": "no"})
+    )
+    proto, done = INT8().convert(network(), quantization=none)
+    assert (proto, done.int8_products, done.declined) == (network(), 0, "no")
+
+
+def test_a_search_is_told_in_a_table():
+    row = {"products": 1, "gain_ms": 1.0}
+    groups = [
+        row | {"group": name, "fp32_ms": full, "int8_ms": low, "error": error, "int8": chosen}
+        for name, full, low, error, chosen in (
+            ("a", 2.0, 1.0, None, True), ("b", 2.0, 1.0, None, True), ("c\x1b", 3.0, 4.0, 0.25, False)
+        )
+    ]  # fmt: skip
+    lines = searched({"groups": groups}).splitlines()[1:]
+    assert [line.split() for line in lines[1:]] == [
+        ["c\\x1b", "3.000", "4.000", "0.250", "no"],
+        ["a", "and", "1", "alike", "2.000", "1.000", "yes"],
+    ]
+    assert searched(None) == ""

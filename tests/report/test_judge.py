@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from meta_deploy.errors import InputError
-from meta_deploy.report.judge import CocoAnnotations, LabelImages, judge, open_annotations
+from meta_deploy.report.judge import judge
 from meta_deploy.report.worker import Failed
+from meta_deploy.tasks.annotations import CocoAnnotations, LabelImages, open_annotations
 from meta_deploy.tasks.detection import Detections
 from meta_deploy.tasks.raw import Arrays
 from meta_deploy.tasks.semantic_segmentation import Segmentation

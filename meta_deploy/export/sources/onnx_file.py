@@ -27,7 +27,7 @@ from meta_deploy.bundle.manifest import (
 from meta_deploy.errors import InputError, VerificationError
 from meta_deploy.export.onnx_reader import numpy_name, read_onnx, tensors_of
 from meta_deploy.export.options import Options, check_size
-from meta_deploy.export.samples import ImageSamples, Samples
+from meta_deploy.export.samples import ArraySamples, ImageSamples, Samples
 from meta_deploy.export.shapes import ANY, OpenInput, choose_shapes, open_inputs
 from meta_deploy.export.sources.source import CLASS_NAMES, Source
 from meta_deploy.export.verify import OnnxRun
@@ -100,7 +100,10 @@ class OnnxSource(Source):
             )
         arrays = [path for path in paths if path.suffix == ".npz"]
         if arrays:
-            return Samples([self._checked(read_arrays(path), path) for path in arrays])
+            samples = ArraySamples(arrays, lambda path: self._checked(read_arrays(path), path))
+            for _ in samples:  # what does not fit is told before the long work
+                pass
+            return samples
         if self.image is not None and self.preprocess is not None:
             return ImageSamples(paths, self.image, self.preprocess)
         if self.options.calib_images is not None:

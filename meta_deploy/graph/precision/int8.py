@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from meta_deploy.errors import InputError
 from meta_deploy.graph.precision.precision import Precision
 from meta_deploy.graph.precision.rules import Int8Rules
+from meta_deploy.text import escaped
 
 if TYPE_CHECKING:
     import onnx
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from meta_deploy.graph.precision.quantize import Range
 
 _QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger")
+_ROWS = 12  # of a search's table that are printed
 _LEAST_OPSET = 13  # DequantizeLinear with a scale for each channel
 
 
@@ -33,11 +35,16 @@ class Quantization:
         calibrate: from a float32 model and what is to be quantized in it to each tensor's range, and facts
             for people of how these were found.
         outputs: names of the outputs that ship; None: all.
+        search: from the same and the ranges to what of it is worth it, and the facts for people, of which
+            `declined` is why nothing is, or empty. None: all that the rules let is quantized.
     """
 
     rules: Int8Rules
     calibrate: Callable[[ir.Model, Placement], tuple[Mapping[str, Range], dict[str, Any]]]
     outputs: Collection[str] | None = None
+    search: Callable[[ir.Model, Placement, Mapping[str, Range]], tuple[Placement, dict[str, Any]]] | None = (
+        None
+    )
 
 
 @dataclass(frozen=True)
@@ -50,13 +57,17 @@ class Quantized:
         float32_products: why the others are not, and how many each.
         tensors: activations that are quantized.
         calibration: how their ranges were found.
+        search: what was measured to choose them; None: they were not searched for.
+        declined: why nothing is in 8 bits; the graph is in float32 then. Otherwise empty.
     """
 
     products: int
     int8_products: int
     float32_products: dict[str, int]
     tensors: int
-    calibration: dict[str, Any]
+    calibration: dict[str, Any] | None
+    search: dict[str, Any] | None = None
+    declined: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -90,18 +101,24 @@ class INT8(Precision):
         from meta_deploy.graph.precision.qdq import insert
 
         assert quantization is not None
+        rules = quantization.rules
         model = normalized(_of_opset(proto))
-        placement = place(model.graph, quantization.rules, quantization.outputs)
-        count = len(placement.products)
-        if not count:
-            reasons = ", ".join(f"{reason} ({n})" for reason, n in placement.reasons().items())
-            raise InputError(
-                f"no product of the graph gains from 8 bits: {reasons or 'it has none'}; use --fp16 or --fp32"
-            )
-        ranges, facts = quantization.calibrate(model, placement)
-        insert(model.graph, placement, ranges, quantization.rules)
-        products = count + len(placement.declined)
-        done = Quantized(products, count, placement.reasons(), len(placement.readers), facts)
+        placement = place(model.graph, rules, quantization.outputs)
+        count = len(placement.products) + len(placement.declined)
+        if not placement.products:
+            why = ", ".join(f"{reason} ({n})" for reason, n in placement.reasons().items())
+            why = f"no product of the graph gains from 8 bits: {why or 'it has none'}"
+            return proto, Quantized(count, 0, placement.reasons(), 0, None, declined=why)
+        ranges, calibration = quantization.calibrate(model, placement)
+        found = None
+        if quantization.search is not None:
+            placement, found = quantization.search(model, placement, ranges)
+        products, tensors = len(placement.products), len(placement.readers)
+        why = found["declined"] if found else ""
+        done = Quantized(count, products, placement.reasons(), tensors, calibration, found, why)
+        if not products:
+            return proto, done
+        insert(model.graph, placement, ranges, rules)
         return to_proto(model), done
 
     def describe(self, conversion):
@@ -110,7 +127,32 @@ class INT8(Precision):
         line = f"{conversion['int8_products']} of {conversion['products']} products in int8, ranges of "
         line += f"{conversion['tensors']} tensors from {calibration['samples']} {calibration['noun']} ({how})"
         why = "".join(f"\n  {n} in float32: {reason}" for reason, n in reasons.items())
-        return line + why
+        return line + why + searched(conversion["search"])
+
+
+def declined(conversion: Mapping[str, Any]) -> str:
+    """Why a graph stayed in float32, for people."""
+    return f"in float32, as {conversion['declined']}{searched(conversion['search'])}"
+
+
+def searched(search: Mapping[str, Any] | None) -> str:
+    """What a search measured, as lines: a row a group, those that take the most time first."""
+    if search is None:
+        return ""
+    alike: dict[tuple, list[dict[str, Any]]] = {}
+    for row in sorted(search["groups"], key=lambda row: -row["fp32_ms"]):
+        alike.setdefault((row["fp32_ms"], row["int8_ms"], row["error"], row["int8"]), []).append(row)
+    lines = [f"{'groups of products':<44}{'fp32 ms':>9}{'int8 ms':>9}{'error':>8}  int8"]
+    for (full, low, error, chosen), rows in list(alike.items())[:_ROWS]:
+        name = rows[0]["group"] if len(rows[0]["group"]) < 30 else "…" + rows[0]["group"][-28:]
+        more = f" and {len(rows) - 1} alike" if len(rows) > 1 else ""
+        shown = "" if error is None else f"{error:.3f}"
+        lines.append(
+            f"{escaped(name) + more:<44}{full:>9.3f}{low:>9.3f}{shown:>8}  {'yes' if chosen else 'no'}"
+        )
+    if len(alike) > _ROWS:
+        lines.append(f"and {len(alike) - _ROWS} more, which the manifest lists")
+    return "".join(f"\n  {line}" for line in lines)
 
 
 def _of_opset(proto: onnx.ModelProto) -> onnx.ModelProto:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -68,6 +68,28 @@ class Placement:
         """Why products stay in float32, and how many each."""
         return dict(Counter(self.declined.values()).most_common())
 
+    def only(self, products: Collection[Product], reason: str) -> Placement:
+        """This placement with some of its products alone; the others stay in float32 for a reason."""
+        kept = {product.node for product in products}
+        rest = {product.node: reason for product in self.products if product.node not in kept}
+        chosen = [product for product in self.products if product.node in kept]
+        return Placement(chosen, {**self.declined, **rest}, readers_of(chosen))
+
+    def moved(self, nodes: Mapping[ir.Node, ir.Node], values: Mapping[ir.Value, ir.Value]) -> Placement:
+        """The same for a copy of the graph, by what each node and value became; of what it has alone."""
+        products = [
+            replace(
+                one,
+                node=nodes[one.node],
+                bias=None if one.bias is None else (nodes[one.bias[0]], one.bias[1]),
+                result=None if one.result is None else values[one.result],
+            )
+            for one in self.products
+            if one.node in nodes
+        ]
+        declined = {nodes[node]: reason for node, reason in self.declined.items() if node in nodes}
+        return Placement(products, declined, readers_of(products))
+
 
 def place(graph: ir.Graph, rules: Int8Rules, outputs: Collection[str] | None = None) -> Placement:
     """Decide what computes in 8 bits.
@@ -93,12 +115,19 @@ def place(graph: ir.Graph, rules: Int8Rules, outputs: Collection[str] | None = N
             made.declined[node] = reason
         else:
             made.products.append(found)
-    for product in made.products:
-        made.readers.setdefault(_name(product.node.inputs[0]), []).append(product)
-    for product in made.products:
-        if product.result is not None:
-            made.readers.setdefault(_name(product.result), [])
+    made.readers = readers_of(made.products)
     return made
+
+
+def readers_of(products: Collection[Product]) -> dict[str, list[Product]]:
+    """The tensors that are quantized for some products, by name, and which of these read each."""
+    readers: dict[str, list[Product]] = {}
+    for product in products:
+        readers.setdefault(_name(product.node.inputs[0]), []).append(product)
+    for product in products:
+        if product.result is not None:
+            readers.setdefault(_name(product.result), [])
+    return readers
 
 
 def _product(node: ir.Node, rules: Int8Rules) -> Product | str:

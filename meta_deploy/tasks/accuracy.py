@@ -1,6 +1,6 @@
-"""COCO average precision of detections, by pycocotools.
+"""COCO average precision of detections, by pycocotools; intersection over union of class maps.
 
-Knows COCO's annotation and result formats, nothing of models, bundles or images.
+Knows COCO's annotation and result formats, and arrays; nothing of models, bundles or images.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+IGNORED = 255  # of label images: a pixel that does not count
 
 
 def coco_ap(
@@ -137,3 +139,42 @@ def _evaluate(
         "AP75": mean(precision[5]),
         "per_class": per_class,
     }
+
+
+class Pixels:
+    """How well class maps agree with the truth, from counts of pixels: (true class, class that was found)."""
+
+    def __init__(self) -> None:
+        self._counts = np.zeros((0, 0), np.int64)
+
+    def add(self, truth: np.ndarray, found: np.ndarray) -> None:
+        """One image's classes, both (H, W)."""
+        expected, actual = truth.astype(np.int64).ravel(), found.astype(np.int64).ravel()
+        most = int(max(expected.max(initial=-1), actual.max(initial=-1), len(self._counts) - 1)) + 1
+        grown = np.zeros((most, most), np.int64)
+        grown[: len(self._counts), : len(self._counts)] += self._counts
+        self._counts = grown + np.bincount(expected * most + actual, minlength=most * most).reshape(
+            most, most
+        )
+
+    def add_labels(self, labels: np.ndarray, found: np.ndarray) -> None:
+        """The same against a label image, whose `IGNORED` pixels do not count."""
+        counted = labels != IGNORED
+        self.add(labels[counted], found[counted])
+
+    @property
+    def total(self) -> int:
+        """The pixels that counted."""
+        return int(self._counts.sum())
+
+    @property
+    def mean_iou(self) -> float:
+        """Over the classes that occur on either side; NaN of no pixels."""
+        both = self._counts.diagonal()
+        either = self._counts.sum(axis=0) + self._counts.sum(axis=1) - both
+        return float((both[either > 0] / either[either > 0]).mean()) if self.total else float("nan")
+
+    @property
+    def accuracy(self) -> float:
+        """The share of pixels of the right class; NaN of no pixels."""
+        return float(self._counts.trace() / self.total) if self.total else float("nan")

@@ -13,7 +13,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from meta_deploy.report.accuracy import coco_ap, match_counts
+from meta_deploy.tasks.accuracy import coco_ap, match_counts
 
 
 def encoded(x, y, w, h):
