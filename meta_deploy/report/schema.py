@@ -219,7 +219,10 @@ class Entry(Struct, frozen=True, kw_only=True):
 
 
 class Machine(Struct, frozen=True, kw_only=True):
-    """What the numbers were measured on and with. `load` is the load average before the first run."""
+    """What the numbers were measured on and with. `load` is the load average before the first run.
+
+    `gpus` are those that NVIDIA's driver tells of.
+    """
 
     cpu: str
     instruction_sets: tuple[str, ...]
@@ -229,6 +232,7 @@ class Machine(Struct, frozen=True, kw_only=True):
     system: str
     versions: dict[str, str]
     load: float | None
+    gpus: tuple[str, ...] = ()
 
 
 class Settings(Struct, frozen=True, kw_only=True):
@@ -245,6 +249,46 @@ class Settings(Struct, frozen=True, kw_only=True):
     threads: int
 
 
+class Gate(Struct, frozen=True, kw_only=True):
+    """A condition of `--fail-if`, held against the entries.
+
+    Attributes:
+        condition: such as "latency_ratio > 1.05".
+        values: what counts of each entry that has it, by the entry's name.
+        failed: the entries that fulfil the condition.
+        passed: false too where no entry has a value.
+    """
+
+    condition: str
+    values: dict[str, float]
+    failed: tuple[str, ...]
+    passed: bool
+
+
+class Change(Struct, frozen=True, kw_only=True):
+    """A metric of one entry in the baseline, and in this report."""
+
+    then: float
+    now: float
+
+
+class Baseline(Struct, frozen=True, kw_only=True):
+    """An earlier report on the same machine, and what has changed since.
+
+    Attributes:
+        date: of the earlier report.
+        disturbed: whether that was.
+        versions: packages of other versions: then and now, null where there was none.
+        changes: entry -> metric, as `--fail-if` names them -> values; entries of the same name.
+    """
+
+    path: str
+    date: str
+    disturbed: bool
+    versions: dict[str, tuple[str | None, str | None]]
+    changes: dict[str, dict[str, Change]]
+
+
 class Report(Struct, frozen=True, kw_only=True):
     """All that `meta-report` found.
 
@@ -258,6 +302,8 @@ class Report(Struct, frozen=True, kw_only=True):
     settings: Settings
     disturbances: tuple[str, ...] = ()
     roofline: Roofline | None = None
+    baseline: Baseline | None = None
+    gates: tuple[Gate, ...] = ()
     entries: tuple[Entry, ...]
 
     def to_json(self) -> str:

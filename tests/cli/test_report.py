@@ -45,6 +45,18 @@ def test_the_report_is_written_and_told_and_a_missing_model_is_code_2(bundles, t
     assert msgspec.json.decode(file, type=Report) == msgspec.json.decode(captured.out, type=Report)
 
 
+def test_a_condition_that_is_met_is_code_3_after_the_report_is_written(bundles, tmp_path, capsys):
+    common = [str(bundles / "raw"), "--runs", "20", "--threads", "1", "--count", "1"]
+    before, out = tmp_path / "before.json", tmp_path / "now.md"
+    assert main([*common, "--out", str(before), "--fail-if", "latency_ms > 1e9"]) == 0
+    capsys.readouterr()
+    conditions = ["--fail-if", "files_mb / baseline > 0.99", "--fail-if", "files_mb / baseline > 1"]
+    assert main([*common, "--baseline", str(before), "--out", str(out), *conditions]) == 3
+    assert "FAILED files_mb / baseline > 0.99: raw 1\n" in capsys.readouterr().err
+    assert "passed files_mb / baseline > 1\n" in out.read_text()
+    assert "## Since the baseline" in out.read_text()
+
+
 def test_without_one_model_that_runs_there_is_no_report(tmp_path, capsys):
     (tmp_path / "x.onnx").write_bytes(b"nothing")
     out = tmp_path / "out.html"
@@ -63,6 +75,12 @@ def test_without_one_model_that_runs_there_is_no_report(tmp_path, capsys):
         (["--images", "{tmp}", "--json"], "no image in the folder"),
         (["--annotations", "{tmp}/other.json", "--json"], "annotates none"),
         (["--runs", "5", "--json"], "5 runs are too few"),
+        (["--fail-if", "latency_ratio = 1", "--json"], "is no condition"),
+        (["--fail-if", "box_ap > 1", "--fail-if", "speed < 1", "--json"], "'speed' in 'speed < 1'"),
+        (["--fail-if", "latency_ms - baseline > 1", "--json"], "give --baseline"),
+        (["--baseline", "{tmp}/other.json", "--json"], "other.json' is not a report"),
+        (["--baseline", "{tmp}/none.json", "--json"], "none.json': No such file"),
+        (["--baseline", "{tmp}/other.json", "--out", "{tmp}/other.json"], "the baseline"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_code_2(bundles, tmp_path, capsys, monkeypatch, options, said):
