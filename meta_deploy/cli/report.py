@@ -117,6 +117,12 @@ def parser() -> Parser:
         help=f"where the report goes: .html, .md or .json by its suffix; several times for several (default: "
         f"{OUT}; with --json none)",
     )
+    p.add_argument(
+        "--trace",
+        type=path,
+        metavar="FILE",
+        help="write the profiles as Chrome trace events, for ui.perfetto.dev or chrome://tracing",
+    )
     p.add_argument("--json", action="store_true", help="print one JSON document on standard output")
     return p
 
@@ -131,6 +137,7 @@ def _report(args: Namespace) -> int:
     try:
         from meta_deploy.report import words
         from meta_deploy.report.compare import report
+        from meta_deploy.report.trace import to_trace
         from meta_deploy.report.write import renderer
     except ImportError as error:
         raise InputError(
@@ -139,6 +146,8 @@ def _report(args: Namespace) -> int:
 
     renderers = {out: renderer(out) for out in outs}
     _check_outs(args, outs)
+    if args.trace is not None:
+        renderers[args.trace] = to_trace
     with _Bar() as bar:
         found = report(
             args.models,
@@ -185,6 +194,9 @@ def _check_outs(args: Namespace, outs: Sequence[str]) -> None:
     for out in outs:
         claims.write(out, "--out")
         check_writable(out)
+    if args.trace is not None:
+        claims.write(args.trace, "--trace")
+        check_writable(args.trace)
 
 
 def _write(found: Report, renderers: dict[str, Any]) -> None:

@@ -31,7 +31,8 @@ def one_line(capsys):
 def test_the_report_is_written_and_told_and_a_missing_model_is_code_2(bundles, tmp_path, capsys):
     outs = [tmp_path / f"x{suffix}" for suffix in (".html", ".md", ".json")]
     models = [str(bundles / "raw"), str(bundles / "raw"), str(tmp_path / "gone")]
-    options = ["--runs", "20", "--threads", "1", "--count", "2", "--json"]
+    trace = tmp_path / "trace.json"
+    options = ["--runs", "20", "--threads", "1", "--count", "2", "--json", "--trace", str(trace)]
     assert main([*models, *options, *(f"--out={out}" for out in outs)]) == 2
     captured = capsys.readouterr()
     document = json.loads(captured.out)
@@ -39,6 +40,7 @@ def test_the_report_is_written_and_told_and_a_missing_model_is_code_2(bundles, t
     assert len(document["settings"]["images"]) == 2
     assert f"gone: there is no '{tmp_path / 'gone'}'" in captured.err
     assert "raw #2" in captured.err  # the comparison; standard output is the document's
+    assert any(event["ph"] == "X" for event in json.loads(trace.read_text())["traceEvents"])
     html, markdown, file = (out.read_text() for out in outs)
     assert html.startswith("<!doctype html>")
     assert markdown.startswith("# Comparison")
@@ -71,6 +73,8 @@ def test_without_one_model_that_runs_there_is_no_report(tmp_path, capsys):
         (["--out", "report.pdf"], "report.pdf"),
         (["--out", "{bundle}/report.html"], "a model"),
         (["--out", "x.md", "--out", "x.md"], "x.md"),
+        (["--out", "x.json", "--trace", "x.json"], "x.json"),
+        (["--trace", "{tmp}/no/x.json"], "there is no folder"),
         (["--out", "{tmp}/no/x.md"], "there is no folder"),
         (["--images", "{tmp}", "--json"], "no image in the folder"),
         (["--annotations", "{tmp}/other.json", "--json"], "annotates none"),

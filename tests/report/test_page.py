@@ -29,6 +29,7 @@ from meta_deploy.report.schema import (
     Settings,
     Spread,
 )
+from meta_deploy.report.trace import to_trace
 
 EVIL = "<script>alert(1)</script>|$x_1$"
 
@@ -205,6 +206,22 @@ def test_a_page_of_many_nodes_lists_the_slowest(made):
     rows = slowest(replace(first, profile=replace(first.profile, nodes=nodes)))
     assert len(rows) == TOP
     assert (rows[0].name, rows[-1].name) == (f"n{TOP + 49}", "n50")
+
+
+def test_a_trace_has_a_process_for_each_entry_and_its_nodes_end_to_end(made):
+    events = json.loads(to_trace(made))["traceEvents"]
+    names = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    assert list(names.values()) == ["first", "second", EVIL, "broken: there is no 'x'"]
+    spans = {pid: [e for e in events if e["ph"] == "X" and e["pid"] == pid] for pid in names}
+    assert [len(found) for found in spans.values()] == [4, 4, 0, 0]
+    ends = 0.0
+    for span in spans[1]:
+        assert span["ts"] == pytest.approx(ends)
+        ends += span["dur"]
+    assert ends == pytest.approx(10_000)  # microseconds of the run, what is between nodes included
+    conv = spans[1][0]
+    assert (conv["name"], conv["cat"], conv["dur"]) == ("conv", "convolution", 6000)
+    assert (conv["args"]["op"], conv["args"]["flops"]) == ("Conv", 9_000_000)
 
 
 CHECKS = """<script>
