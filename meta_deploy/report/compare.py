@@ -24,6 +24,7 @@ from meta_deploy.imaging.images import load
 from meta_deploy.imaging.sources import expand
 from meta_deploy.report import COUNT, RUNS, gates, machine
 from meta_deploy.report.baseline import check_same, compared, read_baseline
+from meta_deploy.report.disagreement import Disagreements
 from meta_deploy.report.judge import Annotations, judge, noted, open_annotations
 from meta_deploy.report.schema import PARTS, Entry, Latency, Ratio, Report, Roofline, Settings
 from meta_deploy.report.statistics import LEAST_ROUNDS, compare, drift, spread
@@ -90,7 +91,8 @@ def report(
         check_same(baseline, before, about, settings, asked)
     with contextlib.ExitStack() as stack:
         workers, errors = _opened(asked, settings, stack, progress)
-        measured = _measured(workers, settings, truth, errors, progress)
+        seen = Disagreements()
+        measured = _measured(workers, settings, truth, seen, errors, progress)
     roof = None
     if any(fields.get("profile") for fields in measured.values()):
         with progress.stage("roofline"):
@@ -112,6 +114,7 @@ def report(
         disturbances=machine.disturbances(about, drifts),
         baseline=None if before is None or baseline is None else compared(baseline, before, entries, about),
         gates=tuple(condition.hold(entries, earlier) for condition in conditions),
+        disagreements=seen.drawn(),
         entries=entries,
     )
 
@@ -140,6 +143,7 @@ def _measured(
     workers: Mapping[str, Worker],
     settings: Settings,
     truth: Annotations | None,
+    seen: Disagreements,
     errors: dict[str, str],
     progress: Progress,
 ) -> dict[str, dict[str, Any]]:
@@ -159,7 +163,7 @@ def _measured(
         with noted(errors, name):
             facts[name] = worker.call("facts")
     with progress.stage("accuracy"):
-        accuracies = judge(running, settings.images, truth, errors, progress.count)
+        accuracies = judge(running, settings.images, truth, errors, progress.count, seen.see)
     with progress.stage("profile"):
         for done, (name, worker) in enumerate(running.items()):
             if name not in errors:

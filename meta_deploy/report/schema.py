@@ -249,6 +249,21 @@ class Settings(Struct, frozen=True, kw_only=True):
     threads: int
 
 
+class Disagreement(Struct, frozen=True, kw_only=True):
+    """An image on which an entry differs from the first one.
+
+    Attributes:
+        values: entry -> how far its result is from the first entry's, 0 to 1: of detections of a score of at
+            least 0.3 the share that has no partner (1 - TP / (TP + FP + FN), IoU at least 0.5), of class maps
+            the share of pixels of another class.
+        overlays: entry -> its result drawn on the image, a JPEG; in JSON as base64.
+    """
+
+    image: str
+    values: dict[str, float]
+    overlays: dict[str, bytes]
+
+
 class Gate(Struct, frozen=True, kw_only=True):
     """A condition of `--fail-if`, held against the entries.
 
@@ -293,6 +308,7 @@ class Report(Struct, frozen=True, kw_only=True):
     """All that `meta-report` found.
 
     `disturbances` say in a sentence each why the times are not to be trusted; none: nothing was noticed.
+    `disagreements` are the images with most of it, the worst first.
     """
 
     schema: int = SCHEMA
@@ -304,6 +320,7 @@ class Report(Struct, frozen=True, kw_only=True):
     roofline: Roofline | None = None
     baseline: Baseline | None = None
     gates: tuple[Gate, ...] = ()
+    disagreements: tuple[Disagreement, ...] = ()
     entries: tuple[Entry, ...]
 
     def to_json(self) -> str:

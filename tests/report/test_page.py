@@ -1,5 +1,6 @@
 """What people read: Markdown and the page, of a report by hand; the page also in a browser, where one is."""
 
+import base64
 import html
 import html.parser
 import json
@@ -16,6 +17,7 @@ from meta_deploy.report.page import TOP, slowest, to_html
 from meta_deploy.report.profile import sum_up
 from meta_deploy.report.schema import (
     Accuracy,
+    Disagreement,
     Entry,
     Latency,
     LivePeak,
@@ -31,6 +33,7 @@ from meta_deploy.report.schema import (
 )
 from meta_deploy.report.trace import to_trace
 
+JPEG = b"\xff\xd8 not looked at"
 EVIL = "<script>alert(1)</script>|$x_1$"
 
 
@@ -104,6 +107,11 @@ def made():
         ),
         settings=Settings(images=("one.jpg", "two.jpg"), warm_up=3, runs=40, threads=2),
         roofline=Roofline(bandwidth_gb_s=10.0, peak_gflop_s=50.0),
+        disagreements=(
+            Disagreement(
+                image=f"in/{EVIL}.jpg", values={"second": 0.25}, overlays={"first": JPEG, "second": JPEG}
+            ),
+        ),
         entries=(
             entry,
             replace(entry, name="second", latency=faster, accuracy=agreed),
@@ -177,6 +185,11 @@ def test_the_page_needs_nothing_from_outside(page):
     assert all(reference.startswith(("#", "data:")) for reference in tags.references)
     assert not re.search(r"@import|url\((?!#)|https?://(?!www\.w3\.org/)", page)
     assert tags.count["svg"] == 5  # latency, memory, classes, and a roofline of each that has a profile
+
+
+def test_pictures_stand_side_by_side_in_the_page_itself(page):
+    assert page.count(f"data:image/jpeg;base64,{base64.b64encode(JPEG).decode()}") == 2
+    assert page.count("25.0 % differ") == 1  # the first entry is what is differed from
 
 
 def test_names_are_text_on_the_page(page):
