@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-from meta_deploy.errors import MetaDeployError
+from meta_deploy.errors import ImageError
 from meta_deploy.report.accuracy import match_counts
 from meta_deploy.report.schema import Disagreement
 from meta_deploy.tasks.detection import Detections
@@ -47,7 +47,7 @@ class Disagreements:
     def drawn(self) -> tuple[Disagreement, ...]:
         """The images, the worst first."""
         return tuple(
-            Disagreement(image=image, values=values, overlays=_overlays(results))
+            Disagreement(image=image, values=values, overlays=_overlays(image, results))
             for _, image, values, results in self._kept
         )
 
@@ -79,13 +79,13 @@ def _records(result: Detections, masks: bool) -> list[dict[str, object]]:
     return records if masks else [{**record, "segmentation": record["bbox"]} for record in records]
 
 
-def _overlays(results: Mapping[str, Result]) -> dict[str, bytes]:
+def _overlays(image: str, results: Mapping[str, Result]) -> dict[str, bytes]:
     """Entry -> JPEG. Without those of an image that cannot be read any more."""
     found = {}
     for name, result in results.items():
         shown = result.filter(SURE) if isinstance(result, Detections) else result
-        with contextlib.suppress(MetaDeployError):
-            found[name] = _jpeg(shown.draw())  # type: ignore[attr-defined]
+        with contextlib.suppress(ImageError):
+            found[name] = _jpeg(shown.draw(image))  # type: ignore[attr-defined]
     return found
 
 

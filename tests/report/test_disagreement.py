@@ -17,7 +17,7 @@ BOXES = [(2, 3, 22, 15), (30, 8, 45, 48)]
 SIZE = (64, 64)
 
 
-def boxes(found, scores=None, labels=None, segments=None, path=None):
+def boxes(found, scores=None, labels=None, segments=None):
     count = len(found)
     return Detections(
         SIZE,
@@ -26,15 +26,14 @@ def boxes(found, scores=None, labels=None, segments=None, path=None):
         np.array(labels or [0] * count, np.int32),
         CLASSES,
         segments=segments,
-        path=path,
     )
 
 
-def maps(share, path=None):
+def maps(share):
     """Class maps of which a share of the pixels is of class 1."""
     labels = np.zeros(SIZE, np.int16)
     labels.flat[: int(share * labels.size)] = 1
-    return Segmentation(labels, CLASSES, path=path)
+    return Segmentation(labels, CLASSES)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +79,7 @@ def test_the_worst_images_are_shown_and_equal_ones_are_not(tmp_path):
     for at, (name, share) in enumerate(shares.items()):
         path = str(tmp_path / name)
         Image.new("RGB", SIZE, (0, 50 * at, 0)).save(path)
-        results = {"first": maps(0, path), "same": maps(0, path), "other": maps(share, path)}
+        results = {"first": maps(0), "same": maps(0), "other": maps(share)}
         seen.see(path, results)
     found = seen.drawn()
     assert [one.image.rpartition("/")[2] for one in found] == ["d.png", "a.png", "e.png"]
@@ -95,7 +94,7 @@ def test_the_worst_images_are_shown_and_equal_ones_are_not(tmp_path):
 def test_an_image_that_is_gone_is_told_of_without_pictures(tmp_path):
     seen = Disagreements()
     path = str(tmp_path / "gone.png")
-    seen.see(path, {"first": maps(0, path), "other": maps(1, path)})
+    seen.see(path, {"first": maps(0), "other": maps(1)})
     (found,) = seen.drawn()
     assert (found.values, found.overlays) == ({"other": 1.0}, {})
 
