@@ -21,6 +21,7 @@ def to_markdown(report: Report) -> str:
         _note(report),
         _since(report),
         *_where(report.entries),
+        *(_passes(entry) for entry in report.entries if entry.passes),
         *(_slowest(entry) for entry in report.entries if entry.profile),
         _how(report),
     ]
@@ -104,6 +105,17 @@ def _slowest(entry: Entry) -> str:
         figures = [words.ms(node.ms), words.size(moved), words.count(node.flops)]
         rows.append([f"`{node.name}`", node.op, node.op_class, *figures, node.bound or "", roof])
     return f"### The slowest nodes of {_plain(entry.name)}\n\n{_table(rows)}"
+
+
+def _passes(entry: Entry) -> str:
+    rows = [["pass", "changes", "nodes", "transposes and reshapes", "bytes moved"]]
+    for row in entry.passes:
+        moves = words.step(row.moves_before, row.moves_after)
+        moved = words.step(row.bytes_before, row.bytes_after, words.size)
+        rows.append(
+            [row.name, f"{row.changes:,}", words.step(row.nodes_before, row.nodes_after), moves, moved]
+        )
+    return f"### The graph passes of {_plain(entry.name)}\n\n{_plain(words.passes(entry))}\n\n{_table(rows)}"
 
 
 def _how(report: Report) -> str:

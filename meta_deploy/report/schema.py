@@ -11,6 +11,8 @@ from typing import Literal, TypeAlias, get_args
 import msgspec
 from msgspec import Struct
 
+from meta_deploy.bundle.manifest import PassRow
+
 SCHEMA = 1
 Verdict: TypeAlias = Literal["faster", "slower", "no difference"]
 PARTS = ("pre", "model", "post", "total")
@@ -195,6 +197,7 @@ class Entry(Struct, frozen=True, kw_only=True):
         error: why there is nothing more to tell of it; None where all went well.
         runs_on: library, version, device and precision in words.
         files: name -> bytes.
+        passes: of a bundle, what each graph pass did when it was exported, from the manifest.
         peak_memory_mb: the most memory that its own process held, from its start to the end of the timed
             rounds; None where the system does not tell.
         accuracy: None for the first entry without annotations, and for what cannot be compared.
@@ -211,6 +214,7 @@ class Entry(Struct, frozen=True, kw_only=True):
     task: str | None = None
     precision: str | None = None
     files: dict[str, int] = {}
+    passes: tuple[PassRow, ...] = ()
     latency: Latency | None = None
     peak_memory_mb: float | None = None
     accuracy: Accuracy | None = None

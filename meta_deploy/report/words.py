@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from meta_deploy.report.schema import Accuracy, Change, Entry, Gate, Ratio, Report
 
 ACCURACIES = {
@@ -122,6 +124,22 @@ def since(report: Report) -> str:
     text += f", with other versions: {', '.join(packages)}." if packages else ", with the same versions."
     text += " It was disturbed." if found.disturbed else ""
     return f"{text} Two runs of one model differ by a percent or more, which no interval here tells."
+
+
+def step(before: float, after: float, shown: Callable[[float], str] = "{:,.0f}".format) -> str:
+    """Before and after a pass: "4,401 → 2,932"; once where they are alike."""
+    return shown(after) if before == after else f"{shown(before)} → {shown(after)}"
+
+
+def passes(entry: Entry) -> str:
+    """What all passes of a bundle came to."""
+    first, last = entry.passes[0], entry.passes[-1]
+    exact = all(row.bytes_exact for row in entry.passes)
+    return (
+        f"nodes {step(first.nodes_before, last.nodes_after)}, transposes and reshapes "
+        f"{step(first.moves_before, last.moves_after)}, bytes moved {'' if exact else 'at least '}"
+        f"{step(first.bytes_before, last.bytes_after, size)}"
+    )
 
 
 def _verdict(entry: Entry, base: Entry) -> str:

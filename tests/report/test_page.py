@@ -11,6 +11,7 @@ import subprocess
 import pytest
 from msgspec.structs import replace
 
+from meta_deploy.bundle.manifest import PassRow
 from meta_deploy.report import plots, words
 from meta_deploy.report.markdown import to_markdown
 from meta_deploy.report.page import TOP, slowest, to_html
@@ -68,6 +69,21 @@ def node(name, op, op_class, ms, bytes_=None, flops=None, bound=None):
     )
 
 
+def pass_row(name, nodes_before, nodes_after, before, after, exact=False):
+    """A pass that leaves the 7 moves; bytes in MB."""
+    return PassRow(
+        name=name,
+        changes=1,
+        nodes_before=nodes_before,
+        nodes_after=nodes_after,
+        moves_before=7,
+        moves_after=7,
+        bytes_before=int(before * 1e6),
+        bytes_after=int(after * 1e6),
+        bytes_exact=exact,
+    )
+
+
 @pytest.fixture(scope="module")
 def made():
     nodes = [
@@ -88,6 +104,10 @@ def made():
         peak_memory_mb=260.0,
         runs_on="ONNX Runtime 1",
         precision="fp32",
+    )
+    passes = (
+        pass_row("clean-up", 4000, 1000, 2.0, 1.5, True),
+        pass_row("collapse-chains", 1000, 900, 1.5, 1.0),
     )
     agreed = Accuracy(against="the first entry", images=8, box_ap=0.987, mask_ap=0.95)
     faster = latency(10.0, ratio(0.5, 0.45, 0.55, "faster"))
@@ -113,7 +133,7 @@ def made():
             ),
         ),
         entries=(
-            entry,
+            replace(entry, passes=passes),
             replace(entry, name="second", latency=faster, accuracy=agreed),
             replace(entry, name=EVIL, latency=same, profile=None),
             Entry(name="broken", path="x", kind=None, backend="auto", error="there is no 'x'"),
@@ -190,6 +210,13 @@ def test_the_page_needs_nothing_from_outside(page):
 def test_pictures_stand_side_by_side_in_the_page_itself(page):
     assert page.count(f"data:image/jpeg;base64,{base64.b64encode(JPEG).decode()}") == 2
     assert page.count("25.0 % differ") == 1  # the first entry is what is differed from
+
+
+def test_passes_are_told_before_and_after(made, page):
+    for text in (page, to_markdown(made)):
+        assert "nodes 4,000 → 900, transposes and reshapes 7, bytes moved at least 2.0 MB → 1.0 MB" in text
+        assert "1,000 → 900" in text  # the second pass
+    assert page.count("<td>collapse-chains</td>") == 1
 
 
 def test_names_are_text_on_the_page(page):
