@@ -28,15 +28,19 @@ if TYPE_CHECKING:
     from meta_deploy.report.schema import Report
 
 OUT = "report.html"
+EXIT_CONDITION = 3
 
 _EPILOG = """\
 examples:
   meta-report my-bundle other-bundle
   meta-report model.pth stock-bundle my-bundle --images val/ --annotations instances_val.json
   meta-report my-bundle --backend onnxruntime --backend openvino --out report.md
+  meta-report stock-bundle my-bundle --fail-if "latency_ratio > 1.05" --fail-if "box_ap < 0.95"
+  meta-report my-bundle --baseline report.json --fail-if "latency_ms / baseline > 1.1"
 
-The first model that runs is what the others are compared with.
-Exit code 0: done; 2: bad input (what could be measured is in the report); 1: internal error.
+The first model that runs is what the others are compared with. docs/report.md has the metrics of --fail-if.
+Exit code 0: done; 2: bad input (what could be measured is in the report); 3: a --fail-if is met;
+1: internal error.
 """
 
 
@@ -92,12 +96,32 @@ def parser() -> Parser:
         help="CPU threads of each model, 1 to 1024 (default: all that this process may use)",
     )
     p.add_argument(
+        "--baseline",
+        type=path,
+        metavar="FILE.json",
+        help="a report of this machine to compare with, as --out FILE.json writes it",
+    )
+    p.add_argument(
+        "--fail-if",
+        action="append",
+        default=[],
+        metavar="CONDITION",
+        help="exit with 3 where it is true of a model, such as 'latency_ratio > 1.05', "
+        "'latency_ms / baseline > 1.1' or 'box_ap - baseline < -0.01'; several times for several",
+    )
+    p.add_argument(
         "--out",
         action="append",
         type=path,
         metavar="FILE",
         help=f"where the report goes: .html, .md or .json by its suffix; several times for several (default: "
         f"{OUT}; with --json none)",
+    )
+    p.add_argument(
+        "--trace",
+        type=path,
+        metavar="FILE",
+        help="write the profiles as Chrome trace events, for ui.perfetto.dev or chrome://tracing",
     )
     p.add_argument("--json", action="store_true", help="print one JSON document on standard output")
     return p
@@ -111,7 +135,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(args: Namespace) -> int:
     outs = args.out or ([] if args.json else [OUT])
     try:
+        from meta_deploy.report import words
         from meta_deploy.report.compare import report
+        from meta_deploy.report.trace import to_trace
         from meta_deploy.report.write import renderer
     except ImportError as error:
         raise InputError(
@@ -120,6 +146,8 @@ def _report(args: Namespace) -> int:
 
     renderers = {out: renderer(out) for out in outs}
     _check_outs(args, outs)
+    if args.trace is not None:
+        renderers[args.trace] = to_trace
     with _Bar() as bar:
         found = report(
             args.models,
@@ -129,6 +157,8 @@ def _report(args: Namespace) -> int:
             backends=args.backend or ["auto"],
             runs=args.runs,
             threads=args.threads,
+            baseline=args.baseline,
+            fail_if=args.fail_if,
             progress=bar.progress(),
         )
     for entry in found.entries:
@@ -138,7 +168,12 @@ def _report(args: Namespace) -> int:
         raise InputError("none of the models could be measured, so there is no report")
     _write(found, renderers)
     _tell_verdicts(found, args.json)
+    met = [gate for gate in found.gates if not gate.passed]
+    for gate in met:
+        tell(f"meta-report: {words.gate(gate)}")
     done()
+    if met:
+        return EXIT_CONDITION
     return EXIT_INPUT if _lacking(found) else 0
 
 
@@ -154,9 +189,14 @@ def _check_outs(args: Namespace, outs: Sequence[str]) -> None:
             claims.add(name, what)
     if args.annotations is not None:
         claims.add(args.annotations, "the annotations")
+    if args.baseline is not None:
+        claims.add(args.baseline, "the baseline")
     for out in outs:
         claims.write(out, "--out")
         check_writable(out)
+    if args.trace is not None:
+        claims.write(args.trace, "--trace")
+        check_writable(args.trace)
 
 
 def _write(found: Report, renderers: dict[str, Any]) -> None:

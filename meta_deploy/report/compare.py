@@ -22,7 +22,9 @@ from meta_deploy.export.progress import Progress
 from meta_deploy.export.samples import evenly
 from meta_deploy.imaging.images import load
 from meta_deploy.imaging.sources import expand
-from meta_deploy.report import COUNT, RUNS, machine
+from meta_deploy.report import COUNT, RUNS, gates, machine
+from meta_deploy.report.baseline import check_same, compared, read_baseline
+from meta_deploy.report.disagreement import Disagreements
 from meta_deploy.report.judge import judge, noted
 from meta_deploy.report.schema import PARTS, Entry, Latency, Ratio, Report, Roofline, Settings
 from meta_deploy.report.statistics import LEAST_ROUNDS, compare, drift, spread
@@ -44,6 +46,8 @@ def report(
     backends: Sequence[str] = ("auto",),
     runs: int = RUNS,
     threads: int | None = None,
+    baseline: str | os.PathLike[str] | None = None,
+    fail_if: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Report:
     """Compare models on this machine.
@@ -57,15 +61,19 @@ def report(
         backends: each bundle and .onnx file is run on each of these; checkpoints are run by PyTorch.
         runs: timed rounds, at least 20.
         threads: CPU threads of each; None: all CPUs that this process may use.
+        baseline: a report of this machine as JSON, with entries of the same names.
+        fail_if: conditions such as "latency_ratio > 1.05" (`gates.parse`), whose outcome is in `gates`.
         progress: who listens.
 
     Returns:
         An entry for each path and back end. What could not be measured has the reason as its `error`.
 
     Raises:
-        InputError: nothing to compare, no images, annotations of others, or an option out of range.
+        InputError: nothing to compare, no images, annotations of others, an option out of range, a condition
+            that says nothing, or a baseline of another machine. All of it before anything is measured.
     """
     progress = progress or Progress()
+    conditions = [gates.parse(text, baseline is not None) for text in fail_if]
     asked = _asked(paths, backends)
     if runs < LEAST_ROUNDS:
         raise InputError(f"{runs} runs are too few for an interval; take at least {LEAST_ROUNDS}")
@@ -78,9 +86,14 @@ def report(
         threads=threads or cpu_count(),
     )
     about = machine.describe()
+    before = None
+    if baseline is not None:
+        before = read_baseline(baseline)
+        check_same(baseline, before, about, settings, asked)
     with contextlib.ExitStack() as stack:
         workers, errors = _opened(asked, settings, stack, progress)
-        measured = _measured(workers, settings, truth, errors, progress)
+        seen = Disagreements()
+        measured = _measured(workers, settings, truth, seen, errors, progress)
     roof = None
     if any(fields.get("profile") for fields in measured.values()):
         with progress.stage("roofline"):
@@ -91,6 +104,7 @@ def report(
         else replace(entry, **measured[entry.name])
         for entry in asked
     )
+    earlier = {entry.name: entry for entry in before.entries} if before else {}
     drifts = {entry.name: entry.latency.drift for entry in entries if entry.latency}
     return Report(
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -99,6 +113,9 @@ def report(
         settings=settings,
         roofline=roof,
         disturbances=machine.disturbances(about, drifts),
+        baseline=None if before is None or baseline is None else compared(baseline, before, entries, about),
+        gates=tuple(condition.hold(entries, earlier) for condition in conditions),
+        disagreements=seen.drawn(),
         entries=entries,
     )
 
@@ -127,6 +144,7 @@ def _measured(
     workers: Mapping[str, Worker],
     settings: Settings,
     truth: Annotations | None,
+    seen: Disagreements,
     errors: dict[str, str],
     progress: Progress,
 ) -> dict[str, dict[str, Any]]:
@@ -146,7 +164,7 @@ def _measured(
         with noted(errors, name):
             facts[name] = worker.call("facts")
     with progress.stage("accuracy"):
-        accuracies = judge(running, settings.images, truth, errors, progress.count)
+        accuracies = judge(running, settings.images, truth, errors, progress.count, seen.see)
     with progress.stage("profile"):
         for done, (name, worker) in enumerate(running.items()):
             if name not in errors:

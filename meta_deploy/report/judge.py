@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from meta_deploy.report.disagreement import SURE
 from meta_deploy.report.schema import Accuracy
 from meta_deploy.report.worker import Failed, Worker
 from meta_deploy.tasks.accuracy import Pixels, coco_ap
@@ -23,8 +24,6 @@ from meta_deploy.tasks.detection import Detections
 from meta_deploy.tasks.raw import Arrays
 from meta_deploy.tasks.results import Result
 from meta_deploy.tasks.semantic_segmentation import Segmentation
-
-SURE = 0.3  # the least score at which a detection of the first entry is taken for true
 
 
 @contextlib.contextmanager
@@ -42,25 +41,29 @@ def judge(
     truth: Annotations | None,
     errors: dict[str, str],
     count: Callable[[int, int], None] = lambda done, total: None,
+    see: Callable[[str, Mapping[str, Result]], None] = lambda image, results: None,
 ) -> dict[str, Accuracy]:
     """Run every entry on every image, and hold its results against the truth or the first entry's.
 
-    Entries whose results are of another kind than what they are held against have no accuracy.
+    Entries whose results are of another kind than what they are held against have no accuracy. `see` is told
+    each image's results, the first entry's first.
     """
     scales: dict[str, Scale] = {}
     running = dict(workers)
     for done, image in enumerate(images):
-        first: Result | None = None
+        results: dict[str, Result] = {}
         for name in list(running):
             with noted(errors, name):
                 result = running[name].call("result", done)
                 if name not in scales:
                     scales[name] = _scale(result, truth)
+                first = next(iter(results.values()), None)
                 if truth is not None or first is not None:
                     scales[name].add(image, result, first)
-                first = first or result
+                results[name] = result
             if name in errors:
                 del running[name]
+        see(image, results)
         count(done + 1, len(images))
     found = {name: scales[name].accuracy(list(images), truth) for name in running if name in scales}
     return {name: accuracy for name, accuracy in found.items() if accuracy is not None}

@@ -24,6 +24,7 @@ _TELLING = (
     *("asimd", "asimddp", "sve", "bf16", "i8mm"),
 )
 _GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+_GPUS = Path("/proc/driver/nvidia/gpus")
 _MUCH_LOAD = 0.25  # of the CPUs, busy before anything was measured
 _MUCH_DRIFT = 1.1
 
@@ -42,6 +43,7 @@ def describe() -> Machine:
         system=f"{platform.system()} {platform.release()}",
         versions={"python": platform.python_version(), **_versions()},
         load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        gpus=_gpus(),
     )
 
 
@@ -82,6 +84,13 @@ def _memory_gb() -> float | None:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def _gpus() -> tuple[str, ...]:
+    """The models of the GPUs by NVIDIA's driver, where there is one."""
+    files = sorted(_GPUS.glob("*/information"))
+    lines = (line.partition(":") for file in files for line in _read(file).splitlines())
+    return tuple(value.strip() for key, _, value in lines if key == "Model")
 
 
 def _cpu_fields() -> dict[str, str]:

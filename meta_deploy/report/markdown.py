@@ -15,10 +15,13 @@ def to_markdown(report: Report) -> str:
     parts = [
         "# Comparison",
         f"> **Disturbed.** {_plain(' '.join(report.disturbances))}" if report.disturbances else "",
+        "\n".join(f"- {_plain(words.gate(gate))}" for gate in report.gates),
         "\n".join(f"- {_plain(sentence)}" for sentence in words.verdicts(report)),
         _comparison(report.entries),
         _note(report),
+        _since(report),
         *_where(report.entries),
+        *(_passes(entry) for entry in report.entries if entry.passes),
         *(_slowest(entry) for entry in report.entries if entry.profile),
         _how(report),
     ]
@@ -61,6 +64,17 @@ def _note(report: Report) -> str:
     )
 
 
+def _since(report: Report) -> str:
+    """What has changed since the baseline, a row an entry."""
+    if report.baseline is None:
+        return ""
+    columns = words.baseline_columns(report)
+    rows = [["", *columns.values()]]
+    for name, changes in report.baseline.changes.items():
+        rows.append([name, *(words.change(metric, changes.get(metric)) for metric in columns)])
+    return f"## Since the baseline\n\n{_table(rows)}\n\n{_plain(words.since(report))}"
+
+
 def _where(entries: Sequence[Entry]) -> Iterable[str]:
     """Time by class, a column an entry."""
     profiled = [entry for entry in entries if entry.profile is not None]
@@ -93,11 +107,23 @@ def _slowest(entry: Entry) -> str:
     return f"### The slowest nodes of {_plain(entry.name)}\n\n{_table(rows)}"
 
 
+def _passes(entry: Entry) -> str:
+    rows = [["pass", "changes", "nodes", "transposes and reshapes", "bytes moved"]]
+    for row in entry.passes:
+        moves = words.step(row.moves_before, row.moves_after)
+        moved = words.step(row.bytes_before, row.bytes_after, words.size)
+        rows.append(
+            [row.name, f"{row.changes:,}", words.step(row.nodes_before, row.nodes_after), moves, moved]
+        )
+    return f"### The graph passes of {_plain(entry.name)}\n\n{_plain(words.passes(entry))}\n\n{_table(rows)}"
+
+
 def _how(report: Report) -> str:
     about = report.machine
     sets = f" ({', '.join(about.instruction_sets)})" if about.instruction_sets else ""
+    gpus = "".join(f", {gpu}" for gpu in about.gpus)
     lines = [
-        f"- {about.cpu}{sets}, {about.cpus} CPUs, {about.memory_gb or '?'} GB; {about.system}; "
+        f"- {about.cpu}{sets}, {about.cpus} CPUs, {about.memory_gb or '?'} GB{gpus}; {about.system}; "
         f"governor {about.governor or 'unknown'}; load {about.load if about.load is not None else 'unknown'}",
         f"- {', '.join(f'{name} {version}' for name, version in about.versions.items())}",
         *(f"- {_plain(entry.name)}: {_plain(entry.runs_on)}" for entry in report.entries if entry.runs_on),

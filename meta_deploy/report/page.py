@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import os
 from pathlib import Path
 
 import jinja2
@@ -33,6 +35,8 @@ def to_html(report: Report) -> str:
         roofs={entry.name: plots.roofline(report, entry) for entry in _roofed(report)},
         slowest=slowest,
         moved=moved,
+        basename=os.path.basename,
+        base64=lambda data: base64.b64encode(data).decode(),
         top=TOP,
         version=__version__,
     )

@@ -11,6 +11,8 @@ from typing import Literal, TypeAlias, get_args
 import msgspec
 from msgspec import Struct
 
+from meta_deploy.bundle.manifest import PassRow
+
 SCHEMA = 1
 Verdict: TypeAlias = Literal["faster", "slower", "no difference"]
 PARTS = ("pre", "model", "post", "total")
@@ -195,6 +197,7 @@ class Entry(Struct, frozen=True, kw_only=True):
         error: why there is nothing more to tell of it; None where all went well.
         runs_on: library, version, device and precision in words.
         files: name -> bytes.
+        passes: of a bundle, what each graph pass did when it was exported, from the manifest.
         peak_memory_mb: the most memory that its own process held, from its start to the end of the timed
             rounds; None where the system does not tell.
         accuracy: None for the first entry without annotations, and for what cannot be compared.
@@ -211,6 +214,7 @@ class Entry(Struct, frozen=True, kw_only=True):
     task: str | None = None
     precision: str | None = None
     files: dict[str, int] = {}
+    passes: tuple[PassRow, ...] = ()
     latency: Latency | None = None
     peak_memory_mb: float | None = None
     accuracy: Accuracy | None = None
@@ -219,7 +223,10 @@ class Entry(Struct, frozen=True, kw_only=True):
 
 
 class Machine(Struct, frozen=True, kw_only=True):
-    """What the numbers were measured on and with. `load` is the load average before the first run."""
+    """What the numbers were measured on and with. `load` is the load average before the first run.
+
+    `gpus` are those that NVIDIA's driver tells of.
+    """
 
     cpu: str
     instruction_sets: tuple[str, ...]
@@ -229,6 +236,7 @@ class Machine(Struct, frozen=True, kw_only=True):
     system: str
     versions: dict[str, str]
     load: float | None
+    gpus: tuple[str, ...] = ()
 
 
 class Settings(Struct, frozen=True, kw_only=True):
@@ -245,10 +253,66 @@ class Settings(Struct, frozen=True, kw_only=True):
     threads: int
 
 
+class Disagreement(Struct, frozen=True, kw_only=True):
+    """An image on which an entry differs from the first one.
+
+    Attributes:
+        values: entry -> how far its result is from the first entry's, 0 to 1: of detections of a score of at
+            least 0.3 the share that has no partner (1 - TP / (TP + FP + FN), IoU at least 0.5), of class maps
+            the share of pixels of another class.
+        overlays: entry -> its result drawn on the image, a JPEG; in JSON as base64.
+    """
+
+    image: str
+    values: dict[str, float]
+    overlays: dict[str, bytes]
+
+
+class Gate(Struct, frozen=True, kw_only=True):
+    """A condition of `--fail-if`, held against the entries.
+
+    Attributes:
+        condition: such as "latency_ratio > 1.05".
+        values: what counts of each entry that has it, by the entry's name.
+        failed: the entries that fulfil the condition.
+        passed: false too where no entry has a value.
+    """
+
+    condition: str
+    values: dict[str, float]
+    failed: tuple[str, ...]
+    passed: bool
+
+
+class Change(Struct, frozen=True, kw_only=True):
+    """A metric of one entry in the baseline, and in this report."""
+
+    then: float
+    now: float
+
+
+class Baseline(Struct, frozen=True, kw_only=True):
+    """An earlier report on the same machine, and what has changed since.
+
+    Attributes:
+        date: of the earlier report.
+        disturbed: whether that was.
+        versions: packages of other versions: then and now, null where there was none.
+        changes: entry -> metric, as `--fail-if` names them -> values; entries of the same name.
+    """
+
+    path: str
+    date: str
+    disturbed: bool
+    versions: dict[str, tuple[str | None, str | None]]
+    changes: dict[str, dict[str, Change]]
+
+
 class Report(Struct, frozen=True, kw_only=True):
     """All that `meta-report` found.
 
     `disturbances` say in a sentence each why the times are not to be trusted; none: nothing was noticed.
+    `disagreements` are the images with most of it, the worst first.
     """
 
     schema: int = SCHEMA
@@ -258,6 +322,9 @@ class Report(Struct, frozen=True, kw_only=True):
     settings: Settings
     disturbances: tuple[str, ...] = ()
     roofline: Roofline | None = None
+    baseline: Baseline | None = None
+    gates: tuple[Gate, ...] = ()
+    disagreements: tuple[Disagreement, ...] = ()
     entries: tuple[Entry, ...]
 
     def to_json(self) -> str:

@@ -92,6 +92,7 @@ class Subject:
             "task": self.bundle.task,
             "precision": None if self.kind == "onnx" else self.bundle.precision,
             "files": self.files,
+            "passes": self.bundle.manifest.passes,
             "peak_memory_mb": peak_memory_mb(),
         }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from meta_deploy.report.schema import Accuracy, Entry, Ratio, Report
+from collections.abc import Callable
+
+from meta_deploy.report.schema import Accuracy, Change, Entry, Gate, Ratio, Report
 
 ACCURACIES = {
     "box_ap": "box AP",
@@ -76,6 +78,68 @@ def verdicts(report: Report) -> list[str]:
         elif base is not None and entry is not base:
             sentences.append(_verdict(entry, base))
     return sentences
+
+
+def gate(found: Gate) -> str:
+    """What a condition came to: "FAILED latency_ratio > 1.05: b 1.2", "passed …"."""
+    if found.passed:
+        return f"passed {found.condition}"
+    if not found.failed:
+        return f"FAILED {found.condition}: no entry has such a value"
+    return f"FAILED {found.condition}: {', '.join(f'{n} {found.values[n]:.4g}' for n in found.failed)}"
+
+
+BASELINE = {
+    "latency_ms": "median ms",
+    "latency_p90_ms": "p90 ms",
+    "model_ms": "model ms",
+    "memory_mb": "memory, MB",
+    "files_mb": "files, MB",
+    **ACCURACIES,
+}
+
+
+def baseline_columns(report: Report) -> dict[str, str]:
+    """The metrics of the baseline that an entry has, with their titles."""
+    changes = report.baseline.changes.values() if report.baseline else ()
+    return {key: title for key, title in BASELINE.items() if any(key in one for one in changes)}
+
+
+def change(metric: str, found: Change | None) -> str:
+    """A metric then and now: "20.1 → 10.2 (0.51)"; the factor only of times and sizes."""
+    if found is None:
+        return ""
+    if metric in ACCURACIES:
+        return f"{found.then:.3g} → {found.now:.3g}"
+    factor = f" ({found.now / found.then:.3f})" if found.then else ""
+    return f"{ms(found.then)} → {ms(found.now)}{factor}"
+
+
+def since(report: Report) -> str:
+    """What the baseline is, and what a reader has to know of it."""
+    found = report.baseline
+    assert found is not None
+    packages = [f"{n} {old or 'none'} → {new or 'none'}" for n, (old, new) in found.versions.items()]
+    text = f"Then and now, and now as a multiple of then; then is {found.path} of {found.date}"
+    text += f", with other versions: {', '.join(packages)}." if packages else ", with the same versions."
+    text += " It was disturbed." if found.disturbed else ""
+    return f"{text} Two runs of one model differ by a percent or more, which no interval here tells."
+
+
+def step(before: float, after: float, shown: Callable[[float], str] = "{:,.0f}".format) -> str:
+    """Before and after a pass: "4,401 → 2,932"; once where they are alike."""
+    return shown(after) if before == after else f"{shown(before)} → {shown(after)}"
+
+
+def passes(entry: Entry) -> str:
+    """What all passes of a bundle came to."""
+    first, last = entry.passes[0], entry.passes[-1]
+    exact = all(row.bytes_exact for row in entry.passes)
+    return (
+        f"nodes {step(first.nodes_before, last.nodes_after)}, transposes and reshapes "
+        f"{step(first.moves_before, last.moves_after)}, bytes moved {'' if exact else 'at least '}"
+        f"{step(first.bytes_before, last.bytes_after, size)}"
+    )
 
 
 def _verdict(entry: Entry, base: Entry) -> str:

@@ -31,7 +31,8 @@ def one_line(capsys):
 def test_the_report_is_written_and_told_and_a_missing_model_is_code_2(bundles, tmp_path, capsys):
     outs = [tmp_path / f"x{suffix}" for suffix in (".html", ".md", ".json")]
     models = [str(bundles / "raw"), str(bundles / "raw"), str(tmp_path / "gone")]
-    options = ["--runs", "20", "--threads", "1", "--count", "2", "--json"]
+    trace = tmp_path / "trace.json"
+    options = ["--runs", "20", "--threads", "1", "--count", "2", "--json", "--trace", str(trace)]
     assert main([*models, *options, *(f"--out={out}" for out in outs)]) == 2
     captured = capsys.readouterr()
     document = json.loads(captured.out)
@@ -39,10 +40,23 @@ def test_the_report_is_written_and_told_and_a_missing_model_is_code_2(bundles, t
     assert len(document["settings"]["images"]) == 2
     assert f"gone: there is no '{tmp_path / 'gone'}'" in captured.err
     assert "raw #2" in captured.err  # the comparison; standard output is the document's
+    assert any(event["ph"] == "X" for event in json.loads(trace.read_text())["traceEvents"])
     html, markdown, file = (out.read_text() for out in outs)
     assert html.startswith("<!doctype html>")
     assert markdown.startswith("# Comparison")
     assert msgspec.json.decode(file, type=Report) == msgspec.json.decode(captured.out, type=Report)
+
+
+def test_a_condition_that_is_met_is_code_3_after_the_report_is_written(bundles, tmp_path, capsys):
+    common = [str(bundles / "raw"), "--runs", "20", "--threads", "1", "--count", "1"]
+    before, out = tmp_path / "before.json", tmp_path / "now.md"
+    assert main([*common, "--out", str(before), "--fail-if", "latency_ms > 1e9"]) == 0
+    capsys.readouterr()
+    conditions = ["--fail-if", "files_mb / baseline > 0.99", "--fail-if", "files_mb / baseline > 1"]
+    assert main([*common, "--baseline", str(before), "--out", str(out), *conditions]) == 3
+    assert "FAILED files_mb / baseline > 0.99: raw 1\n" in capsys.readouterr().err
+    assert "passed files_mb / baseline > 1\n" in out.read_text()
+    assert "## Since the baseline" in out.read_text()
 
 
 def test_without_one_model_that_runs_there_is_no_report(tmp_path, capsys):
@@ -59,10 +73,18 @@ def test_without_one_model_that_runs_there_is_no_report(tmp_path, capsys):
         (["--out", "report.pdf"], "report.pdf"),
         (["--out", "{bundle}/report.html"], "a model"),
         (["--out", "x.md", "--out", "x.md"], "x.md"),
+        (["--out", "x.json", "--trace", "x.json"], "x.json"),
+        (["--trace", "{tmp}/no/x.json"], "there is no folder"),
         (["--out", "{tmp}/no/x.md"], "there is no folder"),
         (["--images", "{tmp}", "--json"], "no image in the folder"),
         (["--annotations", "{tmp}/other.json", "--json"], "annotates none"),
         (["--runs", "5", "--json"], "5 runs are too few"),
+        (["--fail-if", "latency_ratio = 1", "--json"], "is no condition"),
+        (["--fail-if", "box_ap > 1", "--fail-if", "speed < 1", "--json"], "'speed' in 'speed < 1'"),
+        (["--fail-if", "latency_ms - baseline > 1", "--json"], "give --baseline"),
+        (["--baseline", "{tmp}/other.json", "--json"], "other.json' is not a report"),
+        (["--baseline", "{tmp}/none.json", "--json"], "none.json': No such file"),
+        (["--baseline", "{tmp}/other.json", "--out", "{tmp}/other.json"], "the baseline"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_code_2(bundles, tmp_path, capsys, monkeypatch, options, said):

@@ -1,5 +1,6 @@
 """What people read: Markdown and the page, of a report by hand; the page also in a browser, where one is."""
 
+import base64
 import html
 import html.parser
 import json
@@ -10,12 +11,14 @@ import subprocess
 import pytest
 from msgspec.structs import replace
 
+from meta_deploy.bundle.manifest import PassRow
 from meta_deploy.report import plots, words
 from meta_deploy.report.markdown import to_markdown
 from meta_deploy.report.page import TOP, slowest, to_html
 from meta_deploy.report.profile import sum_up
 from meta_deploy.report.schema import (
     Accuracy,
+    Disagreement,
     Entry,
     Latency,
     LivePeak,
@@ -29,7 +32,9 @@ from meta_deploy.report.schema import (
     Settings,
     Spread,
 )
+from meta_deploy.report.trace import to_trace
 
+JPEG = b"\xff\xd8 not looked at"
 EVIL = "<script>alert(1)</script>|$x_1$"
 
 
@@ -64,6 +69,21 @@ def node(name, op, op_class, ms, bytes_=None, flops=None, bound=None):
     )
 
 
+def pass_row(name, nodes_before, nodes_after, before, after, exact=False):
+    """A pass that leaves the 7 moves; bytes in MB."""
+    return PassRow(
+        name=name,
+        changes=1,
+        nodes_before=nodes_before,
+        nodes_after=nodes_after,
+        moves_before=7,
+        moves_after=7,
+        bytes_before=int(before * 1e6),
+        bytes_after=int(after * 1e6),
+        bytes_exact=exact,
+    )
+
+
 @pytest.fixture(scope="module")
 def made():
     nodes = [
@@ -85,6 +105,10 @@ def made():
         runs_on="ONNX Runtime 1",
         precision="fp32",
     )
+    passes = (
+        pass_row("clean-up", 4000, 1000, 2.0, 1.5, True),
+        pass_row("collapse-chains", 1000, 900, 1.5, 1.0),
+    )
     agreed = Accuracy(against="the first entry", images=8, box_ap=0.987, mask_ap=0.95)
     faster = latency(10.0, ratio(0.5, 0.45, 0.55, "faster"))
     same = latency(20.2, ratio(1.01, 0.98, 1.03, "no difference"))
@@ -103,8 +127,13 @@ def made():
         ),
         settings=Settings(images=("one.jpg", "two.jpg"), warm_up=3, runs=40, threads=2),
         roofline=Roofline(bandwidth_gb_s=10.0, peak_gflop_s=50.0),
+        disagreements=(
+            Disagreement(
+                image=f"in/{EVIL}.jpg", values={"second": 0.25}, overlays={"first": JPEG, "second": JPEG}
+            ),
+        ),
         entries=(
-            entry,
+            replace(entry, passes=passes),
             replace(entry, name="second", latency=faster, accuracy=agreed),
             replace(entry, name=EVIL, latency=same, profile=None),
             Entry(name="broken", path="x", kind=None, backend="auto", error="there is no 'x'"),
@@ -178,6 +207,18 @@ def test_the_page_needs_nothing_from_outside(page):
     assert tags.count["svg"] == 5  # latency, memory, classes, and a roofline of each that has a profile
 
 
+def test_pictures_stand_side_by_side_in_the_page_itself(page):
+    assert page.count(f"data:image/jpeg;base64,{base64.b64encode(JPEG).decode()}") == 2
+    assert page.count("25.0 % differ") == 1  # the first entry is what is differed from
+
+
+def test_passes_are_told_before_and_after(made, page):
+    for text in (page, to_markdown(made)):
+        assert "nodes 4,000 → 900, transposes and reshapes 7, bytes moved at least 2.0 MB → 1.0 MB" in text
+        assert "1,000 → 900" in text  # the second pass
+    assert page.count("<td>collapse-chains</td>") == 1
+
+
 def test_names_are_text_on_the_page(page):
     assert "<script>alert" not in page
     assert page.count("&lt;script&gt;alert(1)") > 2
@@ -205,6 +246,22 @@ def test_a_page_of_many_nodes_lists_the_slowest(made):
     rows = slowest(replace(first, profile=replace(first.profile, nodes=nodes)))
     assert len(rows) == TOP
     assert (rows[0].name, rows[-1].name) == (f"n{TOP + 49}", "n50")
+
+
+def test_a_trace_has_a_process_for_each_entry_and_its_nodes_end_to_end(made):
+    events = json.loads(to_trace(made))["traceEvents"]
+    names = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    assert list(names.values()) == ["first", "second", EVIL, "broken: there is no 'x'"]
+    spans = {pid: [e for e in events if e["ph"] == "X" and e["pid"] == pid] for pid in names}
+    assert [len(found) for found in spans.values()] == [4, 4, 0, 0]
+    ends = 0.0
+    for span in spans[1]:
+        assert span["ts"] == pytest.approx(ends)
+        ends += span["dur"]
+    assert ends == pytest.approx(10_000)  # microseconds of the run, what is between nodes included
+    conv = spans[1][0]
+    assert (conv["name"], conv["cat"], conv["dur"]) == ("conv", "convolution", 6000)
+    assert (conv["args"]["op"], conv["args"]["flops"]) == ("Conv", 9_000_000)
 
 
 CHECKS = """<script>
