@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from meta_deploy.errors import ImageError
-from meta_deploy.report.accuracy import match_counts
 from meta_deploy.report.schema import Disagreement
+from meta_deploy.tasks.accuracy import match_counts
 from meta_deploy.tasks.detection import Detections
 from meta_deploy.tasks.results import Result
 from meta_deploy.tasks.semantic_segmentation import Segmentation
