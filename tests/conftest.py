@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from meta_deploy.bundle.bundle import Bundle, write_bundle
 from tests.bundles_by_hand import detector, manifest, raw_manifest, raw_model, segmenter
@@ -92,6 +93,15 @@ def photo() -> np.ndarray:
     image[..., 0] = np.linspace(0, 200, 96, dtype=np.uint8)
     image[:32, :32] = 255
     return image
+
+
+@pytest.fixture(scope="session")
+def small_images(tmp_path_factory) -> Path:
+    """A folder of two images, 64x48, which are decoded in no time."""
+    folder = tmp_path_factory.mktemp("images")
+    for level in (60, 220):
+        Image.new("RGB", (64, 48), (level, 128, 255 - level)).save(folder / f"{level}.png")
+    return folder
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
-from meta_deploy.bundle.shipped import ASSETS
+from meta_deploy.bundle.shipped import ASSETS, locate
 from meta_deploy.cpus import cpu_count
 from meta_deploy.errors import InputError
 from meta_deploy.export.progress import Progress
@@ -53,7 +53,8 @@ def report(
     """Compare models on this machine.
 
     Args:
-        paths: bundles, .onnx files and checkpoints; the first that runs is what the others are compared with.
+        paths: bundles (shipped ones by name), .onnx files and checkpoints; the first that runs is what the
+            others are compared with.
         images: an image or a folder of images; None: the package's own.
         annotations: a COCO JSON file for detectors, or a folder of label images for class maps, of the same
             names as the images; None: results are held against the first entry's.
@@ -253,7 +254,7 @@ def _asked(paths: Sequence[str | os.PathLike[str]], backends: Sequence[str]) -> 
     if unknown := [name for name in backends if name not in BACKEND_NAMES]:
         raise InputError(f"'{unknown[0]}' is not a back end; choose {', '.join(BACKEND_NAMES)}")
     found = []
-    for path in map(str, paths):
+    for path in (str(locate(path)) for path in paths):
         name = escaped(Path(os.path.abspath(path)).name)
         try:
             kind = kind_of(path)

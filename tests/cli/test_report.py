@@ -28,11 +28,23 @@ def one_line(capsys):
     return line
 
 
-def test_the_report_is_written_and_told_and_a_missing_model_is_code_2(bundles, tmp_path, capsys):
+def test_the_report_is_written_and_told_and_a_missing_model_is_code_2(
+    bundles, small_images, tmp_path, capsys
+):
     outs = [tmp_path / f"x{suffix}" for suffix in (".html", ".md", ".json")]
     models = [str(bundles / "raw"), str(bundles / "raw"), str(tmp_path / "gone")]
     trace = tmp_path / "trace.json"
-    options = ["--runs", "20", "--threads", "1", "--count", "2", "--json", "--trace", str(trace)]
+    options = [
+        "--runs",
+        "20",
+        "--threads",
+        "1",
+        "--images",
+        str(small_images),
+        "--json",
+        "--trace",
+        str(trace),
+    ]
     assert main([*models, *options, *(f"--out={out}" for out in outs)]) == 2
     captured = capsys.readouterr()
     document = json.loads(captured.out)
@@ -47,8 +59,10 @@ def test_the_report_is_written_and_told_and_a_missing_model_is_code_2(bundles, t
     assert msgspec.json.decode(file, type=Report) == msgspec.json.decode(captured.out, type=Report)
 
 
-def test_a_condition_that_is_met_is_code_3_after_the_report_is_written(bundles, tmp_path, capsys):
-    common = [str(bundles / "raw"), "--runs", "20", "--threads", "1", "--count", "1"]
+def test_a_condition_that_is_met_is_code_3_after_the_report_is_written(
+    bundles, small_images, tmp_path, capsys
+):
+    common = [str(bundles / "raw"), "--runs", "20", "--threads", "1", "--images", str(small_images)]
     before, out = tmp_path / "before.json", tmp_path / "now.md"
     assert main([*common, "--out", str(before), "--fail-if", "latency_ms > 1e9"]) == 0
     capsys.readouterr()

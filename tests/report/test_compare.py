@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from meta_deploy import Predictor
+from meta_deploy.bundle.shipped import ASSETS
 from meta_deploy.errors import BackendError, InputError
 from meta_deploy.models.checkpoint.save import save_checkpoint
 from meta_deploy.report import machine, roofline
@@ -33,7 +34,7 @@ def roof():
 
 
 @pytest.fixture(scope="module")
-def made(bundles, tmp_path_factory):
+def made(bundles, small_images, tmp_path_factory):
     """Entries of every kind, sound ones and others; and the report on them."""
     folder = tmp_path_factory.mktemp("entries")
     (folder / "model.onnx").write_bytes(detector((64, 64)))
@@ -47,7 +48,7 @@ def made(bundles, tmp_path_factory):
         "broken.onnx": folder / "broken.onnx",
         "notes.txt": folder / "notes.txt",
     }
-    return named, report(list(named.values()), runs=20, threads=1)
+    return named, report(list(named.values()), images=small_images, runs=20, threads=1)
 
 
 def test_every_entry_has_a_row_by_a_name_of_its_own(made):
@@ -91,7 +92,7 @@ def test_the_same_results_agree(made):
     first, again, file, raw = (entry.accuracy for entry in made[1].entries[:4])
     assert first is raw is None
     for same in (again, file):
-        assert (same.box_ap, same.mask_ap, same.images) == (pytest.approx(1), pytest.approx(1), 8)
+        assert (same.box_ap, same.mask_ap, same.images) == (pytest.approx(1), pytest.approx(1), 2)
 
 
 def test_memory_is_of_the_entry_and_not_of_who_asks(made):
@@ -107,8 +108,9 @@ def test_the_report_is_json_and_back(made):
     assert msgspec.json.decode(text, type=Report) == made[1]
 
 
-def test_a_back_end_that_does_not_run_it_is_a_row(bundles):
-    found = report([bundles / "detector"], backends=["tensorrt", "onnxruntime"], runs=20, threads=1)
+def test_a_back_end_that_does_not_run_it_is_a_row(bundles, small_images):
+    backends = ["tensorrt", "onnxruntime"]
+    found = report([bundles / "detector"], images=small_images, backends=backends, runs=20, threads=1)
     refused, ran = found.entries
     assert refused.name == "detector (tensorrt)"
     assert "TensorRT" in refused.error
@@ -204,6 +206,11 @@ def test_names_are_one_line_and_no_two_alike():
     assert [entry.name for entry in found] == ["a\\nb", "a\\nb #2"]
 
 
+def test_shipped_bundles_go_by_name():
+    (found,) = _asked(["nuclei"], ["auto"])
+    assert (found.name, found.kind, found.path) == ("nuclei", "bundle", str(ASSETS / "nuclei"))
+
+
 def test_nothing_to_compare_no_images_and_few_runs_are_refused(bundles, tmp_path):
     for arguments, options in (
         ([], {}),
@@ -222,7 +229,7 @@ def test_an_image_that_cannot_be_read_is_told_before_the_work(bundles, tmp_path)
         report([bundles / "detector"], images=tmp_path)
 
 
-def test_a_model_that_cannot_be_profiled_keeps_its_figures(bundles, monkeypatch):
+def test_a_model_that_cannot_be_profiled_keeps_its_figures(bundles, small_images, monkeypatch):
     call = Worker.call
 
     def failing(self, method, *args):
@@ -231,7 +238,7 @@ def test_a_model_that_cannot_be_profiled_keeps_its_figures(bundles, monkeypatch)
         return call(self, method, *args)
 
     monkeypatch.setattr(Worker, "call", failing)
-    (entry,) = report([bundles / "raw"], runs=20, threads=1).entries
+    (entry,) = report([bundles / "raw"], images=small_images, runs=20, threads=1).entries
     assert (entry.error, entry.profile, entry.no_profile) == (None, None, "no room for it")
     assert entry.latency.rounds == 20
 
