@@ -37,7 +37,8 @@ class Integral(nn.Module):
 
     def forward(self, logits: Tensor) -> Tensor:
         """(B, N, 4 * bins) -> (B, N, 4)."""
-        return logits.unflatten(2, (4, -1)).softmax(dim=-1) @ self.project
+        # A sum and no product with a vector, which OpenVINO 2026 fails to merge with the stride's factor.
+        return (logits.unflatten(2, (4, -1)).softmax(dim=-1) * self.project).sum(dim=-1)
 
 
 class GFLHead(DenseHead):
