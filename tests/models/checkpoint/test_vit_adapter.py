@@ -208,6 +208,15 @@ def test_the_grid_of_augreg_means_its_normalization(tmp_path):
     assert named.mean == config.mean
 
 
+def test_a_name_leaves_to_the_tensors_what_they_tell(tmp_path):
+    """Such as the extra extractors and LayerScale, which the MAE checkpoints lack."""
+    path, config = tmp_path / "x.pth", small(extra_extractors=0, layer_scale=False)
+    torch.save({"state_dict": as_published(config)}, path)
+    loaded = load_model(path, "vit-adapter-t-mask-rcnn")
+    assert loaded.config == config
+    assert loaded.report.complete
+
+
 def test_class_names_by_number_are_said_to_be_that(tmp_path):
     path, notes = tmp_path / "x.pth", []
     config = get_config("vit-adapter-t-upernet")
