@@ -19,6 +19,7 @@ from meta_deploy.export.trace import export_onnx, quiet
 from meta_deploy.graph.pipeline import run_passes
 from meta_deploy.models.backbones.meta import METAConfig
 from meta_deploy.models.backbones.vit_adapter import ViTAdapterConfig
+from meta_deploy.models.heads.gfl import GFLConfig
 from meta_deploy.models.heads.mask_rcnn import MaskRCNNConfig
 from meta_deploy.models.heads.upernet import UPerNetConfig
 from meta_deploy.models.registry import build_model
@@ -50,6 +51,14 @@ def adapter(**backbone):
     return replace(detector(), backbone=ViTAdapterConfig(**{**small, **parts, **backbone}))
 
 
+def dense(**backbone):
+    """A detector without masks, that says of many places that something may be there."""
+    backbone = METAConfig(**{**BACKBONE, **backbone})
+    narrow = {"fpn_channels": 8, "channels": 64, "convs": 1}
+    few = {"pre_nms": 40, "max_detections": 50, "score_threshold": 0.005}
+    return GFLConfig("tiny-gfl", backbone, num_classes=5, input_size=SIZE, **narrow, **few)
+
+
 def segmenter(**backbone):
     backbone = METAConfig(**{**BACKBONE, **backbone})
     return UPerNetConfig("tiny-upernet", backbone, num_classes=6, channels=8, input_size=SIZE)
@@ -72,6 +81,9 @@ def lively(config, seed=0):
                 statistic.uniform_(0.5, 2.0)
         if isinstance(config, MaskRCNNConfig):
             _spread(model)
+        if isinstance(config, GFLConfig):
+            for conv in (model.bbox_head.gfl_cls, model.bbox_head.gfl_reg):
+                conv.weight.normal_(std=0.3)
     return model
 
 
@@ -167,7 +179,8 @@ def exported(
     **backbone,
 ):
     """Made once for each set of arguments."""
-    config = {"detector": detector, "adapter": adapter, "segmenter": segmenter}[kind](**backbone)
+    kinds = {"detector": detector, "adapter": adapter, "dense": dense, "segmenter": segmenter}
+    config = kinds[kind](**backbone)
     return Exported(config, size, batch, dynamic_batch, dynamic_size, operators)
 
 

@@ -26,6 +26,11 @@ _MODELS: dict[str, tuple[Backbone, str, Head]] = {
     for head in HEADS.values()
 }
 MODEL_NAMES = tuple(_MODELS)
+# All of them in a line of a message.
+NAMES_IN_SHORT = (
+    " or ".join(f"{backbone.name}-{{{','.join(backbone.sizes)}}}-HEAD" for backbone in BACKBONES.values())
+    + f", where HEAD is {', '.join(sorted(HEADS))}, such as meta-t-mask-rcnn"
+)
 _UNSAID = "meta"  # the backbone of configurations that name none
 
 
@@ -40,7 +45,7 @@ def get_config(name: str, num_classes: int | None = None) -> ModelConfig:
         InputError: no such model, or a number of classes that is not positive.
     """
     if name not in _MODELS:
-        raise InputError(f"No model is named '{name}'; choose one of {', '.join(MODEL_NAMES)}.")
+        raise InputError(f"No model is named '{name}'; choose {NAMES_IN_SHORT}.")
     backbone, size, head = _MODELS[name]
     options = dict(head.by_size.get(size, {}))
     if num_classes is not None:

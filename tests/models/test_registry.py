@@ -117,6 +117,15 @@ def test_models_have_the_size_that_their_name_promises(name, low, high):
 
 
 @pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("size", VIT)
+def test_meta_is_no_larger_than_vit_adapter(size, head):
+    """The paper's claim, with the same ViT and head."""
+    meta, other = (parameters(get_config(f"{name}-{size}-{head}")) for name in ("meta", "vit-adapter"))
+    print(f"{size} {head}: META {meta / 1e6:.1f} M, ViT-Adapter {other / 1e6:.1f} M")
+    assert meta <= other
+
+
+@pytest.mark.parametrize("head", HEADS)
 def test_the_nano_runs(head):
     torch.manual_seed(0)
     with torch.no_grad():
@@ -124,7 +133,9 @@ def test_the_nano_runs(head):
     assert all(value.isfinite().all() for value in out.values())
 
 
-@pytest.mark.parametrize("name", ["", "meta", "meta-t", "meta-x-mask-rcnn", "meta-t-atss", "META-T-UPERNET"])
+@pytest.mark.parametrize(
+    "name", ["", "meta", "meta-t", "meta-x-mask-rcnn", "meta-t-retinanet", "META-T-UPERNET"]
+)
 def test_an_unknown_name_is_refused_with_the_known_ones(name):
     with pytest.raises(InputError, match="meta-t-mask-rcnn") as error:
         get_config(name)
@@ -198,7 +209,7 @@ def broken(change):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda d: d.update(head="atss"),
+        lambda d: d.update(head="fcos"),
         lambda d: d.update(head=["mask-rcnn"]),
         lambda d: d.update(task="panoptic"),
         lambda d: d.update(surprise=1),
@@ -242,7 +253,7 @@ def test_what_is_no_configuration_is_refused(data):
         (lambda d: d["backbone"].update(depth=0), "backbone.depth 0: expected `int` >= 1"),
         (lambda d: d["backbone"].update(depth=7), "backbone configuration: depth 7 is not a multiple of 4"),
         (lambda d: d.update(std=[1.0, 2.0, "3"]), "std[2] '3': expected `float`, got `str`"),
-        (lambda d: d.update(head="atss"), "head 'atss': not known to this version"),
+        (lambda d: d.update(head="fcos"), "head 'fcos': not known to this version"),
         (lambda d: d.update(task="panoptic"), "task 'panoptic': not known to this version"),
         (lambda d: d["backbone"].update(type="swin"), "backbone.type 'swin': not known to this version"),
         (lambda d: d.update(surprise=1), "object contains unknown field `surprise`"),

@@ -82,10 +82,24 @@ def infer_config(checkpoint: Checkpoint) -> ModelConfig:
             f"has a ViT of width {width}, and its attention heads can't be told from shapes; embed the "
             "configuration (save_checkpoint does) or name the model with --model",
         )
+    return _measured(get_config(name), checkpoint, backbone)
+
+
+def _measured(config: ModelConfig, checkpoint: Checkpoint, backbone: Backbone) -> ModelConfig:
+    """`config` with what the checkpoint tells.
+
+    Raises:
+        CheckpointError: sizes that no model can have.
+    """
     try:
-        return replace(_with_shapes(get_config(name), state), **_normalization(checkpoint, backbone))
+        measured = _with_shapes(config, checkpoint.state)
+        return replace(measured, **_normalization(checkpoint, backbone))
     except InputError as error:
-        refuse(path, f"looks like {name}, but its shapes don't fit together: {shown(error, 200)}", error)
+        refuse(
+            checkpoint.path,
+            f"looks like {config.name}, but its shapes don't fit together: {shown(error, 200)}",
+            error,
+        )
 
 
 def _normalization(checkpoint: Checkpoint, backbone: Backbone) -> dict[str, tuple[float, ...]]:
@@ -111,7 +125,10 @@ def _with_shapes(config: ModelConfig, state: State) -> ModelConfig:
 
 
 def _named_config(checkpoint: Checkpoint, model_name: str, allow_partial: bool) -> ModelConfig:
-    """The named model's settings, but the checkpoint's number of classes, position grid, mean and std."""
+    """The named model's settings, but the checkpoint's number of classes, position grid, mean and std.
+
+    Where nothing is embedded and the tensors are of that backbone and head, all that they tell is theirs.
+    """
     state, wanted, head = checkpoint.state, get_config(model_name), find_head(checkpoint.state)
     backbone = backbone_of(wanted)
     same_width = find_backbone(state) is backbone and width_of(state, backbone) == wanted.backbone.width
@@ -129,6 +146,8 @@ def _named_config(checkpoint: Checkpoint, model_name: str, allow_partial: bool) 
         config = get_config(model_name, classes)
     except InputError as error:
         refuse(checkpoint.path, f"has a head of {classes} classes; take another checkpoint", error)
+    if checkpoint.config is None and same_head and not allow_partial:
+        return _measured(config, checkpoint, backbone)
     measured = backbone.measure(config.backbone, without_prefix(state, "backbone."))
     grid = {key: measured[key] for key in ("pos_grid",) if key in measured}
     backbone_config = replace(config.backbone, **grid)

@@ -9,6 +9,7 @@ import contextlib
 import io
 import os
 import re
+import shutil
 import stat
 import tempfile
 import threading
@@ -29,6 +30,9 @@ RESAVE = "re-save the weights alone: torch.save(model.state_dict(), ...) or safe
 
 _UNPICKLING = threading.Lock()  # torch's list of safe globals is one per process
 _REJECTED_GLOBAL = re.compile(r"GLOBAL (\S+)")
+_ZIP = b"PK\x03\x04"
+_SUFFIXES = (".pth", ".pth.tar", ".pt", ".bin", ".safetensors")
+_MOST_PACKED = 20  # how much smaller an archive can make weights, and more than that
 _FOREIGN_KINDS = (
     (b"\x89HDF", "an HDF5 file"),
     (b"GGUF", "a GGUF file"),
@@ -128,8 +132,14 @@ def read_file(path: str | os.PathLike[str]) -> tuple[Any, dict[str, str]]:
         CheckpointError: no such file, or not a checkpoint, or damaged, or one that names code.
     """
     path = Path(path)
+    packed = _packed(path) if _first_bytes(path)[:4] == _ZIP else None
+    return _read(path) if packed is None else _read_packed(path, packed)
+
+
+def _read(path: Path) -> tuple[Any, dict[str, str]]:
+    """`read_file` of a file that is no archive around another."""
     start = _first_bytes(path)
-    if start[:4] == b"PK\x03\x04":
+    if start[:4] == _ZIP:
         _check_zip(path)
         _check_pickles(path, _main_pickle)
         return _torch_load(path, mmap=True), {}
@@ -139,6 +149,37 @@ def read_file(path: str | os.PathLike[str]) -> tuple[Any, dict[str, str]]:
         _check_pickles(path, _legacy_pickles)
         return _torch_load(path, mmap=False), {}
     refuse(path, f"{_foreign_kind(path, start)}; give a .pth, .pt or .safetensors file")
+
+
+def _packed(path: Path) -> zipfile.ZipInfo | None:
+    """The one checkpoint in an ordinary archive, as releases have it where the sizes of files are limited."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except Exception:  # zipfile raises many kinds on damaged archives, of which `_check_zip` tells
+        return None
+    if any(entry.filename.endswith(("/data.pkl", "/constants.pkl")) for entry in entries):
+        return None  # torch's own
+    found = [entry for entry in entries if entry.filename.endswith(_SUFFIXES)]
+    return found[0] if len(found) == 1 else None
+
+
+def _read_packed(path: Path, entry: zipfile.ZipInfo) -> tuple[Any, dict[str, str]]:
+    name = shown(entry.filename)
+    if entry.file_size > _MOST_PACKED * max(entry.compress_size, 1):
+        refuse(path, f"holds '{name}', packed tighter than weights can be; unpack it, if you know what it is")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        whole = Path(folder) / "checkpoint.pth"
+        try:
+            with zipfile.ZipFile(path) as archive, archive.open(entry) as packed, whole.open("wb") as out:
+                shutil.copyfileobj(packed, out, 1 << 20)
+        except Exception as error:
+            refuse(path, f"cannot be unpacked ({_reason(error)}); fetch it again, or make room", error)
+        try:
+            return _read(whole)
+        except CheckpointError as error:
+            what = str(error).removeprefix(f"checkpoint '{shown(whole, 300)}' ")
+            refuse(path, f"holds '{name}', which {what}", error)
 
 
 def _first_bytes(path: Path) -> bytes:

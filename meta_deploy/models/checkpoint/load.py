@@ -65,7 +65,8 @@ def load_model(
     Args:
         path: the file.
         model_name: a model's name; its settings then go before embedded ones (unless those have the same
-            name), but the number of classes and the position grid are the tensors'.
+            name), but the number of classes and the position grid are the tensors'; without embedded ones
+            all that shapes tell is.
         allow_partial: what is missing or does not fit stays at its initialization, what is unexpected is
             left out; otherwise either is an error. At least one tensor must fit.
         log: called with each note for the user, one line each.

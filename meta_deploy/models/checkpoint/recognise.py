@@ -9,7 +9,7 @@ from meta_deploy.models.checkpoint.file import first_few, refuse
 from meta_deploy.models.checkpoint.foreign import describe, foreign_adapter, foreign_detector, head_title
 from meta_deploy.models.checkpoint.read import Checkpoint
 from meta_deploy.models.heads.head import HEADS, Head
-from meta_deploy.models.registry import MODEL_NAMES
+from meta_deploy.models.registry import NAMES_IN_SHORT
 from meta_deploy.models.shapes import State, size_of, without_prefix
 
 ALLOW = "--allow-partial (allow_partial=True)"
@@ -82,5 +82,5 @@ def refuse_foreign(checkpoint: Checkpoint) -> NoReturn:
     refuse(
         path,
         f"is of no supported model: it holds {len(state)} tensors ({first_few(list(state))}); supported are "
-        f"{', '.join(MODEL_NAMES)}, and plain ViTs in timm's naming",
+        f"{NAMES_IN_SHORT}, and plain ViTs in timm's naming",
     )

@@ -88,11 +88,11 @@ def separate(boxes: Tensor, groups: Tensor, image_size: tuple[int, int]) -> Tens
 
     Args:
         boxes: (B, N, 4), inside the image.
-        groups: (N,) integers.
+        groups: integers, (N,) for all images alike or (B, N).
         image_size: (H, W).
     """
     step = torch.sym_max(*image_size) + 1
-    return boxes + (groups * step)[:, None]
+    return boxes + (groups * step)[..., None]
 
 
 @torch.library.custom_op("meta_deploy::nms", mutates_args=())

@@ -306,3 +306,27 @@ def test_a_name_that_is_no_text_is_read(tmp_path, model, suffix):
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xef\n" + suffix.encode()))
     plain.rename(path)
     assert same(load_model(path).model.state_dict(), model.state_dict())
+
+
+def packed(path, name, data, method=zipfile.ZIP_DEFLATED):
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("README.txt", "weights")
+        archive.writestr(name, data)
+    return path
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED])
+def test_a_checkpoint_in_an_ordinary_archive_is_read(tmp_path, path, state, method):
+    torch.save(state, path)
+    whole = packed(tmp_path / "x.zip", "model/x.pth.tar", path.read_bytes(), method)
+    assert same(read_checkpoint(whole).state, read_checkpoint(path).state)
+
+
+def test_what_is_wrong_with_a_packed_checkpoint_is_said_of_the_archive(tmp_path, path, state):
+    torch.save(state, path)
+    data = path.read_bytes()
+    assert "holds 'x.pth', which is truncated" in refusal(packed(tmp_path / "a.zip", "x.pth", data[:5000]))
+    assert "packed tighter than weights" in refusal(packed(tmp_path / "b.zip", "x.pth", bytes(10_000_000)))
+    inner = packed(tmp_path / "c.zip", "x.pth", data).read_bytes()
+    twice = packed(tmp_path / "d.zip", "c.pth", inner)
+    assert "holds 'c.pth', which is a zip archive without a checkpoint" in refusal(twice)

@@ -15,7 +15,13 @@ from meta_deploy.models.checkpoint.read import Checkpoint
 from meta_deploy.models.registry import build_model, get_config
 
 PUBLISHED = Path(__file__).resolve().parents[4] / "shared" / "data" / "vit-adapter" / "keys"
-HEADS = {"MaskRCNN": "mask-rcnn", "CascadeRCNN": "cascade-mask-rcnn", "EncoderDecoder": "upernet"}
+HEADS = {
+    "MaskRCNN": "mask-rcnn",
+    "CascadeRCNN": "cascade-mask-rcnn",
+    "ATSS": "atss",
+    "GFL": "gfl",
+    "EncoderDecoder": "upernet",
+}
 published = pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published names are not here")
 
 
@@ -39,7 +45,7 @@ def on_meta(fact):
 
 def test_the_published_configurations_are_counted():
     if PUBLISHED.is_dir():
-        assert sum(map(supported, facts().values())) == 23
+        assert sum(map(supported, facts().values())) == 25
 
 
 @functools.cache
@@ -200,6 +206,15 @@ def test_the_grid_of_augreg_means_its_normalization(tmp_path):
     assert any("the ViT's pretraining" in note for note in notes)
     named = load_model(path, "vit-adapter-t-mask-rcnn", allow_partial=True).config
     assert named.mean == config.mean
+
+
+def test_a_name_leaves_to_the_tensors_what_they_tell(tmp_path):
+    """Such as the extra extractors and LayerScale, which the MAE checkpoints lack."""
+    path, config = tmp_path / "x.pth", small(extra_extractors=0, layer_scale=False)
+    torch.save({"state_dict": as_published(config)}, path)
+    loaded = load_model(path, "vit-adapter-t-mask-rcnn")
+    assert loaded.config == config
+    assert loaded.report.complete
 
 
 def test_class_names_by_number_are_said_to_be_that(tmp_path):
