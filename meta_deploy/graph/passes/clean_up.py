@@ -34,6 +34,7 @@ from meta_deploy.graph.graph import (
     take_over,
     to_model,
 )
+from meta_deploy.graph.neutral import drop_neutral
 from meta_deploy.ort import onnxruntime
 
 _LARGE = 1009  # a prime, larger than any batch; with a larger one inference makes large constants
@@ -88,6 +89,7 @@ def _clean(graph: gs.Graph, model: ir.Model) -> None:
         should_exclude_node=lambda node: node.domain == _DOMAIN or node.op in _RANDOM,
     )
     _write_known_targets(cleaned)
+    drop_neutral(cleaned)
     cleaned.cleanup(remove_unused_graph_inputs=False)
     _unpin(cleaned, names)
     cleaned.toposort()

@@ -1,0 +1,77 @@
+"""Operators that do nothing, and padding that a convolution can do itself; a part of the clean-up."""
+
+from __future__ import annotations
+
+import onnx_graphsurgeon as gs
+
+from meta_deploy.graph.graph import constant_value, is_op, producer, replace, sole_consumer
+
+_NEUTRAL = {"Add": 0, "Sub": 0, "Mul": 1, "Div": 1}
+
+
+def drop_neutral(graph: gs.Graph) -> None:
+    """Let nothing read an Add or Sub of 0, a Mul or Div of 1, or a Pad of width zero; Conv takes Pads in.
+
+    What is left without readers is not removed yet. The sum of -0 and 0 is 0 and becomes -0, which is equal.
+    """
+    for node in graph.nodes:
+        if not node.outputs:  # folded
+            continue
+        if (same := _unchanged(node)) is not None:
+            replace(graph, node.outputs[0], same)
+        elif is_op(node, "Conv"):
+            _take_in(graph, node)
+
+
+def _unchanged(node: gs.Node) -> gs.Tensor | None:
+    """The input that a node's output equals in value and shape, if one is known to."""
+    if is_op(node, "Pad"):
+        pads = constant_value(node.inputs[1]) if len(node.inputs) > 1 else None
+        return node.inputs[0] if pads is not None and not pads.any() else None
+    if not is_op(node, *_NEUTRAL):
+        return None
+    a, b = node.inputs
+    pairs = [(a, b)] if node.op in ("Sub", "Div") else [(a, b), (b, a)]
+    number = _NEUTRAL[node.op]
+    return next((x for x, other in pairs if _is_all(other, number) and _keeps_shape(x, other)), None)
+
+
+def _is_all(tensor: gs.Tensor, number: int) -> bool:
+    """Whether a tensor is one constant number, in any rank."""
+    one = isinstance(tensor, gs.Constant) and all(size == 1 for size in tensor.shape)
+    return one and bool(tensor.values.item() == number)
+
+
+def _keeps_shape(x: gs.Tensor, one: gs.Constant) -> bool:
+    """Whether x broadcast to a constant of one element is as it was: then its rank is not less."""
+    return not one.shape or (x.shape is not None and len(one.shape) <= len(x.shape))
+
+
+def _take_in(graph: gs.Graph, conv: gs.Node) -> None:
+    """Have a Conv pad with zeros itself, where a Pad before it does for it alone.
+
+    The Conv's padding stays below the extent of its kernel, as not every runtime takes more.
+    """
+    pad = producer(conv.inputs[0], "Pad")
+    if pad is None or not sole_consumer(graph, pad.outputs[0]) or not _pads_zeros(pad):
+        return
+    pads, kernel = constant_value(pad.inputs[1]), conv.inputs[1].shape
+    rank = 0 if kernel is None or not all(isinstance(size, int) for size in kernel) else len(kernel)
+    if pads is None or pads.size != 2 * rank or conv.attrs.get("auto_pad", "NOTSET") != "NOTSET":
+        return
+    before, after = pads[:rank].tolist(), pads[rank:].tolist()
+    own = conv.attrs.get("pads") or [0] * 2 * (rank - 2)
+    spaces = conv.attrs.get("dilations") or [1] * (rank - 2)
+    total = [own_width + width for own_width, width in zip(own, before[2:] + after[2:], strict=True)]
+    widest = [(size - 1) * space for size, space in zip(kernel[2:], spaces, strict=True)] * 2
+    if min(before + after) < 0 or any(before[:2] + after[:2]) or any(map(int.__gt__, total, widest)):
+        return
+    conv.attrs["pads"] = total
+    conv.inputs[0] = pad.inputs[0]
+
+
+def _pads_zeros(pad: gs.Node) -> bool:
+    """Whether a Pad writes zeros, to all axes in order."""
+    zeros = len(pad.inputs) < 3 or pad.inputs[2].is_empty() or _is_all(pad.inputs[2], 0)
+    all_axes = all(axes.is_empty() for axes in pad.inputs[3:])
+    return pad.attrs.get("mode", "constant") == "constant" and zeros and all_axes

@@ -1,0 +1,81 @@
+"""Dropping what does nothing: only where value and shape stay, and padding goes into convolutions."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import numpy_helper
+
+from meta_deploy.graph.passes.clean_up import clean_up
+from tests.graph.rewriting import RANDOM, node, ops, rewritten, same
+from tests.small_graphs import model, value
+
+RNG = np.random.default_rng(0)
+
+
+def cleaned(nodes, constants, shape, out=None):
+    initializers = [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()]
+    proto = model(nodes, [value("x", shape)], [value("y", out)], initializers)
+    after, _ = rewritten(clean_up, proto)
+    same(proto, after)
+    return ops(after)
+
+
+@settings(RANDOM, max_examples=40)
+@given(
+    op=st.sampled_from(["Add", "Sub", "Mul", "Div"]),
+    number=st.sampled_from([0, 1, 2]),
+    ones=st.integers(0, 4),
+    swap=st.booleans(),
+)
+def test_plus_0_and_times_1_go_where_the_rank_stays(op, number, ones, swap):
+    if op == "Div" and not number:
+        return
+    constant = np.full((1,) * ones, number, np.float32)
+    pair = ["c", "a"] if swap and op != "Div" else ["a", "c"]
+    nodes = [node("Relu", ["x"], ["a"]), node(op, pair, ["b"]), node("Exp", ["b"], ["y"])]
+    neutral = number == (op in ("Mul", "Div")) and ones <= 3 and not (op == "Sub" and swap)
+    assert (op not in cleaned(nodes, {"c": constant}, [2, 3, 4], [1] * (ones - 3) + [2, 3, 4])) == neutral
+
+
+def test_a_constant_that_broadcasts_stays():
+    nodes = [node("Mul", ["x", "c"], ["a"]), node("Relu", ["a"], ["y"])]
+    assert "Mul" in cleaned(nodes, {"c": np.ones((5, 1), np.float32)}, [1, 4], [5, 4])
+
+
+@pytest.mark.parametrize("mode", ["constant", "reflect"])
+def test_a_pad_of_width_zero_goes(mode):
+    nodes = [node("Pad", ["x", "p"], ["a"], mode=mode), node("Relu", ["a"], ["y"])]
+    assert cleaned(nodes, {"p": np.zeros(4, np.int64)}, [3, 4], [3, 4]) == ["Relu"]
+
+
+@settings(RANDOM, max_examples=60)
+@given(
+    pads=st.lists(st.integers(-1, 2), min_size=4, max_size=4),
+    own=st.lists(st.integers(0, 1), min_size=4, max_size=4),
+    dilation=st.integers(1, 2),
+    channels=st.sampled_from([0, 0, 0, 1]),
+    filling=st.sampled_from([None, 0, 0, 1]),
+    mode=st.sampled_from(["constant", "constant", "edge"]),
+    again=st.sampled_from([False, False, True]),
+)
+def test_padding_with_zeros_goes_into_the_convolution(pads, own, dilation, channels, filling, mode, again):
+    top, left, bottom, right = pads
+    constants = {
+        "p": np.array([0, channels, top, left, 0, 0, bottom, right]),
+        "w": RNG.standard_normal((2, 3 + channels, 3, 3)).astype(np.float32),
+    }
+    if filling is not None:
+        constants["f"] = np.float32(filling)
+    nodes = [
+        node("Pad", ["x", "p"] + ["f"] * (filling is not None), ["a"], mode=mode),
+        node("Conv", ["a", "w"], ["b"], pads=own, dilations=[dilation] * 2),
+        node("ReduceMax", ["a"] if again else ["b"], ["m"], keepdims=0),
+        node("Add", ["b", "m"], ["y"]),
+    ]
+    total = [width + more for width, more in zip(pads, own, strict=True)]
+    fits = min(pads) >= 0 and max(total) <= 2 * dilation and not channels
+    taken = fits and not again and mode == "constant" and not filling
+    if not any(pads) and not channels:
+        taken = True
+    assert ("Pad" not in cleaned(nodes, constants, [1, 3, 7, 8])) == taken
