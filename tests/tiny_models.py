@@ -27,6 +27,8 @@ from meta_deploy.targets import TARGETS
 
 SIZE = (96, 128)
 BACKBONE = {"embed_dim": 16, "depth": 4, "num_heads": 2, "inplanes": 4, "adapter_parts": 1, "pos_grid": 4}
+# Every setting of it changed.
+CHANGED = {"window": 3, "stripe_width": 3, "layer_scale": True, "shared_norm": False, "adapter_parts": 2}
 
 
 def detector(**backbone):

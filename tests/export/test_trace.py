@@ -7,7 +7,7 @@ import torch
 
 from meta_deploy.export.trace import OPSET, drop_outputs
 from tests.small_graphs import FLOAT, model, run, value
-from tests.tiny_models import assert_same, exported, pictures
+from tests.tiny_models import CHANGED, assert_same, exported, pictures
 
 DETECTIONS = ["num_detections", "boxes", "scores", "labels", "masks"]
 
@@ -91,8 +91,7 @@ def test_a_dynamic_size_agrees_at_every_size(size):
 
 @pytest.mark.slow
 def test_a_backbone_with_every_setting_changed_agrees():
-    settings = {"window": 3, "stripe_width": 3, "layer_scale": True, "shared_norm": False, "adapter_parts": 2}
-    agree(exported("segmenter", **settings), pictures(1))
+    agree(exported("segmenter", **CHANGED), pictures(1))
 
 
 @pytest.mark.slow

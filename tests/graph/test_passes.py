@@ -10,7 +10,7 @@ from meta_deploy.graph.pipeline import PASSES, run_passes
 from meta_deploy.targets import TARGETS
 from tests.graph.rewriting import ops, shuffled
 from tests.small_graphs import model, value
-from tests.tiny_models import OTHERS, exported, other, pictures
+from tests.tiny_models import CHANGED, OTHERS, exported, other, pictures
 
 
 def run(proto, feeds):
@@ -53,7 +53,7 @@ def unharmed(proto, feeds, passes=TARGETS["onnxruntime"].passes, tolerance=1e-5)
 # In another order than export/test_trace.py, whose worker makes the same ones at the same time.
 KINDS = {
     "segmenter, any size": {"kind": "segmenter", "dynamic_size": True},
-    "segmenter, windows": {"kind": "segmenter", "window": 4},
+    "segmenter, changed": {"kind": "segmenter", **CHANGED},
     "segmenter, every norm its own": {"kind": "segmenter", "shared_norm": False},
     "detector, any size": {
         "kind": "detector",
@@ -101,7 +101,7 @@ def test_every_stage_of_a_model_answers_as_the_literal_graph(kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PASSES)
-@pytest.mark.parametrize("kind", ["detector", "segmenter, windows"])
+@pytest.mark.parametrize("kind", ["detector", "segmenter, changed"])
 def test_each_pass_alone_does_no_harm(kind, name):
     unharmed(made(kind).literal, inputs(kind), [name])
 
