@@ -17,6 +17,7 @@ from torch import nn
 
 from meta_deploy.bundle.manifest import InputSpec
 from meta_deploy.export.operators import TRANSLATIONS
+from meta_deploy.graph.modules import name_by_module
 
 OPSET = 20
 DIVISOR = 32
@@ -58,6 +59,7 @@ def export_onnx(model: nn.Module, spec: InputSpec, operators: str = "native") ->
         )
     assert exported is not None
     proto = exported.model_proto
+    name_by_module(proto.graph.node)
     for node in proto.graph.node:
         # Where each node came from in the Python source is of no use in a bundle, and it leaks paths.
         del node.metadata_props[:]

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from meta_deploy.graph.explain import Declined, explaining
 from meta_deploy.graph.graph import from_model, normalized, to_proto
+from meta_deploy.graph.modules import inherit_modules
 from meta_deploy.graph.passes.clean_up import clean_up
 from meta_deploy.graph.passes.collapse_chains import collapse_chains
 from meta_deploy.graph.passes.discarded_rows import discarded_rows
@@ -121,7 +122,9 @@ def run_passes(
                 declined=_declined(name, graph, cost) if explain else None,
             )
         )
-    return to_proto(graph), results
+    rewritten = to_proto(graph)
+    inherit_modules(proto.graph, rewritten.graph)
+    return rewritten, results
 
 
 def _run(name: str, graph: gs.Graph, cost: Cost, model: ir.Model | None = None) -> int:

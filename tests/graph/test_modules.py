@@ -1,0 +1,72 @@
+"""Nodes are named by the PyTorch module that they came from, also those that passes made."""
+
+import onnx
+import pytest
+from onnx import helper as h
+
+from meta_deploy.graph.modules import inherit_modules, module_of, name_by_module
+from tests.tiny_models import exported
+
+
+def graph(*nodes):
+    made = [h.make_node(op, inputs, outputs, name=name) for op, inputs, outputs, name in nodes]
+    return h.make_graph(made, "g", [], [])
+
+
+@pytest.mark.parametrize(
+    ("scopes", "name"),
+    [
+        ("['', 'backbone', 'backbone.attn', 'matmul_3']", "backbone.attn/n"),
+        ("['', 'matmul_3']", "n"),
+        ("['matmul_3']", "n"),
+        ("[", "n"),
+        ("7", "n"),
+        (None, "n"),
+    ],
+)
+def test_the_exporter_tells_the_module(scopes, name):
+    node = h.make_node("MatMul", ["a", "b"], ["c"], name="n")
+    if scopes is not None:
+        node.metadata_props.add(key="pkg.torch.onnx.name_scopes", value=scopes)
+    name_by_module([node])
+    assert node.name == name
+
+
+def test_the_module_is_the_first_part_of_a_name():
+    assert module_of("a.b/Conv_1/MatMulAddFusion") == "a.b"
+    assert module_of("Conv_1") == module_of("/a/b/Conv") == ""
+
+
+def test_new_nodes_inherit_from_what_they_replace():
+    before = graph(
+        ("Sub", ["x"], ["s"], "a.norm/sub"), ("Mul", ["s"], ["y"], "b/mul"), ("Relu", ["y"], ["z"], "r")
+    )
+    after = graph(
+        ("Sub", ["x"], ["s"], "a.norm/sub"),  # is as it was
+        ("LayerNormalization", ["x"], ["y"], "y/norm"),  # makes what b/mul made
+        ("Transpose", ["y"], ["s/move"], "s/move"),  # named after what a.norm/sub made
+        ("Add", ["s/move", "x"], ["new"], "sum"),  # of what comes from a.norm
+        ("Relu", ["y"], ["z"], "r"),  # had no module, and has none
+        ("Neg", ["x"], ["n"], "n"),
+    )
+    inherit_modules(before, after)
+    names = ["a.norm/sub", "b/y.norm", "a.norm/s.move", "a.norm/sum", "r", "n"]
+    assert [node.name for node in after.node] == names
+
+
+def test_foreign_graphs_keep_their_names():
+    before = graph(("Relu", ["x"], ["y"], "/a/Relu"))
+    after = onnx.GraphProto()
+    after.CopyFrom(graph(("Neg", ["x"], ["y"], "y")))
+    inherit_modules(before, after)
+    assert after.node[0].name == "y"
+
+
+def test_nodes_of_an_export_name_modules_of_the_model_through_all_passes():
+    made = exported("segmenter")
+    modules = {name for name, _ in made.model.named_modules()}
+    found = [module_of(node.name) for node in made.graph.graph.node]
+    assert set(filter(None, found)) <= modules
+    assert sum(map(bool, found)) > 0.9 * len(found)
+    attentions = {module_of(node.name) for node in made.graph.graph.node if "Attention" in node.op_type}
+    assert "backbone.vit.blocks.0.attn" in attentions
