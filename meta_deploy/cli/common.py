@@ -149,16 +149,22 @@ def path(text: str) -> str:
 
 def positive_int(text: str) -> int:
     """An option's value as a whole number from 1 to 2147483647."""
-    # int() also takes other scripts' digits, spaces and 1_0.
-    value = int(text) if re.fullmatch("[0-9]{1,10}", text) else 0
-    if not 1 <= value <= MAX_INT:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1, up to {MAX_INT}")
-    return value
+    return _at_least(1, text)
 
 
 def whole_number(text: str) -> int:
     """An option's value as a whole number from 0 to 2147483647."""
-    return 0 if re.fullmatch("0{1,10}", text) else positive_int(text)
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    # int() also takes other scripts' digits, spaces and 1_0.
+    value = int(text) if re.fullmatch("[0-9]{1,10}", text) else -1
+    if not least <= value <= MAX_INT:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not a whole number of at least {least}, up to {MAX_INT}"
+        )
+    return value
 
 
 def thread_count(text: str) -> int:
