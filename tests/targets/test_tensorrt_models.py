@@ -82,19 +82,18 @@ def test_a_model_builds_whole_and_its_attention_is_fused(name, precision):
         assert section.activation_mb <= 1.1 * ACTIVATION_MB[name]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+# Precisions are told apart above; how sizes that are open change an engine does not hang on them.
+
+
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_model_builds_for_any_batch(name, precision):
-    section, attention = engine(name, precision, "batch")
-    assert attention == 4 + 8
-    assert section.fused_attention == (0 if precision == "fp32" else attention)
-    known, _ = engine(name, precision, "shallow")
+def test_a_model_builds_for_any_batch(name):
+    section, attention = engine(name, "fp16", "batch")
+    assert attention == section.fused_attention == 4 + 8
+    known, _ = engine(name, "fp16", "shallow")
     assert section.layers <= 1.1 * known.layers
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_model_builds_for_any_batch_and_size(name, precision):
-    section, attention = engine(name, precision, "batch and size")
-    assert attention == 4 + 16  # the directions of stripes are not stacked here
-    assert section.fused_attention == (0 if precision == "fp32" else attention)
+def test_a_model_builds_for_any_batch_and_size(name):
+    section, attention = engine(name, "fp16", "batch and size")
+    assert attention == section.fused_attention == 4 + 16  # the directions of stripes are not stacked here
