@@ -75,6 +75,11 @@ def test_a_dynamic_batch_gives_each_image_what_it_gets_alone():
     assert_same({k: np.concatenate([one[k] for one in alone]) for k in together}, together)
 
 
+@pytest.mark.slow
+def test_a_backbone_with_every_setting_changed_agrees():
+    agree(exported("segmenter", **CHANGED), pictures(1))
+
+
 SIZES = [(96, 128), (32, 32), (32, 128), (128, 64), (96, 96), (128, 128), (64, 96)]
 
 
@@ -87,11 +92,6 @@ def test_a_dynamic_size_agrees_at_every_size(size):
     """
     bundle = exported("detector", size=(128, 64), dynamic_size=True, window=5, stripe_width=4)
     agree(bundle, pictures(1, size))
-
-
-@pytest.mark.slow
-def test_a_backbone_with_every_setting_changed_agrees():
-    agree(exported("segmenter", **CHANGED), pictures(1))
 
 
 @pytest.mark.slow

@@ -52,9 +52,6 @@ def unharmed(proto, feeds, passes=TARGETS["onnxruntime"].passes, tolerance=1e-5)
 
 # In another order than export/test_trace.py, whose worker makes the same ones at the same time.
 KINDS = {
-    "segmenter, any size": {"kind": "segmenter", "dynamic_size": True},
-    "segmenter, changed": {"kind": "segmenter", **CHANGED},
-    "segmenter, every norm its own": {"kind": "segmenter", "shared_norm": False},
     "detector, any size": {
         "kind": "detector",
         "size": (128, 64),  # as in export/test_trace.py: traced once
@@ -62,6 +59,9 @@ KINDS = {
         "window": 5,
         "stripe_width": 4,
     },
+    "segmenter, any size": {"kind": "segmenter", "dynamic_size": True},
+    "segmenter, changed": {"kind": "segmenter", **CHANGED},
+    "segmenter, every norm its own": {"kind": "segmenter", "shared_norm": False},
     "segmenter, two images": {"kind": "segmenter", "batch": 2},
     "segmenter": {"kind": "segmenter"},
     "detector, any batch": {"kind": "detector", "dynamic_batch": (1, 2, 4)},

@@ -82,18 +82,16 @@ def test_a_model_builds_whole_and_its_attention_is_fused(name, precision):
         assert section.activation_mb <= 1.1 * ACTIVATION_MB[name]
 
 
-# Precisions are told apart above; how sizes that are open change an engine does not hang on them.
+# How sizes that are open change an engine hangs neither on the precision nor, for the backbone, on the head.
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_a_model_builds_for_any_batch(name):
-    section, attention = engine(name, "fp16", "batch")
+def test_a_segmenter_builds_for_any_batch():
+    section, attention = engine("meta-t-upernet", "fp16", "batch")
     assert attention == section.fused_attention == 4 + 8
-    known, _ = engine(name, "fp16", "shallow")
+    known, _ = engine("meta-t-upernet", "fp16", "shallow")
     assert section.layers <= 1.1 * known.layers
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_a_model_builds_for_any_batch_and_size(name):
-    section, attention = engine(name, "fp16", "batch and size")
+def test_a_detector_builds_for_any_batch_and_size():
+    section, attention = engine("meta-t-mask-rcnn", "fp16", "batch and size")
     assert attention == section.fused_attention == 4 + 16  # the directions of stripes are not stacked here
