@@ -104,13 +104,17 @@ class Exam:
     """
 
     def __init__(
-        self, checkpoint: str, size: Sequence[int], photos: Sequence[str], reference: Path | None = None
+        self,
+        checkpoint: str,
+        size: Sequence[int] | None,
+        photos: Sequence[str],
+        reference: Path | None = None,
     ) -> None:
-        """`reference`: where its answers are kept for the next process, if anywhere."""
+        """`size`: of the input, if not the checkpoint's; `reference`: where answers are kept, if anywhere."""
         loaded = load_model(checkpoint)
         self.model, self.config = loaded.model, loaded.config
         self.classes = tuple(loaded.class_names)
-        spec = input_spec(size, Options())
+        spec = input_spec(size or loaded.config.input_size, Options())
         rules = preprocess_rules(loaded.config, spec)
         preprocessor = Preprocessor(spec, rules)
         self.task = get_task(self.config.task)

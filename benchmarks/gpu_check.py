@@ -2,10 +2,10 @@
 
     python benchmarks/gpu_check.py [--case CASE ...] [--batch N ...] [--precision P ...] [--backend NAME ...]
 
-CASE is a Mask R-CNN and a size, MODEL@SIDE or MODEL@HxW. Bundles are exported first. Detections on photos are
-compared with PyTorch's in float32 on the CPU; then the models are timed from array to array, interleaved.
-Without a GPU, the CPU back ends are checked. A back end that cannot run gets a row with the reason. Exit code
-1 if a back end's results are wrong.
+CASE is a Mask R-CNN and a size, MODEL@SIDE or MODEL@HxW, or a Mask R-CNN's .pth file. Bundles are exported
+first. Detections on photos are compared with PyTorch's in float32 on the CPU; then the models are timed from
+array to array, interleaved. Without a GPU, the CPU back ends are checked. A back end that cannot run gets a
+row with the reason. Exit code 1 if a back end's results are wrong.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from benchmarks import common
 from benchmarks.common import Case, checkpoint, machine, parser, photo_folder, photos, ratio, save, table
 from benchmarks.gpu_backends import KINDS
 from meta_deploy.graph.precision import PRECISIONS
+from meta_deploy.models.checkpoint.load import load_model
+from meta_deploy.models.heads.mask_rcnn import MaskRCNNConfig
 from meta_deploy.targets import TARGETS
 from meta_deploy.targets.tensorrt.build import available
 
@@ -60,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpu = find_gpu()
     torch_gpu = torch.cuda.is_available()
     args = _parser(gpu).parse_args(argv)
-    if wrong := [case for case in args.case if case.dynamic or not case.model.endswith("-mask-rcnn")]:
+    if wrong := [case for case in args.case if not is_mask_rcnn(case)]:
         sys.exit(f"'{wrong[0]}' is not MODEL@SIZE of a Mask R-CNN; this script compares boxes and masks")
     contenders, notes = choose(args.backend, args.precision, gpu is not None, torch_gpu)
     for note in notes:
@@ -101,6 +103,13 @@ def _parser(gpu: dict[str, Any] | None) -> Any:
     )
     p.add_argument("--reuse", action="store_true", help="take the bundles of an earlier run that are there")
     return p
+
+
+def is_mask_rcnn(case: Case) -> bool:
+    """Whether a case is one that can be checked: a Mask R-CNN at one size."""
+    if case.size is None:
+        return isinstance(load_model(checkpoint(case)).config, MaskRCNNConfig)
+    return not case.dynamic and case.model.endswith("-mask-rcnn")
 
 
 def find_gpu() -> dict[str, Any] | None:
@@ -210,7 +219,7 @@ def export(case: Case, target: str, precision: str, batch: int, args: Any) -> Pa
     """Export one bundle; its path, or the reason why there is none. It is compared later, not here."""
     if target.startswith("tensorrt") and not available(target):
         return f"{TARGETS[target].title} is not installed; pip install -e '.[{target}]'"
-    out = common.WORK / "gpu_check" / f"{case}-{target}-{precision}-batch-{batch}"
+    out = common.WORK / "gpu_check" / f"{slug(str(case))}-{target}-{precision}-batch-{batch}"
     if args.reuse and (out / "manifest.json").exists():
         return out
     print(f"exporting {out.name}", file=sys.stderr)

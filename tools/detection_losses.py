@@ -27,10 +27,6 @@ class Truth:
     labels: Tensor
     masks: Tensor
 
-    def to(self, device: torch.device) -> Truth:
-        """The same on a device."""
-        return Truth(self.boxes.to(device), self.labels.to(device), self.masks.to(device))
-
 
 @dataclass(frozen=True)
 class LossSettings:
@@ -72,8 +68,10 @@ def assign(overlaps: Tensor, positive: float, negative: float, low_quality: floa
     assigned = torch.where(best >= positive, index, assigned)
     if low_quality is not None:
         best_of_object = overlaps.max(dim=1, keepdim=True).values
-        for k, row in enumerate((overlaps == best_of_object) & (best_of_object >= low_quality)):
-            assigned[row] = k  # a later object wins over an earlier one
+        best = (overlaps == best_of_object) & (best_of_object >= low_quality)
+        number = torch.arange(1, objects + 1, dtype=torch.int32, device=overlaps.device)
+        last = (best * number[:, None]).amax(dim=0) - 1  # a later object wins over an earlier one
+        assigned = torch.where(last >= 0, last, assigned)
     return assigned
 
 
@@ -222,9 +220,13 @@ def pool_by_image(
 ) -> Tensor:
     """Pool the RoIs of each image from that image's maps: (P, 4) per image -> (sum of P, C, S, S).
 
-    The batch is split once with `unbind`. Indexing it image by image would make a gradient of the whole
-    batch's size each time.
+    On a CPU the batch is split once with `unbind`. Indexing it image by image would make a gradient of the
+    whole batch's size each time.
     """
+    if features[0].is_cuda:
+        counts = torch.tensor([len(rois) for rois in boxes], device=features[0].device)
+        images = torch.arange(len(boxes), device=features[0].device)
+        return pool(features, torch.cat(boxes), images.repeat_interleave(counts))
     by_image = zip(*(feature.unbind(0) for feature in features[:4]), strict=True)
     return torch.cat(
         [

@@ -55,7 +55,26 @@ class Batches(torch.utils.data.Dataset):
         if self.segmentation:
             categories = len(self.source.classes)
             return torch.from_numpy(np.stack([class_target(s.masks, s.labels, categories) for s in samples]))
-        return [tuple(torch.from_numpy(x) for x in (s.boxes, s.labels, s.masks)) for s in samples]
+        return pack(samples)
+
+
+def pack(samples: list[Sample]) -> dict[str, Tensor]:
+    """The objects of all samples in few small tensors, as they travel between processes and devices."""
+    return {
+        "counts": torch.tensor([len(s.boxes) for s in samples]),
+        "boxes": torch.from_numpy(np.concatenate([s.boxes for s in samples])),
+        "labels": torch.from_numpy(np.concatenate([s.labels for s in samples])),
+        "masks": torch.from_numpy(np.concatenate([np.packbits(s.masks, axis=-1) for s in samples])),
+    }
+
+
+def unpack(packed: dict[str, Tensor], width: int, device: torch.device) -> list[Truth]:
+    """`pack` undone, on a device; `width` is that of the masks in pixels."""
+    counts = packed["counts"].tolist()
+    boxes, labels, bits = (packed[k].to(device, non_blocking=True) for k in ("boxes", "labels", "masks"))
+    place = torch.arange(7, -1, -1, dtype=torch.uint8, device=device)
+    masks = (bits[..., None] >> place & 1).flatten(-2)[..., :width]
+    return [Truth(*parts) for parts in zip(*(x.split(counts) for x in (boxes, labels, masks)), strict=True)]
 
 
 def quiet_worker(_: int) -> None:
@@ -76,11 +95,11 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
 def update_ema(ema: dict[str, Tensor], model: torch.nn.Module, step: int) -> None:
     """Update the average of every float tensor of the state, including batch-norm statistics."""
     decay = min(EMA_DECAY, (1 + step) / (10 + step))
-    for name, value in model.state_dict().items():
-        if value.is_floating_point():
-            ema[name].lerp_(value, 1 - decay)
-        else:
-            ema[name].copy_(value)
+    state = model.state_dict()
+    floats = [name for name, value in state.items() if value.is_floating_point()]
+    torch._foreach_lerp_([ema[name] for name in floats], [state[name] for name in floats], 1 - decay)
+    for name in state.keys() - set(floats):
+        ema[name].copy_(state[name])
 
 
 def start_from(model: torch.nn.Module, checkpoint: Path) -> None:
@@ -148,7 +167,7 @@ class Training:
         """The losses of a batch of normalized images."""
         if self.segmentation:
             return segmentation_losses(self.model, images, targets.to(self.device))
-        truths = [Truth(*tensors).to(self.device) for tensors in targets]
+        truths = unpack(targets, images.shape[-1], self.device)
         settings = LossSettings(
             proposals_pre_nms=self.args.proposals,
             proposals=self.args.proposals,
@@ -161,7 +180,7 @@ class Training:
     def train_step(self, images: Tensor, targets: Any) -> dict[str, float]:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        pixels = normalize(images.to(self.device), self.config)
+        pixels = normalize(images.to(self.device, non_blocking=True), self.config)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
             losses = self.losses(pixels, targets)
         total = sum(losses.values())
@@ -211,6 +230,7 @@ class Training:
                 num_workers=self.args.workers,
                 worker_init_fn=quiet_worker,
                 prefetch_factor=4 if self.args.workers else None,
+                pin_memory=self.device.type == "cuda",
             )
         )
 

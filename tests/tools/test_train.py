@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import torch
 
 from meta_deploy.models.checkpoint.load import load_model
-from tools.train import Training, freeze_batch_norm, parse, train
+from tools.train import Training, freeze_batch_norm, pack, parse, train, unpack
+from tools.training_data import Sample, Scenes
 
 SMALL = ["meta-nano-upernet", "--sizes", "64", "--batch", "2", "--workers", "0", "--no-bf16"]
 
@@ -40,6 +42,18 @@ def test_a_resumed_training_is_the_uninterrupted_one_and_can_be_loaded(tmp_path,
     lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 4
     assert set(lines[-1]["validation"]) >= {"IoU background", "IoU boundary"}
+
+
+def test_objects_arrive_as_they_were_sent():
+    samples = [Scenes().sample(k, 52) for k in range(3)]  # 52 is no multiple of 8
+    nothing = Sample(
+        samples[0].image, *(x[:0] for x in (samples[0].boxes, samples[0].labels, samples[0].masks))
+    )
+    for sample, truth in zip(
+        [*samples, nothing], unpack(pack([*samples, nothing]), 52, torch.device("cpu")), strict=True
+    ):
+        for name in ("boxes", "labels", "masks"):
+            np.testing.assert_array_equal(getattr(truth, name).numpy(), getattr(sample, name))
 
 
 def test_frozen_batch_norm_has_the_averages_and_keeps_them():

@@ -131,6 +131,28 @@ def nms(
     return kept
 
 
+@nms.register_kernel("cuda")
+def nms_in_parallel(
+    boxes: Tensor, scores: Tensor, iou_threshold: float, score_threshold: float, max_output: int
+) -> Tensor:
+    """`nms` without a loop over boxes: what a GPU is fast at.
+
+    A box is kept if no kept better box overlaps it. Applied to all boxes at once until nothing changes, the
+    rule ends at the greedy choice: after step n it holds for the first n boxes.
+    """
+    most = int((scores > score_threshold).sum(dim=1).max()) if scores.numel() else 0
+    order = scores.argsort(dim=1, descending=True, stable=True)[:, :most]
+    boxes, best_first = take(boxes, order), scores.gather(1, order)
+    candidate = best_first > score_threshold
+    overlap = (box_iou(boxes, boxes) > iou_threshold).triu_(1)  # (B, better, worse)
+    kept, before = candidate, torch.zeros_like(candidate)
+    while not torch.equal(kept, before):
+        before = kept
+        kept = candidate & ~(overlap & before[:, :, None]).any(dim=1)
+    kept = kept & (kept.cumsum(dim=1) <= max_output)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, kept)
+
+
 @nms.register_fake
 def _(boxes, scores, iou_threshold, score_threshold, max_output):
     return torch.empty_like(scores, dtype=torch.bool)

@@ -5,8 +5,10 @@ While a program is being exported it is one opaque operator, so that the exporte
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 _FINEST_SCALE = 56.0  # sqrt(area) in pixels below which a RoI belongs to the first level
+_PIECE = 2**26  # pixels, of all bins together, that are gathered at once on a GPU
 
 
 def pyramid_level(rois: Tensor, levels: int) -> Tensor:
@@ -89,6 +91,75 @@ def _pyramid_roi_align(
     return torch.cat(pooled)[torch.cat(order).argsort()]
 
 
+def sampled_pixels(
+    start: Tensor, length: Tensor, bins: int, samples: int, size: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The pixels of one axis that each bin of that axis reads, and their weights; see `sampling_weights`.
+
+    Args:
+        start, length: (R,) of the RoI on this axis, in feature pixels, the centre of pixel 0 at 0.
+        bins: number of output bins.
+        samples: of a bin, at least as many as any RoI has.
+        size: (R,) pixels of the RoI's map on this axis.
+
+    Returns:
+        Pixels (R, bins, 2 * samples) int64, and weights of the same shape.
+    """
+    start, length, size = (value[:, None, None] for value in (start, length, size))
+    counts = torch.ceil(length / bins)
+    i = torch.arange(samples, device=start.device)
+    bin_index = torch.arange(bins, device=start.device)[:, None]
+    at = start + (bin_index + (i + 0.5) / counts.clamp(min=1)) * (length / bins)  # (R, bins, samples)
+    used = (i < counts) & (at >= -1.0) & (at <= size)
+    at = torch.minimum(at.clamp(min=0), size - 1.0)
+    low = at.floor()
+    part = at - low
+    pixels = torch.cat([low, torch.minimum(low + 1, size - 1.0)], dim=-1).long()
+    return pixels, torch.cat([1 - part, part], dim=-1) * used.repeat(1, 1, 2) / counts.clamp(min=1)
+
+
+def gathered_roi_align(
+    features: list[Tensor], rois: Tensor, batch_index: Tensor, strides: list[int], output_size: int
+) -> Tensor:
+    """`pyramid_roi_align` of all images and levels at once, which is what a GPU is fast at.
+
+    A bin is a weighted sum of some pixels of the pyramid, which is one table of pixels.
+    """
+    level = pyramid_level(rois, len(features))
+    table = torch.cat([feature.permute(0, 2, 3, 1).flatten(0, 2) for feature in features])
+    shapes = torch.tensor([(f.shape[0], *f.shape[2:]) for f in features], device=rois.device)
+    pixels = shapes.prod(dim=1)
+    height, width = shapes[level, 1], shapes[level, 2]
+    first = (pixels.cumsum(0) - pixels)[level] + batch_index * height * width  # pixel of the RoI's map
+    x1, y1, x2, y2 = (rois / rois.new_tensor(strides)[level][:, None] - 0.5).unbind(1)
+    counts = torch.ceil(torch.maximum(x2 - x1, y2 - y1) / output_size).clamp(min=1)
+    order, pooled = [], []
+    # RoIs that need about equally many samples go together, in pieces that fit into memory.
+    for power in range(int(counts.max().log2().ceil()) + 1 if len(rois) else 0):
+        samples = 2**power
+        alike = ((counts <= samples) & (counts > samples // 2)).nonzero()[:, 0]
+        for r in alike.split(max(1, _PIECE // (2 * samples * output_size) ** 2)):
+            rows, by_row = sampled_pixels(y1[r], (y2 - y1)[r], output_size, samples, height[r])
+            columns, by_column = sampled_pixels(x1[r], (x2 - x1)[r], output_size, samples, width[r])
+            lines = first[r, None, None] + rows * width[r, None, None]
+            # (R, P, 1, 2 * samples, 1) and (R, 1, P, 1, 2 * samples)
+            index = lines[:, :, None, :, None] + columns[:, None, :, None, :]
+            weights = by_row[:, :, None, :, None] * by_column[:, None, :, None, :]
+            order.append(r)
+            pooled.append(
+                F.embedding_bag(
+                    index.flatten(3).flatten(0, 2),
+                    table,
+                    per_sample_weights=weights.flatten(3).flatten(0, 2).to(table.dtype),
+                    mode="sum",
+                )
+            )
+    if not pooled:
+        return features[0].new_zeros(0, features[0].shape[1], output_size, output_size)
+    bins = torch.cat(pooled).reshape(len(rois), output_size, output_size, -1)
+    return bins.permute(0, 3, 1, 2)[torch.cat(order).argsort()]
+
+
 @torch.library.custom_op("meta_deploy::pyramid_roi_align", mutates_args=())
 def _exported(
     features: list[Tensor], rois: Tensor, batch_index: Tensor, strides: list[int], output_size: int
@@ -116,5 +187,7 @@ def pyramid_roi_align(
     Returns:
         (R, C, P, P).
     """
-    align = _exported if torch.compiler.is_exporting() else _pyramid_roi_align
+    if torch.compiler.is_exporting():
+        return _exported(features, rois, batch_index, strides, output_size)
+    align = gathered_roi_align if rois.is_cuda else _pyramid_roi_align
     return align(features, rois, batch_index, strides, output_size)

@@ -19,6 +19,7 @@ from meta_deploy.models.ops.boxes import (
     encode_boxes,
     has_area,
     nms,
+    nms_in_parallel,
     select_top,
     separate,
     take,
@@ -256,6 +257,19 @@ def test_nms_is_the_greedy_loop_and_onnx_runtimes(kind, tied, seed):
                 expected[ref.greedy_nms(boxes.astype(np.float64), scores, *args)] = True
                 np.testing.assert_array_equal(run_nms(boxes[None], scores[None], *args)[0], expected)
                 np.testing.assert_array_equal(onnx_nms(boxes[None], scores[None], *args)[0], expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_gpus_nms_is_the_cpus(kind, tied):
+    rng = np.random.default_rng(5)
+    boxes = torch.from_numpy(np.stack([boxes_of(kind, 90, rng) for _ in range(3)]))
+    scores = torch.from_numpy(np.stack([scores_of(90, rng, tied) for _ in range(3)]))
+    scores[2] = 0
+    for args in ((0.3, 0.0, 1000), (0.5, 0.4, 7), (0.7, 0.0, 33), (0.5, 2.0, 9)):
+        assert torch.equal(nms_in_parallel(boxes, scores, *args), nms(boxes, scores, *args))
+    none = torch.zeros(2, 0)
+    assert nms_in_parallel(torch.zeros(2, 0, 4), none, 0.5, 0.0, 9).shape == none.shape
 
 
 @pytest.mark.parametrize("head", [1, 2, 5, 1000])

@@ -9,7 +9,7 @@ import torch
 from onnx import TensorProto, helper
 
 from meta_deploy.models.ops import roi_align as module
-from meta_deploy.models.ops.roi_align import pyramid_level, pyramid_roi_align, roi_align
+from meta_deploy.models.ops.roi_align import gathered_roi_align, pyramid_level, pyramid_roi_align, roi_align
 from tests.models import references as ref
 
 STRIDES = [4, 8, 16, 32]
@@ -170,6 +170,37 @@ def test_the_exported_operator_computes_the_same():
     got = module._exported(features, rois, index, STRIDES, 7)
     assert torch.equal(got, pyramid_roi_align(features, rois, index, STRIDES, 7))
     torch.library.opcheck(module._exported, (features, rois, index, STRIDES, 7))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bins", [7, 14])
+@pytest.mark.parametrize("piece", [1, 2**26])
+def test_the_gpus_form_computes_the_same_and_so_do_its_gradients(kind, bins, piece, monkeypatch):
+    monkeypatch.setattr(module, "_PIECE", piece)
+    rng = np.random.default_rng(2)
+    rois = torch.from_numpy(
+        np.concatenate([rois_of(kind, 200, 260, rng), rois_of(kind, 40, 50, rng)])
+    ).double()
+    index = torch.arange(len(rois)) % 2
+    features = [
+        torch.randn(2, 3, 192 // s, 256 // s, dtype=torch.float64, requires_grad=True) for s in STRIDES
+    ]
+    want = pyramid_roi_align(features, rois, index, STRIDES, bins)
+    got = gathered_roi_align(features, rois, index, STRIDES, bins)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+    direction = torch.randn_like(want)
+    for a, b in zip(
+        torch.autograd.grad(got, features, direction),
+        torch.autograd.grad(want, features, direction, allow_unused=True, materialize_grads=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_the_gpus_form_of_no_rois_is_empty():
+    features = [torch.ones(2, 3, 64 // s, 64 // s) for s in STRIDES]
+    none = torch.zeros(0, dtype=torch.int64)
+    assert gathered_roi_align(features, torch.zeros(0, 4), none, STRIDES, 7).shape == (0, 3, 7, 7)
 
 
 # --- gradients ---
