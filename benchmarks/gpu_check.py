@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,10 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     here = {**machine(), **({"gpu": gpu} if gpu else {})}
     cases: dict[str, Any] = {}
     for case in args.case:
-        cases[str(case)] = records = check(case, contenders, args)
-        print(f"{case}\n\n{table(rows(records, args.batch))}\n", flush=True)
         settings = {name: getattr(args, name) for name in ("batch", "runs", "count")}
-        save(args.json, machine=here, settings=settings, notes=notes, cases=cases)
+        for records in check(case, contenders, args):  # what was found stays if time runs out
+            cases[str(case)] = records
+            save(args.json, machine=here, settings=settings, notes=notes, cases=cases)
+        print(f"{case}\n\n{table(rows(records, args.batch))}\n", flush=True)
     return exit_code(cases)
 
 
@@ -150,8 +151,8 @@ def choose(
     return chosen, notes
 
 
-def check(case: Case, contenders: Sequence[Contender], args: Any) -> dict[str, dict[int, Record]]:
-    """Check one model: a record for each contender and batch size."""
+def check(case: Case, contenders: Sequence[Contender], args: Any) -> Iterator[dict[str, dict[int, Record]]]:
+    """Check one model: after each group the records so far, for each contender and batch size."""
     pictures = photos(args.photos, args.count)
     records: dict[str, dict[int, Record]] = {str(contender): {} for contender in contenders}
     bundles = export_all(case, contenders, args)
@@ -172,7 +173,7 @@ def check(case: Case, contenders: Sequence[Contender], args: Any) -> dict[str, d
                 base = compare_times(found, base)
                 for name, record in found.items():
                     records[name][batch] = record
-    return records
+                yield records
 
 
 def groups(contenders: Sequence[Contender], torch_gpu: bool) -> list[list[Contender]]:
