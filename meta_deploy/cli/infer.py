@@ -123,6 +123,12 @@ def parser() -> Parser:
         "quarter of --tile)",
     )
     p.add_argument(
+        "--slide",
+        action="store_true",
+        help="for class maps, MMSegmentation's slide mode: resize images to just cover the model's input, "
+        "slide windows of that size over them by two thirds of a window, and average the logits",
+    )
+    p.add_argument(
         "--depth",
         type=bit_depth,
         metavar="BITS",
@@ -245,7 +251,9 @@ def _open(args: Namespace) -> Predictor:
     bundle, backend = args.model, args.backend
     if args.rebuild:
         bundle, backend = _rebuilt(locate(args.model), args.backend)
-    return Predictor(bundle, backend, threshold, args.threads, args.depth, args.tile, args.tile_overlap)
+    return Predictor(
+        bundle, backend, threshold, args.threads, args.depth, args.tile, args.tile_overlap, args.slide
+    )
 
 
 def _intro(args: Namespace, predictor: Predictor) -> str | None:
@@ -268,6 +276,7 @@ def _check(args: Namespace, sources: Sequence[Source], bundle: Bundle) -> None:
         (args.csv, "--csv"),
         (args.label_image, "--label-image"),
         (args.tile, "--tile"),
+        (args.slide, "--slide"),
     ):
         if raw and value:
             raise InputError(

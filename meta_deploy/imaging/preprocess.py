@@ -30,6 +30,19 @@ class Placement:
         return self.resized[1] / self.original[1], self.resized[0] / self.original[0]
 
 
+def resized(image: np.ndarray, size: Size) -> np.ndarray:
+    """An image (H, W, 3) uint8 at `size` (height, width), bilinear; itself where it has that."""
+    if image.shape[:2] == size:
+        return image
+    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
+
+
+def covering(size: Size, window: Size) -> Size:
+    """`size` (height, width) scaled so that it just covers a window: one side is the window's."""
+    scale = max(window[0] / size[0], window[1] / size[1])
+    return max(window[0], int(size[0] * scale + 0.5)), max(window[1], int(size[1] * scale + 0.5))
+
+
 class Preprocessor:
     """Makes a batch of images into one float32 array (B, 3, H, W), with their placements."""
 
@@ -82,8 +95,7 @@ class Preprocessor:
     def _fill(self, image: np.ndarray, placement: Placement, out: np.ndarray) -> None:
         """Write one image into its (3, H, W) part of the batch."""
         height, width = placement.resized
-        if placement.resized != image.shape[:2]:
-            image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+        image = resized(image, placement.resized)
         for channel, source in enumerate(self.order):
             plane = out[channel, :height, :width]
             np.subtract(image[:, :, source], self.mean[channel], out=plane, dtype=np.float32)

@@ -16,18 +16,18 @@ from time import perf_counter
 import numpy as np
 
 from meta_deploy.bundle.bundle import Bundle
-from meta_deploy.bundle.manifest import LEAST_TILE, MOST_TILE
+from meta_deploy.bundle.manifest import LEAST_TILE, MOST_TILE, Size
 from meta_deploy.bundle.shipped import locate
 from meta_deploy.errors import InputError
 from meta_deploy.imaging.depth import check_depth
 from meta_deploy.imaging.given import given_image
 from meta_deploy.imaging.images import ImageLike, ImageWarning, Picture, load
-from meta_deploy.imaging.preprocess import Preprocessor
+from meta_deploy.imaging.preprocess import Preprocessor, covering, resized
 from meta_deploy.targets import open_backend
 from meta_deploy.targets.target import Backend
 from meta_deploy.tasks import get_task
 from meta_deploy.tasks.results import Result, Timings
-from meta_deploy.tasks.tiles import tiles_of
+from meta_deploy.tasks.tiles import tiles_of, windows_of
 
 MAX_THREADS = 1024
 
@@ -48,6 +48,7 @@ class Predictor:
         depth: int | None = None,
         tile: int | None = None,
         tile_overlap: int | None = None,
+        slide: bool | int = False,
     ):
         """Open a bundle on a back end: a folder, or the name of one in the package (None: "nuclei").
 
@@ -63,11 +64,15 @@ class Predictor:
         what the bundle says. Neighbours share at least `tile_overlap` pixels (None: a quarter of the side).
         An object larger than that may be cut by every tile, and is then put together from its parts.
 
+        `slide` runs class maps as MMSegmentation's `slide` mode does: the image is resized to just cover the
+        model's input, and windows of the input's size slide over it by that many pixels (True: two thirds of
+        its shorter side), their logits averaged where they overlap. Then there are no tiles.
+
         Raises:
             BundleError: not a bundle, or one altered or too new.
             BackendError: the back end is not installed, or cannot run this bundle here.
-            InputError: a threshold, thread count, depth, tile or overlap out of range, or tiles for a bundle
-                whose results cannot be joined.
+            InputError: a threshold, thread count, depth, tile, overlap or step out of range, tiles for a
+                bundle whose results cannot be joined, or windows for one that gives no class maps.
         """
         if score_threshold is not None and not _is_number(score_threshold, 0, 1):
             raise InputError(f"score_threshold must be a number from 0 to 1, not {score_threshold!r}")
@@ -93,6 +98,11 @@ class Predictor:
             )
         if self.bundle.takes_images:
             self._preprocess = Preprocessor(self.bundle.input, self.bundle.preprocess)
+        self.slide = self._step(slide)
+        if self.slide is not None:
+            if tile:
+                raise InputError("an image is run in tiles or in sliding windows, not both; choose one")
+            self.tile, self.tile_overlap = None, 0
 
     @property
     def backend(self) -> str:
@@ -128,6 +138,8 @@ class Predictor:
             As for one image.
         """
         _ = self.bundle.input  # an error where the bundle takes arrays only
+        if self.slide is not None:
+            return load(image, self.depth, lambda height, width: covering((height, width), self._window))
         if self.tile is not None:
             return load(image, self.depth)
         return load(image, self.depth, lambda height, width: self._preprocess.place(height, width).resized)
@@ -141,9 +153,13 @@ class Predictor:
             As for one image.
         """
         images = [image if isinstance(image, Picture) else given_image(image) for image in images]
-        if self.tile is None:
+        results: Iterator[Result]
+        if (step := self.slide) is not None:
+            results = (self._in_windows(self._picture(image), step) for image in images)
+        elif self.tile is not None:
+            results = self._tiled(images, self.tile)
+        else:
             return self._as_wholes(images, self.score_threshold)
-        results = self._tiled(images, self.tile)
         return [replace(result, path=_path(image)) for image, result in zip(images, results, strict=True)]
 
     def _tiled(self, images: Sequence[ImageLike | Picture], side: int) -> Iterator[Result]:
@@ -165,6 +181,45 @@ class Predictor:
         took = Timings(post=1000 * (perf_counter() - began))
         timings = sum((result.timings for result in results), took)
         return replace(joined, timings=timings, depth=picture.depth)
+
+    @property
+    def _window(self) -> Size:
+        return self.bundle.input.size.opt
+
+    def _step(self, slide: bool | int) -> int | None:
+        """By how many pixels windows slide; None: there are none."""
+        if slide is False:
+            return None
+        if not self._task.slides:
+            raise InputError(
+                f"sliding windows are for class maps; bundle '{self.bundle.path}' is for {self.bundle.task}"
+            )
+        shorter = min(self._window)
+        if slide is True:
+            return shorter * 2 // 3
+        if not _is_number(slide, 1, shorter, numbers.Integral):
+            raise InputError(f"windows slide by 1 to {shorter} pixels, not {slide!r}")
+        return slide
+
+    def _in_windows(self, picture: Picture, step: int) -> Result:
+        began = perf_counter()
+        size = covering(picture.size, self._window)
+        windows = windows_of(size, self._window, step)
+        pixels = resized(picture.pixels, size)
+        timings, outputs = Timings(pre=1000 * (perf_counter() - began)), []
+        rest = iter(windows)
+        while group := list(islice(rest, self.bundle.input.batch.max)):
+            began = perf_counter()
+            batch, _ = self._preprocess([window.of(pixels) for window in group])
+            prepared = perf_counter()
+            arrays = self.run({self.bundle.input.name: self._padded(batch)})
+            done = perf_counter()
+            outputs += [{name: array[i] for name, array in arrays.items()} for i in range(len(group))]
+            timings += Timings(pre=1000 * (prepared - began), model=1000 * (done - prepared))
+        began = perf_counter()
+        result = self._task.average(self.bundle, picture.size, size, windows, outputs)
+        timings += Timings(post=1000 * (perf_counter() - began))
+        return replace(result, timings=timings, depth=picture.depth)
 
     def _as_wholes(self, images: Iterable[ImageLike | Picture], threshold: float) -> list[Result]:
         results: list[Result] = []

@@ -5,7 +5,7 @@ Knows arrays; must not know files, back ends or how a result is drawn.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -100,6 +100,7 @@ class SemanticSegmentation(Task):
     """A class for every pixel."""
 
     name = "semantic-segmentation"
+    slides = True
     outputs: ClassVar[Mapping[str, Output]] = {
         "logits": Output("float32", ("batch", "classes", "rows", "columns"))
     }
@@ -122,6 +123,20 @@ class SemanticSegmentation(Task):
         labels = join_maps(size, tiles, [result.labels for result in results])
         return Segmentation(labels, results[0].classes)
 
+    def average(
+        self,
+        bundle: Bundle,
+        size: Size,
+        resized: Size,
+        windows: Sequence[Tile],
+        outputs: Sequence[Mapping[str, np.ndarray]],
+    ) -> Segmentation:
+        logits = [output["logits"] for output in outputs]
+        for values in logits:
+            check_classes(bundle, len(values))
+            check_finite(bundle, values)
+        return Segmentation(averaged_class_map(logits, windows, resized, size), bundle.classes)
+
     def comparison(self, tolerance: Mapping[str, float], score_threshold: float = 0.0) -> Comparison:
         return SegmentationComparison(tolerance)
 
@@ -130,19 +145,50 @@ def class_map(logits: np.ndarray, placement: Placement, padded: Size) -> np.ndar
     """Logits (classes, h, w) of one image to its class map, int16 (H, W) in original pixels.
 
     As MMSegmentation: bilinear to the padded input, the valid part cut out, bilinear to the original size,
-    argmax (the first of equals). Class by class, so that memory does not grow with their number, and a large
-    image band by band.
+    argmax (the first of equals).
     """
-    height, width = placement.original
-    rows = BAND if is_large(placement.original) else height
+    height, width = placement.resized
+    return _best(
+        lambda label: _resize(logits[label], padded)[:height, :width], len(logits), placement.original
+    )
+
+
+def averaged_class_map(
+    logits: Sequence[np.ndarray], windows: Sequence[Tile], resized: Size, original: Size
+) -> np.ndarray:
+    """Logits (classes, h, w) of windows of a resized image to its class map, int16 (H, W) in original pixels.
+
+    As MMSegmentation's `slide` mode: each window's logits, bilinear to its size, are averaged where windows
+    overlap; the average is resized to the original size, bilinear; argmax.
+    """
+    counts = np.zeros(resized, np.float32)
+    for window in windows:
+        window.of(counts)[:] += 1
+
+    def average(label: int) -> np.ndarray:
+        total = np.zeros(resized, np.float32)
+        for window, values in zip(windows, logits, strict=True):
+            part = window.of(total)
+            part += _resize(values[label], part.shape)
+        return total / counts
+
+    return _best(average, len(logits[0]), original)
+
+
+def _best(plane: Callable[[int], np.ndarray], classes: int, size: Size) -> np.ndarray:
+    """The class whose plane, resized to `size`, has the greatest value at each pixel: int16.
+
+    Class by class, so that memory does not grow with their number, and a large image band by band.
+    """
+    height, width = size
+    rows = BAND if is_large(size) else height
     labels = np.zeros((height, width), np.int16)
     best = np.empty((rows, width), np.float32)
     for top in range(0, height, rows):
         band = labels[top : top + rows]
         best[:] = -np.inf
-        for label, plane in enumerate(logits):
-            valid = _resize(plane, padded)[: placement.resized[0], : placement.resized[1]]
-            scores = _resize_rows(valid, (height, width), top, len(band))
+        for label in range(classes):
+            scores = _resize_rows(plane(label), size, top, len(band))
             better = scores > best[: len(band)]
             np.copyto(best[: len(band)], scores, where=better)
             np.copyto(band, np.int16(label), where=better)

@@ -33,11 +33,13 @@ class Task(ABC):
     Attributes:
         name: as the manifest calls it.
         joins: whether results of an image's tiles can be joined.
+        slides: whether outputs of sliding windows can be averaged.
         outputs: what the graph gives, by name. Empty for `raw`, whose manifests list their own.
     """
 
     name: ClassVar[str]
     joins: ClassVar[bool] = True
+    slides: ClassVar[bool] = False
     outputs: ClassVar[Mapping[str, Output]]
 
     @abstractmethod
@@ -66,6 +68,28 @@ class Task(ABC):
 
     def join(self, size: Size, tiles: Sequence[Tile], results: Sequence[Any]) -> Result:
         """One result of an image of `size` from those of its tiles, where the task `joins`."""
+        raise NotImplementedError(self.name)
+
+    def average(
+        self,
+        bundle: Bundle,
+        size: Size,
+        resized: Size,
+        windows: Sequence[Tile],
+        outputs: Sequence[Mapping[str, np.ndarray]],
+    ) -> Result:
+        """The result of an image of `size` whose windows were run, where the task `slides`.
+
+        Args:
+            bundle: whose graph it was.
+            size: of the image, (height, width).
+            resized: of the image that the windows are in.
+            windows: each of the input's size.
+            outputs: of each window, by name.
+
+        Raises:
+            As `decode`.
+        """
         raise NotImplementedError(self.name)
 
     @abstractmethod

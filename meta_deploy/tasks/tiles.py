@@ -17,6 +17,7 @@ from meta_deploy.errors import InputError
 from meta_deploy.tasks.masks import Mask
 
 MOST_TILES = 10_000
+MOST_WINDOWS = 256  # that slide over one image; the outputs of all are kept
 SAME = 0.5  # overlap, within what two tiles both see, from which two detections are one object
 COVERED = 0.8  # of a cut detection, from which it is a part of a whole one of another class
 AT_BORDER = 2.0  # pixels within which a box that ends at a tile's border counts as cut by it
@@ -62,6 +63,26 @@ def tiles_of(size: Size, side: int, overlap: int) -> list[Tile]:
             f"than {MOST_TILES}; take larger tiles or less overlap"
         )
     return [Tile(y, x, min(y + side, size[0]), min(x + side, size[1])) for y in rows for x in columns]
+
+
+def windows_of(size: Size, window: Size, step: int) -> list[Tile]:
+    """Windows that slide over an image of `size`, which is no smaller than one: (height, width), rows first.
+
+    As MMSegmentation's `slide` mode places them: `step` pixels apart, the last ones ending with the image.
+
+    Raises:
+        InputError: more than MOST_WINDOWS.
+    """
+    rows, columns = (
+        [min(i * step, length - side) for i in range(math.ceil((length - side) / step) + 1)]
+        for length, side in zip(size, window, strict=True)
+    )
+    if len(rows) * len(columns) > MOST_WINDOWS:
+        raise InputError(
+            f"{len(rows) * len(columns)} windows of {window[1]}x{window[0]} would slide over an image "
+            f"resized to {size[1]}x{size[0]}, more than {MOST_WINDOWS}; take a larger step"
+        )
+    return [Tile(y, x, y + window[0], x + window[1]) for y in rows for x in columns]
 
 
 def _starts(length: int, side: int, overlap: int) -> list[int]:

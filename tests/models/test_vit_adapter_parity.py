@@ -15,6 +15,8 @@ import torch
 
 from meta_deploy.models.checkpoint.load import _load
 from meta_deploy.models.checkpoint.read import Checkpoint
+from meta_deploy.tasks.semantic_segmentation import averaged_class_map
+from meta_deploy.tasks.tiles import windows_of
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "vit-adapter"
 DETECTOR = "mask_rcnn_deit_adapter_tiny_fpn_3x_coco"
@@ -163,3 +165,16 @@ def test_upernet_is_the_originals_to_the_last_pixel():
     np.testing.assert_array_equal(
         out["logits"][0].argmax(dim=0).numpy()[sure], vectors["argmax_quarter"][sure]
     )
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_upernet_over_windows_is_the_originals_slide_mode():
+    vectors, segmenter, x = expected(SEGMENTER, 512, 704), model(SEGMENTER), image(512, 704)
+    windows = windows_of((512, 704), (512, 512), 341)
+    logits = [
+        segmenter(window.of(x[0].permute(1, 2, 0)).permute(2, 0, 1)[None])["logits"] for window in windows
+    ]
+    labels = averaged_class_map([one[0].numpy() for one in logits], windows, (512, 704), (512, 704))
+    # Where the best two are as good as one, rounding decides.
+    assert (labels != vectors["slide_argmax"]).mean() < 1e-4

@@ -14,7 +14,8 @@ from meta_deploy.bundle.bundle import Bundle, write_bundle
 from meta_deploy.errors import BackendError, BundleError, ImageError, InputError
 from meta_deploy.targets import open_backend
 from meta_deploy.tasks import get_task
-from meta_deploy.tasks.tiles import tiles_of
+from meta_deploy.tasks.semantic_segmentation import averaged_class_map
+from meta_deploy.tasks.tiles import Tile, tiles_of
 from tests.bundles_by_hand import detector, manifest, segmenter
 
 
@@ -468,6 +469,43 @@ def same(result):
 def test_tiles_that_cannot_be_are_refused(bundles, options, said):
     with pytest.raises(InputError, match=said):
         Predictor(bundles / "detector", **options)
+
+
+# --- windows ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["segmenter", "segmenter-dynamic"])
+def test_windows_slide_over_the_image_resized_to_cover_the_input(bundles, photo, tmp_path, name):
+    """The photo is 128x96, the input 64x64: resized to 85x64, windows 42 pixels apart, the last moved up."""
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    small = cv2.resize(photo, (64, 85), interpolation=cv2.INTER_LINEAR)
+    windows = [Tile(0, 0, 64, 64), Tile(21, 0, 85, 64)]
+    with Predictor(bundles / name, slide=True) as sliding, Predictor(bundles / name) as whole:
+        result = sliding(tmp_path / "photo.png")
+        outputs = []
+        for window in windows:
+            pixels, _ = whole._preprocess([np.ascontiguousarray(window.of(small))])
+            outputs.append(whole.run({whole.bundle.input.name: pixels})["logits"][0])
+        expected = averaged_class_map(outputs, windows, (85, 64), (128, 96))
+        np.testing.assert_array_equal(result.labels, expected)
+        assert result.path == str(tmp_path / "photo.png")
+        assert min(result.timings.pre, result.timings.model, result.timings.post) > 0
+        square = np.ascontiguousarray(photo[:96])
+        np.testing.assert_array_equal(sliding(square).labels, whole(square).labels)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("detector", {"slide": True}, "sliding windows are for class maps"),
+        ("segmenter", {"slide": 0}, "windows slide by 1 to 64 pixels, not 0"),
+        ("segmenter", {"slide": 65}, "windows slide by 1 to 64 pixels, not 65"),
+        ("segmenter", {"slide": True, "tile": 64}, "not both"),
+    ],
+)
+def test_windows_that_cannot_be_are_refused(bundles, name, options, said):
+    with pytest.raises(InputError, match=said):
+        Predictor(bundles / name, **options)
 
 
 def test_what_is_joined_does_not_hang_on_what_is_shown(bundles, photo):
