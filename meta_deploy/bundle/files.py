@@ -41,6 +41,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         InputError: the file cannot be written: no such folder, no permission, disk full.
     """
     target = check_writable(path)
+    mode = None
+    with contextlib.suppress(OSError):
+        mode = stat.S_IMODE(target.stat().st_mode)
     try:
         with scratch_folder(target.parent) as folder:
             # Writers may choose the format by the suffix; what else is in a name, some interpret.
@@ -48,8 +51,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             yield temp
             with temp.open("r+b") as stream:
                 os.fsync(stream.fileno())
-            with contextlib.suppress(OSError):  # whoever may read the old one may read the new one
-                temp.chmod(stat.S_IMODE(target.stat().st_mode))
+            if mode is not None:  # whoever may read the old one may read the new one
+                with contextlib.suppress(OSError):
+                    temp.chmod(mode)
             os.replace(temp, target)
     except OSError as error:
         if isinstance(error, BrokenPipeError):

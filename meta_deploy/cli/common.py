@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from meta_deploy.cli.terminal import streams, tell
+from meta_deploy.cli.terminal import output_error, streams, tell
 from meta_deploy.errors import InputError, VerificationError
 from meta_deploy.interrupts import end_process, second_signal_ends
 from meta_deploy.text import escaped
@@ -84,8 +84,9 @@ def _interrupt(signum: int, frame: object) -> None:
 def run(main_fn: Callable[[], int | None], prog: str | None = None) -> int:
     """Run a command's body and turn what it raises into one line on stderr and an exit code.
 
-    InputError gives 2, VerificationError 3, Ctrl-C 130, SIGTERM 143, a closed pipe 141, anything else 1. With
-    META_DEPLOY_DEBUG=1 the traceback is printed too. A second Ctrl-C ends at once.
+    InputError gives 2, VerificationError 3, Ctrl-C 130, SIGTERM 143, anything else 1. With
+    META_DEPLOY_DEBUG=1 the traceback is printed too. A second Ctrl-C ends at once. Standard output that
+    cannot be written does not end the work: that is told after it, for a closed pipe by 141 alone.
     """
     global _done, _heard
     _done, _heard = False, None
@@ -104,7 +105,8 @@ def run(main_fn: Callable[[], int | None], prog: str | None = None) -> int:
 def _guarded(main_fn: Callable[[], int | None], prog: str) -> int:
     try:
         code = main_fn() or 0
-        sys.stdout.flush()
+        if error := output_error():
+            raise error
         return code
     except InputError as error:
         return _fail(prog, str(error), EXIT_INPUT)
@@ -117,15 +119,16 @@ def _guarded(main_fn: Callable[[], int | None], prog: str) -> int:
     except MemoryError:
         return _fail(prog, "there is not enough memory for this; take a smaller batch or size", EXIT_INPUT)
     except BrokenPipeError:
-        _silence_stdout()
         return EXIT_PIPE
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-            _silence_stdout()
             return _fail(prog, f"{error.strerror}; free space or write elsewhere", EXIT_INPUT)
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         hint = "please report it with the output of META_DEPLOY_DEBUG=1"
         return _fail(prog, f"internal error: {what}; {hint}", EXIT_FAULT)
+    finally:
+        if output_error():
+            _silence_stdout()
 
 
 def _silence_stdout() -> None:

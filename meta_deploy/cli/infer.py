@@ -157,6 +157,11 @@ def parser() -> Parser:
         help="write NAME-labels.png beside each overlay: the number of each pixel's object, in the order "
         "of the table, or of its class; 16 bits, as Fiji, napari and CellProfiler read it",
     )
+    p.add_argument(
+        "--label-format",
+        choices=("png", "tif"),
+        help="the format of label images (default: png)",
+    )
     p.add_argument("--json", action="store_true", help="print one JSON document on standard output")
     return p
 
@@ -189,17 +194,23 @@ def _infer(args: Namespace) -> int:
         report = Report(sources, as_json=args.json, intro=_intro(args, predictor))
         raw = predictor.bundle.task == "raw"
         batch = 1 if raw else args.batch or predictor.bundle.input.batch.opt
-        labels = LabelImages(folder if args.label_image else None, sources, claims)
-        with Overlays(folder, sources, claims, raw) as overlays, report:
+        labels = LabelImages(
+            folder if args.label_image else None, sources, claims, args.label_format or "png"
+        )
+        older = (args.coco_json, args.csv)
+        with Overlays(folder, sources, claims, raw, older) as overlays, report:
             for frame in predict(predictor, sources, batch):
                 check_signals()
                 if frame.result is None:
                     report.fail(frame)
                     continue
                 coco.add(frame)
-                shown = frame.result.filter(args.score_threshold)
-                rows.add(frame, shown)
-                report.add(frame, shown, overlays.add(frame, shown), labels.add(frame, shown))
+                found = frame.result.filter(args.score_threshold)
+                # All outputs hold the same objects.
+                shown = found.apart() if args.csv or args.label_image else found
+                overlay, label_image = overlays.add(frame, shown), labels.add(frame, shown)
+                rows.add(frame, shown, label_image)
+                report.add(frame, shown, overlay, label_image, found)
         report.finish(predictor, args.score_threshold, folder, args.coco_json)
     return EXIT_INPUT if report.failed else 0
 
@@ -273,6 +284,8 @@ def _check(args: Namespace, sources: Sequence[Source], bundle: Bundle) -> None:
             raise InputError(
                 f"{option} is for objects and classes; bundle '{bundle.path}' gives plain arrays"
             )
+    if args.label_format and not args.label_image:
+        raise InputError("--label-format is for label images; give --label-image too")
     if args.label_image and bundle.task == "detection":
         raise InputError(f"--label-image needs masks, and bundle '{bundle.path}' gives boxes only")
     if raw and args.batch:

@@ -749,13 +749,95 @@ def test_a_table_and_label_images_number_the_same_objects(here, infer):
             labels = np.asarray(picture)
         assert labels.shape == (128, 96)
         for row in (row for row in rows if row["file"] == name):
-            at = labels == int(row["object"])
-            if not any(other["file"] == name and other is not row for other in rows):
-                assert at.sum() == float(row["area"])
-            assert at.sum() <= float(row["area"])
-            y, x = np.nonzero(at)
-            assert x.min() >= float(row["x_min"]) - 1
-            assert y.max() <= float(row["y_max"]) + 1
+            assert row["label_image"] == f"o/{name[0]}-labels.png"
+            assert np.count_nonzero(labels == int(row["object"])) == int(row["area"])
+        assert set(np.unique(labels)) - {0} == {int(row["object"]) for row in rows if row["file"] == name}
+
+
+def test_a_detection_without_a_pixel_is_in_no_output_beside_a_table(here, infer):
+    """In a picture of 3x3 pixels the ring's mask has none."""
+    Image.fromarray(np.full((3, 3, 3), 255, np.uint8)).save("tiny.png")
+    options = ("--score-threshold", "0", "--backend", "onnxruntime")
+    assert " 3 objects: " in infer("tiny.png", *options)[1]
+    _, out, err = infer("tiny.png", "--csv", "t.csv", "--label-image", "--coco-json", "c.json", *options)
+    assert " 2 objects: 1 disc, 1 star; " in out
+    assert "left out 1 detection that better ones cover" in err
+    assert [row["object"] for row in rows_of("t.csv")] == ["1", "2"]
+    assert set(np.unique(np.asarray(Image.open("meta-infer-out/tiny-labels.png")))) == {0, 1, 2}
+    assert len(json.loads((here / "c.json").read_text())) == 3
+
+
+def test_the_table_and_the_lines_tell_the_files_of_pictures_of_one_stem(here, infer, photo):
+    Image.fromarray(photo).save("b.tif")
+    code, out, _ = infer("b.png", "b.tif", "--csv", "t.csv", "--label-image", "--out", "o")
+    first, second, *_ = out.splitlines()
+    assert (code, first.startswith("b.png 96x128: 2 objects"), first.endswith(" ms")) == (0, True, True)
+    assert second.startswith("b.tif ")
+    assert second.endswith(" ms; b-overlay-2.png; b-labels-2.png")
+    told = {(row["file"], row["label_image"]) for row in rows_of("t.csv")}
+    assert told == {("b.png", "o/b-labels.png"), ("b.tif", "o/b-labels-2.png")}
+
+
+def test_label_images_can_be_tiff(here, infer):
+    assert infer("a.jpg", "--label-image", "--label-format", "tif")[0] == 0
+    with Image.open("meta-infer-out/a-labels.tif") as picture:
+        assert (picture.format, picture.mode) == ("TIFF", "I;16")
+        labels = np.asarray(picture)
+    assert infer("a.jpg", "--label-image")[0] == 0
+    np.testing.assert_array_equal(labels, np.asarray(Image.open("meta-infer-out/a-labels.png")))
+    one_line(*infer("a.jpg", "--label-format", "tif"), "--label-format", "--label-image")
+
+
+def test_an_interrupted_run_leaves_no_older_table_beside_new_label_images(here, infer, monkeypatch):
+    from meta_deploy.cli.outputs import LabelImages
+
+    write = LabelImages.add
+
+    def stop_after_the_first(self, frame, shown):
+        if frame.source.path.name != "a.jpg":
+            raise KeyboardInterrupt
+        return write(self, frame, shown)
+
+    for name in ("t.csv", "c.json"):
+        (here / name).write_text("older")
+    monkeypatch.setattr(LabelImages, "add", stop_after_the_first)
+    files = ("--csv", "t.csv", "--coco-json", "c.json")
+    assert infer("a.jpg", "b.png", *files, "--label-image", "--batch", "1")[0] == 130
+    assert "a-labels.png" in os.listdir("meta-infer-out")
+    assert not os.path.exists("t.csv")
+    assert not os.path.exists("c.json")
+
+
+def test_without_files_beside_it_an_older_table_outlives_an_interrupt(here, infer, monkeypatch):
+    from meta_deploy.cli.outputs import Report
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    (here / "t.csv").write_text("older")
+    monkeypatch.setattr(Report, "add", interrupt)
+    assert infer("a.jpg", "--csv", "t.csv")[0] == 130
+    assert (here / "t.csv").read_text() == "older"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes a pipe")
+@pytest.mark.parametrize("out", ["pipe", "full"])
+def test_standard_output_that_cannot_be_written_costs_no_file(here, bundles, out):
+    """As in `meta-infer … | head -1`, and on a full disk."""
+    options = ("--csv", "t.csv", "--coco-json", "c.json", "--label-image", "--backend", "onnxruntime")
+    line = shlex.join(command("a.jpg", "b.png", "--model", bundles / "detector", "--batch", "1", *options))
+    if out == "full" and not os.path.exists("/dev/full"):
+        pytest.skip("needs a device that is always full")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe, open("/dev/full" if out == "full" else os.devnull, "w") as full:
+        stdout = pipe if out == "pipe" else full
+        process = subprocess.run(shlex.split(line), stdout=stdout, stderr=subprocess.PIPE, text=True)
+    said = "" if out == "pipe" else "meta-infer: No space left on device; free space or write elsewhere\n"
+    assert (process.returncode, process.stderr) == (141 if out == "pipe" else 2, said)
+    assert len({row["file"] for row in rows_of("t.csv")}) == 2
+    assert json.loads((here / "c.json").read_text())
+    assert len(os.listdir("meta-infer-out")) == 4
 
 
 def test_a_table_of_class_maps_has_a_row_a_class(here, infer):
