@@ -6,6 +6,7 @@ Knows paths only; must not know what is written.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
@@ -58,9 +59,16 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             raise
-        raise InputError(
-            f"cannot write '{path}': {error.strerror or error}; free space or choose another place"
-        ) from error
+        raise InputError(f"cannot write '{path}': {reason(error, target.parent)}") from error
+
+
+def reason(error: OSError, folder: Path) -> str:
+    """Why nothing was written in a folder that is there, and what to do."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{error.strerror}; free space or choose another place"
+    if isinstance(error, (FileNotFoundError, PermissionError)):  # as in /proc and /sys
+        return f"no file can be made in '{folder}'; choose another place"
+    return f"{error.strerror or error}; choose another place"
 
 
 @contextlib.contextmanager

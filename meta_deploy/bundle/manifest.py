@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from meta_deploy.bundle.shipped import SHIPPED
 from meta_deploy.errors import BundleError
 
 SCHEMA = 1
@@ -364,7 +365,8 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], Any]:
     file = path / MANIFEST
     try:
         if not path.exists():
-            raise BundleError(f"there is no bundle at '{path}'; write one with meta-export")
+            shipped = f"name one in the package ({', '.join(SHIPPED)})"
+            raise BundleError(f"there is no bundle at '{path}'; write one with meta-export, or {shipped}")
         if not file.is_file():
             raise BundleError(f"'{path}' is not a bundle: it has no {MANIFEST}; write one with meta-export")
         with file.open("rb") as stream:

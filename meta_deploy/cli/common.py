@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import itertools
 import math
 import os
 import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -36,12 +37,20 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
         """As argparse's. Raises InputError in a folder that was deleted, where libraries crash."""
+        self._refuse_dashes(sys.argv[1:] if args is None else args)
         parsed = super().parse_args(args, namespace)
         try:
             os.getcwd()
         except OSError as error:
             raise InputError("the current folder is gone; change to another") from error
         return parsed
+
+    def _refuse_dashes(self, texts: Sequence[str]) -> None:
+        """Say how a file is written whose name begins with a dash, of which an option would be made."""
+        for text in itertools.takewhile(lambda text: text != "--", texts):
+            named = os.path.lexists(text) or (not text.startswith("--") and os.path.splitext(text)[1])
+            if len(text) > 1 and text.startswith("-") and named and not re.fullmatch(_NUMBER, text):
+                self.error(f"'{text}' begins with a dash, as options do; for a file write './{text}'")
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_INPUT, f"{self.prog}: {escaped(message)} (see {self.prog} --help)\n")
@@ -150,23 +159,19 @@ def path(text: str) -> str:
     return text
 
 
+def whole_number(text: str) -> int:
+    """An option's value as any whole number, whose range is checked where it is used."""
+    # int() also takes other scripts' digits, spaces and 1_0.
+    if not re.fullmatch("[+-]?[0-9]{1,18}", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number")
+    return int(text)
+
+
 def positive_int(text: str) -> int:
     """An option's value as a whole number from 1 to 2147483647."""
-    return _at_least(1, text)
-
-
-def whole_number(text: str) -> int:
-    """An option's value as a whole number from 0 to 2147483647."""
-    return _at_least(0, text)
-
-
-def _at_least(least: int, text: str) -> int:
-    # int() also takes other scripts' digits, spaces and 1_0.
-    value = int(text) if re.fullmatch("[0-9]{1,10}", text) else -1
-    if not least <= value <= MAX_INT:
-        raise argparse.ArgumentTypeError(
-            f"'{text}' is not a whole number of at least {least}, up to {MAX_INT}"
-        )
+    value = int(text) if re.fullmatch("[0-9]{1,10}", text) else 0
+    if not 1 <= value <= MAX_INT:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1, up to {MAX_INT}")
     return value
 
 

@@ -117,7 +117,7 @@ def parser() -> Parser:
     )
     p.add_argument(
         "--tile-overlap",
-        type=positive_int,
+        type=whole_number,
         metavar="PIXELS",
         help="pixels that neighbouring tiles share at least; best larger than most objects (default: a "
         "quarter of --tile)",

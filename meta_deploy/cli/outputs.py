@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from meta_deploy.bundle.claims import Claims
-from meta_deploy.bundle.files import atomic_write, scratch_folder
+from meta_deploy.bundle.files import atomic_write, reason, scratch_folder
 from meta_deploy.cli.terminal import say, tell
 from meta_deploy.errors import InputError
 from meta_deploy.imaging.depth import Note
@@ -60,9 +60,8 @@ def folder_for(path: str | None) -> Iterator[Path | None]:
         except FileExistsError as error:
             raise InputError(f"--out '{path}' is a file; name a folder") from error
         except OSError as error:
-            raise InputError(
-                f"cannot write to --out '{path}': {error.strerror}; choose another folder"
-            ) from error
+            there = next(p for p in (folder, *folder.parents) if os.path.exists(p))
+            raise InputError(f"cannot write to --out '{path}': {reason(error, there)}") from error
         yield folder
     finally:
         for made in missing:
@@ -228,10 +227,8 @@ class VideoFile:
         try:
             yield
         except OSError as error:
-            reason = error.strerror or error
-            raise InputError(
-                f"cannot write the video '{self.target}': {reason}; free space or choose another --out"
-            ) from error
+            why = reason(error, self.target.parent)
+            raise InputError(f"cannot write the video '{self.target}': {why}") from error
 
 
 class CocoFile:
@@ -432,16 +429,17 @@ class Report:
 
 
 class _Notes:
-    """Says once of each kind what was decided of a picture, and at the end of how many more."""
+    """Says once of each kind and value what was decided of a picture, and at the end of how many."""
 
     def __init__(self) -> None:
         self._said: dict[str, Counter[str]] = {}
 
     def add(self, notes: Sequence[Note]) -> None:
         for note in notes:
-            if note.kind not in self._said:
+            counts = self._said.setdefault(note.kind, Counter())
+            if note.value not in counts:
                 tell(f"meta-infer: {note.text}")
-            self._said.setdefault(note.kind, Counter())[note.value] += 1
+            counts[note.value] += 1
 
     def finish(self) -> None:
         for kind, values in self._said.items():

@@ -458,8 +458,11 @@ def test_a_depth_is_said_once_and_differing_ones_are_a_warning(here, infer):
     assert code == 0
     scores = [entry["detections"][0]["score"] for entry in json.loads(out)["images"]]
     assert min(scores) > 0.97  # the brightest pixel's share of white
-    said, warning, *_ = [line for line in err.splitlines() if "bits" in line]
+    said, other, warning = [line for line in err.splitlines() if "bits" in line]
     assert said.startswith("meta-infer: '0.png' holds 16-bit data taken as 12 bits, by its values up to 4095")
+    assert other.startswith(
+        "meta-infer: '2.png' holds 16-bit data taken as 10 bits, by its values up to 1023"
+    )
     assert warning.startswith("meta-infer: warning: ")
     assert "12 bits (2), 10 bits (1); --depth" in warning
     code, out, err = infer("0.png", "2.png", "--json", "--depth", "12", "--backend", "onnxruntime")
@@ -728,6 +731,26 @@ def test_what_does_not_go_with_the_bundle_is_one_line(npz, infer, arguments, mod
     assert not os.path.exists("meta-infer-out")
 
 
+@pytest.mark.parametrize("name", ["-dash.png", "-hello.png", "--out.png"])
+def test_a_name_that_begins_with_a_dash_is_taken_for_no_option(here, infer, bundles, name):
+    shutil.copy("b.png", name)
+    one_line(*infer(name), f"write './{name}'")
+    one_line(*infer("a.jpg", "--csv", "-t.csv"), "write './-t.csv'")
+    assert infer(f"./{name}", "--csv", "./-t.csv")[0] == 0
+    assert main(["--model", str(bundles / "detector"), "--", name]) == 0
+
+
+def test_places_without_room_for_a_file_are_said_to_be(here, infer):
+    if not os.path.isdir("/proc/self"):
+        pytest.skip("needs a folder that takes no files")
+    for option, place in (("--csv", "/proc/x.csv"), ("--coco-json", "/proc/x.json"), ("--out", "/proc/x")):
+        one_line(*infer("a.jpg", option, place), f"'{place}': no file can be made in '/proc'; choose another")
+
+
+def test_a_bundle_that_is_not_there_tells_those_that_ship(here, infer):
+    one_line(*infer("a.jpg", model=here / "nuclei-x"), "nuclei-x", "(nuclei, nuclei-semantic)")
+
+
 # --- tables, label images, tiles ---
 
 
@@ -875,6 +898,12 @@ def test_tables_and_label_images_that_cannot_be_are_one_line(here, infer):
     ):
         one_line(*infer("a.jpg", option, model="raw-image"), said, "plain arrays")
     one_line(*infer("a.jpg", "--tile-overlap", "9"), "needs a tile size")
+    for side in ("-1", "8", "2000000", "99999999999"):
+        one_line(*infer("a.jpg", "--tile", side), "from 16 to 1048576, or 0 for none", side)
+    for overlap in ("-1", "64", "99999999999"):
+        options = ("--tile", "64", "--tile-overlap", overlap)
+        one_line(*infer("a.jpg", *options), "from 0 to 63", overlap)
+    one_line(*infer("a.jpg", "--tile", "x"), "--tile", "'x' is not a whole number")
     assert not (here / "t.csv").exists()
 
 
