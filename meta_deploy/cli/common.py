@@ -15,7 +15,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -105,10 +105,26 @@ def run(main_fn: Callable[[], int | None], prog: str | None = None) -> int:
             signal.signal(signal.SIGTERM, _terminate)
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, _interrupt)
-    with streams(), second_signal_ends(unless=lambda: _done):
+    with streams(), second_signal_ends(unless=lambda: _done), _heard_in_destructors():
         code = _guarded(main_fn, prog)
         end_process(code)
         return code
+
+
+@contextlib.contextmanager
+def _heard_in_destructors() -> Iterator[None]:
+    """Print nothing of a signal that came in a destructor, where Python drops it: `check_signals` has it."""
+    before = sys.unraisablehook
+
+    def hook(dropped: sys.UnraisableHookArgs) -> None:
+        if not isinstance(dropped.exc_value, KeyboardInterrupt):
+            before(dropped)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _guarded(main_fn: Callable[[], int | None], prog: str) -> int:

@@ -512,6 +512,22 @@ def test_an_interrupt_that_a_library_caught_still_ends_the_run(here, infer, monk
     assert not os.path.exists("o/b-overlay.png")
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_in_a_destructor_is_one_line(here, infer, monkeypatch):
+    class Dropped:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    read = Predictor.batch
+
+    def careless(self, images):
+        Dropped()
+        return read(self, images)
+
+    monkeypatch.setattr(Predictor, "batch", careless)
+    assert infer("a.jpg", "b.png") == (130, "", "meta-infer: interrupted\n")
+
+
 def test_an_interrupted_video_leaves_no_half_video(here, infer, monkeypatch):
     from meta_deploy.cli.outputs import Report
 
@@ -569,7 +585,7 @@ def test_ctrl_c_or_sigterm_ends_a_long_run_cleanly(here, bundles, number, code):
         stderr=subprocess.PIPE,
         text=True,
     )
-    while process.poll() is None and not (os.path.isdir("meta-infer-out") and os.listdir("meta-infer-out")):
+    while process.poll() is None and not list(here.glob("meta-infer-out/*/new.mp4")):
         time.sleep(0.05)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
