@@ -28,6 +28,7 @@ _LINE = r"^(?=.*\S)[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+\Z"
 Text: TypeAlias = Annotated[str, Meta(min_length=1, max_length=4096, pattern=r"^[^\x00]*\Z")]
 Line: TypeAlias = Annotated[str, Meta(max_length=200, pattern=_LINE)]
 Real: TypeAlias = Annotated[float, Meta(ge=-1e6, le=1e6)]
+Probability: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 Deviation: TypeAlias = Annotated[float, Meta(ge=1e-6, le=1e6)]
 Edge: TypeAlias = Annotated[int, Meta(ge=1, le=65536)]
 TileSide: TypeAlias = Annotated[int, Meta(ge=LEAST_TILE, le=MOST_TILE)]
@@ -172,9 +173,12 @@ class Preprocess(Struct, frozen=True, kw_only=True):
 
 
 class Thresholds(Struct, frozen=True, kw_only=True):
-    """The least score of a detection, and the least probability of a pixel of its mask."""
+    """The least score of a detection, of one that is shown unless asked otherwise, and the least probability
+    of a pixel of its mask.
+    """
 
-    score: Annotated[float, Meta(ge=0, le=1)]
+    score: Probability
+    shown: Probability = 0.3
     mask: Annotated[float, Meta(gt=0, lt=1)] = 0.5
 
 

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from meta_deploy.imaging.sources import Source
     from meta_deploy.runtime.predictor import Predictor
 
-SHOWN = 0.3
 OUT = "meta-infer-out"
 
 _EPILOG = """\
@@ -90,10 +89,10 @@ def parser() -> Parser:
     p.add_argument(
         "--score-threshold",
         type=fraction,
-        default=SHOWN,
         metavar="X",
-        help="the least score of a detection in overlays, printed lines and --json (default: %(default)s); "
-        "--coco-json always holds all that the bundle gives, since average precision needs them",
+        help="the least score of a detection in overlays, tables, printed lines and --json (default: what "
+        "the bundle says, usually 0.3; 0.5 for nuclei); --coco-json always holds all that the bundle gives, "
+        "since average precision needs them",
     )
     p.add_argument(
         "--batch",
@@ -191,6 +190,7 @@ def _infer(args: Namespace) -> int:
         _open(args) as predictor,
     ):
         _check(args, sources, predictor.bundle)
+        threshold = predictor.bundle.shown_score if args.score_threshold is None else args.score_threshold
         report = Report(sources, as_json=args.json, intro=_intro(args, predictor))
         raw = predictor.bundle.task == "raw"
         batch = 1 if raw else args.batch or predictor.bundle.input.batch.opt
@@ -205,13 +205,13 @@ def _infer(args: Namespace) -> int:
                     report.fail(frame)
                     continue
                 coco.add(frame)
-                found = frame.result.filter(args.score_threshold)
+                found = frame.result.filter(threshold)
                 # All outputs hold the same objects.
                 shown = found.apart() if args.csv or args.label_image else found
                 overlay, label_image = overlays.add(frame, shown), labels.add(frame, shown)
                 rows.add(frame, shown, label_image)
                 report.add(frame, shown, overlay, label_image, found)
-        report.finish(predictor, args.score_threshold, folder, args.coco_json)
+        report.finish(predictor, threshold, folder, args.coco_json)
     return EXIT_INPUT if report.failed else 0
 
 
@@ -252,7 +252,7 @@ def _open(args: Namespace) -> Predictor:
     if threads := args.threads or limited_threads():
         cv2.setNumThreads(threads)
     # COCO results hold everything; else what is not shown need not be computed.
-    threshold = None if args.coco_json else args.score_threshold
+    threshold = 0.0 if args.coco_json else args.score_threshold
     bundle, backend = args.model, args.backend
     if args.rebuild:
         bundle, backend = _rebuilt(locate(args.model), args.backend)
