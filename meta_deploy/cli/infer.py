@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from meta_deploy.runtime.predictor import Predictor
 
 OUT = "meta-infer-out"
+MOST_ENLARGED = 4  # times that tiles may be enlarged without a warning
 
 _EPILOG = """\
 examples:
@@ -179,7 +180,7 @@ def _infer(args: Namespace) -> int:
     from meta_deploy.imaging.sources import expand
     from meta_deploy.runtime.stream import predict
 
-    sources = expand(args.inputs)
+    sources = expand(args.inputs, lambda line: tell(f"meta-infer: {line}"))
     other = args.json or args.coco_json or args.csv
     out = args.out or (None if other and not args.label_image else OUT)
     claims = _claims(args, sources, out)
@@ -190,6 +191,7 @@ def _infer(args: Namespace) -> int:
         _open(args) as predictor,
     ):
         _check(args, sources, predictor.bundle)
+        _warn_of_small_tiles(args, predictor)
         threshold = predictor.bundle.shown_score if args.score_threshold is None else args.score_threshold
         report = Report(sources, as_json=args.json, intro=_intro(args, predictor))
         raw = predictor.bundle.task == "raw"
@@ -267,6 +269,18 @@ def _intro(args: Namespace, predictor: Predictor) -> str | None:
     if args.tile is None and predictor.tile is not None:
         chosen.append(f"images over {predictor.tile} pixels in tiles (--tile 0 runs them whole)")
     return f"meta-infer: {'; '.join(chosen)}" if chosen else None
+
+
+def _warn_of_small_tiles(args: Namespace, predictor: Predictor) -> None:
+    """Say what comes of tiles far smaller than the model's input."""
+    if not args.tile or predictor.tile is None:
+        return
+    size = predictor.bundle.input.size.opt
+    if (factor := min(size) // predictor.tile) > MOST_ENLARGED:
+        tell(
+            f"meta-infer: warning: tiles of {predictor.tile} pixels are enlarged {factor} times to the "
+            f"model's {size[1]}x{size[0]}; that takes long and cuts objects, so take a larger --tile"
+        )
 
 
 def _check(args: Namespace, sources: Sequence[Source], bundle: Bundle) -> None:

@@ -756,6 +756,29 @@ def test_a_name_that_begins_with_a_dash_is_taken_for_no_option(here, infer, bund
     assert main(["--model", str(bundles / "detector"), "--", name]) == 0
 
 
+def test_what_an_earlier_run_wrote_is_no_input(here, infer):
+    assert infer(".", "--out", ".", "--label-image")[0] == 0
+    assert sorted(p.name for p in here.glob("*-*")) == sorted(
+        ["a-labels.png", "a-overlay.jpg", "b-labels.png", "b-overlay.png"]
+    )
+    code, out, err = infer(".", "--out", "again", "--label-image", "--label-format", "tif")
+    assert (code, [line.split()[0] for line in out.splitlines()[:-1]]) == (0, ["a.jpg", "b.png"])
+    assert "left out of '.' what meta-infer wrote: 4 files as 'a-labels.png'" in err
+    one_line(*infer("again"), "holds what meta-infer wrote, as 'a-labels.tif'", "'again/*.tif'")
+    assert [line.split()[0] for line in infer("*.jpg")[1].splitlines()[:-1]] == ["a.jpg"]
+    assert infer("again/*-overlay.png", "--json")[1].count('"path"') == 1  # a pattern that names them alone
+    assert infer("b-overlay.png", "a-labels.png", "--json")[1].count('"path"') == 2
+
+
+def test_tiles_far_smaller_than_the_models_input_are_a_warning(here, infer):
+    large = manifest("instance-segmentation", (128, 128))
+    write_bundle(here / "large", large, {"model.onnx": detector((128, 128))})
+    said = "warning: tiles of 16 pixels are enlarged 8 times to the model's 128x128"
+    assert said in infer("a.jpg", "--tile", "16", model=here / "large")[2]
+    for options in (("--tile", "32"), ("--tile", "0"), ()):
+        assert "warning" not in infer("a.jpg", *options, model=here / "large")[2]
+
+
 def test_places_without_room_for_a_file_are_said_to_be(here, infer):
     if not os.path.isdir("/proc/self"):
         pytest.skip("needs a folder that takes no files")
