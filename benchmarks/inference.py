@@ -84,7 +84,7 @@ def end_to_end(bundle: Bundle, pictures: list[Path], threads: int, rounds: int) 
     """From files to results: one call per image, and with files read ahead as in meta-infer."""
     results: list[Any] = []
     sources = expand(map(str, pictures))
-    with Predictor(bundle, threads=threads) as predictor:
+    with Predictor(bundle, score_threshold=0.0, threads=threads) as predictor:
 
         def plain(turn: int) -> None:
             results.extend(predictor(path) for path in pictures)

@@ -16,7 +16,7 @@ def main(folder: str, threads: str = "4", bundle: str | None = None) -> None:
     paths = sorted(path for path in Path(folder).iterdir() if path.is_file())
 
     # One core per call, so that concurrent calls do not compete for all cores.
-    with Predictor(bundle, threads=1, score_threshold=0.3) as predictor:
+    with Predictor(bundle, threads=1) as predictor:
 
         def find(path: Path) -> Detections | ImageError:
             try:

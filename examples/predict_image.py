@@ -9,7 +9,7 @@ from meta_deploy import Predictor
 
 
 def main(image: str, bundle: str | None = None) -> None:
-    with Predictor(bundle, score_threshold=0.5) as predictor:  # None: the nuclei model
+    with Predictor(bundle) as predictor:  # None: the nuclei model
         found = predictor(image)  # a path, a file's bytes, a Pillow image or an RGB array
 
     for name, score, box, segment in zip(found.names, found.scores, found.boxes, found.masks, strict=True):

@@ -12,7 +12,7 @@ from meta_deploy.runtime.stream import predict
 
 
 def main(video: str, bundle: str | None = None) -> None:
-    with Predictor(bundle, score_threshold=0.3) as predictor:
+    with Predictor(bundle) as predictor:
         for frame in predict(predictor, expand([video])):
             if frame.result is None:
                 sys.exit(f"bad input: {frame.error}")

@@ -46,6 +46,7 @@ def test_the_bundle_is_of_the_checkpoints_model(name):
     assert config_from_dict(bundle.manifest.model.config) == loaded.config
     assert list(bundle.classes) == list(loaded.class_names)
     assert "nucleus" in bundle.classes
+    assert bundle.shown_score == getattr(loaded.config, "shown_score", 0.0)
 
 
 def test_the_bundle_passed_todays_verification(name):
@@ -83,6 +84,10 @@ def test_the_shipped_models_find_nuclei():
         found, _ = results_of(predictor, TRUTH, IMAGES)
     row = next(row for row in segmentation_rows(TRUTH, found) if row["pictures"] == ALL)
     assert row["IoU nucleus"] > 0.7
+
+
+def test_nuclei_are_counted_from_a_score_of_a_half():
+    assert Bundle.open(locate("nuclei")).shown_score == 0.5
 
 
 def test_a_folder_of_a_shipped_name_is_taken_before_it(tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """Write the assets of the package: annotated pictures, checkpoints, and the bundles exported from them.
 
-    python tools/make_assets.py --data DIR --set '{"nms": 0.3, "tile": 384}' --class-bias '[0.5, 0, -0.4]' \
-        RUN/meta-nano-mask-rcnn.pth RUN/meta-nano-upernet.pth
+    python tools/make_assets.py --data DIR --set '{"nms": 0.3, "tile": 384, "shown_score": 0.5}' \
+        --class-bias '[0.5, 0, -0.4]' RUN/meta-nano-mask-rcnn.pth RUN/meta-nano-upernet.pth
 
 The pictures are some of DIR's validation set. Checkpoints are stored in float16. `--set` and `--class-bias`
 choose what needs no training; the values above were chosen on the validation set, and ship.

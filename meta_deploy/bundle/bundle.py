@@ -156,8 +156,13 @@ class Bundle:
 
     @property
     def score_threshold(self) -> float:
-        """The least score of a detection; 0 where results have none."""
+        """The least score of a detection that the graph gives; 0 where results have none."""
         return self.manifest.thresholds.score if isinstance(self.manifest, DetectionManifest) else 0.0
+
+    @property
+    def shown_score(self) -> float:
+        """The least score of a detection that is shown unless asked otherwise; 0 where results have none."""
+        return self.manifest.thresholds.shown if isinstance(self.manifest, DetectionManifest) else 0.0
 
     @property
     def tile(self) -> int | None:

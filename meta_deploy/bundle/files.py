@@ -6,6 +6,7 @@ Knows paths only; must not know what is written.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
@@ -41,6 +42,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         InputError: the file cannot be written: no such folder, no permission, disk full.
     """
     target = check_writable(path)
+    mode = None
+    with contextlib.suppress(OSError):
+        mode = stat.S_IMODE(target.stat().st_mode)
     try:
         with scratch_folder(target.parent) as folder:
             # Writers may choose the format by the suffix; what else is in a name, some interpret.
@@ -48,15 +52,23 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             yield temp
             with temp.open("r+b") as stream:
                 os.fsync(stream.fileno())
-            with contextlib.suppress(OSError):  # whoever may read the old one may read the new one
-                temp.chmod(stat.S_IMODE(target.stat().st_mode))
+            if mode is not None:  # whoever may read the old one may read the new one
+                with contextlib.suppress(OSError):
+                    temp.chmod(mode)
             os.replace(temp, target)
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             raise
-        raise InputError(
-            f"cannot write '{path}': {error.strerror or error}; free space or choose another place"
-        ) from error
+        raise InputError(f"cannot write '{path}': {reason(error, target.parent)}") from error
+
+
+def reason(error: OSError, folder: Path) -> str:
+    """Why nothing was written in a folder that is there, and what to do."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{error.strerror}; free space or choose another place"
+    if isinstance(error, (FileNotFoundError, PermissionError)):  # as in /proc and /sys
+        return f"no file can be made in '{folder}'; choose another place"
+    return f"{error.strerror or error}; choose another place"
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from meta_deploy.bundle.shipped import SHIPPED
 from meta_deploy.errors import BundleError
 
 SCHEMA = 1
@@ -27,6 +28,7 @@ _LINE = r"^(?=.*\S)[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+\Z"
 Text: TypeAlias = Annotated[str, Meta(min_length=1, max_length=4096, pattern=r"^[^\x00]*\Z")]
 Line: TypeAlias = Annotated[str, Meta(max_length=200, pattern=_LINE)]
 Real: TypeAlias = Annotated[float, Meta(ge=-1e6, le=1e6)]
+Probability: TypeAlias = Annotated[float, Meta(ge=0, le=1)]
 Deviation: TypeAlias = Annotated[float, Meta(ge=1e-6, le=1e6)]
 Edge: TypeAlias = Annotated[int, Meta(ge=1, le=65536)]
 TileSide: TypeAlias = Annotated[int, Meta(ge=LEAST_TILE, le=MOST_TILE)]
@@ -171,9 +173,12 @@ class Preprocess(Struct, frozen=True, kw_only=True):
 
 
 class Thresholds(Struct, frozen=True, kw_only=True):
-    """The least score of a detection, and the least probability of a pixel of its mask."""
+    """The least score of a detection, of one that is shown unless asked otherwise, and the least probability
+    of a pixel of its mask.
+    """
 
-    score: Annotated[float, Meta(ge=0, le=1)]
+    score: Probability
+    shown: Probability = 0.3
     mask: Annotated[float, Meta(gt=0, lt=1)] = 0.5
 
 
@@ -364,7 +369,8 @@ def read_manifest(path: Path) -> tuple[dict[str, Any], Any]:
     file = path / MANIFEST
     try:
         if not path.exists():
-            raise BundleError(f"there is no bundle at '{path}'; write one with meta-export")
+            shipped = f"name one in the package ({', '.join(SHIPPED)})"
+            raise BundleError(f"there is no bundle at '{path}'; write one with meta-export, or {shipped}")
         if not file.is_file():
             raise BundleError(f"'{path}' is not a bundle: it has no {MANIFEST}; write one with meta-export")
         with file.open("rb") as stream:

@@ -8,17 +8,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import itertools
 import math
 import os
 import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from meta_deploy.cli.terminal import streams, tell
+from meta_deploy.cli.terminal import output_error, streams, tell
 from meta_deploy.errors import InputError, VerificationError
 from meta_deploy.interrupts import end_process, second_signal_ends
 from meta_deploy.text import escaped
@@ -36,12 +37,20 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
         """As argparse's. Raises InputError in a folder that was deleted, where libraries crash."""
+        self._refuse_dashes(sys.argv[1:] if args is None else args)
         parsed = super().parse_args(args, namespace)
         try:
             os.getcwd()
         except OSError as error:
             raise InputError("the current folder is gone; change to another") from error
         return parsed
+
+    def _refuse_dashes(self, texts: Sequence[str]) -> None:
+        """Say how a file is written whose name begins with a dash, of which an option would be made."""
+        for text in itertools.takewhile(lambda text: text != "--", texts):
+            named = os.path.lexists(text) or (not text.startswith("--") and os.path.splitext(text)[1])
+            if len(text) > 1 and text.startswith("-") and named and not re.fullmatch(_NUMBER, text):
+                self.error(f"'{text}' begins with a dash, as options do; for a file write './{text}'")
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_INPUT, f"{self.prog}: {escaped(message)} (see {self.prog} --help)\n")
@@ -84,8 +93,9 @@ def _interrupt(signum: int, frame: object) -> None:
 def run(main_fn: Callable[[], int | None], prog: str | None = None) -> int:
     """Run a command's body and turn what it raises into one line on stderr and an exit code.
 
-    InputError gives 2, VerificationError 3, Ctrl-C 130, SIGTERM 143, a closed pipe 141, anything else 1. With
-    META_DEPLOY_DEBUG=1 the traceback is printed too. A second Ctrl-C ends at once.
+    InputError gives 2, VerificationError 3, Ctrl-C 130, SIGTERM 143, anything else 1. With
+    META_DEPLOY_DEBUG=1 the traceback is printed too. A second Ctrl-C ends at once. Standard output that
+    cannot be written does not end the work: that is told after it, for a closed pipe by 141 alone.
     """
     global _done, _heard
     _done, _heard = False, None
@@ -95,16 +105,33 @@ def run(main_fn: Callable[[], int | None], prog: str | None = None) -> int:
             signal.signal(signal.SIGTERM, _terminate)
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, _interrupt)
-    with streams(), second_signal_ends(unless=lambda: _done):
+    with streams(), second_signal_ends(unless=lambda: _done), _heard_in_destructors():
         code = _guarded(main_fn, prog)
         end_process(code)
         return code
 
 
+@contextlib.contextmanager
+def _heard_in_destructors() -> Iterator[None]:
+    """Print nothing of a signal that came in a destructor, where Python drops it: `check_signals` has it."""
+    before = sys.unraisablehook
+
+    def hook(dropped: sys.UnraisableHookArgs) -> None:
+        if not isinstance(dropped.exc_value, KeyboardInterrupt):
+            before(dropped)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
 def _guarded(main_fn: Callable[[], int | None], prog: str) -> int:
     try:
         code = main_fn() or 0
-        sys.stdout.flush()
+        if error := output_error():
+            raise error
         return code
     except InputError as error:
         return _fail(prog, str(error), EXIT_INPUT)
@@ -117,15 +144,16 @@ def _guarded(main_fn: Callable[[], int | None], prog: str) -> int:
     except MemoryError:
         return _fail(prog, "there is not enough memory for this; take a smaller batch or size", EXIT_INPUT)
     except BrokenPipeError:
-        _silence_stdout()
         return EXIT_PIPE
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-            _silence_stdout()
             return _fail(prog, f"{error.strerror}; free space or write elsewhere", EXIT_INPUT)
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         hint = "please report it with the output of META_DEPLOY_DEBUG=1"
         return _fail(prog, f"internal error: {what}; {hint}", EXIT_FAULT)
+    finally:
+        if output_error():
+            _silence_stdout()
 
 
 def _silence_stdout() -> None:
@@ -147,23 +175,19 @@ def path(text: str) -> str:
     return text
 
 
+def whole_number(text: str) -> int:
+    """An option's value as any whole number, whose range is checked where it is used."""
+    # int() also takes other scripts' digits, spaces and 1_0.
+    if not re.fullmatch("[+-]?[0-9]{1,18}", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number")
+    return int(text)
+
+
 def positive_int(text: str) -> int:
     """An option's value as a whole number from 1 to 2147483647."""
-    return _at_least(1, text)
-
-
-def whole_number(text: str) -> int:
-    """An option's value as a whole number from 0 to 2147483647."""
-    return _at_least(0, text)
-
-
-def _at_least(least: int, text: str) -> int:
-    # int() also takes other scripts' digits, spaces and 1_0.
-    value = int(text) if re.fullmatch("[0-9]{1,10}", text) else -1
-    if not least <= value <= MAX_INT:
-        raise argparse.ArgumentTypeError(
-            f"'{text}' is not a whole number of at least {least}, up to {MAX_INT}"
-        )
+    value = int(text) if re.fullmatch("[0-9]{1,10}", text) else 0
+    if not 1 <= value <= MAX_INT:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1, up to {MAX_INT}")
     return value
 
 

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from meta_deploy.imaging.sources import Source
     from meta_deploy.runtime.predictor import Predictor
 
-SHOWN = 0.3
 OUT = "meta-infer-out"
+MOST_ENLARGED = 4  # times that tiles may be enlarged without a warning
 
 _EPILOG = """\
 examples:
@@ -90,10 +90,10 @@ def parser() -> Parser:
     p.add_argument(
         "--score-threshold",
         type=fraction,
-        default=SHOWN,
         metavar="X",
-        help="the least score of a detection in overlays, printed lines and --json (default: %(default)s); "
-        "--coco-json always holds all that the bundle gives, since average precision needs them",
+        help="the least score of a detection in overlays, tables, printed lines and --json (default: what "
+        "the bundle says, usually 0.3; 0.5 for nuclei); --coco-json always holds all that the bundle gives, "
+        "since average precision needs them",
     )
     p.add_argument(
         "--batch",
@@ -117,7 +117,7 @@ def parser() -> Parser:
     )
     p.add_argument(
         "--tile-overlap",
-        type=positive_int,
+        type=whole_number,
         metavar="PIXELS",
         help="pixels that neighbouring tiles share at least; best larger than most objects (default: a "
         "quarter of --tile)",
@@ -163,6 +163,11 @@ def parser() -> Parser:
         help="write NAME-labels.png beside each overlay: the number of each pixel's object, in the order "
         "of the table, or of its class; 16 bits, as Fiji, napari and CellProfiler read it",
     )
+    p.add_argument(
+        "--label-format",
+        choices=("png", "tif"),
+        help="the format of label images (default: png)",
+    )
     p.add_argument("--json", action="store_true", help="print one JSON document on standard output")
     return p
 
@@ -181,7 +186,7 @@ def _infer(args: Namespace) -> int:
     from meta_deploy.imaging.sources import expand
     from meta_deploy.runtime.stream import predict
 
-    sources = expand(args.inputs)
+    sources = expand(args.inputs, lambda line: tell(f"meta-infer: {line}"))
     other = args.json or args.coco_json or args.csv
     out = args.out or (None if other and not args.label_image else OUT)
     claims = _claims(args, sources, out)
@@ -192,21 +197,29 @@ def _infer(args: Namespace) -> int:
         _open(args) as predictor,
     ):
         _check(args, sources, predictor.bundle)
+        _warn_of_small_tiles(args, predictor)
+        threshold = predictor.bundle.shown_score if args.score_threshold is None else args.score_threshold
         report = Report(sources, as_json=args.json, intro=_intro(args, predictor))
         raw = predictor.bundle.task == "raw"
         batch = 1 if raw else args.batch or predictor.bundle.input.batch.opt
-        labels = LabelImages(folder if args.label_image else None, sources, claims)
-        with Overlays(folder, sources, claims, raw) as overlays, report:
+        labels = LabelImages(
+            folder if args.label_image else None, sources, claims, args.label_format or "png"
+        )
+        older = (args.coco_json, args.csv)
+        with Overlays(folder, sources, claims, raw, older) as overlays, report:
             for frame in predict(predictor, sources, batch):
                 check_signals()
                 if frame.result is None:
                     report.fail(frame)
                     continue
                 coco.add(frame)
-                shown = frame.result.filter(args.score_threshold)
-                rows.add(frame, shown)
-                report.add(frame, shown, overlays.add(frame, shown), labels.add(frame, shown))
-        report.finish(predictor, args.score_threshold, folder, args.coco_json)
+                found = frame.result.filter(threshold)
+                # All outputs hold the same objects.
+                shown = found.apart() if args.csv or args.label_image else found
+                overlay, label_image = overlays.add(frame, shown), labels.add(frame, shown)
+                rows.add(frame, shown, label_image)
+                report.add(frame, shown, overlay, label_image, found)
+        report.finish(predictor, threshold, folder, args.coco_json)
     return EXIT_INPUT if report.failed else 0
 
 
@@ -247,7 +260,7 @@ def _open(args: Namespace) -> Predictor:
     if threads := args.threads or limited_threads():
         cv2.setNumThreads(threads)
     # COCO results hold everything; else what is not shown need not be computed.
-    threshold = None if args.coco_json else args.score_threshold
+    threshold = 0.0 if args.coco_json else args.score_threshold
     bundle, backend = args.model, args.backend
     if args.rebuild:
         bundle, backend = _rebuilt(locate(args.model), args.backend)
@@ -266,6 +279,18 @@ def _intro(args: Namespace, predictor: Predictor) -> str | None:
     return f"meta-infer: {'; '.join(chosen)}" if chosen else None
 
 
+def _warn_of_small_tiles(args: Namespace, predictor: Predictor) -> None:
+    """Say what comes of tiles far smaller than the model's input."""
+    if not args.tile or predictor.tile is None:
+        return
+    size = predictor.bundle.input.size.opt
+    if (factor := min(size) // predictor.tile) > MOST_ENLARGED:
+        tell(
+            f"meta-infer: warning: tiles of {predictor.tile} pixels are enlarged {factor} times to the "
+            f"model's {size[1]}x{size[0]}; that takes long and cuts objects, so take a larger --tile"
+        )
+
+
 def _check(args: Namespace, sources: Sequence[Source], bundle: Bundle) -> None:
     """Refuse what does not go with the bundle, before any work. Raises InputError."""
     from meta_deploy.errors import InputError
@@ -282,6 +307,8 @@ def _check(args: Namespace, sources: Sequence[Source], bundle: Bundle) -> None:
             raise InputError(
                 f"{option} is for objects and classes; bundle '{bundle.path}' gives plain arrays"
             )
+    if args.label_format and not args.label_image:
+        raise InputError("--label-format is for label images; give --label-image too")
     if args.label_image and bundle.task == "detection":
         raise InputError(f"--label-image needs masks, and bundle '{bundle.path}' gives boxes only")
     if raw and args.batch:

@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from meta_deploy.bundle.claims import Claims
-from meta_deploy.bundle.files import atomic_write, scratch_folder
+from meta_deploy.bundle.files import atomic_write, reason, scratch_folder
 from meta_deploy.cli.terminal import say, tell
 from meta_deploy.errors import InputError
 from meta_deploy.imaging.depth import Note
@@ -60,9 +60,8 @@ def folder_for(path: str | None) -> Iterator[Path | None]:
         except FileExistsError as error:
             raise InputError(f"--out '{path}' is a file; name a folder") from error
         except OSError as error:
-            raise InputError(
-                f"cannot write to --out '{path}': {error.strerror}; choose another folder"
-            ) from error
+            there = next(p for p in (folder, *folder.parents) if os.path.exists(p))
+            raise InputError(f"cannot write to --out '{path}': {reason(error, there)}") from error
         yield folder
     finally:
         for made in missing:
@@ -75,9 +74,21 @@ class Overlays:
 
     MOST_WAITING = 4
 
-    def __init__(self, folder: Path | None, sources: Sequence[Source], claims: Claims, raw: bool = False):
-        """`claims`: what must not be written over; `raw`: the results are arrays."""
+    def __init__(
+        self,
+        folder: Path | None,
+        sources: Sequence[Source],
+        claims: Claims,
+        raw: bool = False,
+        older: Sequence[str | None] = (),
+    ):
+        """`claims`: what must not be written over; `raw`: the results are arrays.
+
+        `older`: files that are written anew when all is done. What an earlier run left there is removed
+        before the first overlay, to which it does not belong: an interrupted run does not come so far.
+        """
         self._folder = folder
+        self._older = [path for path in older if path is not None]
         self._names = overlay_names(folder, sources, claims, raw) if folder else {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="draw")
         self._waiting: deque[Future] = deque()
@@ -93,6 +104,7 @@ class Overlays:
         if isinstance(shown, Arrays):
             self._submit(shown.save, target)
         elif frame.index is None:
+            self._remove_older()
             self._submit(_draw_image, target, frame, shown)
         else:
             if self._video is None:
@@ -110,7 +122,14 @@ class Overlays:
             self._waiting.popleft().result()
         video, self._video = self._video, None
         if video is not None:
+            if error is None:
+                self._remove_older()
             video.close(error)
+
+    def _remove_older(self) -> None:
+        while self._older:
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.realpath(self._older.pop()))
 
     def __enter__(self) -> Overlays:
         return self
@@ -208,10 +227,8 @@ class VideoFile:
         try:
             yield
         except OSError as error:
-            reason = error.strerror or error
-            raise InputError(
-                f"cannot write the video '{self.target}': {reason}; free space or choose another --out"
-            ) from error
+            why = reason(error, self.target.parent)
+            raise InputError(f"cannot write the video '{self.target}': {why}") from error
 
 
 class CocoFile:
@@ -268,21 +285,20 @@ class TableFile:
         self._stream = None if path is None else self._stack.enter_context(atomic_write(path))
         self._empty = True
 
-    def add(self, frame: Frame, shown: Result) -> None:
-        """Write one frame's rows, each with the file's name, and the frame's number in a video."""
+    def add(self, frame: Frame, shown: Result, label_image: Path | None = None) -> None:
+        """Write one frame's rows, with its file's name, its number in a video, and its label image."""
         if self._stream is None or not isinstance(shown, ImageResult):
             return
         assert frame.picture is not None
         where = {"file": str(frame.source.path), "frame": "" if frame.index is None else frame.index}
+        if label_image is not None:
+            where["label_image"] = str(label_image)
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, [*where, *shown.columns])
         if self._empty:
             writer.writeheader()
             self._empty = False
-        for row in shown.table(frame.picture.whole):
-            # What is not known, as the intensity of an object without pixels, is an empty cell.
-            known = {name: "" if value != value else value for name, value in row.items()}
-            writer.writerow(where | known)
+        writer.writerows(where | row for row in shown.table(frame.picture.whole))
         self._stream.write(text.getvalue().encode(errors="backslashreplace"))
 
     def __enter__(self) -> TableFile:
@@ -293,10 +309,10 @@ class TableFile:
 
 
 class LabelImages:
-    """A 16-bit PNG of the objects' numbers, or of the classes, of every image; None writes nothing."""
+    """A 16-bit image of the objects' numbers, or of the classes, of every image; None writes nothing."""
 
-    def __init__(self, folder: Path | None, sources: Sequence[Source], claims: Claims):
-        self._names = _names(folder, sources, claims, "labels", lambda source: ".png") if folder else {}
+    def __init__(self, folder: Path | None, sources: Sequence[Source], claims: Claims, form: str = "png"):
+        self._names = _names(folder, sources, claims, "labels", lambda source: f".{form}") if folder else {}
 
     def add(self, frame: Frame, shown: Result) -> Path | None:
         """Write one frame's; returns where."""
@@ -313,6 +329,7 @@ class Report:
     def __init__(self, sources: Sequence[Source], as_json: bool, intro: str | None = None):
         """`intro` is a line for standard error, before the first result."""
         self.failed = 0
+        self._covered = 0
         self._intro = intro
         self._json = as_json
         self._entries: list[str] = []
@@ -325,8 +342,15 @@ class Report:
         self._video: _VideoLine | None = None
         self._notes = _Notes()
 
-    def add(self, frame: Frame, shown: Result, overlay: Path | None, labels: Path | None = None) -> None:
-        """Take one result in, and where its files are."""
+    def add(
+        self,
+        frame: Frame,
+        shown: Result,
+        overlay: Path | None,
+        labels: Path | None = None,
+        found: Result | None = None,
+    ) -> None:
+        """Take one result in, where its files are, and what it was before what others cover was left out."""
         if self._intro is not None:
             tell(self._intro)
             self._intro = None
@@ -334,6 +358,8 @@ class Report:
             values.append(getattr(shown.timings, name))
         self._end_video(frame.source)
         self._notes.add(frame.notes)
+        if isinstance(found, Detections) and isinstance(shown, Detections):
+            self._covered += len(found) - len(shown)
         if self._json:
             entry = shown.to_dict()
             if frame.index is not None:
@@ -344,7 +370,8 @@ class Report:
                 entry["labels"] = str(labels)
             self._entries.append(json.dumps(entry))
         elif frame.index is None:
-            say(f"{_title(frame.source, shown)}: {shown!r}; {shown.timings.total:.1f} ms")
+            files = "".join(f"; {name}" for name in _unlike(frame.source, overlay, labels))
+            say(f"{_title(frame.source, shown)}: {shown!r}; {shown.timings.total:.1f} ms{files}")
         else:
             if self._video is None:
                 self._video = _VideoLine(frame.source)
@@ -381,6 +408,9 @@ class Report:
             where += f"COCO results in {coco_json}; " if coco_json else ""
             say(f"{where}median ms: {times}", sys.stderr if self._json else sys.stdout)
         self._notes.finish()
+        if self._covered:
+            noun = "detection" if self._covered == 1 else "detections"
+            tell(f"meta-infer: left out {self._covered} {noun} that better ones cover by more than half")
         if self.failed and self._several:
             tell(f"meta-infer: {self.failed} could not be read, {done} done")
 
@@ -399,16 +429,17 @@ class Report:
 
 
 class _Notes:
-    """Says once of each kind what was decided of a picture, and at the end of how many more."""
+    """Says once of each kind and value what was decided of a picture, and at the end of how many."""
 
     def __init__(self) -> None:
         self._said: dict[str, Counter[str]] = {}
 
     def add(self, notes: Sequence[Note]) -> None:
         for note in notes:
-            if note.kind not in self._said:
+            counts = self._said.setdefault(note.kind, Counter())
+            if note.value not in counts:
                 tell(f"meta-infer: {note.text}")
-            self._said.setdefault(note.kind, Counter())[note.value] += 1
+            counts[note.value] += 1
 
     def finish(self) -> None:
         for kind, values in self._said.items():
@@ -436,6 +467,11 @@ class _VideoLine:
     def text(self) -> str:
         objects = f", {self._objects} objects" if self._objects else ""
         return f"{self._title}: {self._frames} frames{objects}, {self._ms / self._frames:.1f} ms a frame"
+
+
+def _unlike(source: Source, *paths: Path | None) -> list[str]:
+    """The names of those files that do not tell which source they are of, since another has the same stem."""
+    return [path.name for path in paths if path and path.stem.rpartition("-")[0] != source.path.stem]
 
 
 def _title(source: Source, shown: Result) -> str:

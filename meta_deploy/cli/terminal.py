@@ -34,27 +34,44 @@ def tell(line: str) -> None:
 
 
 class _Unfailing:
-    """Standard error that a full disk or a closed pipe does not make a reason to stop the work."""
+    """A stream that a full disk or a closed pipe does not make a reason to stop the work.
+
+    `error` is the first that writing to it raised.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self.error: Exception | None = None
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, ValueError):
+        with self._kept():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
+        with self._kept():
             self._stream.flush()
+
+    @contextlib.contextmanager
+    def _kept(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            self.error = self.error or error
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
+def output_error() -> Exception | None:
+    """What kept standard output from being written, if anything did."""
+    sys.stdout.flush()
+    return getattr(sys.stdout, "error", None)
+
+
 @contextlib.contextmanager
 def streams() -> Iterator[None]:
-    """Streams that take every name: what they cannot encode is escaped, and a closed one swallows all."""
+    """Streams that take everything: what they cannot encode is escaped, what they cannot write is lost."""
     before = sys.stdout, sys.stderr
     with contextlib.ExitStack() as stack:
         for name in ("stdout", "stderr"):
@@ -64,7 +81,7 @@ def streams() -> Iterator[None]:
                 AttributeError, ValueError, OSError
             ):  # not a stream of a terminal or file
                 getattr(sys, name).reconfigure(errors="backslashreplace")
-        sys.stderr = _Unfailing(sys.stderr)  # type: ignore[assignment]
+        sys.stdout, sys.stderr = _Unfailing(sys.stdout), _Unfailing(sys.stderr)  # type: ignore[assignment]
         try:
             yield
         finally:

@@ -3,10 +3,10 @@
 Knows arrays; must not know files and their formats.
 
 16-bit files often hold 10, 12 or 14 bits of a camera or microscope, and nothing says so. The order is: the
-depth that the caller sets; what the file declares; else the range of the picture's own values, rounded up to
-the next usual depth, for which a sensor's few hot pixels do not count. That is decided for each picture by
-itself, so that it does not depend on which others are read with it. A dark picture may come out brighter
-for it, which the note says.
+depth that the caller sets; what the file declares; 16 bits where all values are 8 bits that were scaled up to
+16; else the range of the picture's own values, rounded up to the next usual depth, for which a sensor's few
+hot pixels do not count. That is decided for each picture by itself, so that it does not depend on which
+others are read with it. A dark picture may come out brighter for it, which the note says.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ _USUAL = (8, 10, 12, 14, 16, 20, 24, 32)
 _ROWS = 1 << 22  # samples that are worked on at a time
 _HOT = 1e-4  # of the samples may lie above the range and become white
 _MUCH = 0.01  # of the samples above the depth that was set is said
+_SET = "set --depth (in Python depth=)"
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,15 @@ def to_8_bits(
     """Samples of any integer or float dtype as uint8 of the same shape, and what was decided, if anything.
 
     `depth` and `declared` are bits: white is 2**bits - 1; one bit is floats from 0 to 1. Values that depth
-    leaves out are clipped. With `inverted` 0 is white. Numbers that are not finite become 0.
+    leaves out are clipped. With `inverted` 0 is white. Floats are not all NaN or infinite; those that are
+    become 0.
     """
     floats = values.dtype.kind == "f"
     low, high, infinite = _range(values) if floats else (*_extremes(values), False)
     if values.dtype == np.uint16 and depth is None:
-        high = _without_hot(values, int(high))
+        counts = _counts(values)
+        high = _without_hot(counts)
+        declared = declared or (16 if _scaled_up(np.flatnonzero(counts)) else None)
     note, (black, white) = _limits(values.dtype, low, high, depth, declared)
     out = np.empty(values.shape, np.uint8)
     above = 0
@@ -79,12 +83,12 @@ def _extremes(values: np.ndarray) -> tuple[float, float]:
 
 
 def _range(values: np.ndarray) -> tuple[float, float, bool]:
-    """Least and greatest of the finite numbers, and whether there are others."""
+    """Least and greatest of the finite numbers, of which there are some, and whether there are others."""
     low, high = float(values.min()), float(values.max())
     if np.isfinite(low) and np.isfinite(high):
         return low, high, False
     finite = values[np.isfinite(values)]
-    return (float(finite.min()), float(finite.max()), True) if finite.size else (0.0, 0.0, True)
+    return float(finite.min()), float(finite.max()), True
 
 
 def _bands(values: np.ndarray) -> Iterator[slice]:
@@ -93,10 +97,23 @@ def _bands(values: np.ndarray) -> Iterator[slice]:
     return (slice(top, top + step) for top in range(0, len(values), step))
 
 
-def _without_hot(values: np.ndarray, high: int) -> int:
-    """The value that all but `_HOT` of the 16-bit samples reach at most; the greatest of few samples."""
-    counts = sum(np.bincount(values[rows].ravel(), minlength=high + 1) for rows in _bands(values))
-    return int(np.searchsorted(np.cumsum(counts), values.size - int(_HOT * values.size)))
+def _counts(values: np.ndarray) -> np.ndarray:
+    """How often each value occurs among 16-bit samples: (65536,)."""
+    counts = np.zeros(1 << 16, np.int64)
+    for rows in _bands(values):
+        counts += np.bincount(values[rows].ravel(), minlength=len(counts))
+    return counts
+
+
+def _without_hot(counts: np.ndarray) -> int:
+    """The value that all but `_HOT` of the samples reach at most; the greatest of few samples."""
+    total = int(counts.sum())
+    return int(np.searchsorted(np.cumsum(counts), total - int(_HOT * total)))
+
+
+def _scaled_up(values: np.ndarray) -> bool:
+    """Whether these are what 8 bits become as 16, times 257 or 256: such steps are in no sensor's data."""
+    return len(values) > 2 and any(not (values % step).any() for step in (257, 256))
 
 
 def _limits(
@@ -109,14 +126,15 @@ def _limits(
         return None, (-half, half - 1) if low < 0 and depth > 1 else (0, 2**depth - 1)
     if low < 0:
         text = f"holds {title} values from {low:g} to {high:g}, taken as black and white"
-        return Note("depth", "its own range", f"{text}; set the depth to treat all alike"), (low, high)
+        return Note("depth", "its own range", f"{text}; {_SET} to treat all alike"), (low, high)
     if dtype.kind == "f" and high <= 1.001:
-        return Note(
-            "depth", "0 to 1", f"holds {title} values, taken as 0 to 1; set the depth if that is wrong"
-        ), (0, 1)
+        return Note("depth", "0 to 1", f"holds {title} values, taken as 0 to 1; if that is wrong, {_SET}"), (
+            0,
+            1,
+        )
     if dtype.kind == "f" and not 16 <= high < 2**MAX_DEPTH:  # neither 0 to 1 nor 0 to 255 and so on
         text = f"holds {title} values from 0 to {high:g}, taken as black and white"
-        return Note("depth", "its own range", f"{text}; set the depth to treat all alike"), (0, high)
+        return Note("depth", "its own range", f"{text}; {_SET} to treat all alike"), (0, high)
     if declared is not None and high < 2**declared:
         bits, why = declared, "as it declares"
     else:
@@ -126,7 +144,7 @@ def _limits(
         why = f"by its values up to {high:g}"
     if dtype.kind == "u" and bits == 8 * dtype.itemsize and declared is not None:
         return None, (0, 2**bits - 1)
-    advice = "" if bits == declared else "; set the depth if that is wrong"
+    advice = "" if bits == declared else f"; if that is wrong, {_SET}"
     note = Note("depth", f"{bits} bits", f"holds {title} taken as {bits} bits, {why}{advice}")
     return note, (0, 2**bits - 1)
 

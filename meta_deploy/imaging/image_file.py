@@ -85,6 +85,8 @@ class ImageFile:
                     f"{self.name} holds {bits}-bit integers, which a depth of {depth} does not go with; "
                     f"set 2 to {bits} bits, or none"
                 )
+            if samples.dtype.kind == "f" and not np.isfinite(samples).any():
+                raise ImageError(f"{self.name} holds no finite number, only NaN or infinity; write it again")
             shallow, note = to_8_bits(samples, depth, declared, inverted)
             if note is not None:
                 self.notes.append(replace(note, text=f"{self.name} {note.text}"))
@@ -135,12 +137,25 @@ class ImageFile:
             samples = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
         except cv2.error as error:
             raise ImageError(f"{self.name} is damaged or of a kind not read here; {_CONVERT}") from error
+        if samples is None and self._is_cut(content):
+            raise ImageError(f"{self.name} is cut short; get the file again")
         if samples is None or samples.dtype.itemsize * 8 < bits or samples.shape[:2] != self.size:
             raise ImageError(
                 f"{self.name} has {bits}-bit{' float' if self._tag(339, 1) == 3 else ''} samples "
                 f"and is damaged or of a kind not read here; {_CONVERT}"
             )
         return samples if samples.ndim == 2 else np.ascontiguousarray(samples[:, :, 2::-1])
+
+    def _is_cut(self, content: np.ndarray) -> bool:
+        """Whether a PNG lacks its end, or a TIFF some of the strips or tiles that it lists."""
+        if self._tags is None:
+            return b"IEND" not in content.tobytes()
+        for starts, lengths in ((273, 279), (324, 325)):
+            places = zip(*(_tuple(self._tags.get(tag, ())) for tag in (starts, lengths)), strict=False)
+            with contextlib.suppress(TypeError):  # of another type than they should be
+                if any(start + length > len(content) for start, length in places):
+                    return True
+        return False
 
     def _read_tags(self) -> Any:
         """The first page's tags of a TIFF file, which are also there for one that Pillow does not know."""

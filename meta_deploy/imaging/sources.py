@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,8 @@ IMAGE_SUFFIXES = frozenset((
 VIDEO_SUFFIXES = frozenset((".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv"))
 # fmt: on
 ARRAY_SUFFIXES = frozenset((".npz",))
+# What meta-infer writes for an input.
+_WRITTEN = r".*-(overlay(-\d+)?\.(jpg|png|mp4)|labels(-\d+)?\.(png|tif)|outputs(-\d+)?\.npz)"
 
 
 @dataclass(frozen=True)
@@ -32,18 +35,30 @@ class Source:
         return self.path.suffix.lower() in ARRAY_SUFFIXES
 
 
-def expand(arguments: Iterable[str]) -> list[Source]:
+def expand(arguments: Iterable[str], note: Callable[[str], None] = lambda line: None) -> list[Source]:
     """Arguments (image, video, .npz, folder, or glob pattern) to the files they name, each once, in order.
 
-    A folder gives the images directly in it, sorted, by suffix; without images, the .npz files. A file that
-    does not exist is kept, for reading it to say so.
+    A folder gives the images directly in it, sorted, by suffix; without images, the .npz files. What
+    meta-infer has written there, by its name, is left out beside others, and `note` told. A file that does
+    not exist is kept, for reading it to say so.
 
     Raises:
-        InputError: a folder without either, a pattern without matches, or an empty name.
+        InputError: a folder without either, or with what meta-infer has written alone, a pattern without
+            matches, or an empty name.
     """
     found: dict[str, Source] = {}
     for argument in arguments:
-        for path in _matches(argument):
+        paths = _matches(argument)
+        others = [path for path in paths if not re.fullmatch(_WRITTEN, path.name)]
+        if os.path.isdir(argument) and not others:
+            raise InputError(
+                f"the folder '{argument}' holds what meta-infer wrote, as '{paths[0].name}'; name the folder "
+                f"of the pictures, or a pattern as '{argument.rstrip(os.sep)}{os.sep}*{paths[0].suffix}'"
+            )
+        if others and len(others) < len(paths):
+            written = [path.name for path in paths if path not in others]
+            note(f"left out of '{argument}' what meta-infer wrote: {len(written)} files as '{written[0]}'")
+        for path in others or paths:
             found.setdefault(os.path.abspath(path), Source(path, path.suffix.lower() in VIDEO_SUFFIXES))
     return list(found.values())
 

@@ -180,7 +180,7 @@ def random_feed(bundle: Bundle) -> dict[str, np.ndarray]:
 
 
 def _open_bundle(path: str, backend: str, threads: int, scratch: Path) -> Predictor:
-    return Predictor(path, backend, threads=threads)
+    return Predictor(path, backend, 0.0, threads)
 
 
 def _open_onnx(path: str, backend: str, threads: int, scratch: Path) -> Predictor:
@@ -193,7 +193,7 @@ def _open_onnx(path: str, backend: str, threads: int, scratch: Path) -> Predicto
     graph = source.graph("native")
     manifest = source.manifest(target="onnxruntime", precision="fp32", outputs=output_specs(graph, {}))
     bundle = write_bundle(scratch / "bundle", manifest, {MODEL: graph.SerializeToString()})
-    return Predictor(bundle, backend, threads=threads)
+    return Predictor(bundle, backend, 0.0, threads)
 
 
 def _open_checkpoint(path: str, backend: str, threads: int, scratch: Path) -> Predictor:
@@ -211,7 +211,7 @@ def _open_checkpoint(path: str, backend: str, threads: int, scratch: Path) -> Pr
     source = CheckpointSource(path, Options(), lambda note: None)
     outputs = tuple(TensorSpec(name=name, dtype="float32", shape=()) for name in source.outputs)
     manifest = source.manifest(target=PYTORCH, precision="fp32", outputs=outputs)
-    return Predictor(Bundle(Path(path), manifest), PyTorchBackend(source.loaded.model, threads))
+    return Predictor(Bundle(Path(path), manifest), PyTorchBackend(source.loaded.model, threads), 0.0)
 
 
 _OPEN: Mapping[str, Callable[[str, str, int, Path], Predictor]] = {

@@ -54,7 +54,8 @@ class Predictor:
 
         `backend` is a name, or a back end that is open already.
 
-        `score_threshold` is the least score of a detection, 0 to 1 (None: the bundle's own); `threads` the
+        `score_threshold` is the least score of a detection, 0 to 1 (None: what the bundle says, usually 0.3;
+        0: all that the bundle gives, as average precision needs them); `threads` the
         CPU threads of the model, 1 to 1024 (None: all CPUs that affinity and a container's quota leave to
         this process; half of them for a predictor opened beside another, a third for the next, …); `depth`
         the bits that samples of 16-bit, 32-bit and float images really have (None: see `read_image`).
@@ -89,7 +90,7 @@ class Predictor:
             self.bundle, self._backend = Bundle.use(
                 locate(bundle), lambda opened: (opened, open_backend(opened, backend, threads))
             )
-        self.score_threshold = self.bundle.score_threshold if score_threshold is None else score_threshold
+        self.score_threshold = self.bundle.shown_score if score_threshold is None else score_threshold
         self._task = get_task(self.bundle.task)
         self.tile, self.tile_overlap = _chosen_tile(tile, tile_overlap, self.bundle.tile)
         if self.tile is not None and not self._task.joins:

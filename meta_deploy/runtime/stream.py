@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -114,7 +114,7 @@ def read_ahead(
             while pending and (source.video or len(pending) > depth):
                 yield _frame(*pending.popleft())
             if source.video:
-                yield from _video_frames(source, pool)
+                yield from _video_frames(source)
         while pending:
             yield _frame(*pending.popleft())
     finally:
@@ -128,23 +128,19 @@ def _frame(source: Source, content: Future) -> Frame:
         return Frame(source, error=error)
 
 
-def _video_frames(source: Source, pool: ThreadPoolExecutor) -> Iterator[Frame]:
+def _video_frames(source: Source) -> Iterator[Frame]:
     """A video's frames; one is decoded ahead."""
     index = None
     try:
-        with Video(source.path) as video:
+        # The thread that decodes ends before the video closes under it, wherever an interrupt comes.
+        with Video(source.path) as video, ThreadPoolExecutor(1, thread_name_prefix="decode") as decoder:
             frames = iter(video)
             notes = (Note("video", "HDR", video.warning),) if video.warning else ()
-            ahead = pool.submit(next, frames, None)
-            try:
-                while (frame := ahead.result()) is not None:
-                    ahead = pool.submit(next, frames, None)
-                    index, size = frame.index, (frame.image.shape[0], frame.image.shape[1])
-                    picture = Picture(frame.image, size, notes)
-                    yield Frame(
-                        source, index, picture, fps=video.fps, time=frame.time, duration=frame.duration
-                    )
-            finally:
-                wait([ahead])  # before the video closes under it
+            ahead = decoder.submit(next, frames, None)
+            while (frame := ahead.result()) is not None:
+                ahead = decoder.submit(next, frames, None)
+                index, size = frame.index, (frame.image.shape[0], frame.image.shape[1])
+                picture = Picture(frame.image, size, notes)
+                yield Frame(source, index, picture, fps=video.fps, time=frame.time, duration=frame.duration)
     except ImageError as error:
         yield Frame(source, index, error=error)

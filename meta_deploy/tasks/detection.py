@@ -21,7 +21,7 @@ from meta_deploy.imaging.preprocess import Placement
 from meta_deploy.tasks.comparison import Comparison, DetectionComparison
 from meta_deploy.tasks.draw import draw_detections
 from meta_deploy.tasks.masks import Mask
-from meta_deploy.tasks.measure import COLUMNS, label_image, measure
+from meta_deploy.tasks.measure import COLUMNS, apart, label_image, measure
 from meta_deploy.tasks.results import ImageResult, Timings, coco_category_ids, listed
 from meta_deploy.tasks.task import Output, Task, check_classes, check_finite
 from meta_deploy.tasks.tiles import Seen, Tile, is_cut, join_objects
@@ -124,27 +124,39 @@ class Detections(ImageResult):
         """Those of at least this score."""
         return self[self.scores >= score]
 
-    def label_image(self) -> np.ndarray:
-        """The number of the object at each pixel, from 1 in the order of these: uint16 (H, W), 0 for none.
+    def apart(self) -> Detections:
+        """These with each pixel in one object, that of the better score, as label images and tables have it.
 
-        Where masks overlap, the one of the better score is seen.
+        Objects that others cover by more than half, or that have no pixel, are left out (`measure.apart`).
+        Without masks nothing changes.
+        """
+        if self.segments is None:
+            return self
+        ordered = self[np.argsort(-self.scores, kind="stable")]
+        assert ordered.segments is not None
+        left = apart(ordered.segments, self.size)
+        return replace(ordered[list(left)], segments=tuple(left.values()))
+
+    def label_image(self) -> np.ndarray:
+        """The number of the object at each pixel, as `apart` gives them: uint16 (H, W), 0 for none.
 
         Raises:
             InputError: there are no masks, or more objects than 16 bits can number.
         """
-        if self.segments is None:
+        if (segments := self.apart().segments) is None:
             raise InputError("a label image needs masks, and this model gives boxes only")
-        return label_image(self.segments, self.size)
+        return label_image(segments, self.size)
 
     def table(self, image: ImageLike | None = None) -> list[dict[str, Any]]:
-        """A row an object: its number from 1, class, score, and `measure.COLUMNS` in pixels."""
-        segments = self.segments or [None] * len(self)
+        """A row an object, as `apart` gives them: its number from 1, class, score, `measure.COLUMNS`."""
+        found = self.apart()
+        segments = found.segments or [None] * len(found)
         with one_at_a_time(self.size):
             picture = self._canvas(image)
             return [
-                {"object": i + 1, "class": name, "score": round(float(self.scores[i]), 6)}
-                | measure(self.boxes[i], segments[i], picture)
-                for i, name in enumerate(self.names)
+                {"object": i + 1, "class": name, "score": round(float(found.scores[i]), 6)}
+                | measure(found.boxes[i], segments[i], picture)
+                for i, name in enumerate(found.names)
             ]
 
     def to_supervision(self) -> Any:

@@ -64,6 +64,10 @@ class Result(ABC):
     def filter(self, score: float) -> Result:
         """What has at least this score; itself where nothing has one."""
 
+    def apart(self) -> Result:
+        """The same with one thing at each pixel, as label images and tables have it."""
+        return self
+
     @abstractmethod
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the result to a file, whole or not at all."""

@@ -58,7 +58,7 @@ def test_a_written_bundle_opens_and_gives_back_what_was_put_in(written):
     assert bundle.input.size.max == (64, 64)
     assert bundle.input.static_size
     assert bundle.manifest.thresholds == Thresholds(score=0.05, mask=0.5)
-    assert bundle.score_threshold == 0.05
+    assert (bundle.score_threshold, bundle.shown_score) == (0.05, 0.3)
 
 
 def test_files_are_copied_from_paths_with_their_sha256(tmp_path):
@@ -137,6 +137,7 @@ def test_a_file_altered_after_opening_is_not_used(written):
         ({"preprocess__resize__mode": "edges"}, "lacks 'preprocess.resize.long'"),
         ({"preprocess__resize__size": [96, 64]}, "resizes to more"),
         ({"thresholds__score": 5}, "5 for 'thresholds.score'"),
+        ({"thresholds__shown": -1}, "-1 for 'thresholds.shown'"),
         ({"thresholds": None}, "lacks 'thresholds'"),
         ({"thresholds": [0.5]}, r"\[0.5\] for 'thresholds'"),
         ({"thresholds": 0.5}, "0.5 for 'thresholds'"),

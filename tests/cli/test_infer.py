@@ -458,8 +458,11 @@ def test_a_depth_is_said_once_and_differing_ones_are_a_warning(here, infer):
     assert code == 0
     scores = [entry["detections"][0]["score"] for entry in json.loads(out)["images"]]
     assert min(scores) > 0.97  # the brightest pixel's share of white
-    said, warning, *_ = [line for line in err.splitlines() if "bits" in line]
+    said, other, warning = [line for line in err.splitlines() if "bits" in line]
     assert said.startswith("meta-infer: '0.png' holds 16-bit data taken as 12 bits, by its values up to 4095")
+    assert other.startswith(
+        "meta-infer: '2.png' holds 16-bit data taken as 10 bits, by its values up to 1023"
+    )
     assert warning.startswith("meta-infer: warning: ")
     assert "12 bits (2), 10 bits (1); --depth" in warning
     code, out, err = infer("0.png", "2.png", "--json", "--depth", "12", "--backend", "onnxruntime")
@@ -507,6 +510,22 @@ def test_an_interrupt_that_a_library_caught_still_ends_the_run(here, infer, monk
     monkeypatch.setattr(Predictor, "batch", careless)
     assert infer("a.jpg", "b.png", "--out", "o", "--batch", "1")[0] == code
     assert not os.path.exists("o/b-overlay.png")
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_in_a_destructor_is_one_line(here, infer, monkeypatch):
+    class Dropped:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    read = Predictor.batch
+
+    def careless(self, images):
+        Dropped()
+        return read(self, images)
+
+    monkeypatch.setattr(Predictor, "batch", careless)
+    assert infer("a.jpg", "b.png") == (130, "", "meta-infer: interrupted\n")
 
 
 def test_an_interrupted_video_leaves_no_half_video(here, infer, monkeypatch):
@@ -566,7 +585,7 @@ def test_ctrl_c_or_sigterm_ends_a_long_run_cleanly(here, bundles, number, code):
         stderr=subprocess.PIPE,
         text=True,
     )
-    while process.poll() is None and not (os.path.isdir("meta-infer-out") and os.listdir("meta-infer-out")):
+    while process.poll() is None and not list(here.glob("meta-infer-out/*/new.mp4")):
         time.sleep(0.05)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
@@ -728,6 +747,49 @@ def test_what_does_not_go_with_the_bundle_is_one_line(npz, infer, arguments, mod
     assert not os.path.exists("meta-infer-out")
 
 
+@pytest.mark.parametrize("name", ["-dash.png", "-hello.png", "--out.png"])
+def test_a_name_that_begins_with_a_dash_is_taken_for_no_option(here, infer, bundles, name):
+    shutil.copy("b.png", name)
+    one_line(*infer(name), f"write './{name}'")
+    one_line(*infer("a.jpg", "--csv", "-t.csv"), "write './-t.csv'")
+    assert infer(f"./{name}", "--csv", "./-t.csv")[0] == 0
+    assert main(["--model", str(bundles / "detector"), "--", name]) == 0
+
+
+def test_what_an_earlier_run_wrote_is_no_input(here, infer):
+    assert infer(".", "--out", ".", "--label-image")[0] == 0
+    assert sorted(p.name for p in here.glob("*-*")) == sorted(
+        ["a-labels.png", "a-overlay.jpg", "b-labels.png", "b-overlay.png"]
+    )
+    code, out, err = infer(".", "--out", "again", "--label-image", "--label-format", "tif")
+    assert (code, [line.split()[0] for line in out.splitlines()[:-1]]) == (0, ["a.jpg", "b.png"])
+    assert "left out of '.' what meta-infer wrote: 4 files as 'a-labels.png'" in err
+    one_line(*infer("again"), "holds what meta-infer wrote, as 'a-labels.tif'", "'again/*.tif'")
+    assert [line.split()[0] for line in infer("*.jpg")[1].splitlines()[:-1]] == ["a.jpg"]
+    assert infer("again/*-overlay.png", "--json")[1].count('"path"') == 1  # a pattern that names them alone
+    assert infer("b-overlay.png", "a-labels.png", "--json")[1].count('"path"') == 2
+
+
+def test_tiles_far_smaller_than_the_models_input_are_a_warning(here, infer):
+    large = manifest("instance-segmentation", (128, 128))
+    write_bundle(here / "large", large, {"model.onnx": detector((128, 128))})
+    said = "warning: tiles of 16 pixels are enlarged 8 times to the model's 128x128"
+    assert said in infer("a.jpg", "--tile", "16", model=here / "large")[2]
+    for options in (("--tile", "32"), ("--tile", "0"), ()):
+        assert "warning" not in infer("a.jpg", *options, model=here / "large")[2]
+
+
+def test_places_without_room_for_a_file_are_said_to_be(here, infer):
+    if not os.path.isdir("/proc/self"):
+        pytest.skip("needs a folder that takes no files")
+    for option, place in (("--csv", "/proc/x.csv"), ("--coco-json", "/proc/x.json"), ("--out", "/proc/x")):
+        one_line(*infer("a.jpg", option, place), f"'{place}': no file can be made in '/proc'; choose another")
+
+
+def test_a_bundle_that_is_not_there_tells_those_that_ship(here, infer):
+    one_line(*infer("a.jpg", model=here / "nuclei-x"), "nuclei-x", "(nuclei, nuclei-semantic)")
+
+
 # --- tables, label images, tiles ---
 
 
@@ -749,13 +811,95 @@ def test_a_table_and_label_images_number_the_same_objects(here, infer):
             labels = np.asarray(picture)
         assert labels.shape == (128, 96)
         for row in (row for row in rows if row["file"] == name):
-            at = labels == int(row["object"])
-            if not any(other["file"] == name and other is not row for other in rows):
-                assert at.sum() == float(row["area"])
-            assert at.sum() <= float(row["area"])
-            y, x = np.nonzero(at)
-            assert x.min() >= float(row["x_min"]) - 1
-            assert y.max() <= float(row["y_max"]) + 1
+            assert row["label_image"] == f"o/{name[0]}-labels.png"
+            assert np.count_nonzero(labels == int(row["object"])) == int(row["area"])
+        assert set(np.unique(labels)) - {0} == {int(row["object"]) for row in rows if row["file"] == name}
+
+
+def test_a_detection_without_a_pixel_is_in_no_output_beside_a_table(here, infer):
+    """In a picture of 3x3 pixels the ring's mask has none."""
+    Image.fromarray(np.full((3, 3, 3), 255, np.uint8)).save("tiny.png")
+    options = ("--score-threshold", "0", "--backend", "onnxruntime")
+    assert " 3 objects: " in infer("tiny.png", *options)[1]
+    _, out, err = infer("tiny.png", "--csv", "t.csv", "--label-image", "--coco-json", "c.json", *options)
+    assert " 2 objects: 1 disc, 1 star; " in out
+    assert "left out 1 detection that better ones cover" in err
+    assert [row["object"] for row in rows_of("t.csv")] == ["1", "2"]
+    assert set(np.unique(np.asarray(Image.open("meta-infer-out/tiny-labels.png")))) == {0, 1, 2}
+    assert len(json.loads((here / "c.json").read_text())) == 3
+
+
+def test_the_table_and_the_lines_tell_the_files_of_pictures_of_one_stem(here, infer, photo):
+    Image.fromarray(photo).save("b.tif")
+    code, out, _ = infer("b.png", "b.tif", "--csv", "t.csv", "--label-image", "--out", "o")
+    first, second, *_ = out.splitlines()
+    assert (code, first.startswith("b.png 96x128: 2 objects"), first.endswith(" ms")) == (0, True, True)
+    assert second.startswith("b.tif ")
+    assert second.endswith(" ms; b-overlay-2.png; b-labels-2.png")
+    told = {(row["file"], row["label_image"]) for row in rows_of("t.csv")}
+    assert told == {("b.png", "o/b-labels.png"), ("b.tif", "o/b-labels-2.png")}
+
+
+def test_label_images_can_be_tiff(here, infer):
+    assert infer("a.jpg", "--label-image", "--label-format", "tif")[0] == 0
+    with Image.open("meta-infer-out/a-labels.tif") as picture:
+        assert (picture.format, picture.mode) == ("TIFF", "I;16")
+        labels = np.asarray(picture)
+    assert infer("a.jpg", "--label-image")[0] == 0
+    np.testing.assert_array_equal(labels, np.asarray(Image.open("meta-infer-out/a-labels.png")))
+    one_line(*infer("a.jpg", "--label-format", "tif"), "--label-format", "--label-image")
+
+
+def test_an_interrupted_run_leaves_no_older_table_beside_new_label_images(here, infer, monkeypatch):
+    from meta_deploy.cli.outputs import LabelImages
+
+    write = LabelImages.add
+
+    def stop_after_the_first(self, frame, shown):
+        if frame.source.path.name != "a.jpg":
+            raise KeyboardInterrupt
+        return write(self, frame, shown)
+
+    for name in ("t.csv", "c.json"):
+        (here / name).write_text("older")
+    monkeypatch.setattr(LabelImages, "add", stop_after_the_first)
+    files = ("--csv", "t.csv", "--coco-json", "c.json")
+    assert infer("a.jpg", "b.png", *files, "--label-image", "--batch", "1")[0] == 130
+    assert "a-labels.png" in os.listdir("meta-infer-out")
+    assert not os.path.exists("t.csv")
+    assert not os.path.exists("c.json")
+
+
+def test_without_files_beside_it_an_older_table_outlives_an_interrupt(here, infer, monkeypatch):
+    from meta_deploy.cli.outputs import Report
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    (here / "t.csv").write_text("older")
+    monkeypatch.setattr(Report, "add", interrupt)
+    assert infer("a.jpg", "--csv", "t.csv")[0] == 130
+    assert (here / "t.csv").read_text() == "older"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes a pipe")
+@pytest.mark.parametrize("out", ["pipe", "full"])
+def test_standard_output_that_cannot_be_written_costs_no_file(here, bundles, out):
+    """As in `meta-infer … | head -1`, and on a full disk."""
+    options = ("--csv", "t.csv", "--coco-json", "c.json", "--label-image", "--backend", "onnxruntime")
+    line = shlex.join(command("a.jpg", "b.png", "--model", bundles / "detector", "--batch", "1", *options))
+    if out == "full" and not os.path.exists("/dev/full"):
+        pytest.skip("needs a device that is always full")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe, open("/dev/full" if out == "full" else os.devnull, "w") as full:
+        stdout = pipe if out == "pipe" else full
+        process = subprocess.run(shlex.split(line), stdout=stdout, stderr=subprocess.PIPE, text=True)
+    said = "" if out == "pipe" else "meta-infer: No space left on device; free space or write elsewhere\n"
+    assert (process.returncode, process.stderr) == (141 if out == "pipe" else 2, said)
+    assert len({row["file"] for row in rows_of("t.csv")}) == 2
+    assert json.loads((here / "c.json").read_text())
+    assert len(os.listdir("meta-infer-out")) == 4
 
 
 def test_a_table_of_class_maps_has_a_row_a_class(here, infer):
@@ -793,6 +937,12 @@ def test_tables_and_label_images_that_cannot_be_are_one_line(here, infer):
     ):
         one_line(*infer("a.jpg", option, model="raw-image"), said, "plain arrays")
     one_line(*infer("a.jpg", "--tile-overlap", "9"), "needs a tile size")
+    for side in ("-1", "8", "2000000", "99999999999"):
+        one_line(*infer("a.jpg", "--tile", side), "from 16 to 1048576, or 0 for none", side)
+    for overlap in ("-1", "64", "99999999999"):
+        options = ("--tile", "64", "--tile-overlap", overlap)
+        one_line(*infer("a.jpg", *options), "from 0 to 63", overlap)
+    one_line(*infer("a.jpg", "--tile", "x"), "--tile", "'x' is not a whole number")
     assert not (here / "t.csv").exists()
 
 

@@ -97,7 +97,7 @@ def test_every_picture_has_a_label_image_of_its_size_with_the_numbers_of_its_row
         assert labels.shape == pixels.shape[:2] == tuple(one["size"]), name
         if model == "detector":
             assert [int(row["object"]) for row in rows] == list(range(1, len(one["detections"]) + 1))
-            assert labels.max() <= len(rows)
+            assert set(np.unique(labels)) - {0} == {int(row["object"]) for row in rows}, name
 
 
 @pytest.mark.parametrize("name", ["black.png", "black-16.tif"])
@@ -107,8 +107,7 @@ def test_where_nothing_is_found_there_are_no_rows_and_no_numbers(done, name):
     assert not labels.any()
 
 
-def test_areas_and_centroids_are_those_of_the_label_image(done):
-    """The objects of this detector lie apart, so that none hides another."""
+def test_areas_centroids_and_boxes_are_those_of_the_label_image(done):
     names = [name for model, name in done if model == "detector"]
     assert sum(len(done["detector", name][2]) for name in names) > 10
     for name in names:
@@ -116,9 +115,10 @@ def test_areas_and_centroids_are_those_of_the_label_image(done):
         for row in rows:
             y, x = np.nonzero(labels == int(row["object"]))
             assert len(y) == int(row["area"]), (name, row)
-            if len(y):
-                middle = [float(row["centroid_x"]), float(row["centroid_y"])]
-                np.testing.assert_allclose(middle, [x.mean() + 0.5, y.mean() + 0.5], atol=1e-3)
+            middle = [float(row["centroid_x"]), float(row["centroid_y"])]
+            np.testing.assert_allclose(middle, [x.mean() + 0.5, y.mean() + 0.5], atol=1e-3)
+            box = [float(row[edge]) for edge in ("x_min", "y_min", "x_max", "y_max")]
+            assert box == [x.min(), y.min(), x.max() + 1, y.max() + 1]
 
 
 @pytest.mark.parametrize(
@@ -133,10 +133,10 @@ def test_intensities_are_those_of_the_high_8_of_the_bits_that_there_are(done, na
         assert float(row["mean_intensity"]) == pytest.approx(seen.mean(), abs=1e-3)
 
 
-def test_an_object_without_a_pixel_has_no_number_and_an_empty_cell(done):
+def test_a_detection_without_a_pixel_is_no_object(done):
     """In a picture of one pixel the left half of a box covers less than that."""
-    _, _, (row,), labels = done["detector", "one.png"]
-    assert (row["area"], row["mean_intensity"]) == ("0", "")
+    _, one, rows, labels = done["detector", "one.png"]
+    assert (one["detections"], rows) == ([], [])
     assert not labels.any()
 
 

@@ -7,10 +7,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from msgspec.structs import replace
 from PIL import Image
 
 from meta_deploy.bundle.bundle import Bundle
-from meta_deploy.bundle.manifest import Edges, SizeRange, Thresholds
+from meta_deploy.bundle.manifest import Edges, SizeRange, TensorSpec, Thresholds
 from meta_deploy.errors import (
     BundleError,
     CheckpointError,
@@ -24,15 +25,15 @@ from meta_deploy.export.options import Options
 from meta_deploy.export.plan import choose_passes
 from meta_deploy.export.samples import find_files
 from meta_deploy.export.sources import checkpoint as checkpoint_source
-from meta_deploy.export.sources.checkpoint import describe, input_spec, preprocess_rules
+from meta_deploy.export.sources.checkpoint import CheckpointSource, describe, input_spec, preprocess_rules
 from meta_deploy.graph.pipeline import PASSES
 from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.graph.precision import fp16 as fp16_module
 from meta_deploy.models.checkpoint.save import save_checkpoint
-from meta_deploy.models.registry import config_from_dict
+from meta_deploy.models.registry import build_model, config_from_dict
 from meta_deploy.runtime.predictor import Predictor
 from meta_deploy.targets import TARGETS
-from tests.tiny_models import SIZE, detector, exported, lively
+from tests.tiny_models import SIZE, dense, detector, exported, lively, segmenter
 
 CONFIG = detector()
 builds = pytest.mark.skipif(
@@ -224,6 +225,17 @@ def test_the_manifest_tells_what_was_done(quick):
     assert manifest.peak_rss_mb > 50
     assert {"python", "torch", "onnx", "onnxruntime", "numpy"} <= set(manifest.created_by)
     assert manifest.thresholds == Thresholds(score=0.05, mask=0.5)
+
+
+@pytest.mark.parametrize("config", [detector(), dense(), segmenter()], ids=["detector", "dense", "segmenter"])
+def test_the_score_from_which_a_configuration_shows_detections_is_in_the_manifest(tmp_path, config):
+    if scored := config.task != "semantic-segmentation":
+        config = replace(config, shown_score=0.7)
+    save_checkpoint(tmp_path / "x.pth", build_model(config), config)
+    source = CheckpointSource(tmp_path / "x.pth", Options(), print)
+    outputs = tuple(TensorSpec(name=name, dtype="float32", shape=()) for name in source.outputs)
+    bundle = Bundle(tmp_path, source.manifest(target="onnxruntime", precision="fp32", outputs=outputs))
+    assert bundle.shown_score == (0.7 if scored else 0.0)
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from tests.models.checkpoint.checkpoints import build, small
         ({"std": [float("nan"), 1.0, 1.0]}, "std"),
         ({"score_threshold": 1.5}, "score_threshold"),
         ({"score_threshold": -0.1}, "score_threshold"),
+        ({"shown_score": 1.5}, "shown_score"),
         ({"name": "a\nb"}, "model.name"),
         ({"name": "\x1b[31m"}, "model.name"),
         ({"name": "x" * 500}, "model.name"),

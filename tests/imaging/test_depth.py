@@ -145,7 +145,34 @@ def test_floats_that_are_no_numbers_are_black_and_said():
     assert picture.pixels[0, :3].max() == 0
     assert picture.pixels[-1, -1, 0] == 229
     assert "not finite (NaN or infinite)" in picture.notes[0].text
-    assert load(tiff(np.full((4, 4), np.nan, np.float32))).pixels.max() == 0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_floats_without_a_number_are_refused(value):
+    with pytest.raises(ImageError, match="no finite number"):
+        load(tiff(np.full((4, 4), value, np.float32)))
+
+
+@pytest.mark.parametrize("step", [257, 256])
+@pytest.mark.parametrize("form", [png, tiff])
+@pytest.mark.parametrize("most", [255, 60, 3])
+def test_8_bits_scaled_up_to_16_come_back_however_dim(step, form, most):
+    grey = np.round(RAMP * most).astype(np.uint16)
+    check(form(grey * step), None, grey, atol=0)
+
+
+def test_the_line_of_a_depth_names_the_option():
+    for values in (RAMP * 4095).astype(np.uint16), RAMP.astype(np.float32), (RAMP - 0.5).astype(np.float32):
+        (note,) = load(tiff(values)).notes
+        assert "--depth (in Python depth=)" in note.text
+
+
+@pytest.mark.parametrize("form", [png, tiff])
+def test_deep_pictures_that_are_cut_short_are_said_to_be(form):
+    content = form(np.random.default_rng(0).integers(0, 65536, (20, 30)).astype(np.uint16))
+    for share in (0.5, 0.9):
+        with pytest.raises(ImageError, match="is cut short; get the file again"):
+            load(content[: int(share * len(content))])
 
 
 def test_what_cannot_be_read_is_named():

@@ -136,7 +136,7 @@ def test_a_checkpoint_is_what_pytorch_makes_of_it(tmp_path, photo):
 def test_a_file_gives_what_its_bundle_gives(made, photo, tmp_path):
     subject = Subject(str(made[0]["model.onnx"]), "onnxruntime", 1, [], tmp_path)
     boxes = subject.predictor(photo).boxes
-    np.testing.assert_array_equal(boxes, Predictor(made[0]["detector"])(photo).boxes)
+    np.testing.assert_array_equal(boxes, Predictor(made[0]["detector"], score_threshold=0.0)(photo).boxes)
 
 
 # --- processes ----------------------------------------------------------------------------------------------

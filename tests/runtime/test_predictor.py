@@ -25,7 +25,7 @@ def grey(value, size=(128, 96)):
 
 @pytest.mark.parametrize("name", ["detector", "detector-batch", "detector-dynamic"])
 def test_boxes_masks_and_scores_come_back_in_the_images_own_pixels(bundles, photo, name):
-    with Predictor(bundles / name) as predictor:
+    with Predictor(bundles / name, score_threshold=0.0) as predictor:
         result = predictor(photo)
     assert isinstance(result, Detections)
     assert result.size == (128, 96)
@@ -39,7 +39,13 @@ def test_boxes_masks_and_scores_come_back_in_the_images_own_pixels(bundles, phot
 
 
 def test_the_threshold_is_the_bundles_unless_given(bundles, photo):
-    assert len(Predictor(bundles / "detector")(photo)) == 3
+    assert len(Predictor(bundles / "detector")(photo)) == 2  # without the ring, of 0.1
+    for shown, count in ((0.05, 3), (0.5, 2), (0.7, 1)):
+        own = Bundle.open(bundles / "detector")
+        thresholds = replace(own.manifest.thresholds, shown=shown)
+        own = Bundle(own.path, replace(own.manifest, thresholds=thresholds))
+        assert len(Predictor(own)(photo)) == count
+        assert len(Predictor(own, score_threshold=0.0)(photo)) == 3
     assert len(Predictor(bundles / "detector", score_threshold=0.5)(photo)) == 2
     assert len(Predictor(bundles / "detector", score_threshold=1.0)(grey(200))) == 0
 
@@ -60,7 +66,7 @@ def test_a_class_map_comes_back_at_the_images_size(bundles, name):
 @pytest.mark.parametrize("name", ["detector", "detector-batch", "detector-dynamic"])
 def test_a_batch_gives_what_one_by_one_gives_in_order(bundles, name):
     images = [grey(value) for value in (51, 102, 153, 204, 255, 76)]
-    with Predictor(bundles / name) as predictor:
+    with Predictor(bundles / name, score_threshold=0.0) as predictor:
         together = predictor.batch(images)
         alone = [predictor(image) for image in images]
     assert [round(float(result.scores[0]) * 255) for result in together] == [51, 102, 153, 204, 255, 76]
@@ -84,7 +90,10 @@ def test_no_images_give_no_results(bundles):
 
 def test_many_threads_get_their_own_answers(bundles):
     values = [50 + 5 * i for i in range(40)]
-    with Predictor(bundles / "detector", threads=1) as predictor, ThreadPoolExecutor(8) as pool:
+    with (
+        Predictor(bundles / "detector", threads=1, score_threshold=0.0) as predictor,
+        ThreadPoolExecutor(8) as pool,
+    ):
         results = list(pool.map(lambda value: predictor(grey(value)), values))
     assert [round(float(result.scores[0]) * 255) for result in results] == values
 
@@ -127,7 +136,7 @@ def test_a_model_with_more_classes_than_names_is_refused(tmp_path, photo):
     few = manifest("instance-segmentation", (64, 64), classes=["disc", "star"])
     write_bundle(tmp_path / "d", few, {"model.onnx": detector((64, 64))})
     with pytest.raises(BundleError, match="gives 3 classes, and its manifest names 2"):
-        Predictor(tmp_path / "d")(photo)
+        Predictor(tmp_path / "d", score_threshold=0.0)(photo)
     few = manifest("semantic-segmentation", (64, 64), classes=["sky"])
     write_bundle(tmp_path / "s", few, {"model.onnx": segmenter((64, 64))})
     with pytest.raises(BackendError, match="'logits'"):

@@ -54,6 +54,7 @@ class CheckpointSource(Source):
         self.outputs = list(self.task.outputs)
         self.classes = tuple(self.loaded.class_names)
         self.score_threshold = getattr(self.config, "score_threshold", 0.0)
+        self.shown_score = getattr(self.config, "shown_score", None)
         self.parameters = sum(parameter.numel() for parameter in self.loaded.model.parameters())
 
     def describe(self) -> str:

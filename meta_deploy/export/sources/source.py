@@ -35,6 +35,7 @@ class Source(ABC):
         static: whether all sizes but the batch are fixed.
         classes: their names; None for a raw graph.
         score_threshold: where a detector cuts its list of detections off.
+        shown_score: the least score of its detections that are shown; None: as in all bundles.
         traced: whether `graph` takes time, being traced from PyTorch.
     """
 
@@ -48,6 +49,7 @@ class Source(ABC):
     static: bool
     classes: tuple[str, ...] | None = None
     score_threshold: float = 0.0
+    shown_score: float | None = None
     traced: bool = False
 
     @abstractmethod
@@ -96,7 +98,8 @@ class Source(ABC):
         if self.classes is not None:
             fields["classes"] = self.classes
         if "thresholds" in MANIFESTS[self.task.name].__struct_fields__:
-            fields["thresholds"] = Thresholds(score=self.score_threshold)
+            shown = {} if self.shown_score is None else {"shown": self.shown_score}
+            fields["thresholds"] = Thresholds(score=self.score_threshold, **shown)
         return MANIFESTS[self.task.name](**fields)
 
     def metadata(self) -> dict[str, str]:

@@ -33,6 +33,7 @@ class DenseConfig(HeadConfig, frozen=True):
         convs: of a tower.
         pre_nms: the most candidates, pairs of a place and a class, of a level.
         score_threshold: candidates below it are dropped.
+        shown_score: the least score of detections that are shown unless asked otherwise.
         nms: IoU above which NMS drops a detection.
         max_detections: the most per image.
     """
@@ -44,6 +45,7 @@ class DenseConfig(HeadConfig, frozen=True):
     convs: Count = 4
     pre_nms: Count = 1000
     score_threshold: Fraction = 0.05
+    shown_score: Fraction = 0.3
     nms: Positive = 0.6
     max_detections: Count = 100
 

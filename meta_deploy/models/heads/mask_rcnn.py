@@ -44,6 +44,7 @@ class MaskRCNNConfig(HeadConfig, frozen=True, tag="mask-rcnn"):
         rpn_nms, nms: IoU above which NMS drops a proposal, a detection.
         proposals, max_detections: the most per image.
         score_threshold: detections below it are dropped.
+        shown_score: the least score of those that are shown unless asked otherwise.
     """
 
     num_classes: Count = 80
@@ -64,6 +65,7 @@ class MaskRCNNConfig(HeadConfig, frozen=True, tag="mask-rcnn"):
     rpn_nms: Positive = 0.7
     proposals: Count = 1000
     score_threshold: Fraction = 0.05
+    shown_score: Fraction = 0.3
     nms: Positive = 0.5
     max_detections: Count = 100
 
