@@ -15,26 +15,29 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
+from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.bundle.shipped import ASSETS, locate
 from meta_deploy.cpus import cpu_count
-from meta_deploy.errors import InputError
+from meta_deploy.errors import InputError, MetaDeployError
 from meta_deploy.export.progress import Progress
 from meta_deploy.export.samples import evenly
 from meta_deploy.imaging.images import load
 from meta_deploy.imaging.sources import expand
-from meta_deploy.report import COUNT, RUNS, gates, machine
+from meta_deploy.report import COUNT, RUNS, engines, gates, machine
 from meta_deploy.report.baseline import check_same, compared, read_baseline
 from meta_deploy.report.disagreement import Disagreements
 from meta_deploy.report.judge import judge, noted
 from meta_deploy.report.schema import PARTS, Entry, Latency, Ratio, Report, Roofline, Settings
 from meta_deploy.report.statistics import LEAST_ROUNDS, compare, drift, spread
-from meta_deploy.report.subject import PYTORCH, kind_of
+from meta_deploy.report.subject import PYTORCH, TENSORRT, about_bundle, kind_of
 from meta_deploy.report.worker import Failed, Worker
 from meta_deploy.targets import BACKEND_NAMES
 from meta_deploy.tasks.annotations import Annotations, open_annotations
 from meta_deploy.text import escaped
 
 WARM_UP = 3
+NO_GPU = "no GPU here"
+_OWN_BACKENDS: Mapping[str, Sequence[str]] = {"checkpoint": (PYTORCH,), "engine": (TENSORRT,)}
 
 
 def report(
@@ -53,13 +56,14 @@ def report(
     """Compare models on this machine.
 
     Args:
-        paths: bundles (shipped ones by name), .onnx files and checkpoints; the first that runs is what the
-            others are compared with.
+        paths: bundles (shipped ones by name), .onnx files, checkpoints and engines; the first that runs is
+            what the others are compared with.
         images: an image or a folder of images; None: the package's own.
         annotations: a COCO JSON file for detectors, or a folder of label images for class maps, of the same
             names as the images; None: results are held against the first entry's.
         count: the most images to look at, spread evenly over those there are.
-        backends: each bundle and .onnx file is run on each of these; checkpoints are run by PyTorch.
+        backends: each bundle and .onnx file is run on each of these; checkpoints are run by PyTorch. "auto"
+            is TensorRT for a bundle that holds its engine, also where there is no GPU to run it.
         runs: timed rounds, at least 20.
         threads: CPU threads of each; None: all CPUs that this process may use.
         baseline: a report of this machine as JSON, with entries of the same names.
@@ -99,10 +103,15 @@ def report(
     if any(fields.get("profile") for fields in measured.values()):
         with progress.stage("roofline"):
             roof = _under_roof(measured, settings.threads)
+    with progress.stage("engines"):
+        inside = _engines(asked, errors)
     entries = tuple(
-        replace(entry, error=errors[entry.name])
-        if entry.name in errors
-        else replace(entry, **measured[entry.name])
+        replace(
+            entry,
+            **inside.get(entry.name, {})
+            | ({} if entry.name in errors else measured.get(entry.name, {}))
+            | _failed(entry, errors.get(entry.name), bool(about.gpus), entry.name in inside),
+        )
         for entry in asked
     )
     earlier = {entry.name: entry for entry in before.entries} if before else {}
@@ -119,6 +128,30 @@ def report(
         disagreements=seen.drawn(),
         entries=entries,
     )
+
+
+def _engines(asked: Sequence[Entry], errors: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Fields of `Entry` that an engine has whether it runs here or not, by the entry's name."""
+    found: dict[str, dict[str, Any]] = {}
+    for entry in asked:
+        try:
+            if entry.kind == "engine":
+                found[entry.name] = {"engine": engines.of_file(entry.path)}
+            elif entry.backend == TENSORRT and engines.holds_engine(entry.path):
+                bundle = Bundle.open(entry.path)
+                found[entry.name] = {**about_bundle(bundle), "engine": engines.of_bundle(bundle)}
+        except MetaDeployError as error:
+            errors[entry.name] = str(error)
+    return found
+
+
+def _failed(entry: Entry, error: str | None, gpu: bool, inside: bool) -> dict[str, Any]:
+    """Why an entry was not measured: without a GPU no engine is, and that is no fault of its own."""
+    if inside and not gpu:
+        return {"not_timed": NO_GPU}
+    if inside and entry.kind == "engine":
+        return {"not_timed": "an engine by itself is not run; name its bundle"}
+    return {"error": error}
 
 
 def _pictures(
@@ -254,16 +287,18 @@ def _asked(paths: Sequence[str | os.PathLike[str]], backends: Sequence[str]) -> 
     if unknown := [name for name in backends if name not in BACKEND_NAMES]:
         raise InputError(f"'{unknown[0]}' is not a back end; choose {', '.join(BACKEND_NAMES)}")
     found = []
-    for path in (str(locate(path)) for path in paths):
+    for path in (engines.bundle_around(path) or str(path) for path in map(locate, paths)):
         name = escaped(Path(os.path.abspath(path)).name)
         try:
             kind = kind_of(path)
         except InputError as error:
             found.append(Entry(name=name, path=path, backend=backends[0], kind=None, error=str(error)))
             continue
-        for backend in (PYTORCH,) if kind == "checkpoint" else backends:
+        for backend in _OWN_BACKENDS.get(kind, backends):
             shown = f"{name} ({backend})" if len(backends) > 1 else name
-            found.append(Entry(name=shown, path=path, backend=backend, kind=kind))
+            automatic = backend == "auto" and kind == "bundle" and engines.holds_engine(path)
+            runner = TENSORRT if automatic else backend
+            found.append(Entry(name=shown, path=path, backend=runner, kind=kind))
     return _told_apart(found)
 
 
@@ -286,7 +321,7 @@ def _opened(
     errors = {entry.name: entry.error for entry in asked if entry.error is not None}
     with progress.stage("open"):
         for done, entry in enumerate(asked):
-            if entry.kind is not None:
+            if entry.kind not in (None, "engine"):
                 with noted(errors, entry.name):
                     worker = Worker(entry.path, entry.backend, settings.threads, settings.images)
                     workers[entry.name] = stack.enter_context(worker)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from meta_deploy.report import words
+from meta_deploy.report import side_by_side, words
 from meta_deploy.report.schema import CLASSES, Entry, Report
 
 TOP = 10  # nodes that are listed
@@ -21,6 +21,7 @@ def to_markdown(report: Report) -> str:
         _note(report),
         _since(report),
         *_where(report.entries),
+        *_engines(report.entries),
         *(_passes(entry) for entry in report.entries if entry.passes),
         *(_slowest(entry) for entry in report.entries if entry.profile),
         _how(report),
@@ -34,7 +35,10 @@ def _comparison(entries: Sequence[Entry]) -> str:
     for entry in entries:
         found = entry.latency
         if found is None:
-            rows.append([entry.name, entry.error or "", *[""] * 10])
+            memory = side_by_side.memory(entry.engine) if entry.engine else ""
+            files = words.size(sum(entry.files.values())) if entry.files else ""
+            why = entry.error or entry.not_timed or ""
+            rows.append([entry.name, why, *[""] * 7, memory, files, ""])
             continue
         total = [found.total.median, found.total.p5, found.total.p90, found.total.p99]
         parts = [found.pre.median, found.model.median, found.post.median]
@@ -93,6 +97,36 @@ def _where(entries: Sequence[Entry]) -> Iterable[str]:
     for entry in entries:
         if entry.no_profile is not None:
             yield f"{_plain(entry.name)}: {_plain(entry.no_profile)}."
+
+
+def _engines(entries: Sequence[Entry]) -> Iterable[str]:
+    """What engines consist of, a column an engine; what differs is bold."""
+    built = [entry for entry in entries if entry.engine is not None]
+    if not built:
+        return
+    yield "## Engines"
+    names = [entry.name for entry in built]
+    yield _table([["", *names], *map(_bold, side_by_side.figures(built))])
+    for entry in built:
+        yield from _not_fused(entry)
+        if entry.engine is not None and entry.engine.no_layers is not None:
+            yield f"{_plain(entry.name)}: {_plain(entry.engine.no_layers)}."
+    if differing := side_by_side.modules(built):
+        yield "Layers by module, where they differ:"
+        yield _table([["module", *names], *([f"`{m.title}`", *m.values] for m in differing[:TOP])])
+
+
+def _bold(line: side_by_side.Line) -> list[str]:
+    values = [f"**{value}**" if line.differs and value else value for value in line.values]
+    return [line.title, *values]
+
+
+def _not_fused(entry: Entry) -> Iterable[str]:
+    assert entry.engine is not None
+    for reason, rows in side_by_side.not_fused(entry.engine):
+        where = ", ".join(f"`{row.node}`" for row in rows[:3])
+        more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
+        yield f"{_plain(entry.name)}, attention not fused: {_plain(where)}{more}: {_plain(reason)}."
 
 
 def _slowest(entry: Entry) -> str:

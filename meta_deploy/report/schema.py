@@ -163,6 +163,81 @@ class Roofline(Struct, frozen=True, kw_only=True):
     peak_gflop_s: float
 
 
+class LayerRow(Struct, frozen=True, kw_only=True):
+    """A layer of an engine: a kernel that is started, with what of the graph is computed in it.
+
+    Attributes:
+        kind: TensorRT's LayerType, such as kgen (a generated kernel), gemm or correlation (a convolution).
+        kernel: its name without the number after it; empty where a library's kernel is chosen at run time.
+        type: of its first output, such as fp16.
+        reformat: it moves or converts elements and no node of the graph asks for that.
+        inputs, outputs: types and shapes, such as "fp16 1x64x64x64"; weights are not among them.
+        bytes_read, bytes_written: of its tensors and weights, each once; None where a size is open.
+        nodes: of the graph, by name; modules: of PyTorch, that these came from.
+    """
+
+    name: str
+    kind: str
+    kernel: str
+    type: str
+    op_class: OperatorClass
+    reformat: bool
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    bytes_read: int | None
+    bytes_written: int | None
+    nodes: tuple[str, ...]
+    modules: tuple[str, ...]
+
+
+class AttentionRow(Struct, frozen=True, kw_only=True):
+    """An attention of the graph, by its softmax, and whether an engine has it in one kernel.
+
+    Attributes:
+        reason: why it is not fused, by what is known of TensorRT's conditions; None where it is.
+        layers: that its products and softmax are in.
+    """
+
+    node: str
+    module: str
+    fused: bool
+    reason: str | None
+    layers: tuple[str, ...]
+
+
+class EngineRow(Struct, frozen=True, kw_only=True):
+    """What a TensorRT engine consists of, as its build told. What is not known is None.
+
+    Attributes:
+        gpu: the one GPU model that it is for; compute_capabilities: that it is for; neither: all that the
+            library knows.
+        layers: in their order; `no_layers` says why there are none.
+        kinds: layers of each kind, by type.
+        generated_kernels: made for this graph, of element-wise and moving operators; reformats: see
+            `LayerRow`.
+        attentions: of the graph; empty where the graph or the layers are not known.
+        activation_mb, weights_mb: memory on the GPU; plan_mb: of the file; seconds: the build took.
+    """
+
+    library: str | None
+    version: str | None
+    gpu: str | None
+    compute_capabilities: tuple[str, ...]
+    layer_count: int | None
+    generated_kernels: int | None
+    reformats: int | None
+    fused_attentions: int | None
+    attention_count: int | None
+    kinds: dict[str, dict[str, int]]
+    activation_mb: float | None
+    weights_mb: float | None
+    plan_mb: float | None
+    seconds: float | None
+    layers: tuple[LayerRow, ...] = ()
+    no_layers: str | None = None
+    attentions: tuple[AttentionRow, ...] = ()
+
+
 class Accuracy(Struct, frozen=True, kw_only=True):
     """How good an entry's results are, or how near to the first entry's. What does not apply is None.
 
@@ -195,6 +270,8 @@ class Entry(Struct, frozen=True, kw_only=True):
         kind: what `path` is; None where it is no model.
         backend: what ran it; what was asked for, where it failed.
         error: why there is nothing more to tell of it; None where all went well.
+        not_timed: why an engine has no latency here, such as "no GPU here"; what is known of it stands in
+            `engine`.
         runs_on: library, version, device and precision in words.
         files: name -> bytes.
         passes: of a bundle, what each graph pass did when it was exported, from the manifest.
@@ -202,13 +279,15 @@ class Entry(Struct, frozen=True, kw_only=True):
             rounds; None where the system does not tell.
         accuracy: None for the first entry without annotations, and for what cannot be compared.
         profile: where the model's time goes; None where `no_profile` says why.
+        engine: what the engine consists of, of bundles for TensorRT and of engines' files.
     """
 
     name: str
     path: str
-    kind: Literal["bundle", "onnx", "checkpoint"] | None
+    kind: Literal["bundle", "onnx", "checkpoint", "engine"] | None
     backend: str
     error: str | None = None
+    not_timed: str | None = None
     runs_on: str | None = None
     model: str | None = None
     task: str | None = None
@@ -220,6 +299,7 @@ class Entry(Struct, frozen=True, kw_only=True):
     accuracy: Accuracy | None = None
     profile: Profile | None = None
     no_profile: str | None = None
+    engine: EngineRow | None = None
 
 
 class Machine(Struct, frozen=True, kw_only=True):

@@ -27,9 +27,10 @@ from meta_deploy.targets.target import MODEL, Backend
 from meta_deploy.tasks.raw import Arrays
 from meta_deploy.tasks.results import Result, Timings
 
-Kind = Literal["bundle", "onnx", "checkpoint"]
-PYTORCH = "pytorch"
+Kind = Literal["bundle", "onnx", "checkpoint", "engine"]
+PYTORCH, TENSORRT = "pytorch", "tensorrt"
 _TURN_MS = 20.0
+ENGINES = (".engine", ".plan", ".trt", ".json")
 _CHECKPOINTS = (".pth", ".pt", ".safetensors", ".ckpt", ".bin")
 
 
@@ -48,7 +49,12 @@ def kind_of(path: str | os.PathLike[str]) -> Kind:
         return "onnx"
     if suffix in _CHECKPOINTS:
         return "checkpoint"
-    raise InputError(f"'{path}' is no bundle, .onnx file or checkpoint ({', '.join(_CHECKPOINTS)}); name one")
+    if suffix in ENGINES:
+        return "engine"
+    raise InputError(
+        f"'{path}' is no bundle, .onnx file, checkpoint ({', '.join(_CHECKPOINTS)}) or engine "
+        f"({', '.join(ENGINES)}); name one"
+    )
 
 
 class Subject:
@@ -57,7 +63,6 @@ class Subject:
     Attributes:
         bundle: the bundle; of a file, one as it would be exported without any pass.
         runs_on: library, version, device and precision in words.
-        files: name -> bytes.
     """
 
     def __init__(
@@ -76,10 +81,7 @@ class Subject:
         self.predictor = _OPEN[self.kind](path, backend, threads, self._scratch)
         self.bundle = self.predictor.bundle
         self.runs_on = self.predictor.runs_on
-        if self.kind == "bundle":
-            self.files = {name: entry.bytes for name, entry in self.bundle.manifest.files.items()}
-        else:
-            self.files = {os.path.basename(path): os.path.getsize(path)}
+        self._file = {os.path.basename(path): os.path.getsize(path)}
         self._images = images
         self._feed = random_feed(self.bundle) if not self.bundle.takes_images else {}
 
@@ -88,11 +90,9 @@ class Subject:
         return {
             "backend": self.predictor.backend,
             "runs_on": self.runs_on,
-            "model": self.bundle.model_name,
-            "task": self.bundle.task,
-            "precision": None if self.kind == "onnx" else self.bundle.precision,
-            "files": self.files,
-            "passes": self.bundle.manifest.passes,
+            **about_bundle(self.bundle),
+            **({} if self.kind == "bundle" else {"files": self._file}),
+            **({"precision": None} if self.kind == "onnx" else {}),
             "peak_memory_mb": peak_memory_mb(),
         }
 
@@ -142,6 +142,18 @@ class Subject:
         preprocess = Preprocessor(spec, self.bundle.preprocess)
         batch, _ = preprocess([picture.pixels] * count, [picture.size] * count)
         return {spec.name: batch}
+
+
+def about_bundle(bundle: Bundle) -> dict[str, Any]:
+    """Fields of `schema.Entry` that a bundle tells without being run."""
+    manifest = bundle.manifest
+    return {
+        "model": bundle.model_name,
+        "task": bundle.task,
+        "precision": bundle.precision,
+        "files": {name: entry.bytes for name, entry in manifest.files.items()},
+        "passes": manifest.passes,
+    }
 
 
 def peak_memory_mb() -> float | None:

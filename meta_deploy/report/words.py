@@ -75,6 +75,8 @@ def verdicts(report: Report) -> list[str]:
     for entry in report.entries:
         if entry.error is not None:
             sentences.append(f"{entry.name} was not measured: {entry.error}.")
+        elif entry.not_timed is not None:
+            sentences.append(f"{entry.name} was not timed: {entry.not_timed}.")
         elif base is not None and entry is not base:
             sentences.append(_verdict(entry, base))
     return sentences
@@ -95,6 +97,9 @@ BASELINE = {
     "model_ms": "model ms",
     "memory_mb": "memory, MB",
     "files_mb": "files, MB",
+    "engine_layers": "layers",
+    "activations_mb": "activations, MB",
+    "weights_mb": "weights, MB",
     **ACCURACIES,
 }
 

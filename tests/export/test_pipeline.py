@@ -32,6 +32,7 @@ from meta_deploy.models.checkpoint.save import save_checkpoint
 from meta_deploy.models.registry import config_from_dict
 from meta_deploy.runtime.predictor import Predictor
 from meta_deploy.targets import TARGETS
+from meta_deploy.targets.tensorrt.layers import read_json
 from tests.tiny_models import SIZE, detector, exported, lively
 
 CONFIG = detector()
@@ -406,8 +407,9 @@ def test_float16_for_onnx_runtime_is_half_the_size_and_answers_alike(quick, monk
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_a_bundle_for_tensorrt_holds_an_engine_and_the_graph_that_was_checked(quick, precision):
     bundle = quick(target="tensorrt-rtx", precision=precision, gpus=("8.6", "8.9"), workspace_mb=512)
-    assert set(bundle.manifest.files) == {"model.onnx", "model.engine"}
+    assert set(bundle.manifest.files) == {"model.onnx", "model.engine", "layers.json"}
     engine = bundle.manifest.engine
+    assert len(read_json(bundle.read("layers.json"), "layers")) >= engine.layers
     assert (engine.library, engine.compute_capabilities, engine.tf32) == (
         *("tensorrt-rtx", ("8.6", "8.9")),
         False,

@@ -13,6 +13,7 @@ from meta_deploy.report.markdown import to_markdown
 from meta_deploy.report.page import to_html
 from meta_deploy.report.schema import (
     Accuracy,
+    EngineRow,
     Entry,
     Latency,
     Machine,
@@ -33,6 +34,24 @@ MACHINE = Machine(
     load=0.1,
 )
 SETTINGS = Settings(images=("here/one.jpg",), warm_up=3, runs=40, threads=2)
+
+
+ENGINE = EngineRow(
+    library="tensorrt",
+    version="11",
+    gpu=None,
+    compute_capabilities=(),
+    layer_count=9,
+    generated_kernels=3,
+    reformats=1,
+    fused_attentions=2,
+    attention_count=4,
+    kinds={},
+    activation_mb=1.5,
+    weights_mb=2.5,
+    plan_mb=3.0,
+    seconds=1.0,
+)
 
 
 def entry(name, total, ratio=None, memory=200.0, **accuracy):
@@ -146,6 +165,7 @@ def test_every_metric_is_a_number_of_some_entry():
     full = replace(
         full,
         accuracy=replace(full.accuracy, mean_iou=0.5, pixel_accuracy=0.5, max_relative_error=0.5),
+        engine=ENGINE,
     )
     assert all(isinstance(get(full), float) for get in METRICS.values())
     assert all(get(BROKEN) is None for get in METRICS.values())
