@@ -34,7 +34,7 @@ _EPILOG = """\
 examples:
   meta-report my-bundle other-bundle
   meta-report model.pth stock-bundle my-bundle --images val/ --annotations instances_val.json
-  meta-report my-bundle --backend onnxruntime --backend openvino --out report.md
+  meta-report my-bundle --backend onnxruntime --backend openvino --batch 1 4 8 --out report.md
   meta-report engine-bundle other-engine-bundle
   meta-report stock-bundle my-bundle --fail-if "latency_ratio > 1.05" --fail-if "box_ap < 0.95"
   meta-report my-bundle --baseline report.json --fail-if "latency_ms / baseline > 1.1"
@@ -87,6 +87,14 @@ def parser() -> Parser:
         choices=BACKEND_NAMES,
         help="what runs bundles and .onnx files; several times for several (default: auto); checkpoints run "
         "on PyTorch",
+    )
+    p.add_argument(
+        "--batch",
+        nargs="+",
+        type=positive_int,
+        default=[],
+        metavar="N",
+        help="measure images a second at these batch sizes, too",
     )
     p.add_argument(
         "--runs",
@@ -161,6 +169,7 @@ def _report(args: Namespace) -> int:
             annotations=args.annotations,
             count=args.count,
             backends=args.backend or ["auto"],
+            batches=args.batch,
             runs=args.runs,
             threads=args.threads,
             baseline=args.baseline,

@@ -27,7 +27,7 @@ from meta_deploy.report import COUNT, RUNS, engines, gates, machine
 from meta_deploy.report.baseline import check_same, compared, read_baseline
 from meta_deploy.report.disagreement import Disagreements
 from meta_deploy.report.judge import judge, noted
-from meta_deploy.report.schema import PARTS, Entry, Latency, Ratio, Report, Roofline, Settings
+from meta_deploy.report.schema import PARTS, Entry, Latency, Ratio, Report, Roofline, Settings, Throughput
 from meta_deploy.report.statistics import LEAST_ROUNDS, compare, drift, spread
 from meta_deploy.report.subject import PYTORCH, TENSORRT, about_bundle, kind_of
 from meta_deploy.report.worker import Failed, Worker
@@ -38,6 +38,7 @@ from meta_deploy.text import escaped
 WARM_UP = 3
 NO_GPU = "no GPU here"
 _OWN_BACKENDS: Mapping[str, Sequence[str]] = {"checkpoint": (PYTORCH,), "engine": (TENSORRT,)}
+_BATCH_SHARE = 4  # of the rounds are taken at each batch size
 
 
 def report(
@@ -47,6 +48,7 @@ def report(
     annotations: str | os.PathLike[str] | None = None,
     count: int = COUNT,
     backends: Sequence[str] = ("auto",),
+    batches: Sequence[int] = (),
     runs: int = RUNS,
     threads: int | None = None,
     baseline: str | os.PathLike[str] | None = None,
@@ -64,7 +66,8 @@ def report(
         count: the most images to look at, spread evenly over those there are.
         backends: each bundle and .onnx file is run on each of these; checkpoints are run by PyTorch. "auto"
             is TensorRT for a bundle that holds its engine, also where there is no GPU to run it.
-        runs: timed rounds, at least 20.
+        batches: batch sizes to measure the throughput at, too.
+        runs: timed rounds, at least 20; a quarter of them for each batch size.
         threads: CPU threads of each; None: all CPUs that this process may use.
         baseline: a report of this machine as JSON, with entries of the same names.
         fail_if: conditions such as "latency_ratio > 1.05" (`gates.parse`), whose outcome is in `gates`.
@@ -86,6 +89,7 @@ def report(
     settings = Settings(
         images=tuple(pictures),
         annotations=None if annotations is None else str(annotations),
+        batches=tuple(dict.fromkeys(batches)),
         warm_up=WARM_UP,
         runs=runs,
         threads=threads or cpu_count(),
@@ -199,6 +203,11 @@ def _measured(
             facts[name] = worker.call("facts")
     with progress.stage("accuracy"):
         accuracies = judge(running, settings.images, truth, errors, progress.count, seen.see)
+    if settings.batches:
+        with progress.stage("throughput"):
+            rates = throughputs(running, settings, errors, progress.count)
+        for name in facts:
+            facts[name] |= {"throughput": rates.get(name, ())}
     with progress.stage("profile"):
         for done, (name, worker) in enumerate(running.items()):
             if name not in errors:
@@ -263,6 +272,37 @@ def interleave(
                 del running[name]
         count(turn + warm_up + 1, rounds + warm_up)
     return {name: np.array(times[name]) for name in running}
+
+
+def throughputs(
+    workers: Mapping[str, Worker],
+    settings: Settings,
+    errors: Mapping[str, str],
+    count: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, tuple[Throughput, ...]]:
+    """Images a second at each batch size, in rounds as `interleave` takes them. A size that a model does not
+    take has the reason; entries in `errors` are left out."""
+    running = {name: worker for name, worker in workers.items() if name not in errors}
+    found: dict[str, tuple[Throughput, ...]] = dict.fromkeys(running, ())
+    rounds = settings.runs // _BATCH_SHARE
+    for done, size in enumerate(settings.batches):
+        reasons: dict[str, str] = {}
+
+        def run(worker: Worker, turn: int, size: int = size) -> object:
+            return worker.call("batch", turn, size)
+
+        times = interleave(running, run, 1, rounds, reasons)
+        for name in running:
+            found[name] += (_throughput(size, times.get(name), reasons.get(name)),)
+        count(done + 1, len(settings.batches))
+    return found
+
+
+def _throughput(size: int, times: np.ndarray | None, reason: str | None) -> Throughput:
+    if times is None:
+        return Throughput(batch=size, reason=reason)
+    took = spread(times.sum(axis=1))
+    return Throughput(batch=size, images_per_second=1000 * size / took.median, ms=took)
 
 
 def latencies(times: Mapping[str, np.ndarray]) -> dict[str, Latency]:

@@ -54,6 +54,9 @@ METRICS: Mapping[str, Callable[[Entry], float | None]] = {
     "latency_ratio_low": _of_ratio(lambda found: found.total_ratio, "low"),
     "latency_ratio_high": _of_ratio(lambda found: found.total_ratio, "high"),
     "model_ratio": _of_ratio(lambda found: found.model_ratio),
+    "images_per_second": lambda entry: max(
+        (one.images_per_second for one in entry.throughput if one.images_per_second), default=None
+    ),
     "memory_mb": lambda entry: entry.peak_memory_mb,
     "files_mb": lambda entry: sum(entry.files.values()) / 1e6 if entry.files else None,
     "engine_layers": _of_engine(lambda found: found.layer_count),

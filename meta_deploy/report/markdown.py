@@ -19,6 +19,7 @@ def to_markdown(report: Report) -> str:
         "\n".join(f"- {_plain(sentence)}" for sentence in words.verdicts(report)),
         _comparison(report.entries),
         _note(report),
+        _throughput(report),
         _since(report),
         *_where(report.entries),
         *_engines(report.entries),
@@ -66,6 +67,16 @@ def _note(report: Report) -> str:
         f"{settings.warm_up} to warm up, on {images}, {settings.threads} "
         f"thread{'s' if settings.threads != 1 else ''}; memory is the peak of a process of its own.{accuracy}"
     )
+
+
+def _throughput(report: Report) -> str:
+    """Images a second, a column a batch size."""
+    if not report.settings.batches:
+        return ""
+    rows = [["images a second", *(f"batch {size}" for size in report.settings.batches)]]
+    for entry in (entry for entry in report.entries if entry.throughput):
+        rows.append([entry.name, *(words.throughput(entry, size) for size in report.settings.batches)])
+    return f"## Throughput\n\n{_table(rows)}"
 
 
 def _since(report: Report) -> str:

@@ -71,6 +71,18 @@ class Latency(Struct, frozen=True, kw_only=True):
     drift: float
 
 
+class Throughput(Struct, frozen=True, kw_only=True):
+    """Images a second at one batch size, pre- and postprocessing included; None where `reason` says why.
+
+    `ms` is a batch's time, `images_per_second` by its median.
+    """
+
+    batch: int
+    images_per_second: float | None = None
+    ms: Spread | None = None
+    reason: str | None = None
+
+
 class Cost(Struct, frozen=True, kw_only=True):
     """What operators have to do by the shapes that they ran on; None where shapes do not tell.
 
@@ -274,6 +286,7 @@ class Entry(Struct, frozen=True, kw_only=True):
             `engine`.
         runs_on: library, version, device and precision in words.
         files: name -> bytes.
+        throughput: at each batch size that was asked for.
         passes: of a bundle, what each graph pass did when it was exported, from the manifest.
         peak_memory_mb: the most memory that its own process held, from its start to the end of the timed
             rounds; None where the system does not tell.
@@ -295,6 +308,7 @@ class Entry(Struct, frozen=True, kw_only=True):
     files: dict[str, int] = {}
     passes: tuple[PassRow, ...] = ()
     latency: Latency | None = None
+    throughput: tuple[Throughput, ...] = ()
     peak_memory_mb: float | None = None
     accuracy: Accuracy | None = None
     profile: Profile | None = None
@@ -323,11 +337,12 @@ class Settings(Struct, frozen=True, kw_only=True):
     """How it was measured.
 
     `images` is what was run on; entries that take arrays get random ones, the same for all. `annotations` is
-    the file or folder that results are held against.
+    the file or folder that results are held against, `batches` the sizes that throughput was asked for at.
     """
 
     images: tuple[str, ...]
     annotations: str | None = None
+    batches: tuple[int, ...] = ()
     warm_up: int
     runs: int
     threads: int

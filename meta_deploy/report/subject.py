@@ -13,9 +13,10 @@ from time import perf_counter
 from typing import Any, Literal
 
 import numpy as np
+from msgspec.structs import replace
 
 from meta_deploy.bundle.bundle import Bundle, write_bundle
-from meta_deploy.bundle.manifest import RawManifest, TensorSpec
+from meta_deploy.bundle.manifest import BatchRange, RawManifest, TensorSpec
 from meta_deploy.errors import BackendError, InputError
 from meta_deploy.imaging.preprocess import Preprocessor
 from meta_deploy.report.schema import Profile
@@ -30,6 +31,7 @@ from meta_deploy.tasks.results import Result, Timings
 Kind = Literal["bundle", "onnx", "checkpoint", "engine"]
 PYTORCH, TENSORRT = "pytorch", "tensorrt"
 _TURN_MS = 20.0
+_MOST_IMAGES = 4096  # a batch, as in a manifest
 ENGINES = (".engine", ".plan", ".trt", ".json")
 _CHECKPOINTS = (".pth", ".pt", ".safetensors", ".ckpt", ".bin")
 
@@ -116,6 +118,24 @@ class Subject:
         while sum(run.total for run in runs) < _TURN_MS:
             runs.append(self.result(index).timings)
         return sorted(runs, key=lambda run: run.total)[len(runs) // 2]
+
+    def batch(self, index: int, size: int) -> Timings:
+        """The times of a batch of so many images together, the next ones from `index` x `size` on.
+
+        Raises:
+            BackendError: the model does not take such a batch.
+        """
+        if not self.bundle.takes_images:
+            raise BackendError("it takes arrays, which are no images to count")
+        least, most = self.bundle.input.batch.min, self.bundle.input.batch.max
+        if self.bundle.task == "raw":
+            least = most = 1
+        if not least <= size <= most:
+            taken = str(least) if least == most else f"{least} to {most}"
+            raise BackendError(f"it takes batches of {taken}")
+        chosen = (self._images[i % len(self._images)] for i in range(index * size, (index + 1) * size))
+        results = self.predictor.batch([self.predictor.read(image) for image in chosen])
+        return sum((result.timings for result in results), Timings())
 
     def profile(self) -> Profile:
         """Where the model's time goes on the first image. It comes last: the model is closed.
@@ -223,6 +243,9 @@ def _open_checkpoint(path: str, backend: str, threads: int, scratch: Path) -> Pr
     source = CheckpointSource(path, Options(), lambda note: None)
     outputs = tuple(TensorSpec(name=name, dtype="float32", shape=()) for name in source.outputs)
     manifest = source.manifest(target=PYTORCH, precision="fp32", outputs=outputs)
+    assert not isinstance(manifest, RawManifest)
+    any_batch = replace(manifest.input, batch=BatchRange(min=1, opt=1, max=_MOST_IMAGES))
+    manifest = replace(manifest, input=any_batch)
     return Predictor(Bundle(Path(path), manifest), PyTorchBackend(source.loaded.model, threads))
 
 

@@ -51,6 +51,14 @@ def ratio(found: Ratio | None) -> str:
     return "" if found is None else f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
 
 
+def throughput(entry: Entry, batch: int) -> str:
+    """Images a second at a batch size, or why not: "41.3", "it takes batches of 1"."""
+    found = next((one for one in entry.throughput if one.batch == batch), None)
+    if found is None:
+        return ""
+    return found.reason or "" if found.images_per_second is None else ms(found.images_per_second)
+
+
 def accuracies(found: Accuracy | None) -> list[str]:
     """The figures: "box AP 0.412", "mask AP 0.370"."""
     if found is None:
@@ -95,6 +103,7 @@ BASELINE = {
     "latency_ms": "median ms",
     "latency_p90_ms": "p90 ms",
     "model_ms": "model ms",
+    "images_per_second": "images/s",
     "memory_mb": "memory, MB",
     "files_mb": "files, MB",
     "engine_layers": "layers",

@@ -21,6 +21,7 @@ from meta_deploy.report.schema import (
     Report,
     Settings,
     Spread,
+    Throughput,
 )
 
 MACHINE = Machine(
@@ -166,6 +167,7 @@ def test_every_metric_is_a_number_of_some_entry():
         full,
         accuracy=replace(full.accuracy, mean_iou=0.5, pixel_accuracy=0.5, max_relative_error=0.5),
         engine=ENGINE,
+        throughput=(Throughput(batch=1, images_per_second=2.0), Throughput(batch=9, reason="no")),
     )
     assert all(isinstance(get(full), float) for get in METRICS.values())
     assert all(get(BROKEN) is None for get in METRICS.values())
