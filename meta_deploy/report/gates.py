@@ -69,6 +69,7 @@ METRICS: Mapping[str, Callable[[Entry], float | None]] = {
         for name in (
             *("box_ap", "box_ap50", "mask_ap", "mask_ap50"),
             *("mean_iou", "pixel_accuracy", "max_relative_error"),
+            *("mean_score_difference", "max_score_difference", "logit_error"),
         )
     },
 }

@@ -261,6 +261,10 @@ class Accuracy(Struct, frozen=True, kw_only=True):
         mean_iou: over the classes that occur; pixel_accuracy: the share of pixels of the right class.
         max_relative_error: of arrays, the largest difference over the largest value, over all outputs;
             not finite where an output is absent or of another shape.
+        mean_score_difference, max_score_difference: of detections that the first entry has too (score at
+            least 0.3, one class, IoU at least 0.5), also where there are annotations.
+        logit_error: of class maps, the norm of the difference of the logits from the first entry's over
+            their norm, on the worst of the first eight images; also where there are annotations.
     """
 
     against: Literal["annotations", "the first entry"]
@@ -272,6 +276,9 @@ class Accuracy(Struct, frozen=True, kw_only=True):
     mean_iou: float | None = None
     pixel_accuracy: float | None = None
     max_relative_error: float | None = None
+    mean_score_difference: float | None = None
+    max_score_difference: float | None = None
+    logit_error: float | None = None
 
 
 class Entry(Struct, frozen=True, kw_only=True):

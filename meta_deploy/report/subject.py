@@ -108,6 +108,11 @@ class Subject:
         (result,) = self.predictor.batch([picture])
         return result
 
+    def logits(self, index: int) -> np.ndarray | None:
+        """The logits (1, classes, h, w) of image `index` as a whole; None where the model has none."""
+        outputs = self.predictor.run(self._input(index))
+        return outputs["logits"][:1] if "logits" in outputs else None
+
     def timings(self, index: int) -> Timings:
         """The times of a run; reading the image is not among them.
 
@@ -145,7 +150,7 @@ class Subject:
         """
         if self.predictor.backend not in ("onnxruntime", "openvino"):
             raise BackendError(f"nodes are not profiled on {self.predictor.backend}")
-        feed = self._feed or self._first_input()
+        feed = self._feed or self._input(0)
         self.predictor.close()
         if self.predictor.backend == "openvino":
             from meta_deploy.report import openvino_profile
@@ -155,10 +160,10 @@ class Subject:
 
         return profile(read_model(self.bundle), feed, session_options(self._threads), self._scratch)
 
-    def _first_input(self) -> dict[str, np.ndarray]:
-        """The first image as often as the model takes at least."""
+    def _input(self, index: int) -> dict[str, np.ndarray]:
+        """Image `index`, counted around, as often as the model takes at least."""
         spec = self.bundle.input
-        picture, count = self.predictor.read(self._images[0]), spec.batch.min
+        picture, count = self.predictor.read(self._images[index % len(self._images)]), spec.batch.min
         preprocess = Preprocessor(spec, self.bundle.preprocess)
         batch, _ = preprocess([picture.pixels] * count, [picture.size] * count)
         return {spec.name: batch}

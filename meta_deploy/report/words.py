@@ -12,7 +12,11 @@ ACCURACIES = {
     "mean_iou": "mIoU",
     "pixel_accuracy": "pixels",
     "max_relative_error": "largest error",
+    "mean_score_difference": "score difference",
+    "max_score_difference": "largest score difference",
+    "logit_error": "logit error",
 }
+_ERRORS = ("max_relative_error", "mean_score_difference", "max_score_difference", "logit_error")
 
 _SPEEDS = {"faster": "fast", "slower": "slow"}
 
@@ -63,10 +67,10 @@ def accuracies(found: Accuracy | None) -> list[str]:
     """The figures: "box AP 0.412", "mask AP 0.370"."""
     if found is None:
         return []
-    values = {title: getattr(found, key) for key, title in ACCURACIES.items()}
+    values = {key: getattr(found, key) for key in ACCURACIES}
     return [
-        f"{title} {value:.2g}" if title == "largest error" else f"{title} {value:.3f}"
-        for title, value in values.items()
+        f"{ACCURACIES[key]} {value:.2g}" if key in _ERRORS else f"{ACCURACIES[key]} {value:.3f}"
+        for key, value in values.items()
         if value is not None
     ]
 

@@ -138,6 +138,15 @@ def test_a_checkpoint_is_what_pytorch_makes_of_it(tmp_path, photo):
         subject.profile()
 
 
+def test_logits_are_those_of_the_image_as_the_model_gets_it(bundles, small_images, tmp_path):
+    images = image_files(small_images)
+    subject = Subject(str(bundles / "segmenter"), "onnxruntime", 1, images, tmp_path)
+    (red, green, blue), level = subject.logits(3)[0], int(os.path.basename(images[1])[:-4])
+    for plane, expected in ((red, level), (green, 128), (blue, 255 - level)):
+        assert plane[2, 2] == pytest.approx(expected / 255, abs=0.01)
+    assert Subject(str(bundles / "detector"), "onnxruntime", 1, images, tmp_path).logits(0) is None
+
+
 def test_a_file_gives_what_its_bundle_gives(made, photo, tmp_path):
     subject = Subject(str(made[0]["model.onnx"]), "onnxruntime", 1, [], tmp_path)
     boxes = subject.predictor(photo).boxes

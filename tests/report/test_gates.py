@@ -165,7 +165,15 @@ def test_every_metric_is_a_number_of_some_entry():
     full = entry("a", 1.0, 1.0, **dict.fromkeys(("box_ap", "box_ap50", "mask_ap", "mask_ap50"), 0.5))
     full = replace(
         full,
-        accuracy=replace(full.accuracy, mean_iou=0.5, pixel_accuracy=0.5, max_relative_error=0.5),
+        accuracy=replace(
+            full.accuracy,
+            mean_iou=0.5,
+            pixel_accuracy=0.5,
+            max_relative_error=0.5,
+            mean_score_difference=0.5,
+            max_score_difference=0.5,
+            logit_error=0.5,
+        ),
         engine=ENGINE,
         throughput=(Throughput(batch=1, images_per_second=2.0), Throughput(batch=9, reason="no")),
     )
