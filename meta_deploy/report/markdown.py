@@ -8,6 +8,7 @@ from meta_deploy.report import side_by_side, words
 from meta_deploy.report.schema import CLASSES, Entry, Report
 
 TOP = 10  # nodes that are listed
+_DEPTH = 2  # dots in the names of modules that are listed
 
 
 def to_markdown(report: Report) -> str:
@@ -105,9 +106,22 @@ def _where(entries: Sequence[Entry]) -> Iterable[str]:
     peaks = [e.profile.live_peak for e in profiled]  # type: ignore[union-attr]
     rows.append(["peak of live activations", *(words.size(peak.bytes) if peak else "" for peak in peaks)])
     yield _table(rows)
+    yield from _by_module(profiled)
     for entry in entries:
         if entry.no_profile is not None:
             yield f"{_plain(entry.name)}: {_plain(entry.no_profile)}."
+
+
+def _by_module(profiled: Sequence[Entry]) -> Iterable[str]:
+    """Time by the outer PyTorch modules, a column an entry."""
+    rows = [["ms", *(entry.name for entry in profiled)]]
+    for name, found in words.modules(profiled):
+        if name.count(".") < _DEPTH:
+            shown = (f"{words.ms(row.ms)} ({100 * row.share:.0f} %)" if row else "" for row in found)
+            rows.append([f"`{name}`" if name else "not known", *shown])
+    if len(rows) > 1:
+        yield "By PyTorch module, with the modules in it:"
+        yield _table(rows)
 
 
 def _engines(entries: Sequence[Entry]) -> Iterable[str]:

@@ -100,6 +100,7 @@ class NodeRow(Cost, frozen=True, kw_only=True):
 
     Attributes:
         op: its operator, the back end's own included.
+        module: of PyTorch, that it came from; empty where that is not known.
         calls: in one run; not 1 for nodes in loops and branches.
         inputs, outputs: types and shapes, such as "float 1x3x64x64".
         intensity: FLOPs a byte read or written.
@@ -117,6 +118,22 @@ class NodeRow(Cost, frozen=True, kw_only=True):
     intensity: float | None = None
     bound: Literal["memory", "arithmetic"] | None = None
     share_of_roof: float | None = None
+    module: str = ""
+
+
+class ModuleRow(Struct, frozen=True, kw_only=True):
+    """All nodes of a PyTorch module and of those in it; by the name "", all nodes of which none is known.
+
+    Bytes and FLOPs are of nodes that tell theirs.
+    """
+
+    name: str
+    nodes: int
+    ms: float
+    share: float
+    bytes_read: int
+    bytes_written: int
+    flops: int
 
 
 class ClassRow(Struct, frozen=True, kw_only=True):
@@ -158,6 +175,7 @@ class Profile(Struct, frozen=True, kw_only=True):
         ms: a run, under the profiler, which slows it down a little.
         classes: by falling time; the class "between nodes" is what is left of a run.
         nodes: in the order in which they run.
+        modules: by name, those within others too; none where no node tells its module.
     """
 
     by: str
@@ -166,6 +184,7 @@ class Profile(Struct, frozen=True, kw_only=True):
     classes: tuple[ClassRow, ...]
     nodes: tuple[NodeRow, ...]
     live_peak: LivePeak | None = None
+    modules: tuple[ModuleRow, ...] = ()
 
 
 class Roofline(Struct, frozen=True, kw_only=True):

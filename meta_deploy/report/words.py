@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from meta_deploy.report.schema import Accuracy, Change, Entry, Gate, Ratio, Report
+from meta_deploy.graph.modules import in_order
+from meta_deploy.report.schema import Accuracy, Change, Entry, Gate, ModuleRow, Ratio, Report
 
 ACCURACIES = {
     "box_ap": "box AP",
@@ -18,6 +19,7 @@ ACCURACIES = {
 }
 _ERRORS = ("max_relative_error", "mean_score_difference", "max_score_difference", "logit_error")
 
+_LEAST_SHARE = 0.01
 _SPEEDS = {"faster": "fast", "slower": "slow"}
 
 
@@ -142,6 +144,13 @@ def since(report: Report) -> str:
     text += f", with other versions: {', '.join(packages)}." if packages else ", with the same versions."
     text += " It was disturbed." if found.disturbed else ""
     return f"{text} Two runs of one model differ by a percent or more, which no interval here tells."
+
+
+def modules(entries: Sequence[Entry]) -> list[tuple[str, list[ModuleRow | None]]]:
+    """PyTorch modules that take at least 1 % of some entry's run, in their order, with each entry's row."""
+    rows = [{row.name: row for row in entry.profile.modules} if entry.profile else {} for entry in entries]
+    large = {name for found in rows for name, row in found.items() if row.share >= _LEAST_SHARE}
+    return [(name, [found.get(name) for found in rows]) for name in sorted(large, key=in_order)]
 
 
 def step(before: float, after: float, shown: Callable[[float], str] = "{:,.0f}".format) -> str:

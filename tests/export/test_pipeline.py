@@ -25,6 +25,7 @@ from meta_deploy.export.plan import choose_passes
 from meta_deploy.export.samples import find_files
 from meta_deploy.export.sources import checkpoint as checkpoint_source
 from meta_deploy.export.sources.checkpoint import describe, input_spec, preprocess_rules
+from meta_deploy.graph.modules import module_of
 from meta_deploy.graph.pipeline import PASSES
 from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.graph.precision import fp16 as fp16_module
@@ -396,6 +397,10 @@ def test_float16_for_onnx_runtime_is_half_the_size_and_answers_alike(quick, monk
     conversion = half.manifest.conversion
     assert conversion["nodes"] > 2 * conversion["float32_nodes"] > 0
     assert full.manifest.conversion is None
+    graphs = [onnx.load(bundle.path / "model.onnx").graph for bundle in (full, half)]
+    modules = [{module_of(node.name) for node in graph.node} for graph in graphs]
+    assert len(modules[0]) > 10
+    assert modules[1] <= modules[0]  # the casts' names too
     limits = half.manifest.verification["stages"]["maps"]["tolerance"]
     assert limits == {"rms_relative_error": PRECISIONS["fp16"].tolerances["maps_rms"]}
     found = [len(Predictor(bundle)("pictures/a.png").scores) for bundle in (full, half)]
