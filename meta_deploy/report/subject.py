@@ -148,9 +148,13 @@ class Subject:
         Raises:
             BackendError: its back end has no profiler here.
         """
-        if self.predictor.backend not in ("onnxruntime", "openvino"):
+        if self.predictor.backend not in ("onnxruntime", "openvino", PYTORCH):
             raise BackendError(f"nodes are not profiled on {self.predictor.backend}")
         feed = self._feed or self._input(0)
+        if self.predictor.backend == PYTORCH:
+            from meta_deploy.report import pytorch_profile
+
+            return pytorch_profile.profile(lambda: self.predictor.run(feed))
         self.predictor.close()
         if self.predictor.backend == "openvino":
             from meta_deploy.report import openvino_profile

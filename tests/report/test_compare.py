@@ -134,8 +134,8 @@ def test_a_checkpoint_is_what_pytorch_makes_of_it(tmp_path, photo):
     np.testing.assert_allclose(outputs["logits"], expected, rtol=1e-4, atol=1e-5)
     assert subject.facts()["task"] == "semantic-segmentation"
     assert subject.predictor.bundle.input.batch.max > 100  # which PyTorch does not mind
-    with pytest.raises(BackendError, match="not profiled on pytorch"):
-        subject.profile()
+    with pytest.raises(BackendError, match="only PyTorch runs"):
+        Subject(str(path), "onnxruntime", 1, [], tmp_path)
 
 
 def test_logits_are_those_of_the_image_as_the_model_gets_it(bundles, small_images, tmp_path):
