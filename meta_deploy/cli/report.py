@@ -97,6 +97,12 @@ def parser() -> Parser:
         help="measure images a second at these batch sizes, too",
     )
     p.add_argument(
+        "--by-pass",
+        action="store_true",
+        help="tell where the time of checkpoints and .onnx files goes before and after each graph pass, on "
+        "ONNX Runtime, too",
+    )
+    p.add_argument(
         "--runs",
         type=positive_int,
         default=RUNS,
@@ -170,6 +176,7 @@ def _report(args: Namespace) -> int:
             count=args.count,
             backends=args.backend or ["auto"],
             batches=args.batch,
+            by_pass=args.by_pass,
             runs=args.runs,
             threads=args.threads,
             baseline=args.baseline,

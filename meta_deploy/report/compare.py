@@ -49,6 +49,7 @@ def report(
     count: int = COUNT,
     backends: Sequence[str] = ("auto",),
     batches: Sequence[int] = (),
+    by_pass: bool = False,
     runs: int = RUNS,
     threads: int | None = None,
     baseline: str | os.PathLike[str] | None = None,
@@ -67,6 +68,7 @@ def report(
         backends: each bundle and .onnx file is run on each of these; checkpoints are run by PyTorch. "auto"
             is TensorRT for a bundle that holds its engine, also where there is no GPU to run it.
         batches: batch sizes to measure the throughput at, too.
+        by_pass: tell where the time of checkpoints and .onnx files goes after each graph pass, too.
         runs: timed rounds, at least 20; a quarter of them for each batch size.
         threads: CPU threads of each; None: all CPUs that this process may use.
         baseline: a report of this machine as JSON, with entries of the same names.
@@ -90,6 +92,7 @@ def report(
         images=tuple(pictures),
         annotations=None if annotations is None else str(annotations),
         batches=tuple(dict.fromkeys(batches)),
+        by_pass=by_pass,
         warm_up=WARM_UP,
         runs=runs,
         threads=threads or cpu_count(),
@@ -208,22 +211,24 @@ def _measured(
             rates = throughputs(running, settings, errors, progress.count)
         for name in facts:
             facts[name] |= {"throughput": rates.get(name, ())}
-    with progress.stage("profile"):
-        for done, (name, worker) in enumerate(running.items()):
-            if name not in errors:
-                facts[name] |= _profile(worker)
-            progress.count(done + 1, len(running))
+    wanted = ("pass_profiles", "profile") if settings.by_pass else ("profile",)
+    for what in wanted:
+        with progress.stage(what.replace("_", " ")):
+            for done, (name, worker) in enumerate(running.items()):
+                if name not in errors:
+                    facts[name] |= _told(worker, what)
+                progress.count(done + 1, len(running))
     for name, latency in latencies({name: times[name] for name in times if name not in errors}).items():
         facts[name] |= {"latency": latency, "accuracy": accuracies.get(name)}
     return facts
 
 
-def _profile(worker: Worker) -> dict[str, Any]:
-    """The profile, or why there is none: a model that was measured stays so without."""
+def _told(worker: Worker, what: str) -> dict[str, Any]:
+    """A profile, or why there is none: a model that was measured stays so without."""
     try:
-        return {"profile": worker.call("profile")}
+        return {what: worker.call(what)}
     except Failed as error:
-        return {"no_profile": str(error)}
+        return {f"no_{what}": str(error)}
 
 
 def _under_roof(measured: Mapping[str, dict[str, Any]], threads: int) -> Roofline:

@@ -25,6 +25,7 @@ def to_markdown(report: Report) -> str:
         *_where(report.entries),
         *_engines(report.entries),
         *(_passes(entry) for entry in report.entries if entry.passes),
+        *(_by_pass(entry) for entry in report.entries if entry.pass_profiles),
         *(_slowest(entry) for entry in report.entries if entry.profile),
         _how(report),
     ]
@@ -175,6 +176,11 @@ def _passes(entry: Entry) -> str:
             [row.name, f"{row.changes:,}", words.step(row.nodes_before, row.nodes_after), moves, moved]
         )
     return f"### The graph passes of {_plain(entry.name)}\n\n{_plain(words.passes(entry))}\n\n{_table(rows)}"
+
+
+def _by_pass(entry: Entry) -> str:
+    text = "A run on ONNX Runtime in milliseconds, by class."
+    return f"### {_plain(entry.name)}, pass by pass\n\n{text}\n\n{_table(words.pass_table(entry))}"
 
 
 def _how(report: Report) -> str:

@@ -187,6 +187,18 @@ class Profile(Struct, frozen=True, kw_only=True):
     modules: tuple[ModuleRow, ...] = ()
 
 
+class PassProfile(Struct, frozen=True, kw_only=True):
+    """Where a run goes after a graph pass, on ONNX Runtime's CPU; by the name "", before the first.
+
+    `ms` and `classes` are as in `Profile`; a pass without changes has those of the row before it.
+    """
+
+    name: str
+    changes: int
+    ms: float
+    classes: tuple[ClassRow, ...]
+
+
 class Roofline(Struct, frozen=True, kw_only=True):
     """What this machine does at best with the given threads: a copy, and a float32 matrix product."""
 
@@ -318,6 +330,8 @@ class Entry(Struct, frozen=True, kw_only=True):
             rounds; None where the system does not tell.
         accuracy: None for the first entry without annotations, and for what cannot be compared.
         profile: where the model's time goes; None where `no_profile` says why.
+        pass_profiles: of a checkpoint or an .onnx file, where that was asked for; else, `no_pass_profiles`
+            says why there are none.
         engine: what the engine consists of, of bundles for TensorRT and of engines' files.
     """
 
@@ -339,6 +353,8 @@ class Entry(Struct, frozen=True, kw_only=True):
     accuracy: Accuracy | None = None
     profile: Profile | None = None
     no_profile: str | None = None
+    pass_profiles: tuple[PassProfile, ...] = ()
+    no_pass_profiles: str | None = None
     engine: EngineRow | None = None
 
 
@@ -369,6 +385,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     images: tuple[str, ...]
     annotations: str | None = None
     batches: tuple[int, ...] = ()
+    by_pass: bool = False
     warm_up: int
     runs: int
     threads: int

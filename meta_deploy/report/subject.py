@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from msgspec.structs import replace
@@ -19,7 +19,7 @@ from meta_deploy.bundle.bundle import Bundle, write_bundle
 from meta_deploy.bundle.manifest import BatchRange, RawManifest, TensorSpec
 from meta_deploy.errors import BackendError, InputError
 from meta_deploy.imaging.preprocess import Preprocessor
-from meta_deploy.report.schema import Profile
+from meta_deploy.report.schema import PassProfile, Profile
 from meta_deploy.runtime.predictor import Predictor
 from meta_deploy.targets.model_file import read_model
 from meta_deploy.targets.onnxruntime import session_options
@@ -27,6 +27,9 @@ from meta_deploy.targets.openvino import read_parts
 from meta_deploy.targets.target import MODEL, Backend
 from meta_deploy.tasks.raw import Arrays
 from meta_deploy.tasks.results import Result, Timings
+
+if TYPE_CHECKING:
+    from meta_deploy.export.sources.source import Source
 
 Kind = Literal["bundle", "onnx", "checkpoint", "engine"]
 PYTORCH, TENSORRT = "pytorch", "tensorrt"
@@ -83,7 +86,7 @@ class Subject:
         self.predictor = _OPEN[self.kind](path, backend, threads, self._scratch)
         self.bundle = self.predictor.bundle
         self.runs_on = self.predictor.runs_on
-        self._file = {os.path.basename(path): os.path.getsize(path)}
+        self._path, self._file = path, {os.path.basename(path): os.path.getsize(path)}
         self._images = images
         self._feed = random_feed(self.bundle) if not self.bundle.takes_images else {}
 
@@ -164,6 +167,20 @@ class Subject:
 
         return profile(read_model(self.bundle), feed, session_options(self._threads), self._scratch)
 
+    def pass_profiles(self) -> tuple[PassProfile, ...]:
+        """Where the time goes before and after each graph pass, on the first image, on ONNX Runtime.
+
+        Raises:
+            BackendError: it is a bundle, which holds the graph after the last one alone.
+        """
+        if self.kind == "bundle":
+            raise BackendError("a bundle holds its last graph alone; name its checkpoint or .onnx file")
+        from meta_deploy.report.pass_profile import by_pass
+
+        feed = self._feed or self._input(0)
+        graph = _source(self._path).graph
+        return by_pass(graph, feed, lambda: session_options(self._threads), self._scratch)
+
     def _input(self, index: int) -> dict[str, np.ndarray]:
         """Image `index`, counted around, as often as the model takes at least."""
         spec = self.bundle.input
@@ -224,13 +241,19 @@ def _open_bundle(path: str, backend: str, threads: int, scratch: Path) -> Predic
     return Predictor(path, backend, threads=threads)
 
 
-def _open_onnx(path: str, backend: str, threads: int, scratch: Path) -> Predictor:
-    """An ONNX file as the bundle that an export without passes would make of it."""
+def _source(path: str) -> Source:
+    """A checkpoint or an .onnx file, as an export opens it."""
     from meta_deploy.export.options import Options
     from meta_deploy.export.sources import open_source
+
+    return open_source(path, Options(check=False), lambda note: None)
+
+
+def _open_onnx(path: str, backend: str, threads: int, scratch: Path) -> Predictor:
+    """An ONNX file as the bundle that an export without passes would make of it."""
     from meta_deploy.export.sources.source import output_specs
 
-    source = open_source(path, Options(check=False), lambda note: None)
+    source = _source(path)
     graph = source.graph("native")
     manifest = source.manifest(target="onnxruntime", precision="fp32", outputs=output_specs(graph, {}))
     bundle = write_bundle(scratch / "bundle", manifest, {MODEL: graph.SerializeToString()})
@@ -246,10 +269,10 @@ def _open_checkpoint(path: str, backend: str, threads: int, scratch: Path) -> Pr
         raise BackendError(
             f"PyTorch cannot be imported ({error}); pip install meta-deploy[export]"
         ) from error
-    from meta_deploy.export.options import Options
     from meta_deploy.export.sources.checkpoint import CheckpointSource
 
-    source = CheckpointSource(path, Options(), lambda note: None)
+    source = _source(path)
+    assert isinstance(source, CheckpointSource)
     outputs = tuple(TensorSpec(name=name, dtype="float32", shape=()) for name in source.outputs)
     manifest = source.manifest(target=PYTORCH, precision="fp32", outputs=outputs)
     assert not isinstance(manifest, RawManifest)

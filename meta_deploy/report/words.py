@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from meta_deploy.graph.modules import in_order
-from meta_deploy.report.schema import Accuracy, Change, Entry, Gate, ModuleRow, Ratio, Report
+from meta_deploy.report.schema import CLASSES, Accuracy, Change, Entry, Gate, ModuleRow, Ratio, Report
 
 ACCURACIES = {
     "box_ap": "box AP",
@@ -156,6 +156,19 @@ def modules(entries: Sequence[Entry]) -> list[tuple[str, list[ModuleRow | None]]
 def step(before: float, after: float, shown: Callable[[float], str] = "{:,.0f}".format) -> str:
     """Before and after a pass: "4,401 → 2,932"; once where they are alike."""
     return shown(after) if before == after else f"{shown(before)} → {shown(after)}"
+
+
+def pass_table(entry: Entry) -> list[list[str]]:
+    """Time and bytes before the first pass and after each, then time by class, with a heading."""
+    rows = entry.pass_profiles
+    names = [name for name in CLASSES if any(one.name == name for row in rows for one in row.classes)]
+    table = [["pass", "changes", "ms", "bytes", *names]]
+    for row in rows:
+        found = {one.name: one for one in row.classes}
+        bytes_ = sum(one.bytes_read + one.bytes_written for one in row.classes)
+        times = (ms(found[name].ms) if name in found else "" for name in names)
+        table.append([row.name or "as exported", f"{row.changes:,}", ms(row.ms), size(bytes_), *times])
+    return table
 
 
 def passes(entry: Entry) -> str:

@@ -7,9 +7,11 @@ import time
 
 import msgspec
 import numpy as np
+import onnx
 import pytest
 import torch
 from msgspec.structs import replace
+from onnx import helper, numpy_helper
 
 from meta_deploy import Predictor
 from meta_deploy.bundle.shipped import ASSETS
@@ -22,8 +24,10 @@ from meta_deploy.report.page import to_html
 from meta_deploy.report.schema import Report, Roofline, Settings
 from meta_deploy.report.subject import Subject
 from meta_deploy.report.worker import Failed, Worker
+from meta_deploy.targets import TARGETS
 from meta_deploy.tasks.results import Timings
 from tests.bundles_by_hand import detector, raw_model
+from tests.small_graphs import model, value
 from tests.tiny_models import lively, segmenter
 
 ROOF = Roofline(bandwidth_gb_s=10, peak_gflop_s=50)
@@ -189,6 +193,38 @@ def test_throughput_counts_a_batchs_images_and_marks_sizes_that_are_not_taken(ma
     for text in (to_markdown(shown), to_html(shown)):
         assert "it takes batches of 1" in text
         assert f"{found['detector'][0].images_per_second:,.0f}" in text
+
+
+def test_each_pass_is_told_with_the_time_after_it_by_class(made, bundles, tmp_path, monkeypatch):
+    files = ["fuse-layer-norm", "collapse-chains"]
+    monkeypatch.setattr(type(TARGETS["onnxruntime"]), "passes", ("share-norms", *files))
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["a"], perm=[1, 0]),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("Transpose", ["b"], ["c"], perm=[1, 0]),
+        helper.make_node("Transpose", ["c"], ["d"], perm=[1, 0]),
+        helper.make_node("Add", ["d", "w"], ["y"]),
+    ]
+    proto = model(
+        nodes,
+        [value("x", [4, 8])],
+        [value("y", [8, 4])],
+        [numpy_helper.from_array(np.ones((8, 4), np.float32), "w")],
+    )
+    onnx.save(proto, tmp_path / "x.onnx")
+    subject = Subject(str(tmp_path / "x.onnx"), "onnxruntime", 1, [], tmp_path)
+    first, idle, _, last = rows = subject.pass_profiles()
+    assert [row.name for row in rows] == ["", "share-norms", *files]
+    assert (idle.changes, idle.ms, idle.classes) == (0, first.ms, first.classes)
+    assert last.changes > 0
+    for row in rows:
+        assert sum(one.ms for one in row.classes) == pytest.approx(row.ms)
+    entry = replace(made[1].entries[2], pass_profiles=rows)
+    shown = replace(made[1], settings=replace(made[1].settings, by_pass=True), entries=(entry,))
+    assert "| as exported | 0 |" in to_markdown(shown)
+    assert "<td>collapse-chains</td>" in to_html(shown)
+    with pytest.raises(BackendError, match="holds its last graph alone"):
+        Subject(str(bundles / "raw"), "onnxruntime", 1, [], tmp_path / "b").pass_profiles()
 
 
 def test_a_batch_is_run_at_once_and_its_times_are_all_of_its_images(bundles, small_images, tmp_path):
