@@ -34,7 +34,8 @@ _EPILOG = """\
 examples:
   meta-report my-bundle other-bundle
   meta-report model.pth stock-bundle my-bundle --images val/ --annotations instances_val.json
-  meta-report my-bundle --backend onnxruntime --backend openvino --out report.md
+  meta-report my-bundle --backend onnxruntime --backend openvino --batch 1 4 8 --out report.md
+  meta-report engine-bundle other-engine-bundle
   meta-report stock-bundle my-bundle --fail-if "latency_ratio > 1.05" --fail-if "box_ap < 0.95"
   meta-report my-bundle --baseline report.json --fail-if "latency_ms / baseline > 1.1"
 
@@ -53,7 +54,12 @@ def parser() -> Parser:
         formatter_class=RawDescriptionHelpFormatter,
     )
     p.add_argument(
-        "models", nargs="+", type=path, metavar="BUNDLE|ONNX|CKPT", help="bundles, .onnx files, checkpoints"
+        "models",
+        nargs="+",
+        type=path,
+        metavar="BUNDLE|ONNX|CKPT|ENGINE",
+        help="bundles, .onnx files, checkpoints; TensorRT's .engine files and what trtexec --exportLayerInfo "
+        "writes",
     )
     p.add_argument(
         "--images",
@@ -81,6 +87,20 @@ def parser() -> Parser:
         choices=BACKEND_NAMES,
         help="what runs bundles and .onnx files; several times for several (default: auto); checkpoints run "
         "on PyTorch",
+    )
+    p.add_argument(
+        "--batch",
+        nargs="+",
+        type=positive_int,
+        default=[],
+        metavar="N",
+        help="measure images a second at these batch sizes, too",
+    )
+    p.add_argument(
+        "--by-pass",
+        action="store_true",
+        help="tell where the time of checkpoints and .onnx files goes before and after each graph pass, on "
+        "ONNX Runtime, too",
     )
     p.add_argument(
         "--runs",
@@ -155,6 +175,8 @@ def _report(args: Namespace) -> int:
             annotations=args.annotations,
             count=args.count,
             backends=args.backend or ["auto"],
+            batches=args.batch,
+            by_pass=args.by_pass,
             runs=args.runs,
             threads=args.threads,
             baseline=args.baseline,
@@ -164,7 +186,7 @@ def _report(args: Namespace) -> int:
     for entry in found.entries:
         if entry.error is not None:
             tell(f"meta-report: {entry.name}: {entry.error}")
-    if not any(entry.latency for entry in found.entries):
+    if not any(entry.latency or entry.engine for entry in found.entries):
         raise InputError("none of the models could be measured, so there is no report")
     _write(found, renderers)
     _tell_verdicts(found, args.json)
@@ -211,7 +233,7 @@ def _write(found: Report, renderers: dict[str, Any]) -> None:
 
 def _tell_verdicts(found: Report, as_json: bool) -> None:
     """The comparison on standard output; with --json the document, and the comparison elsewhere."""
-    from meta_deploy.report import words
+    from meta_deploy.report import side_by_side, words
 
     stream = sys.stderr if as_json else sys.stdout
     for text in found.disturbances:
@@ -222,6 +244,8 @@ def _tell_verdicts(found: Report, as_json: bool) -> None:
             total = entry.latency.total
             spread = f"{words.ms(total.p5)} to {words.ms(total.p90)}"
             say(f"{entry.name}: {words.ms(total.median)} ms ({spread}){memory}", stream)
+        elif entry.engine:
+            say(f"{entry.name}: {side_by_side.summary(entry.engine)}", stream)
     for sentence in words.verdicts(found):
         if "was not measured" not in sentence:
             say(sentence, stream)

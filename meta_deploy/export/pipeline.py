@@ -32,6 +32,7 @@ from meta_deploy.export.trial import ANNOTATED, JUDGED, AnnotatedTrial, OutputsT
 from meta_deploy.export.verify import OnnxRun, Recorded, Run, WithStages, verify
 from meta_deploy.graph.attention import attention_count
 from meta_deploy.graph.compact import compact
+from meta_deploy.graph.modules import inherit_modules
 from meta_deploy.graph.pipeline import run_passes
 from meta_deploy.graph.precision import PRECISIONS, Precision
 from meta_deploy.graph.precision.emulate import emulated
@@ -158,6 +159,7 @@ def lower(
         graph, conversion = plan.precision.convert(
             full, samples, float32_operators, progress.note, quantization
         )
+        inherit_modules(full.graph, graph.graph)
     if not isinstance(conversion, Quantized) or not conversion.declined:
         kept = full if plan.precision.calibrates else None  # a large model's holds gigabytes
         return Lowered(graph, kept, plan.precision, conversion)

@@ -34,25 +34,46 @@ def _told(node: onnx.NodeProto) -> str:
 
 
 def module_of(name: str) -> str:
-    """The module in a node's name; empty where there is none."""
-    return name.partition("/")[0] if "/" in name[1:] and not name.startswith("/") else ""
+    """The module in a node's name; empty where there is none.
+
+    PyTorch's older exporter writes it as a path, "/blocks/blocks.0/attn/MatMul_3", in which a list comes
+    before each of its items.
+    """
+    if not name.startswith("/"):
+        return name.partition("/")[0] if "/" in name else ""
+    path: list[str] = []
+    for part in name.split("/")[1:-1]:
+        if path and part.startswith(f"{path[-1]}."):
+            path.pop()
+        path.append(part)
+    return ".".join(path)
+
+
+def in_order(module: str) -> list[tuple[int, str]]:
+    """A key that sorts modules with what is in them behind them, and blocks.10 behind blocks.9."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in module.split(".")]
 
 
 def inherit_modules(before: onnx.GraphProto, after: onnx.GraphProto) -> None:
-    """Name the nodes that passes made by the module of what they replace.
+    """Name the nodes that passes made by the module of what they replace, and the rest without a module.
 
     That is what made a tensor of the same name before or, of new tensors, named after it ("x/norm"); else
-    what makes the node's first input. The nodes of `before` keep their names.
+    what makes the node's inputs; of what has none, such as the quantization of a weight, what reads it. The
+    nodes of `before` keep their names.
     """
     modules = {output: module_of(node.name) for node in before.node for output in node.output}
-    if not any(modules.values()):
-        return
     old = {node.name for node in before.node}
+    found = []
     for node in after.node:
-        if node.name not in old and node.output:
-            output = node.output[0]
-            heirs = (output, output.rpartition("/")[0], *node.input)
-            module = next((modules[name] for name in heirs if modules.get(name)), "")
-            if module:
-                node.name = f"{module}/{(node.name or node.op_type).replace('/', '.')}"
-        modules |= {output: module_of(node.name) for output in node.output if not modules.get(output)}
+        output = node.output[0] if node.output else ""
+        heirs = () if node.name in old else (output, output.rpartition("/")[0], *node.input)
+        module = next((modules[name] for name in heirs if modules.get(name)), "")
+        found.append(module_of(node.name) if node.name in old else module)
+        modules |= {output: found[-1] for output in node.output if not modules.get(output)}
+    read_by: dict[str, str] = {}
+    for node, module in zip(reversed(after.node), reversed(found), strict=True):
+        module = module or next((read_by[name] for name in node.output if name in read_by), "")
+        if node.name not in old:
+            name = (node.name or node.op_type).replace("/", ".")
+            node.name = f"{module}/{name}" if module else name
+        read_by |= dict.fromkeys(node.input, module) if module else {}

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import onnx
@@ -91,7 +91,11 @@ class PassResult:
 
 
 def run_passes(
-    proto: onnx.ModelProto, names: list[str], cost: Cost = CPU, explain: bool = False
+    proto: onnx.ModelProto,
+    names: Sequence[str],
+    cost: Cost = CPU,
+    explain: bool = False,
+    seen: Callable[[str, int, gs.Graph], None] = lambda name, changes, graph: None,
 ) -> tuple[onnx.ModelProto, list[PassResult]]:
     """Run passes one after another.
 
@@ -100,6 +104,7 @@ def run_passes(
         names: keys of `PASSES`.
         cost: the target's prices.
         explain: have every pass say what it declined, and why.
+        seen: called with the graph before the first pass ("", 0) and after each, with its changes.
 
     Returns:
         The new graph and a line per pass.
@@ -108,10 +113,12 @@ def run_passes(
     graph = from_model(literal[0])
     results = []
     nodes, moves, moved, exact = _measured(graph)
+    seen("", 0, graph)
     for name in names:
         start = time.perf_counter()
         changes = _run(name, graph, cost, literal.pop() if literal else None)
         seconds = round(time.perf_counter() - start, 2)
+        seen(name, changes, graph)
         was = nodes, moves, moved, exact
         nodes, moves, moved, exact = _measured(graph)
         results.append(

@@ -59,7 +59,7 @@ def check_same(
                 f"the baseline '{path}' is of another {what}: {_shown(then)}, and not {_shown(now)}; "
                 "measure it again here"
             )
-    names = {entry.name for entry in before.entries if entry.latency}
+    names = {entry.name for entry in before.entries if entry.latency or entry.engine}
     if not names & {entry.name for entry in asked}:
         raise InputError(
             f"the baseline '{path}' has none of these entries, but {_shown(sorted(names)) or 'nothing'}; "
@@ -92,10 +92,10 @@ def compared(
     path: str | os.PathLike[str], before: Report, entries: Sequence[Entry], machine: Machine
 ) -> Baseline:
     """What has changed of each entry that both have; a metric that one lacks is left out."""
-    then = {entry.name: entry for entry in before.entries if entry.latency}
+    then = {entry.name: entry for entry in before.entries if entry.latency or entry.engine}
     changes = {}
     for entry in entries:
-        if entry.latency and entry.name in then:
+        if (entry.latency or entry.engine) and entry.name in then:
             pairs = {name: (get(then[entry.name]), get(entry)) for name, get in METRICS.items()}
             changes[entry.name] = {
                 name: Change(then=old, now=new)

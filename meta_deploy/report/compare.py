@@ -15,26 +15,30 @@ from typing import Any
 import numpy as np
 from msgspec.structs import replace
 
+from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.bundle.shipped import ASSETS, locate
 from meta_deploy.cpus import cpu_count
-from meta_deploy.errors import InputError
+from meta_deploy.errors import InputError, MetaDeployError
 from meta_deploy.export.progress import Progress
 from meta_deploy.export.samples import evenly
 from meta_deploy.imaging.images import load
 from meta_deploy.imaging.sources import expand
-from meta_deploy.report import COUNT, RUNS, gates, machine
+from meta_deploy.report import COUNT, RUNS, engines, gates, machine
 from meta_deploy.report.baseline import check_same, compared, read_baseline
 from meta_deploy.report.disagreement import Disagreements
 from meta_deploy.report.judge import judge, noted
-from meta_deploy.report.schema import PARTS, Entry, Latency, Ratio, Report, Roofline, Settings
+from meta_deploy.report.schema import PARTS, Entry, Latency, Ratio, Report, Roofline, Settings, Throughput
 from meta_deploy.report.statistics import LEAST_ROUNDS, compare, drift, spread
-from meta_deploy.report.subject import PYTORCH, kind_of
+from meta_deploy.report.subject import PYTORCH, TENSORRT, about_bundle, kind_of
 from meta_deploy.report.worker import Failed, Worker
 from meta_deploy.targets import BACKEND_NAMES
 from meta_deploy.tasks.annotations import Annotations, open_annotations
 from meta_deploy.text import escaped
 
 WARM_UP = 3
+NO_GPU = "no GPU here"
+_OWN_BACKENDS: Mapping[str, Sequence[str]] = {"checkpoint": (PYTORCH,), "engine": (TENSORRT,)}
+_BATCH_SHARE = 4  # of the rounds are taken at each batch size
 
 
 def report(
@@ -44,6 +48,8 @@ def report(
     annotations: str | os.PathLike[str] | None = None,
     count: int = COUNT,
     backends: Sequence[str] = ("auto",),
+    batches: Sequence[int] = (),
+    by_pass: bool = False,
     runs: int = RUNS,
     threads: int | None = None,
     baseline: str | os.PathLike[str] | None = None,
@@ -53,14 +59,17 @@ def report(
     """Compare models on this machine.
 
     Args:
-        paths: bundles (shipped ones by name), .onnx files and checkpoints; the first that runs is what the
-            others are compared with.
+        paths: bundles (shipped ones by name), .onnx files, checkpoints and engines; the first that runs is
+            what the others are compared with.
         images: an image or a folder of images; None: the package's own.
         annotations: a COCO JSON file for detectors, or a folder of label images for class maps, of the same
             names as the images; None: results are held against the first entry's.
         count: the most images to look at, spread evenly over those there are.
-        backends: each bundle and .onnx file is run on each of these; checkpoints are run by PyTorch.
-        runs: timed rounds, at least 20.
+        backends: each bundle and .onnx file is run on each of these; checkpoints are run by PyTorch. "auto"
+            is TensorRT for a bundle that holds its engine, also where there is no GPU to run it.
+        batches: batch sizes to measure the throughput at, too.
+        by_pass: tell where the time of checkpoints and .onnx files goes after each graph pass, too.
+        runs: timed rounds, at least 20; a quarter of them for each batch size.
         threads: CPU threads of each; None: all CPUs that this process may use.
         baseline: a report of this machine as JSON, with entries of the same names.
         fail_if: conditions such as "latency_ratio > 1.05" (`gates.parse`), whose outcome is in `gates`.
@@ -82,6 +91,8 @@ def report(
     settings = Settings(
         images=tuple(pictures),
         annotations=None if annotations is None else str(annotations),
+        batches=tuple(dict.fromkeys(batches)),
+        by_pass=by_pass,
         warm_up=WARM_UP,
         runs=runs,
         threads=threads or cpu_count(),
@@ -99,10 +110,15 @@ def report(
     if any(fields.get("profile") for fields in measured.values()):
         with progress.stage("roofline"):
             roof = _under_roof(measured, settings.threads)
+    with progress.stage("engines"):
+        inside = _engines(asked, errors)
     entries = tuple(
-        replace(entry, error=errors[entry.name])
-        if entry.name in errors
-        else replace(entry, **measured[entry.name])
+        replace(
+            entry,
+            **inside.get(entry.name, {})
+            | ({} if entry.name in errors else measured.get(entry.name, {}))
+            | _failed(entry, errors.get(entry.name), bool(about.gpus), entry.name in inside),
+        )
         for entry in asked
     )
     earlier = {entry.name: entry for entry in before.entries} if before else {}
@@ -119,6 +135,30 @@ def report(
         disagreements=seen.drawn(),
         entries=entries,
     )
+
+
+def _engines(asked: Sequence[Entry], errors: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Fields of `Entry` that an engine has whether it runs here or not, by the entry's name."""
+    found: dict[str, dict[str, Any]] = {}
+    for entry in asked:
+        try:
+            if entry.kind == "engine":
+                found[entry.name] = {"engine": engines.of_file(entry.path)}
+            elif entry.backend == TENSORRT and engines.holds_engine(entry.path):
+                bundle = Bundle.open(entry.path)
+                found[entry.name] = {**about_bundle(bundle), "engine": engines.of_bundle(bundle)}
+        except MetaDeployError as error:
+            errors[entry.name] = str(error)
+    return found
+
+
+def _failed(entry: Entry, error: str | None, gpu: bool, inside: bool) -> dict[str, Any]:
+    """Why an entry was not measured: without a GPU no engine is, and that is no fault of its own."""
+    if inside and not gpu:
+        return {"not_timed": NO_GPU}
+    if inside and entry.kind == "engine":
+        return {"not_timed": "an engine by itself is not run; name its bundle"}
+    return {"error": error}
 
 
 def _pictures(
@@ -166,22 +206,29 @@ def _measured(
             facts[name] = worker.call("facts")
     with progress.stage("accuracy"):
         accuracies = judge(running, settings.images, truth, errors, progress.count, seen.see)
-    with progress.stage("profile"):
-        for done, (name, worker) in enumerate(running.items()):
-            if name not in errors:
-                facts[name] |= _profile(worker)
-            progress.count(done + 1, len(running))
+    if settings.batches:
+        with progress.stage("throughput"):
+            rates = throughputs(running, settings, errors, progress.count)
+        for name in facts:
+            facts[name] |= {"throughput": rates.get(name, ())}
+    wanted = ("pass_profiles", "profile") if settings.by_pass else ("profile",)
+    for what in wanted:
+        with progress.stage(what.replace("_", " ")):
+            for done, (name, worker) in enumerate(running.items()):
+                if name not in errors:
+                    facts[name] |= _told(worker, what)
+                progress.count(done + 1, len(running))
     for name, latency in latencies({name: times[name] for name in times if name not in errors}).items():
         facts[name] |= {"latency": latency, "accuracy": accuracies.get(name)}
     return facts
 
 
-def _profile(worker: Worker) -> dict[str, Any]:
-    """The profile, or why there is none: a model that was measured stays so without."""
+def _told(worker: Worker, what: str) -> dict[str, Any]:
+    """A profile, or why there is none: a model that was measured stays so without."""
     try:
-        return {"profile": worker.call("profile")}
+        return {what: worker.call(what)}
     except Failed as error:
-        return {"no_profile": str(error)}
+        return {f"no_{what}": str(error)}
 
 
 def _under_roof(measured: Mapping[str, dict[str, Any]], threads: int) -> Roofline:
@@ -232,6 +279,37 @@ def interleave(
     return {name: np.array(times[name]) for name in running}
 
 
+def throughputs(
+    workers: Mapping[str, Worker],
+    settings: Settings,
+    errors: Mapping[str, str],
+    count: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, tuple[Throughput, ...]]:
+    """Images a second at each batch size, in rounds as `interleave` takes them. A size that a model does not
+    take has the reason; entries in `errors` are left out."""
+    running = {name: worker for name, worker in workers.items() if name not in errors}
+    found: dict[str, tuple[Throughput, ...]] = dict.fromkeys(running, ())
+    rounds = settings.runs // _BATCH_SHARE
+    for done, size in enumerate(settings.batches):
+        reasons: dict[str, str] = {}
+
+        def run(worker: Worker, turn: int, size: int = size) -> object:
+            return worker.call("batch", turn, size)
+
+        times = interleave(running, run, 1, rounds, reasons)
+        for name in running:
+            found[name] += (_throughput(size, times.get(name), reasons.get(name)),)
+        count(done + 1, len(settings.batches))
+    return found
+
+
+def _throughput(size: int, times: np.ndarray | None, reason: str | None) -> Throughput:
+    if times is None:
+        return Throughput(batch=size, reason=reason)
+    took = spread(times.sum(axis=1))
+    return Throughput(batch=size, images_per_second=1000 * size / took.median, ms=took)
+
+
 def latencies(times: Mapping[str, np.ndarray]) -> dict[str, Latency]:
     """What the times of `interleave` say, relative to the first entry's."""
     found = {}
@@ -254,16 +332,18 @@ def _asked(paths: Sequence[str | os.PathLike[str]], backends: Sequence[str]) -> 
     if unknown := [name for name in backends if name not in BACKEND_NAMES]:
         raise InputError(f"'{unknown[0]}' is not a back end; choose {', '.join(BACKEND_NAMES)}")
     found = []
-    for path in (str(locate(path)) for path in paths):
+    for path in (engines.bundle_around(path) or str(path) for path in map(locate, paths)):
         name = escaped(Path(os.path.abspath(path)).name)
         try:
             kind = kind_of(path)
         except InputError as error:
             found.append(Entry(name=name, path=path, backend=backends[0], kind=None, error=str(error)))
             continue
-        for backend in (PYTORCH,) if kind == "checkpoint" else backends:
+        for backend in _OWN_BACKENDS.get(kind, backends):
             shown = f"{name} ({backend})" if len(backends) > 1 else name
-            found.append(Entry(name=shown, path=path, backend=backend, kind=kind))
+            automatic = backend == "auto" and kind == "bundle" and engines.holds_engine(path)
+            runner = TENSORRT if automatic else backend
+            found.append(Entry(name=shown, path=path, backend=runner, kind=kind))
     return _told_apart(found)
 
 
@@ -286,7 +366,7 @@ def _opened(
     errors = {entry.name: entry.error for entry in asked if entry.error is not None}
     with progress.stage("open"):
         for done, entry in enumerate(asked):
-            if entry.kind is not None:
+            if entry.kind not in (None, "engine"):
                 with noted(errors, entry.name):
                     worker = Worker(entry.path, entry.backend, settings.threads, settings.images)
                     workers[entry.name] = stack.enter_context(worker)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from meta_deploy.errors import InputError
-from meta_deploy.report.schema import Entry, Gate, Latency, Ratio
+from meta_deploy.report.schema import EngineRow, Entry, Gate, Latency, Ratio
 
 
 def _of_latency(get: Callable[[Latency], float | None]) -> Callable[[Entry], float | None]:
@@ -24,6 +24,20 @@ def _of_ratio(
     get: Callable[[Latency], Ratio | None], field: str = "value"
 ) -> Callable[[Entry], float | None]:
     return _of_latency(lambda found: getattr(get(found), field, None))
+
+
+def _of_engine(get: Callable[[EngineRow], float | None]) -> Callable[[Entry], float | None]:
+    def value(entry: Entry) -> float | None:
+        found = None if entry.engine is None else get(entry.engine)
+        return None if found is None else float(found)
+
+    return value
+
+
+def _not_fused(found: EngineRow) -> float | None:
+    if found.attention_count is None or found.fused_attentions is None:
+        return None
+    return found.attention_count - found.fused_attentions
 
 
 def _of_accuracy(field: str) -> Callable[[Entry], float | None]:
@@ -40,13 +54,22 @@ METRICS: Mapping[str, Callable[[Entry], float | None]] = {
     "latency_ratio_low": _of_ratio(lambda found: found.total_ratio, "low"),
     "latency_ratio_high": _of_ratio(lambda found: found.total_ratio, "high"),
     "model_ratio": _of_ratio(lambda found: found.model_ratio),
+    "images_per_second": lambda entry: max(
+        (one.images_per_second for one in entry.throughput if one.images_per_second), default=None
+    ),
     "memory_mb": lambda entry: entry.peak_memory_mb,
     "files_mb": lambda entry: sum(entry.files.values()) / 1e6 if entry.files else None,
+    "engine_layers": _of_engine(lambda found: found.layer_count),
+    "engine_reformats": _of_engine(lambda found: found.reformats),
+    "attentions_not_fused": _of_engine(_not_fused),
+    "activations_mb": _of_engine(lambda found: found.activation_mb),
+    "weights_mb": _of_engine(lambda found: found.weights_mb),
     **{
         name: _of_accuracy(name)
         for name in (
             *("box_ap", "box_ap50", "mask_ap", "mask_ap50"),
             *("mean_iou", "pixel_accuracy", "max_relative_error"),
+            *("mean_score_difference", "max_score_difference", "logit_error"),
         )
     },
 }

@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from meta_deploy.report.disagreement import SURE
+from meta_deploy.report.nearness import LOGITS, Nearness
 from meta_deploy.report.schema import Accuracy
 from meta_deploy.report.worker import Failed, Worker
 from meta_deploy.tasks.accuracy import Pixels, coco_ap
@@ -49,9 +51,11 @@ def judge(
     each image's results, the first entry's first.
     """
     scales: dict[str, Scale] = {}
+    near: dict[str, Nearness] = {name: Nearness() for name in workers}
     running = dict(workers)
     for done, image in enumerate(images):
         results: dict[str, Result] = {}
+        logits: dict[str, np.ndarray | None] = {}
         for name in list(running):
             with noted(errors, name):
                 result = running[name].call("result", done)
@@ -60,13 +64,22 @@ def judge(
                 first = next(iter(results.values()), None)
                 if truth is not None or first is not None:
                     scales[name].add(image, result, first)
+                if isinstance(result, Segmentation) and done < LOGITS:
+                    logits[name] = running[name].call("logits", done)
+                if first is not None:
+                    near[name].add(first, result)
+                    near[name].add_logits(next(iter(logits.values()), None), logits.get(name))
                 results[name] = result
             if name in errors:
                 del running[name]
         see(image, results)
         count(done + 1, len(images))
     found = {name: scales[name].accuracy(list(images), truth) for name in running if name in scales}
-    return {name: accuracy for name, accuracy in found.items() if accuracy is not None}
+    return {
+        name: replace(accuracy, **near[name].figures())
+        for name, accuracy in found.items()
+        if accuracy is not None
+    }
 
 
 class Scale(ABC):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from meta_deploy.report import words
+from meta_deploy.report import side_by_side, words
 from meta_deploy.report.schema import CLASSES, Entry, Report
 
 TOP = 10  # nodes that are listed
+_DEPTH = 2  # dots in the names of modules that are listed
 
 
 def to_markdown(report: Report) -> str:
@@ -19,9 +20,12 @@ def to_markdown(report: Report) -> str:
         "\n".join(f"- {_plain(sentence)}" for sentence in words.verdicts(report)),
         _comparison(report.entries),
         _note(report),
+        _throughput(report),
         _since(report),
         *_where(report.entries),
+        *_engines(report.entries),
         *(_passes(entry) for entry in report.entries if entry.passes),
+        *(_by_pass(entry) for entry in report.entries if entry.pass_profiles),
         *(_slowest(entry) for entry in report.entries if entry.profile),
         _how(report),
     ]
@@ -34,7 +38,10 @@ def _comparison(entries: Sequence[Entry]) -> str:
     for entry in entries:
         found = entry.latency
         if found is None:
-            rows.append([entry.name, entry.error or "", *[""] * 10])
+            memory = side_by_side.memory(entry.engine) if entry.engine else ""
+            files = words.size(sum(entry.files.values())) if entry.files else ""
+            why = entry.error or entry.not_timed or ""
+            rows.append([entry.name, why, *[""] * 7, memory, files, ""])
             continue
         total = [found.total.median, found.total.p5, found.total.p90, found.total.p99]
         parts = [found.pre.median, found.model.median, found.post.median]
@@ -64,6 +71,16 @@ def _note(report: Report) -> str:
     )
 
 
+def _throughput(report: Report) -> str:
+    """Images a second, a column a batch size."""
+    if not report.settings.batches:
+        return ""
+    rows = [["images a second", *(f"batch {size}" for size in report.settings.batches)]]
+    for entry in (entry for entry in report.entries if entry.throughput):
+        rows.append([entry.name, *(words.throughput(entry, size) for size in report.settings.batches)])
+    return f"## Throughput\n\n{_table(rows)}"
+
+
 def _since(report: Report) -> str:
     """What has changed since the baseline, a row an entry."""
     if report.baseline is None:
@@ -90,9 +107,52 @@ def _where(entries: Sequence[Entry]) -> Iterable[str]:
     peaks = [e.profile.live_peak for e in profiled]  # type: ignore[union-attr]
     rows.append(["peak of live activations", *(words.size(peak.bytes) if peak else "" for peak in peaks)])
     yield _table(rows)
+    yield from _by_module(profiled)
     for entry in entries:
         if entry.no_profile is not None:
             yield f"{_plain(entry.name)}: {_plain(entry.no_profile)}."
+
+
+def _by_module(profiled: Sequence[Entry]) -> Iterable[str]:
+    """Time by the outer PyTorch modules, a column an entry."""
+    rows = [["ms", *(entry.name for entry in profiled)]]
+    for name, found in words.modules(profiled):
+        if name.count(".") < _DEPTH:
+            shown = (f"{words.ms(row.ms)} ({100 * row.share:.0f} %)" if row else "" for row in found)
+            rows.append([f"`{name}`" if name else "not known", *shown])
+    if len(rows) > 1:
+        yield "By PyTorch module, with the modules in it:"
+        yield _table(rows)
+
+
+def _engines(entries: Sequence[Entry]) -> Iterable[str]:
+    """What engines consist of, a column an engine; what differs is bold."""
+    built = [entry for entry in entries if entry.engine is not None]
+    if not built:
+        return
+    yield "## Engines"
+    names = [entry.name for entry in built]
+    yield _table([["", *names], *map(_bold, side_by_side.figures(built))])
+    for entry in built:
+        yield from _not_fused(entry)
+        if entry.engine is not None and entry.engine.no_layers is not None:
+            yield f"{_plain(entry.name)}: {_plain(entry.engine.no_layers)}."
+    if differing := side_by_side.modules(built):
+        yield "Layers by module, where they differ:"
+        yield _table([["module", *names], *([f"`{m.title}`", *m.values] for m in differing[:TOP])])
+
+
+def _bold(line: side_by_side.Line) -> list[str]:
+    values = [f"**{value}**" if line.differs and value else value for value in line.values]
+    return [line.title, *values]
+
+
+def _not_fused(entry: Entry) -> Iterable[str]:
+    assert entry.engine is not None
+    for reason, rows in side_by_side.not_fused(entry.engine):
+        where = ", ".join(f"`{row.node}`" for row in rows[:3])
+        more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
+        yield f"{_plain(entry.name)}, attention not fused: {_plain(where)}{more}: {_plain(reason)}."
 
 
 def _slowest(entry: Entry) -> str:
@@ -116,6 +176,11 @@ def _passes(entry: Entry) -> str:
             [row.name, f"{row.changes:,}", words.step(row.nodes_before, row.nodes_after), moves, moved]
         )
     return f"### The graph passes of {_plain(entry.name)}\n\n{_plain(words.passes(entry))}\n\n{_table(rows)}"
+
+
+def _by_pass(entry: Entry) -> str:
+    text = "A run on ONNX Runtime in milliseconds, by class."
+    return f"### {_plain(entry.name)}, pass by pass\n\n{text}\n\n{_table(words.pass_table(entry))}"
 
 
 def _how(report: Report) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from meta_deploy.graph.modules import module_of
 from meta_deploy.report.operators import Tensor
 from meta_deploy.report.profile import RUNS, Event, assemble
 from meta_deploy.report.schema import Profile
@@ -94,14 +95,26 @@ def _graph(runtime: Any, took: Mapping[str, Any]) -> tuple[onnx.GraphProto, list
         info = took.get(name)
         ran = info is not None and str(info.status).endswith("EXECUTED")
         took_micros = info.real_time.total_seconds() * 1e6 if ran else None  # type: ignore[union-attr]
-        events.append(Event(name, kind, took_micros, tuple(inputs), tuple(written)))
+        events.append(Event(name, kind, took_micros, tuple(inputs), tuple(written), _module(op)))
     return graph, events
 
 
 def _attends(op: Any, inputs: list[Tensor]) -> bool:
     """Whether a Subgraph is a whole attention: else it is element-wise operators in one."""
-    names = str(op.get_rt_info()["originalLayersNames"].astype(str)).lower()
+    names = ",".join(_originals(op)).lower()
     return [len(tensor.shape) for tensor in inputs[:3]] == [4, 4, 4] and "softmax" in names
+
+
+def _module(op: Any) -> str:
+    """The module of the first of its nodes that has one."""
+    names = (op.get_friendly_name(), *_originals(op))
+    return next(filter(None, map(module_of, names)), "")
+
+
+def _originals(op: Any) -> list[str]:
+    """Names of the nodes that it was made of."""
+    known = op.get_rt_info()
+    return str(known["originalLayersNames"].astype(str)).split(",") if "originalLayersNames" in known else []
 
 
 def _add_ends(graph: onnx.GraphProto, op: Any, kind: str, outputs: list[str]) -> None:

@@ -111,26 +111,38 @@ def classes(graph: onnx.GraphProto) -> dict[str, OperatorClass]:
         for attribute in node.attribute:
             for inner in (attribute.g, *attribute.graphs):
                 found |= classes(inner)
-    for name in _written_out(graph):
-        found[name] = "attention"
+    for attention in written_out(graph):
+        found |= dict.fromkeys((node.name for node in attention.nodes), "attention")  # type: ignore[arg-type]
     return found
 
 
-def _written_out(graph: onnx.GraphProto) -> set[str]:
-    """Names of the nodes of softmax(q k^T) v, from the first product to the second."""
+class WrittenOut(NamedTuple):
+    """softmax(q k^T) v: its softmax, and the nodes on the way to its products, which are the last of each."""
+
+    softmax: onnx.NodeProto
+    above: list[onnx.NodeProto]
+    below: list[onnx.NodeProto]
+
+    @property
+    def nodes(self) -> list[onnx.NodeProto]:
+        return [self.softmax, *self.above, *self.below]
+
+
+def written_out(graph: onnx.GraphProto) -> list[WrittenOut]:
+    """The attentions that are written out in operators."""
     makers = {output: node for node in graph.node for output in node.output if output}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
-    found: set[str] = set()
+    found = []
     for softmax in graph.node:
         if softmax.op_type not in _SOFTMAXES:
             continue
         above = _path(softmax, lambda node: makers.get(node.input[0]))
         below = _path(softmax, lambda node: _only(readers.get(node.output[0], [])))
         if above and below:
-            found |= {node.name for node in (softmax, *above, *below)}
+            found.append(WrittenOut(softmax, above, below))
     return found
 
 

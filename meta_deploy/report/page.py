@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
 
 from meta_deploy import __version__
-from meta_deploy.report import plots, words
+from meta_deploy.report import plots, side_by_side, words
 from meta_deploy.report.schema import Entry, NodeRow, Report
 
 TOP = 300  # nodes that the page lists; --json has all
@@ -29,7 +30,10 @@ def to_html(report: Report) -> str:
         report=report,
         measured=[entry for entry in report.entries if entry.latency],
         profiled=[entry for entry in report.entries if entry.profile],
+        built=[entry for entry in report.entries if entry.engine],
         words=words,
+        sides=side_by_side,
+        few=few,
         colours={name: f"var(--series-{i})" for i, name in enumerate(plots.CLASSES)},
         figures=_figures(report),
         roofs={entry.name: plots.roofline(report, entry) for entry in _roofed(report)},
@@ -44,6 +48,8 @@ def to_html(report: Report) -> str:
 
 def _figures(report: Report) -> list[tuple[str, str]]:
     """The plots of all entries together, with their titles."""
+    if not any(entry.latency for entry in report.entries):
+        return []
     found = [("Latency", plots.latency(report))]
     if any(entry.peak_memory_mb is not None for entry in report.entries):
         found.append(("Memory", plots.memory(report)))
@@ -69,3 +75,9 @@ def moved(node: NodeRow) -> int | None:
     if node.bytes_read is None or node.bytes_written is None:
         return None
     return node.bytes_read + node.bytes_written
+
+
+def few(names: Sequence[str], most: int = 6) -> str:
+    """The first of many, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return "; ".join(names[:most]) + more

@@ -18,10 +18,20 @@ import numpy as np
 import onnx
 from msgspec.structs import asdict
 
+from meta_deploy.graph.modules import in_order, module_of
 from meta_deploy.graph.traffic import RENAMES
 from meta_deploy.ort import onnxruntime
 from meta_deploy.report.operators import Call, Tensor, classes, cost
-from meta_deploy.report.schema import CLASSES, ClassRow, Cost, LivePeak, LiveTensor, NodeRow, Profile
+from meta_deploy.report.schema import (
+    CLASSES,
+    ClassRow,
+    Cost,
+    LivePeak,
+    LiveTensor,
+    ModuleRow,
+    NodeRow,
+    Profile,
+)
 
 RUNS = 5
 _END = "_kernel_time"
@@ -31,7 +41,7 @@ _END = "_kernel_time"
 class Event:
     """One call of one node. `micros` is its own time, without that of nodes in its subgraphs.
 
-    It is None where there was nothing to do, as for a Reshape.
+    It is None where there was nothing to do, as for a Reshape. `module` is where it came from.
     """
 
     name: str
@@ -39,6 +49,7 @@ class Event:
     micros: float | None
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+    module: str = ""
 
 
 def profile(
@@ -94,6 +105,7 @@ def assemble(
         classes=sum_up(rows, ms),
         nodes=tuple(rows),
         live_peak=live_peak(calls[-1], graph),
+        modules=by_module(rows, ms),
     )
 
 
@@ -133,7 +145,8 @@ def _event(event: dict[str, Any], micros: float) -> Event:
         tuple(Tensor(kind, tuple(shape)) for one in args.get(key, ()) for kind, shape in one.items())
         for key in ("input_type_shape", "output_type_shape")
     )
-    return Event(event["name"].removesuffix(_END), args["op_name"], micros, inputs, outputs)
+    name = event["name"].removesuffix(_END)
+    return Event(name, args["op_name"], micros, inputs, outputs, module_of(name))
 
 
 def _row(
@@ -158,6 +171,7 @@ def _row(
         bytes_read=_mean([one.bytes_read for one in costs], runs),
         bytes_written=_mean([one.bytes_written for one in costs], runs),
         flops=_mean([one.flops for one in costs], runs),
+        module=first.module,
     )
 
 
@@ -239,8 +253,34 @@ def sum_up(rows: Sequence[NodeRow], ms: float) -> tuple[ClassRow, ...]:
 
 
 def _class_row(name: Any, rows: Sequence[NodeRow], took: float, ms: float) -> ClassRow:
-    sums = {key: sum(filter(None, (getattr(row, key) for row in rows))) for key in Cost.__struct_fields__}
-    return ClassRow(name=name, nodes=len(rows), ms=took, share=took / ms, **sums)
+    return ClassRow(name=name, nodes=len(rows), ms=took, share=took / ms, **_sums(rows))
+
+
+def _sums(rows: Sequence[NodeRow]) -> dict[str, int]:
+    """Bytes and FLOPs of the rows that tell theirs."""
+    return {key: sum(filter(None, (getattr(row, key) for row in rows))) for key in Cost.__struct_fields__}
+
+
+def by_module(rows: Sequence[NodeRow], ms: float) -> tuple[ModuleRow, ...]:
+    """The rows by module, each in all that hold it, and those of none under ""; empty where all are."""
+    within: dict[str, list[NodeRow]] = defaultdict(list)
+    for row in rows:
+        parts = row.module.split(".")
+        for end in range(1, len(parts) + 1):
+            within[".".join(parts[:end])].append(row)
+    if not within.keys() - {""}:
+        return ()
+    took = {name: sum(row.ms for row in inner) for name, inner in within.items()}
+    return tuple(
+        ModuleRow(
+            name=name,
+            nodes=len(within[name]),
+            ms=took[name],
+            share=took[name] / ms,
+            **_sums(within[name]),
+        )
+        for name in sorted(within, key=in_order)
+    )
 
 
 def live_peak(calls: Sequence[Event], graph: onnx.GraphProto) -> LivePeak | None:

@@ -71,6 +71,18 @@ class Latency(Struct, frozen=True, kw_only=True):
     drift: float
 
 
+class Throughput(Struct, frozen=True, kw_only=True):
+    """Images a second at one batch size, pre- and postprocessing included; None where `reason` says why.
+
+    `ms` is a batch's time, `images_per_second` by its median.
+    """
+
+    batch: int
+    images_per_second: float | None = None
+    ms: Spread | None = None
+    reason: str | None = None
+
+
 class Cost(Struct, frozen=True, kw_only=True):
     """What operators have to do by the shapes that they ran on; None where shapes do not tell.
 
@@ -88,6 +100,7 @@ class NodeRow(Cost, frozen=True, kw_only=True):
 
     Attributes:
         op: its operator, the back end's own included.
+        module: of PyTorch, that it came from; empty where that is not known.
         calls: in one run; not 1 for nodes in loops and branches.
         inputs, outputs: types and shapes, such as "float 1x3x64x64".
         intensity: FLOPs a byte read or written.
@@ -105,6 +118,22 @@ class NodeRow(Cost, frozen=True, kw_only=True):
     intensity: float | None = None
     bound: Literal["memory", "arithmetic"] | None = None
     share_of_roof: float | None = None
+    module: str = ""
+
+
+class ModuleRow(Struct, frozen=True, kw_only=True):
+    """All nodes of a PyTorch module and of those in it; by the name "", all nodes of which none is known.
+
+    Bytes and FLOPs are of nodes that tell theirs.
+    """
+
+    name: str
+    nodes: int
+    ms: float
+    share: float
+    bytes_read: int
+    bytes_written: int
+    flops: int
 
 
 class ClassRow(Struct, frozen=True, kw_only=True):
@@ -146,6 +175,7 @@ class Profile(Struct, frozen=True, kw_only=True):
         ms: a run, under the profiler, which slows it down a little.
         classes: by falling time; the class "between nodes" is what is left of a run.
         nodes: in the order in which they run.
+        modules: by name, those within others too; none where no node tells its module.
     """
 
     by: str
@@ -154,6 +184,19 @@ class Profile(Struct, frozen=True, kw_only=True):
     classes: tuple[ClassRow, ...]
     nodes: tuple[NodeRow, ...]
     live_peak: LivePeak | None = None
+    modules: tuple[ModuleRow, ...] = ()
+
+
+class PassProfile(Struct, frozen=True, kw_only=True):
+    """Where a run goes after a graph pass, on ONNX Runtime's CPU; by the name "", before the first.
+
+    `ms` and `classes` are as in `Profile`; a pass without changes has those of the row before it.
+    """
+
+    name: str
+    changes: int
+    ms: float
+    classes: tuple[ClassRow, ...]
 
 
 class Roofline(Struct, frozen=True, kw_only=True):
@@ -161,6 +204,81 @@ class Roofline(Struct, frozen=True, kw_only=True):
 
     bandwidth_gb_s: float
     peak_gflop_s: float
+
+
+class LayerRow(Struct, frozen=True, kw_only=True):
+    """A layer of an engine: a kernel that is started, with what of the graph is computed in it.
+
+    Attributes:
+        kind: TensorRT's LayerType, such as kgen (a generated kernel), gemm or correlation (a convolution).
+        kernel: its name without the number after it; empty where a library's kernel is chosen at run time.
+        type: of its first output, such as fp16.
+        reformat: it moves or converts elements and no node of the graph asks for that.
+        inputs, outputs: types and shapes, such as "fp16 1x64x64x64"; weights are not among them.
+        bytes_read, bytes_written: of its tensors and weights, each once; None where a size is open.
+        nodes: of the graph, by name; modules: of PyTorch, that these came from.
+    """
+
+    name: str
+    kind: str
+    kernel: str
+    type: str
+    op_class: OperatorClass
+    reformat: bool
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    bytes_read: int | None
+    bytes_written: int | None
+    nodes: tuple[str, ...]
+    modules: tuple[str, ...]
+
+
+class AttentionRow(Struct, frozen=True, kw_only=True):
+    """An attention of the graph, by its softmax, and whether an engine has it in one kernel.
+
+    Attributes:
+        reason: why it is not fused, by what is known of TensorRT's conditions; None where it is.
+        layers: that its products and softmax are in.
+    """
+
+    node: str
+    module: str
+    fused: bool
+    reason: str | None
+    layers: tuple[str, ...]
+
+
+class EngineRow(Struct, frozen=True, kw_only=True):
+    """What a TensorRT engine consists of, as its build told. What is not known is None.
+
+    Attributes:
+        gpu: the one GPU model that it is for; compute_capabilities: that it is for; neither: all that the
+            library knows.
+        layers: in their order; `no_layers` says why there are none.
+        kinds: layers of each kind, by type.
+        generated_kernels: made for this graph, of element-wise and moving operators; reformats: see
+            `LayerRow`.
+        attentions: of the graph; empty where the graph or the layers are not known.
+        activation_mb, weights_mb: memory on the GPU; plan_mb: of the file; seconds: the build took.
+    """
+
+    library: str | None
+    version: str | None
+    gpu: str | None
+    compute_capabilities: tuple[str, ...]
+    layer_count: int | None
+    generated_kernels: int | None
+    reformats: int | None
+    fused_attentions: int | None
+    attention_count: int | None
+    kinds: dict[str, dict[str, int]]
+    activation_mb: float | None
+    weights_mb: float | None
+    plan_mb: float | None
+    seconds: float | None
+    layers: tuple[LayerRow, ...] = ()
+    no_layers: str | None = None
+    attentions: tuple[AttentionRow, ...] = ()
 
 
 class Accuracy(Struct, frozen=True, kw_only=True):
@@ -174,6 +292,10 @@ class Accuracy(Struct, frozen=True, kw_only=True):
         mean_iou: over the classes that occur; pixel_accuracy: the share of pixels of the right class.
         max_relative_error: of arrays, the largest difference over the largest value, over all outputs;
             not finite where an output is absent or of another shape.
+        mean_score_difference, max_score_difference: of detections that the first entry has too (score at
+            least 0.3, one class, IoU at least 0.5), also where there are annotations.
+        logit_error: of class maps, the norm of the difference of the logits from the first entry's over
+            their norm, on the worst of the first eight images; also where there are annotations.
     """
 
     against: Literal["annotations", "the first entry"]
@@ -185,6 +307,9 @@ class Accuracy(Struct, frozen=True, kw_only=True):
     mean_iou: float | None = None
     pixel_accuracy: float | None = None
     max_relative_error: float | None = None
+    mean_score_difference: float | None = None
+    max_score_difference: float | None = None
+    logit_error: float | None = None
 
 
 class Entry(Struct, frozen=True, kw_only=True):
@@ -195,20 +320,27 @@ class Entry(Struct, frozen=True, kw_only=True):
         kind: what `path` is; None where it is no model.
         backend: what ran it; what was asked for, where it failed.
         error: why there is nothing more to tell of it; None where all went well.
+        not_timed: why an engine has no latency here, such as "no GPU here"; what is known of it stands in
+            `engine`.
         runs_on: library, version, device and precision in words.
         files: name -> bytes.
+        throughput: at each batch size that was asked for.
         passes: of a bundle, what each graph pass did when it was exported, from the manifest.
         peak_memory_mb: the most memory that its own process held, from its start to the end of the timed
             rounds; None where the system does not tell.
         accuracy: None for the first entry without annotations, and for what cannot be compared.
         profile: where the model's time goes; None where `no_profile` says why.
+        pass_profiles: of a checkpoint or an .onnx file, where that was asked for; else, `no_pass_profiles`
+            says why there are none.
+        engine: what the engine consists of, of bundles for TensorRT and of engines' files.
     """
 
     name: str
     path: str
-    kind: Literal["bundle", "onnx", "checkpoint"] | None
+    kind: Literal["bundle", "onnx", "checkpoint", "engine"] | None
     backend: str
     error: str | None = None
+    not_timed: str | None = None
     runs_on: str | None = None
     model: str | None = None
     task: str | None = None
@@ -216,10 +348,14 @@ class Entry(Struct, frozen=True, kw_only=True):
     files: dict[str, int] = {}
     passes: tuple[PassRow, ...] = ()
     latency: Latency | None = None
+    throughput: tuple[Throughput, ...] = ()
     peak_memory_mb: float | None = None
     accuracy: Accuracy | None = None
     profile: Profile | None = None
     no_profile: str | None = None
+    pass_profiles: tuple[PassProfile, ...] = ()
+    no_pass_profiles: str | None = None
+    engine: EngineRow | None = None
 
 
 class Machine(Struct, frozen=True, kw_only=True):
@@ -243,11 +379,13 @@ class Settings(Struct, frozen=True, kw_only=True):
     """How it was measured.
 
     `images` is what was run on; entries that take arrays get random ones, the same for all. `annotations` is
-    the file or folder that results are held against.
+    the file or folder that results are held against, `batches` the sizes that throughput was asked for at.
     """
 
     images: tuple[str, ...]
     annotations: str | None = None
+    batches: tuple[int, ...] = ()
+    by_pass: bool = False
     warm_up: int
     runs: int
     threads: int

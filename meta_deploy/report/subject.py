@@ -10,15 +10,16 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from msgspec.structs import replace
 
 from meta_deploy.bundle.bundle import Bundle, write_bundle
-from meta_deploy.bundle.manifest import RawManifest, TensorSpec
+from meta_deploy.bundle.manifest import BatchRange, RawManifest, TensorSpec
 from meta_deploy.errors import BackendError, InputError
 from meta_deploy.imaging.preprocess import Preprocessor
-from meta_deploy.report.schema import Profile
+from meta_deploy.report.schema import PassProfile, Profile
 from meta_deploy.runtime.predictor import Predictor
 from meta_deploy.targets.model_file import read_model
 from meta_deploy.targets.onnxruntime import session_options
@@ -27,9 +28,14 @@ from meta_deploy.targets.target import MODEL, Backend
 from meta_deploy.tasks.raw import Arrays
 from meta_deploy.tasks.results import Result, Timings
 
-Kind = Literal["bundle", "onnx", "checkpoint"]
-PYTORCH = "pytorch"
+if TYPE_CHECKING:
+    from meta_deploy.export.sources.source import Source
+
+Kind = Literal["bundle", "onnx", "checkpoint", "engine"]
+PYTORCH, TENSORRT = "pytorch", "tensorrt"
 _TURN_MS = 20.0
+_MOST_IMAGES = 4096  # a batch, as in a manifest
+ENGINES = (".engine", ".plan", ".trt", ".json")
 _CHECKPOINTS = (".pth", ".pt", ".safetensors", ".ckpt", ".bin")
 
 
@@ -48,7 +54,12 @@ def kind_of(path: str | os.PathLike[str]) -> Kind:
         return "onnx"
     if suffix in _CHECKPOINTS:
         return "checkpoint"
-    raise InputError(f"'{path}' is no bundle, .onnx file or checkpoint ({', '.join(_CHECKPOINTS)}); name one")
+    if suffix in ENGINES:
+        return "engine"
+    raise InputError(
+        f"'{path}' is no bundle, .onnx file, checkpoint ({', '.join(_CHECKPOINTS)}) or engine "
+        f"({', '.join(ENGINES)}); name one"
+    )
 
 
 class Subject:
@@ -57,7 +68,6 @@ class Subject:
     Attributes:
         bundle: the bundle; of a file, one as it would be exported without any pass.
         runs_on: library, version, device and precision in words.
-        files: name -> bytes.
     """
 
     def __init__(
@@ -76,10 +86,7 @@ class Subject:
         self.predictor = _OPEN[self.kind](path, backend, threads, self._scratch)
         self.bundle = self.predictor.bundle
         self.runs_on = self.predictor.runs_on
-        if self.kind == "bundle":
-            self.files = {name: entry.bytes for name, entry in self.bundle.manifest.files.items()}
-        else:
-            self.files = {os.path.basename(path): os.path.getsize(path)}
+        self._path, self._file = path, {os.path.basename(path): os.path.getsize(path)}
         self._images = images
         self._feed = random_feed(self.bundle) if not self.bundle.takes_images else {}
 
@@ -88,11 +95,9 @@ class Subject:
         return {
             "backend": self.predictor.backend,
             "runs_on": self.runs_on,
-            "model": self.bundle.model_name,
-            "task": self.bundle.task,
-            "precision": None if self.kind == "onnx" else self.bundle.precision,
-            "files": self.files,
-            "passes": self.bundle.manifest.passes,
+            **about_bundle(self.bundle),
+            **({} if self.kind == "bundle" else {"files": self._file}),
+            **({"precision": None} if self.kind == "onnx" else {}),
             "peak_memory_mb": peak_memory_mb(),
         }
 
@@ -106,6 +111,11 @@ class Subject:
         (result,) = self.predictor.batch([picture])
         return result
 
+    def logits(self, index: int) -> np.ndarray | None:
+        """The logits (1, classes, h, w) of image `index` as a whole; None where the model has none."""
+        outputs = self.predictor.run(self._input(index))
+        return outputs["logits"][:1] if "logits" in outputs else None
+
     def timings(self, index: int) -> Timings:
         """The times of a run; reading the image is not among them.
 
@@ -117,15 +127,37 @@ class Subject:
             runs.append(self.result(index).timings)
         return sorted(runs, key=lambda run: run.total)[len(runs) // 2]
 
+    def batch(self, index: int, size: int) -> Timings:
+        """The times of a batch of so many images together, the next ones from `index` x `size` on.
+
+        Raises:
+            BackendError: the model does not take such a batch.
+        """
+        if not self.bundle.takes_images:
+            raise BackendError("it takes arrays, which are no images to count")
+        least, most = self.bundle.input.batch.min, self.bundle.input.batch.max
+        if self.bundle.task == "raw":
+            least = most = 1
+        if not least <= size <= most:
+            taken = str(least) if least == most else f"{least} to {most}"
+            raise BackendError(f"it takes batches of {taken}")
+        chosen = (self._images[i % len(self._images)] for i in range(index * size, (index + 1) * size))
+        results = self.predictor.batch([self.predictor.read(image) for image in chosen])
+        return sum((result.timings for result in results), Timings())
+
     def profile(self) -> Profile:
         """Where the model's time goes on the first image. It comes last: the model is closed.
 
         Raises:
             BackendError: its back end has no profiler here.
         """
-        if self.predictor.backend not in ("onnxruntime", "openvino"):
+        if self.predictor.backend not in ("onnxruntime", "openvino", PYTORCH):
             raise BackendError(f"nodes are not profiled on {self.predictor.backend}")
-        feed = self._feed or self._first_input()
+        feed = self._feed or self._input(0)
+        if self.predictor.backend == PYTORCH:
+            from meta_deploy.report import pytorch_profile
+
+            return pytorch_profile.profile(lambda: self.predictor.run(feed))
         self.predictor.close()
         if self.predictor.backend == "openvino":
             from meta_deploy.report import openvino_profile
@@ -135,13 +167,39 @@ class Subject:
 
         return profile(read_model(self.bundle), feed, session_options(self._threads), self._scratch)
 
-    def _first_input(self) -> dict[str, np.ndarray]:
-        """The first image as often as the model takes at least."""
+    def pass_profiles(self) -> tuple[PassProfile, ...]:
+        """Where the time goes before and after each graph pass, on the first image, on ONNX Runtime.
+
+        Raises:
+            BackendError: it is a bundle, which holds the graph after the last one alone.
+        """
+        if self.kind == "bundle":
+            raise BackendError("a bundle holds its last graph alone; name its checkpoint or .onnx file")
+        from meta_deploy.report.pass_profile import by_pass
+
+        feed = self._feed or self._input(0)
+        graph = _source(self._path).graph
+        return by_pass(graph, feed, lambda: session_options(self._threads), self._scratch)
+
+    def _input(self, index: int) -> dict[str, np.ndarray]:
+        """Image `index`, counted around, as often as the model takes at least."""
         spec = self.bundle.input
-        picture, count = self.predictor.read(self._images[0]), spec.batch.min
+        picture, count = self.predictor.read(self._images[index % len(self._images)]), spec.batch.min
         preprocess = Preprocessor(spec, self.bundle.preprocess)
         batch, _ = preprocess([picture.pixels] * count, [picture.size] * count)
         return {spec.name: batch}
+
+
+def about_bundle(bundle: Bundle) -> dict[str, Any]:
+    """Fields of `schema.Entry` that a bundle tells without being run."""
+    manifest = bundle.manifest
+    return {
+        "model": bundle.model_name,
+        "task": bundle.task,
+        "precision": bundle.precision,
+        "files": {name: entry.bytes for name, entry in manifest.files.items()},
+        "passes": manifest.passes,
+    }
 
 
 def peak_memory_mb() -> float | None:
@@ -183,13 +241,19 @@ def _open_bundle(path: str, backend: str, threads: int, scratch: Path) -> Predic
     return Predictor(path, backend, 0.0, threads)
 
 
-def _open_onnx(path: str, backend: str, threads: int, scratch: Path) -> Predictor:
-    """An ONNX file as the bundle that an export without passes would make of it."""
+def _source(path: str) -> Source:
+    """A checkpoint or an .onnx file, as an export opens it."""
     from meta_deploy.export.options import Options
     from meta_deploy.export.sources import open_source
+
+    return open_source(path, Options(check=False), lambda note: None)
+
+
+def _open_onnx(path: str, backend: str, threads: int, scratch: Path) -> Predictor:
+    """An ONNX file as the bundle that an export without passes would make of it."""
     from meta_deploy.export.sources.source import output_specs
 
-    source = open_source(path, Options(check=False), lambda note: None)
+    source = _source(path)
     graph = source.graph("native")
     manifest = source.manifest(target="onnxruntime", precision="fp32", outputs=output_specs(graph, {}))
     bundle = write_bundle(scratch / "bundle", manifest, {MODEL: graph.SerializeToString()})
@@ -205,12 +269,15 @@ def _open_checkpoint(path: str, backend: str, threads: int, scratch: Path) -> Pr
         raise BackendError(
             f"PyTorch cannot be imported ({error}); pip install meta-deploy[export]"
         ) from error
-    from meta_deploy.export.options import Options
     from meta_deploy.export.sources.checkpoint import CheckpointSource
 
-    source = CheckpointSource(path, Options(), lambda note: None)
+    source = _source(path)
+    assert isinstance(source, CheckpointSource)
     outputs = tuple(TensorSpec(name=name, dtype="float32", shape=()) for name in source.outputs)
     manifest = source.manifest(target=PYTORCH, precision="fp32", outputs=outputs)
+    assert not isinstance(manifest, RawManifest)
+    any_batch = replace(manifest.input, batch=BatchRange(min=1, opt=1, max=_MOST_IMAGES))
+    manifest = replace(manifest, input=any_batch)
     return Predictor(Bundle(Path(path), manifest), PyTorchBackend(source.loaded.model, threads), 0.0)
 
 

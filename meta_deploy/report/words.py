@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from meta_deploy.report.schema import Accuracy, Change, Entry, Gate, Ratio, Report
+from meta_deploy.graph.modules import in_order
+from meta_deploy.report.schema import CLASSES, Accuracy, Change, Entry, Gate, ModuleRow, Ratio, Report
 
 ACCURACIES = {
     "box_ap": "box AP",
@@ -12,8 +13,13 @@ ACCURACIES = {
     "mean_iou": "mIoU",
     "pixel_accuracy": "pixels",
     "max_relative_error": "largest error",
+    "mean_score_difference": "score difference",
+    "max_score_difference": "largest score difference",
+    "logit_error": "logit error",
 }
+_ERRORS = ("max_relative_error", "mean_score_difference", "max_score_difference", "logit_error")
 
+_LEAST_SHARE = 0.01
 _SPEEDS = {"faster": "fast", "slower": "slow"}
 
 
@@ -51,14 +57,22 @@ def ratio(found: Ratio | None) -> str:
     return "" if found is None else f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
 
 
+def throughput(entry: Entry, batch: int) -> str:
+    """Images a second at a batch size, or why not: "41.3", "it takes batches of 1"."""
+    found = next((one for one in entry.throughput if one.batch == batch), None)
+    if found is None:
+        return ""
+    return found.reason or "" if found.images_per_second is None else ms(found.images_per_second)
+
+
 def accuracies(found: Accuracy | None) -> list[str]:
     """The figures: "box AP 0.412", "mask AP 0.370"."""
     if found is None:
         return []
-    values = {title: getattr(found, key) for key, title in ACCURACIES.items()}
+    values = {key: getattr(found, key) for key in ACCURACIES}
     return [
-        f"{title} {value:.2g}" if title == "largest error" else f"{title} {value:.3f}"
-        for title, value in values.items()
+        f"{ACCURACIES[key]} {value:.2g}" if key in _ERRORS else f"{ACCURACIES[key]} {value:.3f}"
+        for key, value in values.items()
         if value is not None
     ]
 
@@ -75,6 +89,8 @@ def verdicts(report: Report) -> list[str]:
     for entry in report.entries:
         if entry.error is not None:
             sentences.append(f"{entry.name} was not measured: {entry.error}.")
+        elif entry.not_timed is not None:
+            sentences.append(f"{entry.name} was not timed: {entry.not_timed}.")
         elif base is not None and entry is not base:
             sentences.append(_verdict(entry, base))
     return sentences
@@ -93,8 +109,12 @@ BASELINE = {
     "latency_ms": "median ms",
     "latency_p90_ms": "p90 ms",
     "model_ms": "model ms",
+    "images_per_second": "images/s",
     "memory_mb": "memory, MB",
     "files_mb": "files, MB",
+    "engine_layers": "layers",
+    "activations_mb": "activations, MB",
+    "weights_mb": "weights, MB",
     **ACCURACIES,
 }
 
@@ -126,9 +146,29 @@ def since(report: Report) -> str:
     return f"{text} Two runs of one model differ by a percent or more, which no interval here tells."
 
 
+def modules(entries: Sequence[Entry]) -> list[tuple[str, list[ModuleRow | None]]]:
+    """PyTorch modules that take at least 1 % of some entry's run, in their order, with each entry's row."""
+    rows = [{row.name: row for row in entry.profile.modules} if entry.profile else {} for entry in entries]
+    large = {name for found in rows for name, row in found.items() if row.share >= _LEAST_SHARE}
+    return [(name, [found.get(name) for found in rows]) for name in sorted(large, key=in_order)]
+
+
 def step(before: float, after: float, shown: Callable[[float], str] = "{:,.0f}".format) -> str:
     """Before and after a pass: "4,401 → 2,932"; once where they are alike."""
     return shown(after) if before == after else f"{shown(before)} → {shown(after)}"
+
+
+def pass_table(entry: Entry) -> list[list[str]]:
+    """Time and bytes before the first pass and after each, then time by class, with a heading."""
+    rows = entry.pass_profiles
+    names = [name for name in CLASSES if any(one.name == name for row in rows for one in row.classes)]
+    table = [["pass", "changes", "ms", "bytes", *names]]
+    for row in rows:
+        found = {one.name: one for one in row.classes}
+        bytes_ = sum(one.bytes_read + one.bytes_written for one in row.classes)
+        times = (ms(found[name].ms) if name in found else "" for name in names)
+        table.append([row.name or "as exported", f"{row.changes:,}", ms(row.ms), size(bytes_), *times])
+    return table
 
 
 def passes(entry: Entry) -> str:

@@ -26,6 +26,7 @@ from meta_deploy.export.plan import choose_passes
 from meta_deploy.export.samples import find_files
 from meta_deploy.export.sources import checkpoint as checkpoint_source
 from meta_deploy.export.sources.checkpoint import CheckpointSource, describe, input_spec, preprocess_rules
+from meta_deploy.graph.modules import module_of
 from meta_deploy.graph.pipeline import PASSES
 from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.graph.precision import fp16 as fp16_module
@@ -33,6 +34,7 @@ from meta_deploy.models.checkpoint.save import save_checkpoint
 from meta_deploy.models.registry import build_model, config_from_dict
 from meta_deploy.runtime.predictor import Predictor
 from meta_deploy.targets import TARGETS
+from meta_deploy.targets.tensorrt.layers import read_json
 from tests.tiny_models import SIZE, dense, detector, exported, lively, segmenter
 
 CONFIG = detector()
@@ -407,6 +409,10 @@ def test_float16_for_onnx_runtime_is_half_the_size_and_answers_alike(quick, monk
     conversion = half.manifest.conversion
     assert conversion["nodes"] > 2 * conversion["float32_nodes"] > 0
     assert full.manifest.conversion is None
+    graphs = [onnx.load(bundle.path / "model.onnx").graph for bundle in (full, half)]
+    modules = [{module_of(node.name) for node in graph.node} for graph in graphs]
+    assert len(modules[0]) > 10
+    assert modules[1] <= modules[0]  # the casts' names too
     limits = half.manifest.verification["stages"]["maps"]["tolerance"]
     assert limits == {"rms_relative_error": PRECISIONS["fp16"].tolerances["maps_rms"]}
     found = [len(Predictor(bundle)("pictures/a.png").scores) for bundle in (full, half)]
@@ -418,8 +424,9 @@ def test_float16_for_onnx_runtime_is_half_the_size_and_answers_alike(quick, monk
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_a_bundle_for_tensorrt_holds_an_engine_and_the_graph_that_was_checked(quick, precision):
     bundle = quick(target="tensorrt-rtx", precision=precision, gpus=("8.6", "8.9"), workspace_mb=512)
-    assert set(bundle.manifest.files) == {"model.onnx", "model.engine"}
+    assert set(bundle.manifest.files) == {"model.onnx", "model.engine", "layers.json"}
     engine = bundle.manifest.engine
+    assert len(read_json(bundle.read("layers.json"), "layers")) >= engine.layers
     assert (engine.library, engine.compute_capabilities, engine.tf32) == (
         *("tensorrt-rtx", ("8.6", "8.9")),
         False,

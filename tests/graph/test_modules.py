@@ -1,6 +1,5 @@
 """Nodes are named by the PyTorch module that they came from, also those that passes made."""
 
-import onnx
 import pytest
 from onnx import helper as h
 
@@ -34,7 +33,13 @@ def test_the_exporter_tells_the_module(scopes, name):
 
 def test_the_module_is_the_first_part_of_a_name():
     assert module_of("a.b/Conv_1/MatMulAddFusion") == "a.b"
-    assert module_of("Conv_1") == module_of("/a/b/Conv") == ""
+    assert module_of("Conv_1") == module_of("/Conv") == ""
+
+
+def test_a_path_of_the_older_exporter_is_a_module():
+    assert module_of("/backbone/blocks/blocks.0/attn/MatMul_3") == "backbone.blocks.0.attn"
+    assert module_of("/a/b/Conv") == "a.b"
+    assert module_of("/a/ab.0/Conv") == "a.ab.0"
 
 
 def test_new_nodes_inherit_from_what_they_replace():
@@ -54,12 +59,20 @@ def test_new_nodes_inherit_from_what_they_replace():
     assert [node.name for node in after.node] == names
 
 
-def test_foreign_graphs_keep_their_names():
-    before = graph(("Relu", ["x"], ["y"], "/a/Relu"))
-    after = onnx.GraphProto()
-    after.CopyFrom(graph(("Neg", ["x"], ["y"], "y")))
+def test_quantization_of_a_weight_is_of_the_module_that_reads_it():
+    before = graph(("MatMul", ["x", "w"], ["y"], "a.fc/matmul"))
+    after = graph(
+        ("QuantizeLinear", ["x"], ["x/int8"], "x/int8"),
+        ("DequantizeLinear", ["x/int8"], ["x/float"], "x/float"),
+        ("DequantizeLinear", ["w/int8"], ["w/float"], "w/float"),
+        ("MatMul", ["x/float", "w/float"], ["y"], "a.fc/matmul"),
+        ("Cast", ["z"], ["z/float16"], "z/float16"),
+    )
     inherit_modules(before, after)
-    assert after.node[0].name == "y"
+    assert [node.name for node in after.node] == [
+        *("a.fc/x.int8", "a.fc/x.float", "a.fc/w.float", "a.fc/matmul"),
+        "z.float16",  # is of none, and does not look like one of "z"
+    ]
 
 
 def test_nodes_of_an_export_name_modules_of_the_model_through_all_passes():

@@ -3,23 +3,31 @@
 import json
 import os
 import signal
+import time
 
 import msgspec
 import numpy as np
+import onnx
 import pytest
 import torch
+from msgspec.structs import replace
+from onnx import helper, numpy_helper
 
 from meta_deploy import Predictor
 from meta_deploy.bundle.shipped import ASSETS
 from meta_deploy.errors import BackendError, InputError
 from meta_deploy.models.checkpoint.save import save_checkpoint
 from meta_deploy.report import machine, roofline
-from meta_deploy.report.compare import _asked, image_files, interleave, latencies, report
-from meta_deploy.report.schema import Report, Roofline
+from meta_deploy.report.compare import _asked, image_files, interleave, latencies, report, throughputs
+from meta_deploy.report.markdown import to_markdown
+from meta_deploy.report.page import to_html
+from meta_deploy.report.schema import Report, Roofline, Settings
 from meta_deploy.report.subject import Subject
 from meta_deploy.report.worker import Failed, Worker
+from meta_deploy.targets import TARGETS
 from meta_deploy.tasks.results import Timings
 from tests.bundles_by_hand import detector, raw_model
+from tests.small_graphs import model, value
 from tests.tiny_models import lively, segmenter
 
 ROOF = Roofline(bandwidth_gb_s=10, peak_gflop_s=50)
@@ -129,14 +137,108 @@ def test_a_checkpoint_is_what_pytorch_makes_of_it(tmp_path, photo):
     outputs = subject.predictor.run({"images": images})
     np.testing.assert_allclose(outputs["logits"], expected, rtol=1e-4, atol=1e-5)
     assert subject.facts()["task"] == "semantic-segmentation"
-    with pytest.raises(BackendError, match="not profiled on pytorch"):
-        subject.profile()
+    assert subject.predictor.bundle.input.batch.max > 100  # which PyTorch does not mind
+    with pytest.raises(BackendError, match="only PyTorch runs"):
+        Subject(str(path), "onnxruntime", 1, [], tmp_path)
+
+
+def test_logits_are_those_of_the_image_as_the_model_gets_it(bundles, small_images, tmp_path):
+    images = image_files(small_images)
+    subject = Subject(str(bundles / "segmenter"), "onnxruntime", 1, images, tmp_path)
+    (red, green, blue), level = subject.logits(3)[0], int(os.path.basename(images[1])[:-4])
+    for plane, expected in ((red, level), (green, 128), (blue, 255 - level)):
+        assert plane[2, 2] == pytest.approx(expected / 255, abs=0.01)
+    assert Subject(str(bundles / "detector"), "onnxruntime", 1, images, tmp_path).logits(0) is None
 
 
 def test_a_file_gives_what_its_bundle_gives(made, photo, tmp_path):
     subject = Subject(str(made[0]["model.onnx"]), "onnxruntime", 1, [], tmp_path)
     boxes = subject.predictor(photo).boxes
     np.testing.assert_array_equal(boxes, Predictor(made[0]["detector"], score_threshold=0.0)(photo).boxes)
+
+
+class InProcess:
+    """A worker without a process of its own."""
+
+    def __init__(self, subject):
+        self.subject = subject
+
+    def call(self, method, *args):
+        try:
+            return getattr(self.subject, method)(*args)
+        except BackendError as error:
+            raise Failed(str(error)) from error
+
+
+def test_throughput_counts_a_batchs_images_and_marks_sizes_that_are_not_taken(made, bundles, small_images):
+    images = tuple(image_files(small_images))
+    names = ["detector", "detector-dynamic", "raw", "raw-image"]
+    workers = {
+        name: InProcess(Subject(str(bundles / name), "onnxruntime", 1, images, bundles)) for name in names
+    }
+    settings = Settings(images=images, batches=(1, 4), warm_up=1, runs=20, threads=1)
+    found = throughputs(workers, settings, {"gone": "it failed before"})
+    for one in (one for rates in found.values() for one in rates):
+        assert (one.reason is None) == (one.images_per_second is not None)
+        assert one.ms is None or one.images_per_second == pytest.approx(1000 * one.batch / one.ms.median)
+    arrays = "it takes arrays, which are no images to count"
+    assert {name: [one.reason for one in rates] for name, rates in found.items()} == {
+        "detector": [None, "it takes batches of 1"],
+        "detector-dynamic": [None, None],
+        "raw": [arrays, arrays],
+        "raw-image": [None, "it takes batches of 1"],
+    }
+    first = replace(made[1].entries[0], throughput=found["detector"])
+    shown = replace(made[1], settings=settings, entries=(first,))
+    for text in (to_markdown(shown), to_html(shown)):
+        assert "it takes batches of 1" in text
+        assert f"{found['detector'][0].images_per_second:,.0f}" in text
+
+
+def test_each_pass_is_told_with_the_time_after_it_by_class(made, bundles, tmp_path, monkeypatch):
+    files = ["fuse-layer-norm", "collapse-chains"]
+    monkeypatch.setattr(type(TARGETS["onnxruntime"]), "passes", ("share-norms", *files))
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["a"], perm=[1, 0]),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("Transpose", ["b"], ["c"], perm=[1, 0]),
+        helper.make_node("Transpose", ["c"], ["d"], perm=[1, 0]),
+        helper.make_node("Add", ["d", "w"], ["y"]),
+    ]
+    proto = model(
+        nodes,
+        [value("x", [4, 8])],
+        [value("y", [8, 4])],
+        [numpy_helper.from_array(np.ones((8, 4), np.float32), "w")],
+    )
+    onnx.save(proto, tmp_path / "x.onnx")
+    subject = Subject(str(tmp_path / "x.onnx"), "onnxruntime", 1, [], tmp_path)
+    first, idle, _, last = rows = subject.pass_profiles()
+    assert [row.name for row in rows] == ["", "share-norms", *files]
+    assert (idle.changes, idle.ms, idle.classes) == (0, first.ms, first.classes)
+    assert last.changes > 0
+    for row in rows:
+        assert sum(one.ms for one in row.classes) == pytest.approx(row.ms)
+    entry = replace(made[1].entries[2], pass_profiles=rows)
+    shown = replace(made[1], settings=replace(made[1].settings, by_pass=True), entries=(entry,))
+    assert "| as exported | 0 |" in to_markdown(shown)
+    assert "<td>collapse-chains</td>" in to_html(shown)
+    with pytest.raises(BackendError, match="holds its last graph alone"):
+        Subject(str(bundles / "raw"), "onnxruntime", 1, [], tmp_path / "b").pass_profiles()
+
+
+def test_a_batch_is_run_at_once_and_its_times_are_all_of_its_images(bundles, small_images, tmp_path):
+    images = image_files(small_images)
+    subject = Subject(str(bundles / "detector-dynamic"), "onnxruntime", 1, images, tmp_path)
+    shapes, run = [], subject.predictor.run
+    subject.predictor.run = lambda arrays: (
+        shapes.append(arrays["images"].shape),
+        time.sleep(0.02),
+        run(arrays),
+    )[2]
+    took = subject.batch(0, 3)
+    assert shapes == [(3, 3, 64, 64)]
+    assert took.model >= 20  # of the whole batch
 
 
 # --- processes ----------------------------------------------------------------------------------------------

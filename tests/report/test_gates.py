@@ -13,6 +13,7 @@ from meta_deploy.report.markdown import to_markdown
 from meta_deploy.report.page import to_html
 from meta_deploy.report.schema import (
     Accuracy,
+    EngineRow,
     Entry,
     Latency,
     Machine,
@@ -20,6 +21,7 @@ from meta_deploy.report.schema import (
     Report,
     Settings,
     Spread,
+    Throughput,
 )
 
 MACHINE = Machine(
@@ -33,6 +35,24 @@ MACHINE = Machine(
     load=0.1,
 )
 SETTINGS = Settings(images=("here/one.jpg",), warm_up=3, runs=40, threads=2)
+
+
+ENGINE = EngineRow(
+    library="tensorrt",
+    version="11",
+    gpu=None,
+    compute_capabilities=(),
+    layer_count=9,
+    generated_kernels=3,
+    reformats=1,
+    fused_attentions=2,
+    attention_count=4,
+    kinds={},
+    activation_mb=1.5,
+    weights_mb=2.5,
+    plan_mb=3.0,
+    seconds=1.0,
+)
 
 
 def entry(name, total, ratio=None, memory=200.0, **accuracy):
@@ -145,7 +165,17 @@ def test_every_metric_is_a_number_of_some_entry():
     full = entry("a", 1.0, 1.0, **dict.fromkeys(("box_ap", "box_ap50", "mask_ap", "mask_ap50"), 0.5))
     full = replace(
         full,
-        accuracy=replace(full.accuracy, mean_iou=0.5, pixel_accuracy=0.5, max_relative_error=0.5),
+        accuracy=replace(
+            full.accuracy,
+            mean_iou=0.5,
+            pixel_accuracy=0.5,
+            max_relative_error=0.5,
+            mean_score_difference=0.5,
+            max_score_difference=0.5,
+            logit_error=0.5,
+        ),
+        engine=ENGINE,
+        throughput=(Throughput(batch=1, images_per_second=2.0), Throughput(batch=9, reason="no")),
     )
     assert all(isinstance(get(full), float) for get in METRICS.values())
     assert all(get(BROKEN) is None for get in METRICS.values())

@@ -23,10 +23,12 @@ IMAGES = ["pictures/one.jpg", "pictures/two.jpg"]
 class Says:
     """An entry that gives what it was made with."""
 
-    def __init__(self, *results):
-        self.results = results
+    def __init__(self, *results, logits=None):
+        self.results, self.logits = results, logits
 
     def call(self, method, index):
+        if method == "logits":
+            return self.logits
         assert method == "result"
         if self.results[index] is None:
             raise Failed("no result")
@@ -159,3 +161,45 @@ def test_colours_are_no_labels(tmp_path):
     Image.new("RGB", (2, 2)).save(tmp_path / "one.png")
     with pytest.raises(InputError, match="colours"):
         open_annotations(tmp_path).check(IMAGES[:1])
+
+
+# --- scores and logits ---
+
+
+def test_scores_differ_by_what_those_of_the_first_entrys_detections_differ():
+    far = (40, 40, 60, 60)
+    first = boxes(
+        [*BOXES, far], scores=[0.9, 0.8, 0.2], labels=[0, 1, 0]
+    )  # the last is not sure enough to be looked for
+    moved = [(x0 + 1, y0, x1 + 1, y1) for x0, y0, x1, y1 in BOXES]
+    other = boxes([*moved, BOXES[0], far], scores=[0.85, 0.65, 0.6, 0.9], labels=[0, 1, 0, 0])
+    workers = {"first": Says(first, first), "other": Says(other, first)}
+    found = judge(workers, IMAGES, None, {})["other"]
+    # Of two that overlap the first's disc, the one of the same place is its partner.
+    assert found.mean_score_difference == pytest.approx((0.3 + 0.15 + 0 + 0) / 4)
+    assert found.max_score_difference == pytest.approx(0.3)
+    assert found.logit_error is None
+
+
+def test_score_differences_stand_beside_figures_against_annotations(coco):
+    workers = {"a": Says(boxes(BOXES), boxes(BOXES)), "b": Says(*[boxes(BOXES, scores=[0.9, 0.7])] * 2)}
+    found = judge(workers, IMAGES, open_annotations(coco), {})
+    assert found["a"].mean_score_difference is None  # it is the first
+    assert found["b"].mean_score_difference == pytest.approx(0.1)
+
+
+def test_logits_differ_by_the_norm_and_not_where_shapes_do():
+    pixels = maps([0, 1], [1, 1])
+    logits = np.array([[[[3.0, 0], [0, 0]], [[0, 4.0], [0, 0]]]], np.float32)
+    near, other = logits.copy(), np.zeros((1, 2, 1, 1), np.float32)
+    near[0, 0, 1, 1] = 0.5
+    workers = {
+        "first": Says(pixels, pixels, logits=logits),
+        "near": Says(pixels, pixels, logits=near),
+        "other size": Says(pixels, pixels, logits=other),
+        "none": Says(pixels, pixels),
+    }
+    found = judge(workers, IMAGES, None, {})
+    assert found["near"].logit_error == pytest.approx(0.5 / 5)
+    assert (found["near"].pixel_accuracy, found["near"].mean_iou) == (1, 1)
+    assert found["other size"].logit_error is found["none"].logit_error is None

@@ -15,7 +15,7 @@ from meta_deploy.bundle.manifest import PassRow
 from meta_deploy.report import plots, words
 from meta_deploy.report.markdown import to_markdown
 from meta_deploy.report.page import TOP, slowest, to_html
-from meta_deploy.report.profile import sum_up
+from meta_deploy.report.profile import by_module, sum_up
 from meta_deploy.report.schema import (
     Accuracy,
     Disagreement,
@@ -217,6 +217,19 @@ def test_passes_are_told_before_and_after(made, page):
         assert "nodes 4,000 → 900, transposes and reshapes 7, bytes moved at least 2.0 MB → 1.0 MB" in text
         assert "1,000 → 900" in text  # the second pass
     assert page.count("<td>collapse-chains</td>") == 1
+
+
+def test_modules_are_a_column_and_a_table(made):
+    nodes = [replace(node(f"net.{m}/n", "Add", "element-wise", 2.0), module=f"net.{m}") for m in "ab"]
+    rows = by_module(nodes, 10.0)
+    profile = replace(made.entries[0].profile, nodes=tuple(nodes), modules=rows)
+    told = replace(made, entries=(replace(made.entries[0], profile=profile), *made.entries[1:]))
+    text = to_markdown(told)
+    assert "| `net` | 4.00 (40 %) |" in text
+    assert "| `net.b` | 2.00 (20 %) |" in text
+    page = to_html(told)
+    assert '<td>n</td><td class="left">net.a</td>' in page
+    assert "3 modules that take at least 1 %" in page
 
 
 def test_names_are_text_on_the_page(page):

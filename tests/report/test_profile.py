@@ -99,6 +99,29 @@ def test_the_peak_of_live_activations_is_the_one_counted_by_hand(block):
     assert peak.node == next(row.name for row in block.nodes if row.op == "Transpose")
 
 
+def test_a_module_has_the_time_and_work_of_all_that_is_in_it(tmp_path):
+    nodes = [
+        make_node("Relu", ["x"], ["a"], name="net.blocks.9/relu"),
+        make_node("Neg", ["a"], ["b"], name="net.blocks.10.act/neg"),
+        make_node("Abs", ["b"], ["c"], name="net.blocks.10/abs"),
+        make_node("Exp", ["c"], ["y"], name="exp"),
+    ]
+    found = profiled(tmp_path, nodes, [value("x", [1, 10])], [value("y", [1, 10])])
+    rows = {row.name: row for row in found.modules}
+    assert list(rows) == ["", "net", "net.blocks", "net.blocks.9", "net.blocks.10", "net.blocks.10.act"]
+    ms = {node.name: node.ms for node in found.nodes}
+    assert [node.module for node in found.nodes] == ["net.blocks.9", "net.blocks.10.act", "net.blocks.10", ""]
+    assert (rows["net"].nodes, rows["net.blocks.10"].nodes, rows[""].nodes) == (3, 2, 1)
+    assert rows["net.blocks.10"].ms == pytest.approx(ms["net.blocks.10.act/neg"] + ms["net.blocks.10/abs"])
+    assert rows["net"].ms == pytest.approx(sum(ms.values()) - ms["exp"])
+    assert rows["net"].share == pytest.approx(rows["net"].ms / found.ms)
+    assert (rows["net"].flops, rows["net"].bytes_read) == (30, 120)
+
+
+def test_graphs_that_name_no_module_have_no_table_of_them(block):
+    assert block.modules == ()
+
+
 def test_weights_that_the_runtime_repacks_are_counted(tmp_path):
     nodes = [make_node("Gemm", ["x", "w", "b"], ["y"], transB=1)]
     inputs, weights = [value("x", [64, 32])], [weight("w", 48, 32), weight("b", 48)]
@@ -234,6 +257,20 @@ def test_on_openvino_products_and_convolutions_are_those_counted_by_hand(on_open
     assert flops["convolution"] in (1024 * 2 * 36, 1024 * (2 * 36 + 1))  # the bias may be apart
     assert flops["matrix product"] == 64 * 64 * 2 * 8
     assert flops["attention"] in (64 * 64 * (64 + 10), 64 * 64 * (64 + 12))  # in one node, with a scale
+
+
+def test_on_openvino_nodes_tell_their_modules(tmp_path):
+    nodes = [
+        make_node("MatMul", ["x", "m"], ["a"], name="net.fc/matmul"),
+        make_node("Relu", ["a"], ["y"], name="net.act/relu"),
+    ]
+    proto = model(nodes, [value("x", [8, 16])], [value("y", [8, 4])], [weight("m", 16, 4)])
+    feed = {"x": np.ones((8, 16), np.float32)}
+    found = openvino_profile.profile(proto.SerializeToString(), b"", "f32", feed, 1, 1)
+    assert "net" in {row.name for row in found.modules}
+    assert {node.module for node in found.nodes if node.op in ("FullyConnected", "MatMul")} <= {
+        *("net.fc", "net.act")
+    }
 
 
 def test_on_openvino_classes_add_up_too_and_activations_have_a_peak(on_openvino):

@@ -22,7 +22,8 @@ from meta_deploy.errors import EngineError, InputError
 from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.targets.tensorrt import build as engine_module
 from meta_deploy.targets.tensorrt.build import Engine, available, build_engine, check_gpus
-from meta_deploy.targets.tensorrt.build_log import Layer, parse_log
+from meta_deploy.targets.tensorrt.build_log import parse_log
+from meta_deploy.targets.tensorrt.layers import Layer, LayerTensor, read_json, to_json
 from tests.small_graphs import model, value
 
 RTX = "tensorrt-rtx"
@@ -380,7 +381,14 @@ LOG = [
 def test_a_log_is_read_layer_by_layer():
     layers, memory = parse_log(LOG)
     assert memory == {"Activation": 1.5, "Weights": 0.25}
-    assert layers[0] == Layer("conv", "correlation", "__myelin_CASK_STUB")
+    assert layers[0] == Layer(
+        name="conv",
+        kind="correlation",
+        kernel="__myelin_CASK_STUB",
+        inputs=(LayerTensor(name="TacticName: trap", shape=(1,)),),
+        metadata="[ONNX Layer: conv]",
+    )
+    assert layers[0].nodes == ("conv",)
     assert [layer.type for layer in layers] == ["", "fp16", "fp32", "bf16", "", ""]
     assert [layer.generated for layer in layers] == [False, False, True, False, False, False]
     assert [layer.attention for layer in layers] == [False, False, False, True, False, False]
@@ -390,8 +398,35 @@ def test_a_log_is_read_layer_by_layer():
 def test_the_last_of_several_logs_counts():
     again = ["Layers:\nName: a, LayerType: gemm, Inputs: [], TacticName: , StreamId: 0"]
     layers, memory = parse_log([*LOG, *again, "Total Weights Memory: 1000000 bytes"])
-    assert layers == (Layer("a", "gemm", ""),)
+    assert layers == (Layer(name="a", kind="gemm"),)
     assert memory == {"Activation": 1.5, "Weights": 1.0}
+
+
+@builds
+def test_layers_tell_their_tensors_and_nodes_and_come_back_from_json(half):
+    layers = build(half).layers
+    assert read_json(to_json(layers), "x") == layers
+    assert (layers[0].inputs[0].name, layers[0].inputs[0].shape, layers[0].inputs[0].type) == (
+        *("x", (1, 3, 16, 16)),
+        "fp32",
+    )
+    assert layers[-1].outputs[0].name == "y"
+    names = {name for layer in layers for name in layer.nodes}
+    nodes = [node for node in half.graph.node if node.op_type in ("Conv", "Softmax", "Resize")]
+    assert {f"node_of_{node.output[0]}" for node in nodes} <= names  # they have no names of their own
+    made = {tensor.name for layer in layers for tensor in layer.outputs} | {"x"}
+    assert {tensor.name for layer in layers for tensor in layer.inputs} <= made
+
+
+def test_the_inspectors_json_of_other_versions_is_read():
+    text = b"""{"Layers": [{"Name": "conv", "LayerType": "CaskConvolution", "Inputs": [{"Name": "x",
+        "Location": "Device", "Dimensions": [1, 3, 8, 8], "Format/Datatype": "Row major linear FP16 format"}],
+        "Outputs": [{"Name": "y", "Dimensions": [1, 4, 8, 8], "Format/Datatype": "Half"}],
+        "Metadata": "[ONNX Layer: a/conv]\\u001e[ONNX Layer: a/relu [1]]", "TacticName": "sm80_xmma"}],
+        "Bindings": ["x", "y"]}"""
+    (layer,) = read_json(text, "x")
+    assert (layer.inputs[0].type, layer.type) == ("fp16", "fp16")
+    assert layer.nodes == ("a/conv", "a/relu [1]")
 
 
 def engine_of(lines):

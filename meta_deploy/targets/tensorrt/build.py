@@ -24,7 +24,8 @@ from meta_deploy.targets import cache
 from meta_deploy.targets.model_file import read_model
 from meta_deploy.targets.target import profiles
 from meta_deploy.targets.tensorrt import cache as engine_cache
-from meta_deploy.targets.tensorrt.build_log import Layer, parse_log
+from meta_deploy.targets.tensorrt.build_log import parse_log
+from meta_deploy.targets.tensorrt.layers import Layer
 from meta_deploy.targets.tensorrt.library import Here, load, logger, module_name, title
 
 

@@ -7,45 +7,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 
-# Of the log's Datatype, as ours are called.
-_TYPES = {"Half": "fp16", "Float": "fp32", "BFloat16": "bf16", "FP8": "fp8", "Int8": "int8"}
+from meta_deploy.targets.tensorrt.layers import Layer, LayerTensor
 
-
-@dataclass(frozen=True)
-class Layer:
-    """A step of an engine.
-
-    Attributes:
-        name: what the builder calls it.
-        kind: its LayerType, such as kgen (a generated kernel), gemm or correlation (a convolution).
-        kernel: its TacticName; empty where a library's kernel does it.
-        type: of its first output, such as fp16; empty where it has none.
-    """
-
-    name: str
-    kind: str
-    kernel: str
-    type: str = ""
-
-    @property
-    def synchronizes(self) -> bool:
-        """One stream waits for another; nothing is computed."""
-        return self.kind.startswith(("signal", "wait"))
-
-    @property
-    def generated(self) -> bool:
-        """A kernel made for this graph's elementwise and moving operators, bound by memory's speed.
-
-        Matrix products and convolutions with something after them have such names too, but no such kernel.
-        """
-        return self.kernel.startswith("__myl_")
-
-    @property
-    def attention(self) -> bool:
-        """Both matrix products and the softmax between in one kernel."""
-        return self.kernel.startswith("_gemm_mha")
+# Among the names of inputs and outputs there may be anything, but no end of a list before the next field.
+_LINE = re.compile(
+    r"Name: (?P<name>[^,]*), LayerType: (?P<kind>[^,]*)"
+    r"(?:, Inputs: \[(?P<inputs>.*?)\])?(?:, Constants: \[(?P<constants>.*?)\])?"
+    r"(?:, Outputs: \[(?P<outputs>.*?)\])?, TacticName: (?P<kernel>[^,]*)"
+    r"(?:, StreamId: \d+)?(?:, Metadata:(?P<metadata>.*))?"
+)
+_FIELDS = ("Name", "Dimensions", "Strides", "StrideOrder", "Datatype", "Format", "Format/Datatype")
+_FIELD = re.compile(rf"(?:^|, )({'|'.join(_FIELDS)}): (.*?)(?=, (?:{'|'.join(_FIELDS)}): |$)")
 
 
 def parse_log(lines: Iterable[str]) -> tuple[tuple[Layer, ...], dict[str, float]]:
@@ -58,18 +31,36 @@ def parse_log(lines: Iterable[str]) -> tuple[tuple[Layer, ...], dict[str, float]
     memory: dict[str, float] = {}
     for line in lines:
         if line.startswith("Layers:"):
-            layers = tuple(map(_layer, re.findall(r"^Name: .*$", line, re.MULTILINE)))
-        elif found := re.match(r"Total (Activation|Weights) Memory: (\d+) bytes", line):
-            memory[found[1]] = int(found[2]) / 1e6
+            found = (_LINE.fullmatch(each.rstrip()) for each in line.splitlines())
+            layers = tuple(_layer(match) for match in found if match)
+        elif match := re.match(r"Total (Activation|Weights) Memory: (\d+) bytes", line):
+            memory[match[1]] = int(match[2]) / 1e6
     return layers, memory
 
 
-def _layer(line: str) -> Layer:
-    fields = (re.search(pattern, line) for pattern in (r"^Name: ([^,]*)", r"LayerType: ([^,]*)"))
-    name, kind = (found[1] if found else "" for found in fields)
-    made = re.search(r"Outputs: \[.*?Datatype: (\w+)", line)
-    # Behind inputs and outputs, among whose names there may be anything.
-    kernel = re.search(r".*TacticName: ([^,]*)", line)
+def _layer(line: re.Match[str]) -> Layer:
+    inputs, constants, outputs = (_tensors(line[part] or "") for part in ("inputs", "constants", "outputs"))
     return Layer(
-        name, kind, kernel[1].strip() if kernel else "", _TYPES.get(made[1], made[1].lower()) if made else ""
+        name=line["name"],
+        kind=line["kind"],
+        inputs=inputs,
+        constants=constants,
+        outputs=outputs,
+        kernel=line["kernel"].strip(),
+        metadata=(line["metadata"] or "").strip(),
+    )
+
+
+def _tensors(text: str) -> tuple[LayerTensor, ...]:
+    """Of "{ Name: x, Dimensions: [1,3], Datatype: Half, Format: … }, { … }"."""
+    found = (dict(_FIELD.findall(each)) for each in re.split(r" ?\}, \{ ", text.strip(" {}")) if each)
+    return tuple(
+        LayerTensor(
+            name=fields.get("Name", ""),
+            shape=tuple(map(int, re.findall(r"-?\d+", fields.get("Dimensions", "")))),
+            datatype=fields.get("Datatype", ""),
+            format=fields.get("Format", ""),
+            words=fields.get("Format/Datatype", ""),
+        )
+        for fields in found
     )

@@ -17,6 +17,7 @@ from meta_deploy.targets.target import MODEL, Backend, BuildOptions, Built, Targ
 from meta_deploy.targets.tensorrt.library import Here, load
 
 ENGINE = "model.engine"
+LAYERS = "layers.json"  # what the engine consists of, for people and meta-report
 _MAX_WORKSPACE_MB = 2**43 - 1  # bytes are 63 bits and a sign
 
 
@@ -77,6 +78,7 @@ class TensorRT(Target):
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Built:
         from meta_deploy.targets.tensorrt.build import build_engine
+        from meta_deploy.targets.tensorrt.layers import to_json
 
         engine = build_engine(
             model,
@@ -87,7 +89,10 @@ class TensorRT(Target):
             progress=progress,
         )
         section = msgspec.structs.replace(engine.section(), attention=options.attention)
-        return Built({MODEL: model, ENGINE: engine.plan}, section)
+        files = {MODEL: model, ENGINE: engine.plan}
+        if engine.layers:
+            files[LAYERS] = to_json(engine.layers)
+        return Built(files, section)
 
     def describe(self, section: Engine) -> str:
         assert isinstance(section, TensorRTEngine)
