@@ -3,7 +3,8 @@
     python benchmarks/demo_accuracy.py [BUNDLE ...] [--data DIR] [--tile SIDE] [--count N]
 
 A detector gets box and mask AP as COCO defines it, with up to 400 detections a picture, and TP / (TP + FP +
-FN) at mask IoU 0.5, which papers on nuclei give; a segmentation model the IoU of each class.
+FN) at mask IoU 0.5, which papers on nuclei give, of its detections and of the objects in tables (`apart`); a
+segmentation model the IoU of each class.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ def results_of(predictor: Predictor, truth: dict[str, Any], folder: Path) -> tup
 def detection_rows(truth: dict[str, Any], found: dict[int, Detections], score: float) -> list[dict[str, Any]]:
     """A row for all pictures and for each kind."""
     records = [record for image_id, one in found.items() for record in one.to_coco(image_id)]
+    counted = [r for image_id, one in found.items() for r in one.filter(score).apart().to_coco(image_id)]
     rows = []
     for kind, part in by_kind(truth).items():
         ids = {image["id"] for image in part["images"]}
@@ -86,6 +88,7 @@ def detection_rows(truth: dict[str, Any], found: dict[int, Detections], score: f
         ap = coco_ap(part, some, MOST)
         counts = match_counts(part, [record for record in some if record["score"] >= score])
         tp, fp, fn = np.sum(list(counts.values()), axis=0).tolist()
+        apart = match_counts(part, [record for record in counted if record["image_id"] in ids])
         each = [c[0] / sum(c) for c in counts.values() if sum(c)]
         rows.append(
             {
@@ -93,7 +96,8 @@ def detection_rows(truth: dict[str, Any], found: dict[int, Detections], score: f
                 "count": len(ids),
                 "objects": tp + fn,
                 "found": tp + fp,
-                "TP/(TP+FP+FN)": tp / max(tp + fp + fn, 1),
+                "TP/(TP+FP+FN)": _share(counts),
+                "in tables": _share(apart),
                 "mean over pictures": float(np.mean(each)) if each else None,
                 "mask AP": ap["mask"]["AP"],
                 "AP50": ap["mask"]["AP50"],
@@ -102,6 +106,11 @@ def detection_rows(truth: dict[str, Any], found: dict[int, Detections], score: f
             }
         )
     return rows
+
+
+def _share(counts: dict[int, tuple[int, int, int]]) -> float:
+    tp, fp, fn = np.sum(list(counts.values()), axis=0).tolist()
+    return tp / max(tp + fp + fn, 1)
 
 
 def segmentation_rows(truth: dict[str, Any], found: dict[int, Any]) -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ from meta_deploy.targets import BACKEND_NAMES
 
 if TYPE_CHECKING:
     from argparse import Namespace
+    from pathlib import Path
 
     from meta_deploy.bundle.bundle import Bundle
     from meta_deploy.bundle.claims import Claims
@@ -219,8 +220,21 @@ def _infer(args: Namespace) -> int:
                 overlay, label_image = overlays.add(frame, shown), labels.add(frame, shown)
                 rows.add(frame, shown, label_image)
                 report.add(frame, shown, overlay, label_image, found)
-        report.finish(predictor, threshold, folder, args.coco_json)
+        report.finish(predictor, threshold, _files(args, folder, raw, rows.count))
     return EXIT_INPUT if report.failed else 0
+
+
+def _files(args: Namespace, folder: Path | None, raw: bool, rows: int) -> list[str]:
+    """What was written, and where."""
+    files = []
+    if folder is not None:
+        what = "arrays" if raw else "overlays and label images" if args.label_image else "overlays"
+        files.append(f"{what} in {folder}{os.sep}")
+    if args.csv:
+        files.append(f"{rows} {'row' if rows == 1 else 'rows'} in {args.csv}")
+    if args.coco_json:
+        files.append(f"COCO results in {args.coco_json}")
+    return files
 
 
 def _claims(args: Namespace, sources: Sequence[Source], out: str | None) -> Claims:

@@ -284,6 +284,7 @@ class TableFile:
         self._stack = contextlib.ExitStack()
         self._stream = None if path is None else self._stack.enter_context(atomic_write(path))
         self._empty = True
+        self.count = 0  # of rows
 
     def add(self, frame: Frame, shown: Result, label_image: Path | None = None) -> None:
         """Write one frame's rows, with its file's name, its number in a video, and its label image."""
@@ -298,7 +299,9 @@ class TableFile:
         if self._empty:
             writer.writeheader()
             self._empty = False
-        writer.writerows(where | row for row in shown.table(frame.picture.whole))
+        rows = shown.table(frame.picture.whole)
+        writer.writerows(where | row for row in rows)
+        self.count += len(rows)
         self._stream.write(text.getvalue().encode(errors="backslashreplace"))
 
     def __enter__(self) -> TableFile:
@@ -386,10 +389,8 @@ class Report:
         tell(f"meta-infer: {frame.error}{skipped}")
         self._bar.update()
 
-    def finish(
-        self, predictor: Predictor, threshold: float, folder: Path | None, coco_json: str | None
-    ) -> None:
-        """The last line, or the document."""
+    def finish(self, predictor: Predictor, threshold: float, files: Sequence[str]) -> None:
+        """The last line, or the document. `files` says in words what was written."""
         done = len(self._times["model"])
         if self._json:
             head = {
@@ -403,10 +404,7 @@ class Report:
             print(text + f'], "errors": {json.dumps(self._errors)}}}')
         if done:
             times = ", ".join(f"{name} {median(values):.1f}" for name, values in self._times.items())
-            what = "arrays" if predictor.bundle.task == "raw" else "overlays"
-            where = f"{what} in {folder}{os.sep}; " if folder else ""
-            where += f"COCO results in {coco_json}; " if coco_json else ""
-            say(f"{where}median ms: {times}", sys.stderr if self._json else sys.stdout)
+            say("; ".join([*files, f"median ms: {times}"]), sys.stderr if self._json else sys.stdout)
         self._notes.finish()
         if self._covered:
             noun = "detection" if self._covered == 1 else "detections"

@@ -52,12 +52,13 @@ def expand(arguments: Iterable[str], note: Callable[[str], None] = lambda line: 
         others = [path for path in paths if not re.fullmatch(_WRITTEN, path.name)]
         if os.path.isdir(argument) and not others:
             raise InputError(
-                f"the folder '{argument}' holds what meta-infer wrote, as '{paths[0].name}'; name the folder "
-                f"of the pictures, or a pattern as '{argument.rstrip(os.sep)}{os.sep}*{paths[0].suffix}'"
+                f"the folder '{argument}' holds only what meta-infer wrote, such as '{paths[0].name}'; "
+                "name the folder of the pictures, or single files"
             )
         if others and len(others) < len(paths):
-            written = [path.name for path in paths if path not in others]
-            note(f"left out of '{argument}' what meta-infer wrote: {len(written)} files as '{written[0]}'")
+            first, *more = (path.name for path in paths if path not in others)
+            told = f"'{first}'" + (f" and {len(more)} more" if more else "")
+            note(f"left out of '{argument}' what meta-infer wrote: {told}")
         for path in others or paths:
             found.setdefault(os.path.abspath(path), Source(path, path.suffix.lower() in VIDEO_SUFFIXES))
     return list(found.values())

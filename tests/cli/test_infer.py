@@ -763,8 +763,8 @@ def test_what_an_earlier_run_wrote_is_no_input(here, infer):
     )
     code, out, err = infer(".", "--out", "again", "--label-image", "--label-format", "tif")
     assert (code, [line.split()[0] for line in out.splitlines()[:-1]]) == (0, ["a.jpg", "b.png"])
-    assert "left out of '.' what meta-infer wrote: 4 files as 'a-labels.png'" in err
-    one_line(*infer("again"), "holds what meta-infer wrote, as 'a-labels.tif'", "'again/*.tif'")
+    assert "left out of '.' what meta-infer wrote: 'a-labels.png' and 3 more" in err
+    one_line(*infer("again"), "holds only what meta-infer wrote, such as 'a-labels.tif'")
     assert [line.split()[0] for line in infer("*.jpg")[1].splitlines()[:-1]] == ["a.jpg"]
     assert infer("again/*-overlay.png", "--json")[1].count('"path"') == 1  # a pattern that names them alone
     assert infer("b-overlay.png", "a-labels.png", "--json")[1].count('"path"') == 2
@@ -916,6 +916,7 @@ def test_a_table_alone_makes_no_overlays_and_has_a_row_an_object(here, infer):
     code, out, _ = infer("a.jpg", "--csv", "t.csv", "--score-threshold", "0")
     assert (code, (here / "meta-infer-out").exists()) == (0, False)
     assert f"{len(rows_of('t.csv'))} objects" in out
+    assert out.splitlines()[-1].startswith(f"{len(rows_of('t.csv'))} rows in t.csv; median ms: ")
     assert (here / "t.csv").read_text().startswith("file,frame,object,class,score,area,")
 
 
