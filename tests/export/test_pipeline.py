@@ -193,7 +193,7 @@ def test_a_checkpoint_becomes_a_bundle_that_answers_as_the_model_does(quick, tmp
     graph = onnx.load("bundle/model.onnx")
     assert [o.name for o in graph.graph.output] == ["num_detections", "boxes", "scores", "labels", "masks"]
     image = np.array(Image.open("pictures/a.png"))
-    detections = Predictor(bundle)(image)
+    detections = Predictor(bundle, score_threshold=0.0)(image)
     assert len(detections.scores) > 0
     prepared = np.zeros((1, 3, *SIZE), np.float32)
     from meta_deploy.imaging.preprocess import Preprocessor
@@ -438,7 +438,7 @@ def test_a_bundle_for_tensorrt_holds_an_engine_and_the_graph_that_was_checked(qu
     graph = onnx.load(bundle.path / "model.onnx")
     assert not {node.op_type for node in graph.graph.node} & {"NonMaxSuppression", "RoiAlign", "NonZero"}
     if precision != "bf16":  # for which a CPU has no kernels
-        with Predictor(bundle, backend="onnxruntime") as predictor:
+        with Predictor(bundle, backend="onnxruntime", score_threshold=0.0) as predictor:
             assert len(predictor("pictures/a.png").scores) > 0
 
 
@@ -465,7 +465,7 @@ def test_a_bundle_for_openvino_holds_the_model_that_was_checked(quick):
         verification = bundle.manifest.verification
         assert verification["backend"].startswith("OpenVINO ")
         assert verification["stages"]["detections"]["compared"] > 0
-        with Predictor(bundle) as predictor:
+        with Predictor(bundle, score_threshold=0.0) as predictor:
             assert predictor.backend == "openvino"
             assert len(predictor("pictures/a.png").scores) > 0
     assert sizes["fp16"] < 0.7 * sizes["fp32"]
