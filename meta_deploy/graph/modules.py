@@ -49,6 +49,16 @@ def module_of(name: str) -> str:
     return ".".join(path)
 
 
+def modules_of(names: Iterable[str]) -> dict[str, str]:
+    """The module of each of a graph's nodes that tells one, by the node's name.
+
+    None where fewer than half of them do: their slashes mean something else.
+    """
+    known = list(names)
+    found = {name: module for name in known if (module := module_of(name))}
+    return found if 2 * sum(name in found for name in known) >= len(known) else {}
+
+
 def in_order(module: str) -> list[tuple[int, str]]:
     """A key that sorts modules with what is in them behind them, and blocks.10 behind blocks.9."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in module.split(".")]

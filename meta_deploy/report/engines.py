@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.bundle.manifest import TensorRTEngine, read_manifest
 from meta_deploy.errors import InputError, MetaDeployError
-from meta_deploy.graph.modules import module_of
+from meta_deploy.graph.modules import modules_of
 from meta_deploy.report.operators import WrittenOut, classes, written_out
 from meta_deploy.report.schema import AttentionRow, EngineRow, LayerRow, OperatorClass
 from meta_deploy.targets.model_file import read_model
@@ -134,8 +134,14 @@ def with_layers(row: EngineRow, layers: Sequence[Layer], model: onnx.ModelProto 
     launched = [layer for layer in layers if not layer.synchronizes]
     kinds = {} if model is None else classes(model.graph)
     made = _sizes(launched)
-    rows = tuple(_layer_row(layer, kinds, made) for layer in launched)
-    found = () if model is None else tuple(_attentions(model, launched))
+    named = (
+        (name for layer in launched for name in layer.nodes)
+        if model is None
+        else (node.name for node in model.graph.node)
+    )
+    modules = modules_of(named)
+    rows = tuple(_layer_row(layer, kinds, modules, made) for layer in launched)
+    found = () if model is None else tuple(_attentions(model, launched, modules))
     counts: dict[str, Counter[str]] = {}
     for layer in launched:
         counts.setdefault(layer.kind, Counter())[layer.type] += 1
@@ -155,7 +161,9 @@ def with_layers(row: EngineRow, layers: Sequence[Layer], model: onnx.ModelProto 
 # --- layers -------------------------------------------------------------------------------------------------
 
 
-def _layer_row(layer: Layer, kinds: Mapping[str, OperatorClass], made: Mapping[str, int]) -> LayerRow:
+def _layer_row(
+    layer: Layer, kinds: Mapping[str, OperatorClass], modules: Mapping[str, str], made: Mapping[str, int]
+) -> LayerRow:
     asked = {kinds[name] for name in layer.nodes if name in kinds}
     kind = _class(layer, asked)
     return LayerRow(
@@ -170,7 +178,7 @@ def _layer_row(layer: Layer, kinds: Mapping[str, OperatorClass], made: Mapping[s
         bytes_read=_bytes([*layer.inputs, *layer.constants], made),
         bytes_written=_bytes(layer.outputs, made),
         nodes=layer.nodes,
-        modules=tuple(dict.fromkeys(filter(None, map(module_of, layer.nodes)))),
+        modules=tuple(dict.fromkeys(modules[name] for name in layer.nodes if name in modules)),
     )
 
 
@@ -232,7 +240,9 @@ class _Typed(NamedTuple):
     shape: tuple[int, ...]
 
 
-def _attentions(model: onnx.ModelProto, layers: Sequence[Layer]) -> Iterator[AttentionRow]:
+def _attentions(
+    model: onnx.ModelProto, layers: Sequence[Layer], modules: Mapping[str, str]
+) -> Iterator[AttentionRow]:
     """Every attention of the graph, whether a kernel holds it whole, and why not."""
     holders: dict[str, list[Layer]] = {}
     for layer in layers:
@@ -246,7 +256,7 @@ def _attentions(model: onnx.ModelProto, layers: Sequence[Layer]) -> Iterator[Att
         fused = any(layer.attention for layer in within.values())
         yield AttentionRow(
             node=found.softmax.name,
-            module=module_of(found.softmax.name),
+            module=modules.get(found.softmax.name, ""),
             fused=fused,
             reason=None if fused else _why_not(found, typed.get, outputs),
             layers=tuple(within),

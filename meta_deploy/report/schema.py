@@ -466,5 +466,5 @@ class Report(Struct, frozen=True, kw_only=True):
     entries: tuple[Entry, ...]
 
     def to_json(self) -> str:
-        """The JSON document. What is not a finite number is null."""
-        return msgspec.json.format(msgspec.json.encode(self), indent=1).decode() + "\n"
+        """The JSON document, in one line. What is not a finite number is null."""
+        return msgspec.json.encode(self).decode() + "\n"
