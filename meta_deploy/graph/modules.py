@@ -16,10 +16,10 @@ _SCOPES = (
 
 
 def name_by_module(nodes: Iterable[onnx.NodeProto]) -> None:
-    """Put the module that PyTorch's exporter tells of in front of each node's name."""
+    """Put the module that PyTorch's exporter tells of in front of each node's name, once."""
     for node in nodes:
         module = _told(node)
-        if module:
+        if module and not node.name.startswith(f"{module}/"):
             node.name = f"{module}/{node.name}"
 
 
