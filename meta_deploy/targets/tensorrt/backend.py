@@ -6,6 +6,7 @@ Knows engines, buffers and streams; must not know how engines are built, nor tas
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import threading
 import weakref
@@ -44,8 +45,12 @@ class TensorRTBackend(Backend):
 
     name = "tensorrt"
 
-    def __init__(self, bundle: Bundle):
+    def __init__(self, bundle: Bundle, timed: bool = False):
         """Load the engine onto the GPU and run it once, so that what can fail fails here.
+
+        Args:
+            bundle: with an engine.
+            timed: have `take_gpu_ms` tell the times of runs.
 
         Raises:
             BackendError: the bundle has no engine, none that fits this machine, no library, GPU or memory.
@@ -61,7 +66,7 @@ class TensorRTBackend(Backend):
             contract.check(*_values(engine, here.trt))
             contract.check_range(_profiles(engine, here.trt))
             self._contract = contract
-            self._runner = _Runner(engine, here, sha256, contract, stack)
+            self._runner = _Runner(engine, here, sha256, contract, stack, timed)
             # Also runs when the last reference goes, and before the interpreter ends.
             self._free = weakref.finalize(self, stack.pop_all().close)
 
@@ -70,6 +75,13 @@ class TensorRTBackend(Backend):
         outputs = self._runner.run(inputs)
         self._contract.check_outputs(inputs, outputs)
         return outputs
+
+    def take_gpu_ms(self) -> tuple[float, float, float]:
+        """What the runs since the last call took on the GPU, by CUDA's events: copying in, computing, copying
+        out; zeros without `timed`."""
+        with self._runner.lock:
+            took, self._runner.gpu_ms = self._runner.gpu_ms, (0.0, 0.0, 0.0)
+        return took
 
     def close(self) -> None:
         with self._runner.lock:
@@ -245,7 +257,15 @@ class _Runner:
     All that must be given back goes onto the `stack`, which the caller closes, under `lock` if others run.
     """
 
-    def __init__(self, engine: Any, here: Here, sha256: str, contract: Contract, stack: contextlib.ExitStack):
+    def __init__(
+        self,
+        engine: Any,
+        here: Here,
+        sha256: str,
+        contract: Contract,
+        stack: contextlib.ExitStack,
+        timed: bool = False,
+    ):
         self.lock = threading.Lock()
         self._trt, self._cuda, self._machine, self._what = here.trt, here.cuda, here.machine, contract.what
         self._profiles = _profiles(engine, here.trt)
@@ -253,6 +273,8 @@ class _Runner:
         self._graph: Any = None
         self._stream = self._cuda.stream_create()
         stack.callback(_quietly, self._cuda.stream_destroy, self._stream)
+        self.gpu_ms = 0.0, 0.0, 0.0
+        self._events = [self._event(stack) for _ in range(4)] if timed else []
         config = engine.create_runtime_config() if hasattr(engine, "create_runtime_config") else None
         self._own_graphs = hasattr(config, "cuda_graph_strategy")  # TensorRT-RTX, and for every shape
         kernels = _Kernels(config, sha256, here.machine) if hasattr(config, "create_runtime_cache") else None
@@ -329,21 +351,39 @@ class _Runner:
             )
         return shape
 
+    def _event(self, stack: contextlib.ExitStack) -> Any:
+        event = self._cuda.event_create()
+        stack.callback(_quietly, self._cuda.event_destroy, event)
+        return event
+
+    def _mark(self, index: int) -> None:
+        """Note on the stream how far the run is, where it is timed."""
+        if self._events:
+            self._cuda.event_record(self._events[index], self._stream)
+
     def _run(self, inputs: Mapping[str, np.ndarray]) -> None:
         """Copy in, compute, copy out, wait."""
         self._set_shapes({name: array.shape for name, array in inputs.items()})
         for name, array in inputs.items():
+            np.copyto(self._buffers[name].view(array.shape), array)
+        self._mark(0)
+        for name, array in inputs.items():
             given = self._buffers[name]
-            np.copyto(given.view(array.shape), array)
             self._cuda.to_device(given.device, given.host, given.size(array.shape), self._stream)
+        self._mark(1)
         if self._graph is None:
             self._enqueue()
         else:
             self._cuda.graph_launch(self._graph, self._stream)
+        self._mark(2)
         for name in self._outputs:
             buffer = self._buffers[name]
             self._cuda.to_host(buffer.host, buffer.device, buffer.size(self._shape_of(name)), self._stream)
+        self._mark(3)
         self._cuda.synchronize(self._stream)
+        if self._events:
+            a, b, c = (self._cuda.elapsed_ms(*pair) for pair in itertools.pairwise(self._events))
+            self.gpu_ms = self.gpu_ms[0] + a, self.gpu_ms[1] + b, self.gpu_ms[2] + c
 
     def _enqueue(self) -> None:
         self._require(lambda: self._context.execute_async_v3(int(self._stream)), "run")
