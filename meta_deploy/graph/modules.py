@@ -6,7 +6,8 @@ A name costs few bytes and comes through every library into its profiles. Knows 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable
+import posixpath
+from collections.abc import Iterable, Sequence
 
 import onnx
 
@@ -57,6 +58,12 @@ def modules_of(names: Iterable[str]) -> dict[str, str]:
     known = list(names)
     found = {name: module for name in known if (module := module_of(name))}
     return found if 2 * sum(name in found for name in known) >= len(known) else {}
+
+
+def innermost(modules: Sequence[str]) -> str:
+    """The innermost module that holds all of these; empty where there is none."""
+    common = posixpath.commonpath([name.replace(".", "/") for name in modules]) if modules else ""
+    return common.replace("/", ".")
 
 
 def in_order(module: str) -> list[tuple[int, str]]:

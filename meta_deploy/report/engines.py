@@ -18,9 +18,10 @@ from msgspec.structs import replace
 from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.bundle.manifest import TensorRTEngine, read_manifest
 from meta_deploy.errors import InputError, MetaDeployError
-from meta_deploy.graph.modules import modules_of
+from meta_deploy.graph.modules import innermost, modules_of
 from meta_deploy.report.operators import WrittenOut, classes, written_out
-from meta_deploy.report.schema import AttentionRow, EngineRow, LayerRow, OperatorClass
+from meta_deploy.report.profile import by_module, sum_up
+from meta_deploy.report.schema import AttentionRow, EngineRow, LayerRow, NodeRow, OperatorClass, Profile
 from meta_deploy.targets.model_file import read_model
 from meta_deploy.targets.tensorrt.layers import Layer, LayerTensor, read_json
 from meta_deploy.targets.tensorrt.target import ENGINE, LAYERS
@@ -155,6 +156,43 @@ def with_layers(row: EngineRow, layers: Sequence[Layer], model: onnx.ModelProto 
         kinds={kind: dict(sorted(counts[kind].items())) for kind in sorted(counts)},
         layers=rows,
         attentions=found,
+    )
+
+
+def profile(bundle: Bundle, runs: Sequence[Mapping[str, float]]) -> Profile:
+    """Where a run goes, by the milliseconds of each layer in each run.
+
+    The layers follow each other under the profiler, so that there is nothing between them.
+    """
+    engine = of_bundle(bundle)
+    known = {layer.name: layer for layer in engine.layers}
+    means = {name: sum(run.get(name, 0.0) for run in runs) / len(runs) for name in runs[0]}
+    rows = [_node_row(name, ms, known.get(name)) for name, ms in means.items()]
+    total = sum(means.values())
+    return Profile(
+        by=f"{engine.library} {engine.version}'s profiler",
+        runs=len(runs),
+        ms=total,
+        classes=sum_up(rows, total),
+        nodes=tuple(rows),
+        modules=by_module(rows, total),
+    )
+
+
+def _node_row(name: str, ms: float, layer: LayerRow | None) -> NodeRow:
+    """A layer with its time; of one that the bundle does not tell of, that alone."""
+    return NodeRow(
+        name=name,
+        op=layer.kind if layer else "",
+        op_class=layer.op_class if layer else "other",
+        calls=1.0,
+        ms=ms,
+        inputs=layer.inputs if layer else (),
+        outputs=layer.outputs if layer else (),
+        bytes_read=layer.bytes_read if layer else None,
+        bytes_written=layer.bytes_written if layer else None,
+        flops=None,
+        module=innermost(layer.modules) if layer else "",
     )
 
 

@@ -33,7 +33,6 @@ from meta_deploy.report.schema import (
     Profile,
 )
 
-RUNS = 5
 _END = "_kernel_time"
 
 
@@ -52,9 +51,7 @@ class Event:
     module: str = ""
 
 
-def profile(
-    model: bytes, feed: Mapping[str, np.ndarray], options: Any, folder: Path, runs: int = RUNS
-) -> Profile:
+def profile(model: bytes, feed: Mapping[str, np.ndarray], options: Any, folder: Path, runs: int) -> Profile:
     """Run a model under ONNX Runtime's profiler on the CPU.
 
     Args:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["bundle", "onnx", "checkpoint", "engine"]
 PYTORCH, TENSORRT = "pytorch", "tensorrt"
+RUNS = 5  # under a profiler, that count
 _TURN_MS = 20.0
 _MOST_IMAGES = 4096  # a batch, as in a manifest
 ENGINES = (".engine", ".plan", ".trt", ".json")
@@ -167,21 +168,25 @@ class Subject:
         Raises:
             BackendError: its back end has no profiler here.
         """
-        if self.predictor.backend not in ("onnxruntime", "openvino", PYTORCH):
+        if self.predictor.backend not in ("onnxruntime", "openvino", PYTORCH, TENSORRT):
             raise BackendError(f"nodes are not profiled on {self.predictor.backend}")
         feed = self._feed or self._input(0)
+        if self._gauge is not None:
+            from meta_deploy.report import engines
+
+            return engines.profile(self.bundle, self._gauge.backend.layer_times(feed, RUNS))
         if self.predictor.backend == PYTORCH:
             from meta_deploy.report import pytorch_profile
 
-            return pytorch_profile.profile(lambda: self.predictor.run(feed))
+            return pytorch_profile.profile(lambda: self.predictor.run(feed), RUNS)
         self.predictor.close()
         if self.predictor.backend == "openvino":
             from meta_deploy.report import openvino_profile
 
-            return openvino_profile.profile(*read_parts(self.bundle), feed, self._threads)
+            return openvino_profile.profile(*read_parts(self.bundle), feed, self._threads, RUNS)
         from meta_deploy.report.profile import profile
 
-        return profile(read_model(self.bundle), feed, session_options(self._threads), self._scratch)
+        return profile(read_model(self.bundle), feed, session_options(self._threads), self._scratch, RUNS)
 
     def pass_profiles(self) -> tuple[PassProfile, ...]:
         """Where the time goes before and after each graph pass, on the first image, on ONNX Runtime.

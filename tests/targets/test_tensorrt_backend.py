@@ -129,6 +129,17 @@ def test_runs_that_nobody_times_have_no_events(gpu, make):
     assert not [call for call in gpu.bindings.calls if "Event" in call]
 
 
+def test_the_profiler_tells_each_layers_time_in_each_run_but_the_first(gpu, make):
+    gpu.layers = {"conv": 2.0, "mha": 3.0}
+    bundle = make(gpu)
+    with open_backend(bundle, "tensorrt") as backend:
+        assert backend.layer_times({"images": images()}, 3) == [{"conv": 2.0, "mha": 3.0}] * 3
+        same(bundle, backend, images(seed=1))  # and runs on as before
+        gpu.layers = {}
+        with pytest.raises(BackendError, match="tells no times of layers"):
+            backend.layer_times({"images": images()}, 1)
+
+
 def test_a_segmenter_of_any_size(gpu, make):
     bundle = make(gpu, task=SEMANTIC, dynamic=True, model=segmenter(SIZE, dynamic=True))
     with open_backend(bundle, "tensorrt") as backend:

@@ -83,6 +83,17 @@ class TensorRTBackend(Backend):
             took, self._runner.gpu_ms = self._runner.gpu_ms, (0.0, 0.0, 0.0)
         return took
 
+    def layer_times(self, inputs: Mapping[str, np.ndarray], runs: int) -> list[dict[str, float]]:
+        """Milliseconds of each layer in each run, by name as they ran, by TensorRT's profiler.
+
+        Layers wait for each other here, which they need not do else.
+
+        Raises:
+            BackendError: TensorRT does not tell.
+        """
+        self._contract.check_inputs(inputs)
+        return self._runner.layer_times(inputs, runs)
+
     def close(self) -> None:
         with self._runner.lock:
             self._free()
@@ -232,6 +243,20 @@ class _Buffer:
         return math.prod(shape) * self.dtype.itemsize
 
 
+def _watch(trt: Any) -> Any:
+    class Watch(trt.IProfiler):
+        """Gathers the times of a run's layers."""
+
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+            self.times: dict[str, float] = {}
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            self.times[layer_name] = self.times.get(layer_name, 0.0) + ms
+
+    return Watch()
+
+
 class _Kernels:
     """The kernels that TensorRT-RTX compiles for this GPU while it runs an engine, kept between processes."""
 
@@ -309,6 +334,34 @@ class _Runner:
                 _quietly(self._cuda.synchronize, self._stream)
                 raise
             return {name: self._buffers[name].view(self._shape_of(name)).copy() for name in self._promised}
+
+    def layer_times(self, inputs: Mapping[str, np.ndarray], runs: int) -> list[dict[str, float]]:
+        """As the back end's, in an execution context of its own: under a profiler no graph is launched."""
+        with self.lock:
+            if self._context is None:
+                raise BackendError(_CLOSED)
+            self._cuda.activate()
+            self._run(inputs)  # leaves them on the GPU
+            engine = self._context.engine
+            config = (engine.create_runtime_config(),) if self._own_graphs else ()
+            context = engine.create_execution_context(*config)
+            if context is None:
+                raise BackendError(f"{self._machine.title} has no memory left to profile {self._what}")
+            watch = _watch(self._trt)
+            context.profiler = watch
+            for name, array in inputs.items():
+                self._require(partial(context.set_input_shape, name, array.shape), "take the shape of")
+            for name, buffer in self._buffers.items():
+                self._require(partial(context.set_tensor_address, name, buffer.device), "run")
+            found = []
+            for _ in range(1 + runs):  # what is slow the first time does not count
+                watch.times = {}
+                self._require(lambda: context.execute_async_v3(int(self._stream)), "run")
+                self._cuda.synchronize(self._stream)
+                found.append(watch.times)
+            if not found[-1]:
+                raise BackendError(f"{self._machine.title} tells no times of layers")
+            return found[1:]
 
     def _make_context(self, engine: Any, config: Any) -> Any:
         if self._own_graphs:
