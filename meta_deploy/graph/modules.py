@@ -6,7 +6,8 @@ A name costs few bytes and comes through every library into its profiles. Knows 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable
+import posixpath
+from collections.abc import Iterable, Sequence
 
 import onnx
 
@@ -16,10 +17,10 @@ _SCOPES = (
 
 
 def name_by_module(nodes: Iterable[onnx.NodeProto]) -> None:
-    """Put the module that PyTorch's exporter tells of in front of each node's name."""
+    """Put the module that PyTorch's exporter tells of in front of each node's name, once."""
     for node in nodes:
         module = _told(node)
-        if module:
+        if module and not node.name.startswith(f"{module}/"):
             node.name = f"{module}/{node.name}"
 
 
@@ -47,6 +48,22 @@ def module_of(name: str) -> str:
             path.pop()
         path.append(part)
     return ".".join(path)
+
+
+def modules_of(names: Iterable[str]) -> dict[str, str]:
+    """The module of each of a graph's nodes that tells one, by the node's name.
+
+    None where fewer than half of them do: their slashes mean something else.
+    """
+    known = list(names)
+    found = {name: module for name in known if (module := module_of(name))}
+    return found if 2 * sum(name in found for name in known) >= len(known) else {}
+
+
+def innermost(modules: Sequence[str]) -> str:
+    """The innermost module that holds all of these; empty where there is none."""
+    common = posixpath.commonpath([name.replace(".", "/") for name in modules]) if modules else ""
+    return common.replace("/", ".")
 
 
 def in_order(module: str) -> list[tuple[int, str]]:

@@ -18,9 +18,10 @@ from msgspec.structs import replace
 from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.bundle.manifest import TensorRTEngine, read_manifest
 from meta_deploy.errors import InputError, MetaDeployError
-from meta_deploy.graph.modules import module_of
+from meta_deploy.graph.modules import innermost, modules_of
 from meta_deploy.report.operators import WrittenOut, classes, written_out
-from meta_deploy.report.schema import AttentionRow, EngineRow, LayerRow, OperatorClass
+from meta_deploy.report.profile import by_module, sum_up
+from meta_deploy.report.schema import AttentionRow, EngineRow, LayerRow, NodeRow, OperatorClass, Profile
 from meta_deploy.targets.model_file import read_model
 from meta_deploy.targets.tensorrt.layers import Layer, LayerTensor, read_json
 from meta_deploy.targets.tensorrt.target import ENGINE, LAYERS
@@ -134,8 +135,14 @@ def with_layers(row: EngineRow, layers: Sequence[Layer], model: onnx.ModelProto 
     launched = [layer for layer in layers if not layer.synchronizes]
     kinds = {} if model is None else classes(model.graph)
     made = _sizes(launched)
-    rows = tuple(_layer_row(layer, kinds, made) for layer in launched)
-    found = () if model is None else tuple(_attentions(model, launched))
+    named = (
+        (name for layer in launched for name in layer.nodes)
+        if model is None
+        else (node.name for node in model.graph.node)
+    )
+    modules = modules_of(named)
+    rows = tuple(_layer_row(layer, kinds, modules, made) for layer in launched)
+    found = () if model is None else tuple(_attentions(model, launched, modules))
     counts: dict[str, Counter[str]] = {}
     for layer in launched:
         counts.setdefault(layer.kind, Counter())[layer.type] += 1
@@ -152,10 +159,49 @@ def with_layers(row: EngineRow, layers: Sequence[Layer], model: onnx.ModelProto 
     )
 
 
+def profile(bundle: Bundle, runs: Sequence[Mapping[str, float]]) -> Profile:
+    """Where a run goes, by the milliseconds of each layer in each run.
+
+    The layers follow each other under the profiler, so that there is nothing between them.
+    """
+    engine = of_bundle(bundle)
+    known = {layer.name: layer for layer in engine.layers}
+    means = {name: sum(run.get(name, 0.0) for run in runs) / len(runs) for name in runs[0]}
+    rows = [_node_row(name, ms, known.get(name)) for name, ms in means.items()]
+    total = sum(means.values())
+    return Profile(
+        by=f"{engine.library} {engine.version}'s profiler",
+        runs=len(runs),
+        ms=total,
+        classes=sum_up(rows, total),
+        nodes=tuple(rows),
+        modules=by_module(rows, total),
+    )
+
+
+def _node_row(name: str, ms: float, layer: LayerRow | None) -> NodeRow:
+    """A layer with its time; of one that the bundle does not tell of, that alone."""
+    return NodeRow(
+        name=name,
+        op=layer.kind if layer else "",
+        op_class=layer.op_class if layer else "other",
+        calls=1.0,
+        ms=ms,
+        inputs=layer.inputs if layer else (),
+        outputs=layer.outputs if layer else (),
+        bytes_read=layer.bytes_read if layer else None,
+        bytes_written=layer.bytes_written if layer else None,
+        flops=None,
+        module=innermost(layer.modules) if layer else "",
+    )
+
+
 # --- layers -------------------------------------------------------------------------------------------------
 
 
-def _layer_row(layer: Layer, kinds: Mapping[str, OperatorClass], made: Mapping[str, int]) -> LayerRow:
+def _layer_row(
+    layer: Layer, kinds: Mapping[str, OperatorClass], modules: Mapping[str, str], made: Mapping[str, int]
+) -> LayerRow:
     asked = {kinds[name] for name in layer.nodes if name in kinds}
     kind = _class(layer, asked)
     return LayerRow(
@@ -170,7 +216,7 @@ def _layer_row(layer: Layer, kinds: Mapping[str, OperatorClass], made: Mapping[s
         bytes_read=_bytes([*layer.inputs, *layer.constants], made),
         bytes_written=_bytes(layer.outputs, made),
         nodes=layer.nodes,
-        modules=tuple(dict.fromkeys(filter(None, map(module_of, layer.nodes)))),
+        modules=tuple(dict.fromkeys(modules[name] for name in layer.nodes if name in modules)),
     )
 
 
@@ -232,7 +278,9 @@ class _Typed(NamedTuple):
     shape: tuple[int, ...]
 
 
-def _attentions(model: onnx.ModelProto, layers: Sequence[Layer]) -> Iterator[AttentionRow]:
+def _attentions(
+    model: onnx.ModelProto, layers: Sequence[Layer], modules: Mapping[str, str]
+) -> Iterator[AttentionRow]:
     """Every attention of the graph, whether a kernel holds it whole, and why not."""
     holders: dict[str, list[Layer]] = {}
     for layer in layers:
@@ -246,7 +294,7 @@ def _attentions(model: onnx.ModelProto, layers: Sequence[Layer]) -> Iterator[Att
         fused = any(layer.attention for layer in within.values())
         yield AttentionRow(
             node=found.softmax.name,
-            module=module_of(found.softmax.name),
+            module=modules.get(found.softmax.name, ""),
             fused=fused,
             reason=None if fused else _why_not(found, typed.get, outputs),
             layers=tuple(within),

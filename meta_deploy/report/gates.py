@@ -57,6 +57,8 @@ METRICS: Mapping[str, Callable[[Entry], float | None]] = {
     "images_per_second": lambda entry: max(
         (one.images_per_second for one in entry.throughput if one.images_per_second), default=None
     ),
+    "gpu_ms": lambda entry: None if entry.gpu is None else entry.gpu.compute.median,
+    "gpu_memory_mb": lambda entry: None if entry.gpu is None else entry.gpu.memory_mb,
     "memory_mb": lambda entry: entry.peak_memory_mb,
     "files_mb": lambda entry: sum(entry.files.values()) / 1e6 if entry.files else None,
     "engine_layers": _of_engine(lambda found: found.layer_count),

@@ -20,6 +20,7 @@ def to_markdown(report: Report) -> str:
         "\n".join(f"- {_plain(sentence)}" for sentence in words.verdicts(report)),
         _comparison(report.entries),
         _note(report),
+        _on_gpu(report.entries),
         _throughput(report),
         _since(report),
         *_where(report.entries),
@@ -69,6 +70,11 @@ def _note(report: Report) -> str:
         f"{settings.warm_up} to warm up, on {images}, {settings.threads} "
         f"thread{'s' if settings.threads != 1 else ''}; memory is the peak of a process of its own.{accuracy}"
     )
+
+
+def _on_gpu(entries: Sequence[Entry]) -> str:
+    table = words.gpu_table(entries)
+    return _table(table) if len(table) > 1 else ""
 
 
 def _throughput(report: Report) -> str:

@@ -14,7 +14,7 @@ import onnx
 
 from meta_deploy.graph.modules import module_of
 from meta_deploy.report.operators import Tensor
-from meta_deploy.report.profile import RUNS, Event, assemble
+from meta_deploy.report.profile import Event, assemble
 from meta_deploy.report.schema import Profile
 from meta_deploy.targets.openvino import compile_model
 
@@ -51,7 +51,7 @@ _ABSENT = "dynamic"  # the type of an input that is left out
 
 
 def profile(
-    model: bytes, weights: bytes, hint: str, feed: Mapping[str, np.ndarray], threads: int, runs: int = RUNS
+    model: bytes, weights: bytes, hint: str, feed: Mapping[str, np.ndarray], threads: int, runs: int
 ) -> Profile:
     """Run a model with OpenVINO's counters on. They are means over all runs, so the first one counts too.
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
+from markupsafe import Markup, escape
 
 from meta_deploy import __version__
 from meta_deploy.report import plots, side_by_side, words
@@ -34,6 +36,7 @@ def to_html(report: Report) -> str:
         words=words,
         sides=side_by_side,
         few=few,
+        broken=broken,
         colours={name: f"var(--series-{i})" for i, name in enumerate(plots.CLASSES)},
         figures=_figures(report),
         roofs={entry.name: plots.roofline(report, entry) for entry in _roofed(report)},
@@ -81,3 +84,9 @@ def few(names: Sequence[str], most: int = 6) -> str:
     """The first of many, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return "; ".join(names[:most]) + more
+
+
+def broken(name: str) -> Markup:
+    """A name that a narrow column may break behind its dots, slashes and underscores."""
+    parts = re.sub(r"([./_])(?=\w)", r"\1<wbr>", str(escape(name)))
+    return Markup(f"<span>{parts}</span>")

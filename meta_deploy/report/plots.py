@@ -26,6 +26,12 @@ _VARIABLES = {_INK: "var(--ink)", _FAINT: "var(--line)"} | {
     colour: f"var(--series-{i})" for i, colour in enumerate(_SERIES)
 }
 COLOUR_OF = dict(zip(CLASSES, _SERIES, strict=True))
+# A dot is eight curves in matplotlib's SVG, from its lowest point; the second ends at the right one. As a
+# circle it takes a fifth of that, and a roofline has a thousand.
+_CIRCLE = re.compile(
+    r'<path d="M ([\d.]+) [\d.]+ \nC [^\nC]*\nC [\d.]+ [\d.]+ [\d.]+ [\d.]+ ([\d.]+) ([\d.]+) \n'
+    r'(?:C [^\nC"]*\n){6}z\n"'
+)
 _WIDTH = 5.0  # inches; a phone shows it about as large as it is drawn
 _LONGEST = 24
 _STYLE: Any = {
@@ -184,6 +190,11 @@ def _short(name: str) -> str:
     return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
 
 
+def _circle(path: re.Match[str]) -> str:
+    x, right, y = (float(path[i]) for i in (1, 2, 3))
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{right - x:.2f}"'
+
+
 def _svg(figure: Figure, title: str) -> str:
     """The figure as an SVG element without a size of its own."""
     stream = io.StringIO()
@@ -192,6 +203,7 @@ def _svg(figure: Figure, title: str) -> str:
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Title": title})
     text = stream.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = _CIRCLE.sub(_circle, text)
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, variable)
     text = re.sub(r"font: (\d+)px [^;\"]*", r"font: \1px var(--font)", text)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from msgspec.structs import asdict
+from msgspec.structs import asdict, replace
 
 from meta_deploy.graph.modules import in_order, module_of
 from meta_deploy.graph.traffic import RENAMES
@@ -33,7 +33,6 @@ from meta_deploy.report.schema import (
     Profile,
 )
 
-RUNS = 5
 _END = "_kernel_time"
 
 
@@ -52,9 +51,7 @@ class Event:
     module: str = ""
 
 
-def profile(
-    model: bytes, feed: Mapping[str, np.ndarray], options: Any, folder: Path, runs: int = RUNS
-) -> Profile:
+def profile(model: bytes, feed: Mapping[str, np.ndarray], options: Any, folder: Path, runs: int) -> Profile:
     """Run a model under ONNX Runtime's profiler on the CPU.
 
     Args:
@@ -97,6 +94,8 @@ def assemble(
         if event.micros is not None:
             met[event.name].append(event)
     rows = [_row(name, found, nodes.get(name), kinds, weights, runs) for name, found in met.items()]
+    if 2 * sum(bool(row.module) for row in rows) < len(rows):  # slashes in names that mean something else
+        rows = [replace(row, module="") for row in rows]
     ms = sum(spans) / runs / 1000
     return Profile(
         by=by,

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from meta_deploy.report.operators import Tensor
-from meta_deploy.report.profile import RUNS, Event, assemble
+from meta_deploy.report.profile import Event, assemble
 from meta_deploy.report.schema import Profile
 
 # ATen's names of operators, as ONNX has them: for their class and cost. What works element by element, and
@@ -70,7 +70,7 @@ _TYPES = {
 _KINDS = dict(onnx.TensorProto.DataType.items())
 
 
-def profile(run: Callable[[], object], runs: int = RUNS) -> Profile:
+def profile(run: Callable[[], object], runs: int) -> Profile:
     """Time each operator of a model on the CPU.
 
     Args:

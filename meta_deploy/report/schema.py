@@ -71,6 +71,20 @@ class Latency(Struct, frozen=True, kw_only=True):
     drift: float
 
 
+class GpuTime(Struct, frozen=True, kw_only=True):
+    """What a run of the model takes on the GPU, by CUDA's events, over the same rounds as `Latency.model`.
+
+    Attributes:
+        compute: between the copies; to_device, to_host: these.
+        memory_mb: of the GPU, that became less free from opening the model to the end of the rounds.
+    """
+
+    to_device: Spread
+    compute: Spread
+    to_host: Spread
+    memory_mb: float
+
+
 class Throughput(Struct, frozen=True, kw_only=True):
     """Images a second at one batch size, pre- and postprocessing included; None where `reason` says why.
 
@@ -324,6 +338,7 @@ class Entry(Struct, frozen=True, kw_only=True):
             `engine`.
         runs_on: library, version, device and precision in words.
         files: name -> bytes.
+        gpu: of engines on a GPU.
         throughput: at each batch size that was asked for.
         passes: of a bundle, what each graph pass did when it was exported, from the manifest.
         peak_memory_mb: the most memory that its own process held, from its start to the end of the timed
@@ -348,6 +363,7 @@ class Entry(Struct, frozen=True, kw_only=True):
     files: dict[str, int] = {}
     passes: tuple[PassRow, ...] = ()
     latency: Latency | None = None
+    gpu: GpuTime | None = None
     throughput: tuple[Throughput, ...] = ()
     peak_memory_mb: float | None = None
     accuracy: Accuracy | None = None
@@ -466,5 +482,5 @@ class Report(Struct, frozen=True, kw_only=True):
     entries: tuple[Entry, ...]
 
     def to_json(self) -> str:
-        """The JSON document. What is not a finite number is null."""
-        return msgspec.json.format(msgspec.json.encode(self), indent=1).decode() + "\n"
+        """The JSON document, in one line. What is not a finite number is null."""
+        return msgspec.json.encode(self).decode() + "\n"

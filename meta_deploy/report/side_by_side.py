@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import posixpath
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from meta_deploy.graph.modules import innermost
 from meta_deploy.report import words
 from meta_deploy.report.schema import CLASSES, AttentionRow, EngineRow, Entry, LayerRow
 
@@ -65,10 +65,7 @@ def modules(entries: Sequence[Entry]) -> list[Line]:
 
 def module(layer: LayerRow) -> str:
     """The innermost module that holds all nodes of a layer; empty where none is known of."""
-    if not layer.modules:
-        return ""
-    common = posixpath.commonpath([name.replace(".", "/") for name in layer.modules])
-    return common.replace("/", ".") or SEVERAL
+    return innermost(layer.modules) or (SEVERAL if layer.modules else "")
 
 
 def not_fused(engine: EngineRow) -> list[tuple[str, list[AttentionRow]]]:

@@ -16,7 +16,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from meta_deploy.bundle.bundle import Bundle, write_bundle
-from meta_deploy.bundle.manifest import BatchRange, RawManifest, TensorSpec
+from meta_deploy.bundle.manifest import BatchRange, RawManifest, TensorRTEngine, TensorSpec
 from meta_deploy.errors import BackendError, InputError
 from meta_deploy.imaging.preprocess import Preprocessor
 from meta_deploy.report.schema import PassProfile, Profile
@@ -30,9 +30,11 @@ from meta_deploy.tasks.results import Result, Timings
 
 if TYPE_CHECKING:
     from meta_deploy.export.sources.source import Source
+    from meta_deploy.report.gpu import Gauge
 
 Kind = Literal["bundle", "onnx", "checkpoint", "engine"]
 PYTORCH, TENSORRT = "pytorch", "tensorrt"
+RUNS = 5  # under a profiler, that count
 _TURN_MS = 20.0
 _MOST_IMAGES = 4096  # a batch, as in a manifest
 ENGINES = (".engine", ".plan", ".trt", ".json")
@@ -83,7 +85,11 @@ class Subject:
         cv2.setNumThreads(threads)
         self._threads, self._scratch = threads, Path(scratch)
         self.kind = kind_of(path)
-        self.predictor = _OPEN[self.kind](path, backend, threads, self._scratch)
+        self._gauge = _gauge(path) if self.kind == "bundle" and backend == TENSORRT else None
+        if self._gauge is not None:
+            self.predictor = Predictor(path, self._gauge.backend)
+        else:
+            self.predictor = _OPEN[self.kind](path, backend, threads, self._scratch)
         self.bundle = self.predictor.bundle
         self.runs_on = self.predictor.runs_on
         self._path, self._file = path, {os.path.basename(path): os.path.getsize(path)}
@@ -99,6 +105,7 @@ class Subject:
             **({} if self.kind == "bundle" else {"files": self._file}),
             **({"precision": None} if self.kind == "onnx" else {}),
             "peak_memory_mb": peak_memory_mb(),
+            "gpu": None if self._gauge is None else self._gauge.told(),
         }
 
     def result(self, index: int) -> Result:
@@ -122,10 +129,20 @@ class Subject:
         A model that is done in less than 20 ms is run again until these are over, and the run in the middle
         counts: of the first, much is the time in which caches fill.
         """
-        runs = [self.result(index).timings]
-        while sum(run.total for run in runs) < _TURN_MS:
-            runs.append(self.result(index).timings)
-        return sorted(runs, key=lambda run: run.total)[len(runs) // 2]
+        runs = [self._timed(index)]
+        while sum(run.total for run, _ in runs) < _TURN_MS:
+            runs.append(self._timed(index))
+        took, on_gpu = sorted(runs, key=lambda run: run[0].total)[len(runs) // 2]
+        if self._gauge is not None and on_gpu is not None and index >= 0:  # those before are to warm up
+            self._gauge.keep(on_gpu)
+        return took
+
+    def _timed(self, index: int) -> tuple[Timings, tuple[float, float, float] | None]:
+        """The times of one run, and those on the GPU where they are known."""
+        if self._gauge is None:
+            return self.result(index).timings, None
+        self._gauge.take()
+        return self.result(index).timings, self._gauge.take()
 
     def batch(self, index: int, size: int) -> Timings:
         """The times of a batch of so many images together, the next ones from `index` x `size` on.
@@ -151,21 +168,25 @@ class Subject:
         Raises:
             BackendError: its back end has no profiler here.
         """
-        if self.predictor.backend not in ("onnxruntime", "openvino", PYTORCH):
+        if self.predictor.backend not in ("onnxruntime", "openvino", PYTORCH, TENSORRT):
             raise BackendError(f"nodes are not profiled on {self.predictor.backend}")
         feed = self._feed or self._input(0)
+        if self._gauge is not None:
+            from meta_deploy.report import engines
+
+            return engines.profile(self.bundle, self._gauge.backend.layer_times(feed, RUNS))
         if self.predictor.backend == PYTORCH:
             from meta_deploy.report import pytorch_profile
 
-            return pytorch_profile.profile(lambda: self.predictor.run(feed))
+            return pytorch_profile.profile(lambda: self.predictor.run(feed), RUNS)
         self.predictor.close()
         if self.predictor.backend == "openvino":
             from meta_deploy.report import openvino_profile
 
-            return openvino_profile.profile(*read_parts(self.bundle), feed, self._threads)
+            return openvino_profile.profile(*read_parts(self.bundle), feed, self._threads, RUNS)
         from meta_deploy.report.profile import profile
 
-        return profile(read_model(self.bundle), feed, session_options(self._threads), self._scratch)
+        return profile(read_model(self.bundle), feed, session_options(self._threads), self._scratch, RUNS)
 
     def pass_profiles(self) -> tuple[PassProfile, ...]:
         """Where the time goes before and after each graph pass, on the first image, on ONNX Runtime.
@@ -235,6 +256,16 @@ def random_feed(bundle: Bundle) -> dict[str, np.ndarray]:
 
 
 # --- opening ------------------------------------------------------------------------------------------------
+
+
+def _gauge(path: str) -> Gauge | None:
+    """The engine of a bundle for TensorRT, timed on the GPU; None for other bundles."""
+    bundle = Bundle.open(path)
+    if not isinstance(bundle.engine, TensorRTEngine):
+        return None
+    from meta_deploy.report.gpu import Gauge
+
+    return Gauge(bundle)
 
 
 def _open_bundle(path: str, backend: str, threads: int, scratch: Path) -> Predictor:

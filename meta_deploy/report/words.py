@@ -57,6 +57,17 @@ def ratio(found: Ratio | None) -> str:
     return "" if found is None else f"{found.value:.3f} ({found.low:.3f} to {found.high:.3f})"
 
 
+def gpu_table(entries: Sequence[Entry]) -> list[list[str]]:
+    """What runs take on the GPU, with a heading; the heading alone where no entry was timed there."""
+    table = [["on the GPU", "computing, ms", "p5", "p90", "copying in", "copying out", "memory, MB"]]
+    for entry in entries:
+        if (found := entry.gpu) is not None:
+            times = (found.compute.median, found.compute.p5, found.compute.p90)
+            copies = (found.to_device.median, found.to_host.median)
+            table.append([entry.name, *map(ms, (*times, *copies)), f"{found.memory_mb:,.0f}"])
+    return table
+
+
 def throughput(entry: Entry, batch: int) -> str:
     """Images a second at a batch size, or why not: "41.3", "it takes batches of 1"."""
     found = next((one for one in entry.throughput if one.batch == batch), None)

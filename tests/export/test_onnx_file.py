@@ -69,6 +69,20 @@ def test_a_raw_bundle_answers_as_the_file(here):
             np.testing.assert_allclose(predictor.run(feed)["scores"], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_nodes_are_named_by_the_modules_that_the_files_metadata_tells(here):
+    proto = network()
+    for each, module in zip(
+        proto.graph.node, ("stem", "stem", "head.pool", "head.pool", "head.fc"), strict=True
+    ):
+        each.name = each.op_type
+        scopes = f"['', '{module.split('.')[0]}', '{module}', 'an operator']"
+        each.metadata_props.add(key="pkg.torch.onnx.name_scopes", value=scopes)
+    bundle = export(saved(proto), out="b", check=False)
+    names = [each.name for each in onnx.load(bundle.path / "model.onnx").graph.node]
+    assert names[0] == "stem/Conv"
+    assert names[-1] == "head.fc/MatMul"
+
+
 def test_open_sizes_are_compared_at_two(here):
     found = export(saved(network(size="side")), out="b").manifest
     assert found.verification["images"] == 2

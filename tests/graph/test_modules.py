@@ -3,7 +3,7 @@
 import pytest
 from onnx import helper as h
 
-from meta_deploy.graph.modules import inherit_modules, module_of, name_by_module
+from meta_deploy.graph.modules import inherit_modules, innermost, module_of, modules_of, name_by_module
 from tests.tiny_models import exported
 
 
@@ -28,6 +28,7 @@ def test_the_exporter_tells_the_module(scopes, name):
     if scopes is not None:
         node.metadata_props.add(key="pkg.torch.onnx.name_scopes", value=scopes)
     name_by_module([node])
+    name_by_module([node])  # as where an export's own file is exported again
     assert node.name == name
 
 
@@ -40,6 +41,17 @@ def test_a_path_of_the_older_exporter_is_a_module():
     assert module_of("/backbone/blocks/blocks.0/attn/MatMul_3") == "backbone.blocks.0.attn"
     assert module_of("/a/b/Conv") == "a.b"
     assert module_of("/a/ab.0/Conv") == "a.ab.0"
+
+
+def test_slashes_in_the_names_of_a_few_nodes_are_no_modules():
+    assert modules_of(["a.b/x", "/c/d/y", "z"]) == {"a.b/x": "a.b", "/c/d/y": "c.d"}
+    assert modules_of(["node_1", "matmul_3/joined", "x"]) == {}
+
+
+def test_the_innermost_module_holds_all():
+    assert innermost(["a.b.c", "a.b.d"]) == innermost(["a.b"]) == "a.b"
+    assert innermost(["a.bc", "a.bd"]) == "a"
+    assert innermost(["a", "b"]) == innermost([]) == ""
 
 
 def test_new_nodes_inherit_from_what_they_replace():

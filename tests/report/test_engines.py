@@ -10,14 +10,17 @@ from onnx import TensorProto, helper, numpy_helper
 from meta_deploy.bundle.bundle import write_bundle
 from meta_deploy.cli.report import main
 from meta_deploy.errors import InputError
-from meta_deploy.report import engines, machine, side_by_side
-from meta_deploy.report.compare import report
+from meta_deploy.report import engines, machine, side_by_side, words
+from meta_deploy.report.compare import image_files, report
 from meta_deploy.report.engines import of_file, with_layers
 from meta_deploy.report.markdown import to_markdown
 from meta_deploy.report.page import to_html
+from meta_deploy.report.schema import Entry
+from meta_deploy.report.subject import Subject
 from meta_deploy.targets.tensorrt.layers import Layer, LayerTensor, to_json
 from tests.bundles_by_hand import ENGINE, detector, manifest
 from tests.small_graphs import model, value
+from tests.targets.gpu_stand_in import engine_bytes, install
 
 HALF, FLOAT = TensorProto.FLOAT16, TensorProto.FLOAT
 NAMES = {HALF: "Half", FLOAT: "Float"}
@@ -271,6 +274,33 @@ def test_on_a_machine_with_a_gpu_what_failed_is_an_error(folder, small_images, m
     assert "CUDA" in bundle.error or "GPU" in bundle.error
     assert bundle.engine.layer_count == 1
     assert (alone.error, alone.not_timed) == (None, "an engine by itself is not run; name its bundle")
+
+
+def test_rounds_on_a_gpu_are_timed_by_its_events(small_images, tmp_path, monkeypatch):
+    _, library = install(monkeypatch)
+    content = manifest("instance-segmentation", (64, 64), target="tensorrt-rtx", engine=ENGINE)
+    plan = engine_bytes(detector((64, 64)), content.input)
+    files = {"model.onnx": detector((64, 64)), "model.engine": plan, "layers.json": to_json(APART)}
+    write_bundle(tmp_path / "b", content, files)
+    images = image_files(small_images)
+    library.layers = {"pv_2": 2.0, "soft_1": 1.0, "new": 0.5}
+    subject = Subject(str(tmp_path / "b"), "tensorrt", 1, images, tmp_path)
+    assert subject.facts()["gpu"] is None
+    for index in range(-2, 5):
+        subject.timings(index)
+    found = subject.facts()["gpu"]
+    assert [found.to_device.median, found.compute.p99, found.to_host.median] == [1, 10, 5]
+    assert found.memory_mb == pytest.approx((4 * 3 * 64 * 64 + 4 + 5 * (16 + 4 + 4 + 4 * 28 * 28)) / 1e6)
+    profile = subject.profile()
+    subject.predictor.close()
+    assert (profile.ms, profile.runs) == (pytest.approx(3.5), 5)
+    assert [(row.name, row.op, row.op_class, row.ms) for row in profile.nodes] == [
+        ("pv_2", "gemm", "matrix product", 2.0),
+        ("soft_1", "kgen", "element-wise", 1.0),
+        ("new", "", "other", 0.5),  # which the bundle's own engine has not
+    ]
+    entry = Entry(name="b", path="b", kind="bundle", backend="tensorrt", gpu=found)
+    assert words.gpu_table([entry])[1] == ["b", "10.0", "10.0", "10.0", "1.00", "5.00", "0"]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from meta_deploy.report.schema import (
     Accuracy,
     EngineRow,
     Entry,
+    GpuTime,
     Latency,
     Machine,
     Ratio,
@@ -175,6 +176,7 @@ def test_every_metric_is_a_number_of_some_entry():
             logit_error=0.5,
         ),
         engine=ENGINE,
+        gpu=GpuTime(memory_mb=1.0, **dict.fromkeys(("to_device", "compute", "to_host"), full.latency.total)),
         throughput=(Throughput(batch=1, images_per_second=2.0), Throughput(batch=9, reason="no")),
     )
     assert all(isinstance(get(full), float) for get in METRICS.values())

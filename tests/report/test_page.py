@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from meta_deploy.bundle.manifest import PassRow
 from meta_deploy.report import plots, words
 from meta_deploy.report.markdown import to_markdown
-from meta_deploy.report.page import TOP, slowest, to_html
+from meta_deploy.report.page import TOP, broken, slowest, to_html
 from meta_deploy.report.profile import by_module, sum_up
 from meta_deploy.report.schema import (
     Accuracy,
@@ -188,7 +188,7 @@ class Tags(html.parser.HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.count[tag] = self.count.get(tag, 0) + 1
         self.references += [v for k, v in attrs if k in ("src", "href", "xlink:href", "data", "action")]
-        if tag not in ("meta", "link", "br", "input", "img"):
+        if tag not in ("meta", "link", "br", "wbr", "input", "img"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
@@ -228,8 +228,12 @@ def test_modules_are_a_column_and_a_table(made):
     assert "| `net` | 4.00 (40 %) |" in text
     assert "| `net.b` | 2.00 (20 %) |" in text
     page = to_html(told)
-    assert '<td>n</td><td class="left">net.a</td>' in page
+    assert '<td><span>n</span></td><td class="left">net.a</td>' in page
     assert "3 modules that take at least 1 %" in page
+
+
+def test_names_may_be_broken_at_their_dots_and_stay_text():
+    assert broken("a.b_1/<c>") == "<span>a.<wbr>b_<wbr>1/&lt;c&gt;</span>"
 
 
 def test_names_are_text_on_the_page(page):
@@ -243,6 +247,20 @@ def test_plots_take_their_colours_from_the_page(page):
     assert not colours
     assert "var(--ink)" in svg[0]
     assert "<text" in svg[0]  # text and not outlines, so that it can be found
+
+
+def test_dots_are_circles_where_matplotlib_had_them(made):
+    first = made.entries[0]
+    nodes = tuple(node(f"n{i}", "Conv", "convolution", ms, 4000, 10**i) for i, ms in ((6, 6.0), (7, 0.1)))
+    svg = plots.roofline(made, replace(first, profile=replace(first.profile, nodes=nodes)))
+    box = re.search(r'<clipPath id="\w+">\s*<rect x="(.*?)" y="(.*?)" width="(.*?)" height="(.*?)"', svg)
+    left, top, width, height = map(float, box.groups())
+    (x6, y6, r6), (x7, y7, r7) = (
+        tuple(map(float, dot)) for dot in re.findall(r'<circle cx="(.*?)" cy="(.*?)" r="(.*?)"', svg)
+    )
+    assert left < x6 < x7 < left + width  # more FLOPs a byte
+    assert top < y7 < y6 < top + height  # and more a second
+    assert r6**2 / r7**2 == pytest.approx((6 + 300 * 0.6) / (6 + 300 * 0.01), rel=0.02)  # areas are times
 
 
 def test_accuracy_by_annotations_is_plotted_against_latency(made):

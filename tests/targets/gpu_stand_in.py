@@ -72,7 +72,8 @@ class Bindings(ModuleType):
     def __init__(self, name="NVIDIA GeForce RTX 4090", capability=(8, 9)):
         super().__init__("cuda.bindings.runtime")
         self.properties = SimpleNamespace(name=name.encode(), major=capability[0], minor=capability[1])
-        self.device, self.host, self.streams, self.graphs = {}, {}, {}, {}
+        self.device, self.host, self.streams, self.graphs, self.events = {}, {}, {}, {}, {}
+        self.clock = 0.0  # of the GPU, in ms: a copy takes 1, a computation 10
         self.recording = {}  # by stream, what is recorded instead of done
         self.contexts = 0  # of TensorRT's, alive
         self.engines = 0
@@ -86,7 +87,9 @@ class Bindings(ModuleType):
 
     def held(self):
         """How much of each thing is allocated."""
-        counts = {name: len(getattr(self, name)) for name in ("device", "host", "streams", "graphs")}
+        counts = {
+            name: len(getattr(self, name)) for name in ("device", "host", "streams", "graphs", "events")
+        }
         counts |= {"contexts": self.contexts, "engines": self.engines}
         return {name: count for name, count in counts.items() if count}
 
@@ -151,6 +154,7 @@ class Bindings(ModuleType):
         def copy():
             device, host = self.device[on_gpu][:size], self.host[pinned][:size]
             assert len(device) == len(host) == size
+            self.clock += 1
             np.copyto(*((device, host) if kind == 1 else (host, device)))
 
         self.put(stream, copy)
@@ -186,6 +190,37 @@ class Bindings(ModuleType):
         for do in self.graphs[graph]:
             self.put(stream, do)
 
+    @bound(1)
+    def cudaEventCreate(self):
+        handle = self._new()
+        self.events[handle] = None  # has not happened
+        return handle
+
+    @bound(0)
+    def cudaEventDestroy(self, event):
+        del self.events[event]
+
+    @bound(0)
+    def cudaEventRecord(self, event, stream):
+        assert int(stream) not in self.recording, "an event of another time would be recorded"
+        self.events[event] = None
+
+        def happen():
+            self.events[event] = self.clock
+
+        self.put(stream, happen)
+
+    @bound(1)
+    def cudaEventElapsedTime(self, first, second):
+        began, ended = self.events[first], self.events[second]
+        assert began is not None, "the event has not happened"
+        assert ended is not None, "the event has not happened"
+        return ended - began
+
+    def cudaMemGetInfo(self):
+        taken = sum(array.size for array in self.device.values())
+        return Code("cudaSuccess"), 10**9 - taken, 10**9
+
     def cudaGetErrorString(self, code):
         return Code("cudaSuccess"), TEXTS.get(code.name, b"an illegal memory access was encountered")
 
@@ -210,6 +245,9 @@ class Library(ModuleType):
     TensorIOMode = SimpleNamespace(INPUT="in", OUTPUT="out")
     CudaGraphStrategy = SimpleNamespace(DISABLED=0, WHOLE_GRAPH_CAPTURE=1)
 
+    class IProfiler:
+        pass
+
     class ILogger:
         INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
 
@@ -217,6 +255,7 @@ class Library(ModuleType):
         super().__init__("tensorrt_rtx" if rtx else "tensorrt")
         self.bindings, self.rtx, self.__version__ = bindings, rtx, version
         self.loads = 0
+        self.layers, self.profiled = {}, 0  # what a profiler is told, and how often it was
         self.refuse = None  # what fails: load, context, address, shape, run, capture
         self.kernels = b"compiled"  # what a runtime cache holds after a run
         self.kernels_found = None
@@ -317,6 +356,7 @@ class Context:
     def __init__(self, engine, config):
         self.engine, self.library = engine, engine.library
         self.addresses, self.given, self.shapes = {}, {}, {}
+        self.profiler = None
         self.library.graph_strategy = config.cuda_graph_strategy if config else None
         self.library.bindings.contexts += 1
 
@@ -351,8 +391,13 @@ class Context:
             return False
         assert set(self.addresses) == set(self.engine.values)
         addresses, given = dict(self.addresses), dict(self.given)
+        if self.profiler is not None:
+            self.library.profiled += 1
+            for name, ms in self.library.layers.items():  # slower at first
+                self.profiler.report_layer_time(name, ms + 100 * (self.library.profiled == 1))
 
         def kernels():
+            bindings.clock += 10
             memory = bindings.device
             inputs = {}
             for name, shape in given.items():

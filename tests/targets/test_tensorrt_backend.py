@@ -17,7 +17,7 @@ from meta_deploy.bundle.manifest import TensorRTEngine
 from meta_deploy.errors import BackendError, BundleError
 from meta_deploy.targets import open_backend
 from meta_deploy.targets.tensorrt import cache as engine_cache
-from meta_deploy.targets.tensorrt.backend import gpu_name, misfit
+from meta_deploy.targets.tensorrt.backend import TensorRTBackend, gpu_name, misfit
 from meta_deploy.targets.tensorrt.library import Here
 from tests.bundles_by_hand import ENGINE, detector, manifest, segmenter
 from tests.targets.gpu_stand_in import engine_bytes, install
@@ -110,6 +110,34 @@ def test_batches_and_sizes_within_the_range_share_the_buffers(gpu, make):
         for batch, size in ((1, (32, 64)), (4, (256, 256)), (2, (64, 32)), (1, (32, 64))):
             same(bundle, backend, images(batch, size))
         assert gpu.bindings.calls.count("cudaMalloc") == allocated
+
+
+def test_runs_are_timed_on_the_gpu_between_their_copies(gpu, make):
+    with TensorRTBackend(make(gpu), timed=True) as backend:
+        backend.take_gpu_ms()  # of the run that it was opened with
+        run(backend, images())
+        assert backend.take_gpu_ms() == (1, 10, 5)  # an image, the computation, five outputs
+        run(backend, images())
+        run(backend, images())
+        assert backend.take_gpu_ms() == (2, 20, 10)
+        assert backend.take_gpu_ms() == (0, 0, 0)
+
+
+def test_runs_that_nobody_times_have_no_events(gpu, make):
+    with open_backend(make(gpu), "tensorrt") as backend:
+        run(backend, images())
+    assert not [call for call in gpu.bindings.calls if "Event" in call]
+
+
+def test_the_profiler_tells_each_layers_time_in_each_run_but_the_first(gpu, make):
+    gpu.layers = {"conv": 2.0, "mha": 3.0}
+    bundle = make(gpu)
+    with open_backend(bundle, "tensorrt") as backend:
+        assert backend.layer_times({"images": images()}, 3) == [{"conv": 2.0, "mha": 3.0}] * 3
+        same(bundle, backend, images(seed=1))  # and runs on as before
+        gpu.layers = {}
+        with pytest.raises(BackendError, match="tells no times of layers"):
+            backend.layer_times({"images": images()}, 1)
 
 
 def test_a_segmenter_of_any_size(gpu, make):

@@ -31,6 +31,7 @@ from meta_deploy.export.samples import ArraySamples, ImageSamples, Samples
 from meta_deploy.export.shapes import ANY, OpenInput, choose_shapes, open_inputs
 from meta_deploy.export.sources.source import CLASS_NAMES, Source
 from meta_deploy.export.verify import OnnxRun
+from meta_deploy.graph.modules import name_by_module
 from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.ort import onnxruntime
 from meta_deploy.tasks import TASKS, get_task
@@ -58,6 +59,7 @@ class OnnxSource(Source):
         self.reference = f"{escaped(path.name)} on ONNX Runtime {onnxruntime.__version__}, as it is"
         self.name = escaped(path.stem)[:MAX_NAME]
         self.proto = read_onnx(path)
+        name_by_module(self.proto.graph.node)
         self._note = note
         if options.check:
             self._original  # noqa: B018  (what ONNX Runtime cannot load is told before anything else)

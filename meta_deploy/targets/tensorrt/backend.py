@@ -6,6 +6,7 @@ Knows engines, buffers and streams; must not know how engines are built, nor tas
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import threading
 import weakref
@@ -44,8 +45,12 @@ class TensorRTBackend(Backend):
 
     name = "tensorrt"
 
-    def __init__(self, bundle: Bundle):
+    def __init__(self, bundle: Bundle, timed: bool = False):
         """Load the engine onto the GPU and run it once, so that what can fail fails here.
+
+        Args:
+            bundle: with an engine.
+            timed: have `take_gpu_ms` tell the times of runs.
 
         Raises:
             BackendError: the bundle has no engine, none that fits this machine, no library, GPU or memory.
@@ -61,7 +66,7 @@ class TensorRTBackend(Backend):
             contract.check(*_values(engine, here.trt))
             contract.check_range(_profiles(engine, here.trt))
             self._contract = contract
-            self._runner = _Runner(engine, here, sha256, contract, stack)
+            self._runner = _Runner(engine, here, sha256, contract, stack, timed)
             # Also runs when the last reference goes, and before the interpreter ends.
             self._free = weakref.finalize(self, stack.pop_all().close)
 
@@ -70,6 +75,24 @@ class TensorRTBackend(Backend):
         outputs = self._runner.run(inputs)
         self._contract.check_outputs(inputs, outputs)
         return outputs
+
+    def take_gpu_ms(self) -> tuple[float, float, float]:
+        """What the runs since the last call took on the GPU, by CUDA's events: copying in, computing, copying
+        out; zeros without `timed`."""
+        with self._runner.lock:
+            took, self._runner.gpu_ms = self._runner.gpu_ms, (0.0, 0.0, 0.0)
+        return took
+
+    def layer_times(self, inputs: Mapping[str, np.ndarray], runs: int) -> list[dict[str, float]]:
+        """Milliseconds of each layer in each run, by name as they ran, by TensorRT's profiler.
+
+        Layers wait for each other here, which they need not do else.
+
+        Raises:
+            BackendError: TensorRT does not tell.
+        """
+        self._contract.check_inputs(inputs)
+        return self._runner.layer_times(inputs, runs)
 
     def close(self) -> None:
         with self._runner.lock:
@@ -220,6 +243,20 @@ class _Buffer:
         return math.prod(shape) * self.dtype.itemsize
 
 
+def _watch(trt: Any) -> Any:
+    class Watch(trt.IProfiler):
+        """Gathers the times of a run's layers."""
+
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+            self.times: dict[str, float] = {}
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            self.times[layer_name] = self.times.get(layer_name, 0.0) + ms
+
+    return Watch()
+
+
 class _Kernels:
     """The kernels that TensorRT-RTX compiles for this GPU while it runs an engine, kept between processes."""
 
@@ -245,7 +282,15 @@ class _Runner:
     All that must be given back goes onto the `stack`, which the caller closes, under `lock` if others run.
     """
 
-    def __init__(self, engine: Any, here: Here, sha256: str, contract: Contract, stack: contextlib.ExitStack):
+    def __init__(
+        self,
+        engine: Any,
+        here: Here,
+        sha256: str,
+        contract: Contract,
+        stack: contextlib.ExitStack,
+        timed: bool = False,
+    ):
         self.lock = threading.Lock()
         self._trt, self._cuda, self._machine, self._what = here.trt, here.cuda, here.machine, contract.what
         self._profiles = _profiles(engine, here.trt)
@@ -253,6 +298,8 @@ class _Runner:
         self._graph: Any = None
         self._stream = self._cuda.stream_create()
         stack.callback(_quietly, self._cuda.stream_destroy, self._stream)
+        self.gpu_ms = 0.0, 0.0, 0.0
+        self._events = [self._event(stack) for _ in range(4)] if timed else []
         config = engine.create_runtime_config() if hasattr(engine, "create_runtime_config") else None
         self._own_graphs = hasattr(config, "cuda_graph_strategy")  # TensorRT-RTX, and for every shape
         kernels = _Kernels(config, sha256, here.machine) if hasattr(config, "create_runtime_cache") else None
@@ -287,6 +334,34 @@ class _Runner:
                 _quietly(self._cuda.synchronize, self._stream)
                 raise
             return {name: self._buffers[name].view(self._shape_of(name)).copy() for name in self._promised}
+
+    def layer_times(self, inputs: Mapping[str, np.ndarray], runs: int) -> list[dict[str, float]]:
+        """As the back end's, in an execution context of its own: under a profiler no graph is launched."""
+        with self.lock:
+            if self._context is None:
+                raise BackendError(_CLOSED)
+            self._cuda.activate()
+            self._run(inputs)  # leaves them on the GPU
+            engine = self._context.engine
+            config = (engine.create_runtime_config(),) if self._own_graphs else ()
+            context = engine.create_execution_context(*config)
+            if context is None:
+                raise BackendError(f"{self._machine.title} has no memory left to profile {self._what}")
+            watch = _watch(self._trt)
+            context.profiler = watch
+            for name, array in inputs.items():
+                self._require(partial(context.set_input_shape, name, array.shape), "take the shape of")
+            for name, buffer in self._buffers.items():
+                self._require(partial(context.set_tensor_address, name, buffer.device), "run")
+            found = []
+            for _ in range(1 + runs):  # what is slow the first time does not count
+                watch.times = {}
+                self._require(lambda: context.execute_async_v3(int(self._stream)), "run")
+                self._cuda.synchronize(self._stream)
+                found.append(watch.times)
+            if not found[-1]:
+                raise BackendError(f"{self._machine.title} tells no times of layers")
+            return found[1:]
 
     def _make_context(self, engine: Any, config: Any) -> Any:
         if self._own_graphs:
@@ -329,21 +404,39 @@ class _Runner:
             )
         return shape
 
+    def _event(self, stack: contextlib.ExitStack) -> Any:
+        event = self._cuda.event_create()
+        stack.callback(_quietly, self._cuda.event_destroy, event)
+        return event
+
+    def _mark(self, index: int) -> None:
+        """Note on the stream how far the run is, where it is timed."""
+        if self._events:
+            self._cuda.event_record(self._events[index], self._stream)
+
     def _run(self, inputs: Mapping[str, np.ndarray]) -> None:
         """Copy in, compute, copy out, wait."""
         self._set_shapes({name: array.shape for name, array in inputs.items()})
         for name, array in inputs.items():
+            np.copyto(self._buffers[name].view(array.shape), array)
+        self._mark(0)
+        for name, array in inputs.items():
             given = self._buffers[name]
-            np.copyto(given.view(array.shape), array)
             self._cuda.to_device(given.device, given.host, given.size(array.shape), self._stream)
+        self._mark(1)
         if self._graph is None:
             self._enqueue()
         else:
             self._cuda.graph_launch(self._graph, self._stream)
+        self._mark(2)
         for name in self._outputs:
             buffer = self._buffers[name]
             self._cuda.to_host(buffer.host, buffer.device, buffer.size(self._shape_of(name)), self._stream)
+        self._mark(3)
         self._cuda.synchronize(self._stream)
+        if self._events:
+            a, b, c = (self._cuda.elapsed_ms(*pair) for pair in itertools.pairwise(self._events))
+            self.gpu_ms = self.gpu_ms[0] + a, self.gpu_ms[1] + b, self.gpu_ms[2] + c
 
     def _enqueue(self) -> None:
         self._require(lambda: self._context.execute_async_v3(int(self._stream)), "run")

@@ -122,6 +122,24 @@ class Cuda:
     def graph_destroy(self, graph: Any) -> None:
         self._call("cudaGraphExecDestroy", graph)
 
+    def event_create(self) -> Any:
+        return self._call("cudaEventCreate")
+
+    def event_destroy(self, event: Any) -> None:
+        self._call("cudaEventDestroy", event)
+
+    def event_record(self, event: Any, stream: Any) -> None:
+        """Put the event on the stream: it happens when all before it is done."""
+        self._call("cudaEventRecord", event, stream)
+
+    def elapsed_ms(self, first: Any, second: Any) -> float:
+        """Milliseconds on the GPU between two events that have happened."""
+        return float(self._call("cudaEventElapsedTime", first, second))
+
+    def free_memory(self) -> int:
+        """Bytes of the GPU's memory that nobody holds."""
+        return int(self._call("cudaMemGetInfo"))
+
     def _call(self, function: str, *arguments: Any) -> Any:
         try:
             code, *values = getattr(self._api, function)(*arguments)
