@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from meta_deploy.bundle.manifest import InputSpec
+from meta_deploy.export.decompose import decomposed
 from meta_deploy.export.operators import TRANSLATIONS
 from meta_deploy.graph.modules import name_by_module
 
@@ -48,7 +49,7 @@ def export_onnx(model: nn.Module, spec: InputSpec, operators: str = "native") ->
         outputs = program.call_spec.out_spec
         assert outputs is not None
         exported = torch.onnx.export(
-            program,
+            decomposed(program),
             dynamo=True,
             optimize=False,
             opset_version=OPSET,
