@@ -473,6 +473,18 @@ def test_a_depth_is_said_once_and_differing_ones_are_a_warning(here, infer):
     one_line(*infer("0.png", "--depth", "33"), "1 to 32")
 
 
+def test_numbers_that_are_not_finite_are_no_depth(here, infer):
+    ramp = np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64)
+    Image.fromarray(ramp).save("0.tif")
+    ramp[0, 0] = np.nan
+    Image.fromarray(ramp).save("1.tif")
+    code, _, err = infer("0.tif", "1.tif", "--json")
+    assert code == 0
+    assert "'0.tif' holds 32-bit float values, taken as 0 to 1" in err
+    assert "'1.tif' holds numbers that are not finite" in err
+    assert "different bit depths" not in err
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_a_full_disk_under_standard_output_is_one_line(here, bundles):
     with open("/dev/full", "w") as full:
@@ -483,7 +495,9 @@ def test_a_full_disk_under_standard_output_is_one_line(here, bundles):
             text=True,
         )
     assert process.returncode == 2
-    assert process.stderr.splitlines()[-1].startswith("meta-infer: No space left on device; free space")
+    assert process.stderr.splitlines()[-1].startswith(
+        "meta-infer: cannot write standard output: No space left on device; free space"
+    )
 
 
 def test_an_interrupt_is_one_line_and_leaves_no_half_file(here, infer, monkeypatch):
@@ -770,6 +784,13 @@ def test_what_an_earlier_run_wrote_is_no_input(here, infer):
     assert infer("b-overlay.png", "a-labels.png", "--json")[1].count('"path"') == 2
 
 
+def test_what_was_written_for_a_name_of_two_lines_is_no_input(here, infer):
+    (here / "lines").mkdir()
+    shutil.copy("b.png", "lines/two\nlines.png")
+    assert infer("lines", "--out", "lines", "--label-image")[0] == 0
+    assert infer("lines", "--json")[1].count('"path"') == 1
+
+
 def test_tiles_far_smaller_than_the_models_input_are_a_warning(here, infer):
     large = manifest("instance-segmentation", (128, 128))
     write_bundle(here / "large", large, {"model.onnx": detector((128, 128))})
@@ -895,7 +916,8 @@ def test_standard_output_that_cannot_be_written_costs_no_file(here, bundles, out
     with open(writer, "w") as pipe, open("/dev/full" if out == "full" else os.devnull, "w") as full:
         stdout = pipe if out == "pipe" else full
         process = subprocess.run(shlex.split(line), stdout=stdout, stderr=subprocess.PIPE, text=True)
-    said = "" if out == "pipe" else "meta-infer: No space left on device; free space or write elsewhere\n"
+    why = "cannot write standard output: No space left on device; free space or write elsewhere"
+    said = "" if out == "pipe" else f"meta-infer: {why}\n"
     assert (process.returncode, process.stderr) == (141 if out == "pipe" else 2, said)
     assert len({row["file"] for row in rows_of("t.csv")}) == 2
     assert json.loads((here / "c.json").read_text())
