@@ -321,6 +321,8 @@ def _check(args: Namespace, sources: Sequence[Source], bundle: Bundle) -> None:
             raise InputError(
                 f"{option} is for objects and classes; bundle '{bundle.path}' gives plain arrays"
             )
+    if args.score_threshold is not None and bundle.task not in ("detection", "instance-segmentation"):
+        raise InputError(f"--score-threshold is for detections, and bundle '{bundle.path}' gives none")
     if args.label_format and not args.label_image:
         raise InputError("--label-format is for label images; give --label-image too")
     if args.label_image and bundle.task == "detection":

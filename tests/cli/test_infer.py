@@ -960,6 +960,8 @@ def test_tables_and_label_images_that_cannot_be_are_one_line(here, infer):
     ):
         one_line(*infer("a.jpg", option, model="raw-image"), said, "plain arrays")
     one_line(*infer("a.jpg", "--tile-overlap", "9"), "needs a tile size")
+    for model in ("segmenter", "raw-image"):
+        one_line(*infer("a.jpg", "--score-threshold", "0.5", model=model), "threshold is for detections")
     for side in ("-1", "8", "2000000", "99999999999"):
         one_line(*infer("a.jpg", "--tile", side), "from 16 to 1048576, or 0 for none", side)
     for overlap in ("-1", "64", "99999999999"):
