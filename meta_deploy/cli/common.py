@@ -203,8 +203,8 @@ def bit_depth(text: str) -> int:
 
 
 def _up_to(most: int, text: str) -> int:
-    value = positive_int(text)
-    if value > most:
+    value = int(text) if re.fullmatch("[0-9]{1,10}", text) else 0
+    if not 1 <= value <= most:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1 to {most}")
     return value
 

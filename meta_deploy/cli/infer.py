@@ -244,6 +244,7 @@ def _claims(args: Namespace, sources: Sequence[Source], out: str | None) -> Clai
         InputError: one of these, or the folder `out`, is one that is read or in it.
     """
     from meta_deploy.bundle.claims import Claims
+    from meta_deploy.bundle.manifest import MANIFEST
     from meta_deploy.bundle.shipped import locate
     from meta_deploy.errors import InputError
 
@@ -252,10 +253,11 @@ def _claims(args: Namespace, sources: Sequence[Source], out: str | None) -> Clai
     for source in sources:
         claims.add(source.path, "an input")
     bundle = locate(args.model)
-    claims.add(bundle, "the bundle")
-    with contextlib.suppress(OSError):  # what is no bundle is told later
-        for entry in os.scandir(bundle):
-            claims.add(entry.path, "the bundle")  # by links it may be elsewhere
+    if os.path.exists(os.path.join(bundle, MANIFEST)):  # what is no bundle is told later
+        claims.add(bundle, "the bundle")
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(bundle):
+                claims.add(entry.path, "the bundle")  # by links it may be elsewhere
     for name, option in ((args.coco_json, "--coco-json"), (args.csv, "--csv")):
         if name is not None:
             claims.write(name, option)

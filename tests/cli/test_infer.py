@@ -470,7 +470,8 @@ def test_a_depth_is_said_once_and_differing_ones_are_a_warning(here, infer):
     first, second = json.loads(out)["images"]
     assert first["detections"][0]["score"] > 0.97
     assert second["detections"][0]["name"] == "star"  # of 0.6; the disc's is a quarter of white
-    one_line(*infer("0.png", "--depth", "33"), "1 to 32")
+    for depth in ("0", "33", "x"):
+        one_line(*infer("0.png", "--depth", depth), f"'{depth}' is not a whole number from 1 to 32")
 
 
 def test_numbers_that_are_not_finite_are_no_depth(here, infer):
@@ -809,6 +810,11 @@ def test_places_without_room_for_a_file_are_said_to_be(here, infer):
 
 def test_a_bundle_that_is_not_there_tells_those_that_ship(here, infer):
     one_line(*infer("a.jpg", model=here / "nuclei-x"), "nuclei-x", "(nuclei, nuclei-semantic)")
+
+
+def test_a_folder_that_is_no_bundle_is_told_to_be_none_also_around_the_outputs(here, infer):
+    one_line(*infer("a.jpg", "--csv", "t.csv", model=here), "is not a bundle: it has no manifest.json")
+    assert sorted(path.name for path in here.iterdir()) == ["a.jpg", "b.png", "more"]
 
 
 # --- tables, label images, tiles ---
