@@ -129,6 +129,12 @@ class ImageFile:
         """
         import cv2
 
+        channels = self._tag(277, 1)
+        if channels > 1 and self._tag(284, 1) == 2:  # OpenCV would take the planes for interleaved samples
+            raise ImageError(
+                f"{self.name} stores {channels} channels one after the other, which is not read at {bits} "
+                "bits; save them interleaved, or one of them"
+            )
         assert self._stream is not None
         self._stream.seek(0)
         content = np.frombuffer(self._stream.read(), np.uint8)
@@ -138,7 +144,6 @@ class ImageFile:
             raise ImageError(f"{self.name} is damaged or of a kind not read here; {_CONVERT}") from error
         if samples is None and self._is_cut(content):
             raise ImageError(f"{self.name} is cut short; get the file again")
-        channels = self._tag(277, 1)
         # Of several channels that are declared grey OpenCV makes one, at 16 bits of the wrong samples.
         if channels not in (1, 3, 4) or (channels > 1 and samples is not None and samples.ndim == 2):
             raise ImageError(

@@ -157,6 +157,15 @@ def test_channels_that_are_no_colours_are_refused(channels, dtype):
         load(content)
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_planes_are_not_taken_for_interleaved_samples(dtype):
+    planes = np.stack([EIGHT, EIGHT[::-1], 255 - EIGHT]).astype(dtype)
+    content = tiff(planes.reshape(20, 30, 3), t284=2)
+    with pytest.raises(ImageError, match=r"stores 3 channels one after the other, .* save them interleaved"):
+        load(content)
+    load(tiff(planes[0], t284=2))  # one plane is one plane
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_floats_without_a_number_are_refused(value):
     with pytest.raises(ImageError, match="no finite number"):
