@@ -186,6 +186,7 @@ def _infer(args: Namespace) -> int:
     from meta_deploy.cli.outputs import CocoFile, LabelImages, Overlays, Report, TableFile, folder_for
     from meta_deploy.imaging.sources import expand
     from meta_deploy.runtime.stream import predict
+    from meta_deploy.tasks import get_task
 
     sources = expand(args.inputs, lambda line: tell(f"meta-infer: {line}"))
     other = args.json or args.coco_json or args.csv
@@ -206,6 +207,7 @@ def _infer(args: Namespace) -> int:
         labels = LabelImages(
             folder if args.label_image else None, sources, claims, args.label_format or "png"
         )
+        rows.begin(get_task(predictor.bundle.task).columns, args.label_image)
         older = (args.coco_json, args.csv)
         with Overlays(folder, sources, claims, raw, older) as overlays, report:
             for frame in predict(predictor, sources, batch):

@@ -948,6 +948,15 @@ def test_a_table_alone_makes_no_overlays_and_has_a_row_an_object(here, infer):
     assert (here / "t.csv").read_text().startswith("file,frame,object,class,score,area,")
 
 
+@pytest.mark.parametrize("model", ["detector", "segmenter"])
+def test_a_table_has_its_header_where_nothing_could_be_read(here, infer, model):
+    (here / "empty.png").touch()
+    for options in ((), ("--label-image",)):
+        assert infer("empty.png", "--csv", "empty.csv", *options, model=model)[0] == 2
+        assert infer("a.jpg", "--csv", "t.csv", *options, model=model)[0] == 0
+        assert (here / "empty.csv").read_text().splitlines() == (here / "t.csv").read_text().splitlines()[:1]
+
+
 def test_frames_of_a_video_are_numbered_in_the_table(here, infer):
     clip("clip.mp4", 3)
     assert infer("clip.mp4", "--csv", "t.csv")[0] == 0
