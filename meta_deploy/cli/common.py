@@ -147,7 +147,8 @@ def _guarded(main_fn: Callable[[], int | None], prog: str) -> int:
         return EXIT_PIPE
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-            return _fail(prog, f"{error.strerror}; free space or write elsewhere", EXIT_INPUT)
+            where = "cannot write standard output: " if error is output_error() else ""
+            return _fail(prog, f"{where}{error.strerror}; free space or write elsewhere", EXIT_INPUT)
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
         hint = "please report it with the output of META_DEPLOY_DEBUG=1"
         return _fail(prog, f"internal error: {what}; {hint}", EXIT_FAULT)
@@ -202,8 +203,8 @@ def bit_depth(text: str) -> int:
 
 
 def _up_to(most: int, text: str) -> int:
-    value = positive_int(text)
-    if value > most:
+    value = int(text) if re.fullmatch("[0-9]{1,10}", text) else 0
+    if not 1 <= value <= most:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1 to {most}")
     return value
 

@@ -186,6 +186,7 @@ def _infer(args: Namespace) -> int:
     from meta_deploy.cli.outputs import CocoFile, LabelImages, Overlays, Report, TableFile, folder_for
     from meta_deploy.imaging.sources import expand
     from meta_deploy.runtime.stream import predict
+    from meta_deploy.tasks import get_task
 
     sources = expand(args.inputs, lambda line: tell(f"meta-infer: {line}"))
     other = args.json or args.coco_json or args.csv
@@ -206,6 +207,7 @@ def _infer(args: Namespace) -> int:
         labels = LabelImages(
             folder if args.label_image else None, sources, claims, args.label_format or "png"
         )
+        rows.begin(get_task(predictor.bundle.task).columns, args.label_image)
         older = (args.coco_json, args.csv)
         with Overlays(folder, sources, claims, raw, older) as overlays, report:
             for frame in predict(predictor, sources, batch):
@@ -244,6 +246,7 @@ def _claims(args: Namespace, sources: Sequence[Source], out: str | None) -> Clai
         InputError: one of these, or the folder `out`, is one that is read or in it.
     """
     from meta_deploy.bundle.claims import Claims
+    from meta_deploy.bundle.manifest import MANIFEST
     from meta_deploy.bundle.shipped import locate
     from meta_deploy.errors import InputError
 
@@ -252,10 +255,11 @@ def _claims(args: Namespace, sources: Sequence[Source], out: str | None) -> Clai
     for source in sources:
         claims.add(source.path, "an input")
     bundle = locate(args.model)
-    claims.add(bundle, "the bundle")
-    with contextlib.suppress(OSError):  # what is no bundle is told later
-        for entry in os.scandir(bundle):
-            claims.add(entry.path, "the bundle")  # by links it may be elsewhere
+    if os.path.exists(os.path.join(bundle, MANIFEST)):  # what is no bundle is told later
+        claims.add(bundle, "the bundle")
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(bundle):
+                claims.add(entry.path, "the bundle")  # by links it may be elsewhere
     for name, option in ((args.coco_json, "--coco-json"), (args.csv, "--csv")):
         if name is not None:
             claims.write(name, option)
@@ -321,6 +325,8 @@ def _check(args: Namespace, sources: Sequence[Source], bundle: Bundle) -> None:
             raise InputError(
                 f"{option} is for objects and classes; bundle '{bundle.path}' gives plain arrays"
             )
+    if args.score_threshold is not None and bundle.task not in ("detection", "instance-segmentation"):
+        raise InputError(f"--score-threshold is for detections, and bundle '{bundle.path}' gives none")
     if args.label_format and not args.label_image:
         raise InputError("--label-format is for label images; give --label-image too")
     if args.label_image and bundle.task == "detection":

@@ -283,8 +283,13 @@ class TableFile:
     def __init__(self, path: str | None):
         self._stack = contextlib.ExitStack()
         self._stream = None if path is None else self._stack.enter_context(atomic_write(path))
-        self._empty = True
+        self._columns: list[str] = []
         self.count = 0  # of rows
+
+    def begin(self, columns: Sequence[str], label_images: bool) -> None:
+        """Write the header: what tells the image, and the `columns` of its rows."""
+        self._columns = ["file", "frame", *(["label_image"] if label_images else []), *columns]
+        self._write(lambda writer: writer.writeheader())
 
     def add(self, frame: Frame, shown: Result, label_image: Path | None = None) -> None:
         """Write one frame's rows, with its file's name, its number in a video, and its label image."""
@@ -294,15 +299,15 @@ class TableFile:
         where = {"file": str(frame.source.path), "frame": "" if frame.index is None else frame.index}
         if label_image is not None:
             where["label_image"] = str(label_image)
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, [*where, *shown.columns])
-        if self._empty:
-            writer.writeheader()
-            self._empty = False
         rows = shown.table(frame.picture.whole)
-        writer.writerows(where | row for row in rows)
+        self._write(lambda writer: writer.writerows(where | row for row in rows))
         self.count += len(rows)
-        self._stream.write(text.getvalue().encode(errors="backslashreplace"))
+
+    def _write(self, fill: Callable[[csv.DictWriter], object]) -> None:
+        if self._stream is not None:
+            text = io.StringIO(newline="")
+            fill(csv.DictWriter(text, self._columns))
+            self._stream.write(text.getvalue().encode(errors="backslashreplace"))
 
     def __enter__(self) -> TableFile:
         return self

@@ -46,7 +46,7 @@ def check_depth(depth: int | None) -> None:
 
 def to_8_bits(
     values: np.ndarray, depth: int | None = None, declared: int | None = None, inverted: bool = False
-) -> tuple[np.ndarray, Note | None]:
+) -> tuple[np.ndarray, list[Note]]:
     """Samples of any integer or float dtype as uint8 of the same shape, and what was decided, if anything.
 
     `depth` and `declared` are bits: white is 2**bits - 1; one bit is floats from 0 to 1. Values that depth
@@ -72,10 +72,11 @@ def to_8_bits(
         note = Note("clipped", f"{depth} bits", text)
     if inverted:
         np.subtract(255, out, out=out)
+    notes = [note] if note is not None else []
     if infinite:
         bad = "holds numbers that are not finite (NaN or infinite), which are taken as 0"
-        note = Note("depth", "not finite", f"{bad}; {note.text}" if note else bad)
-    return out, note
+        notes.insert(0, Note("finite", "not", bad))
+    return out, notes
 
 
 def _extremes(values: np.ndarray) -> tuple[float, float]:

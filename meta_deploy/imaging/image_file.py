@@ -87,9 +87,8 @@ class ImageFile:
                 )
             if samples.dtype.kind == "f" and not np.isfinite(samples).any():
                 raise ImageError(f"{self.name} holds no finite number, only NaN or infinity; write it again")
-            shallow, note = to_8_bits(samples, depth, declared, inverted)
-            if note is not None:
-                self.notes.append(replace(note, text=f"{self.name} {note.text}"))
+            shallow, notes = to_8_bits(samples, depth, declared, inverted)
+            self.notes.extend(replace(note, text=f"{self.name} {note.text}") for note in notes)
             return Image.fromarray(shallow), factor
         image, left = self._image, factor
         assert image is not None
@@ -101,12 +100,12 @@ class ImageFile:
         return image, left
 
     def _deep_samples(self) -> tuple[np.ndarray | None, int | None]:
-        """Samples (H, W) or RGB and their declared bits, if they have more than 8 bits; else None."""
+        """Samples (H, W) or RGB and their declared bits where Pillow cannot give all of them; else None."""
         image = self._image
         if self._tags is not None:
             bits, kind = max(_tuple(self._tags.get(258, 1))), self._tag(339, 1)
             colours = self._tag(262, 1)
-            if (bits <= 8 and kind == 1) or (image is not None and colours > 2):
+            if image is not None and ((bits <= 8 and kind == 1) or colours > 2):
                 return None, None
             values = (v for t in (281, 341) for v in _tuple(self._tags.get(t, ())))
             most = max((int(v) for v in values if 0 < v < 2**bits), default=0)  # else it says nothing
@@ -130,6 +129,12 @@ class ImageFile:
         """
         import cv2
 
+        channels = self._tag(277, 1)
+        if channels > 1 and self._tag(284, 1) == 2:  # OpenCV would take the planes for interleaved samples
+            raise ImageError(
+                f"{self.name} stores {channels} channels one after the other, which is not read at {bits} "
+                "bits; save them interleaved, or one of them"
+            )
         assert self._stream is not None
         self._stream.seek(0)
         content = np.frombuffer(self._stream.read(), np.uint8)
@@ -139,6 +144,11 @@ class ImageFile:
             raise ImageError(f"{self.name} is damaged or of a kind not read here; {_CONVERT}") from error
         if samples is None and self._is_cut(content):
             raise ImageError(f"{self.name} is cut short; get the file again")
+        # Of several channels that are declared grey OpenCV makes one, at 16 bits of the wrong samples.
+        if channels not in (1, 3, 4) or (channels > 1 and samples is not None and samples.ndim == 2):
+            raise ImageError(
+                f"{self.name} has {channels} channels and is not RGB; save one of them, or an RGB picture"
+            )
         if samples is None or samples.dtype.itemsize * 8 < bits or samples.shape[:2] != self.size:
             raise ImageError(
                 f"{self.name} has {bits}-bit{' float' if self._tag(339, 1) == 3 else ''} samples "

@@ -20,7 +20,7 @@ VIDEO_SUFFIXES = frozenset((".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".m
 # fmt: on
 ARRAY_SUFFIXES = frozenset((".npz",))
 # What meta-infer writes for an input.
-_WRITTEN = r".*-(overlay(-\d+)?\.(jpg|png|mp4)|labels(-\d+)?\.(png|tif)|outputs(-\d+)?\.npz)"
+_WRITTEN = r"(?s:.*)-(overlay(-\d+)?\.(jpg|png|mp4)|labels(-\d+)?\.(png|tif)|outputs(-\d+)?\.npz)"
 
 
 @dataclass(frozen=True)

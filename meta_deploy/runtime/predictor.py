@@ -101,7 +101,7 @@ class Predictor:
             self._preprocess = Preprocessor(self.bundle.input, self.bundle.preprocess)
         self.slide = self._step(slide)
         if self.slide is not None:
-            if tile:
+            if tile or tile_overlap is not None:
                 raise InputError("an image is run in tiles or in sliding windows, not both; choose one")
             self.tile, self.tile_overlap = None, 0
 

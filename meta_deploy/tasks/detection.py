@@ -220,6 +220,7 @@ class Detection(Task):
     """Boxes without masks."""
 
     name = "detection"
+    columns = Detections.columns
     outputs: ClassVar[Mapping[str, Output]] = {
         "num_detections": Output("int32", ("batch",)),
         "boxes": Output("float32", ("batch", "most", 4)),

@@ -100,6 +100,7 @@ class SemanticSegmentation(Task):
     """A class for every pixel."""
 
     name = "semantic-segmentation"
+    columns = Segmentation.columns
     slides = True
     outputs: ClassVar[Mapping[str, Output]] = {
         "logits": Output("float32", ("batch", "classes", "rows", "columns"))

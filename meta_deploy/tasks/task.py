@@ -34,12 +34,14 @@ class Task(ABC):
         name: as the manifest calls it.
         joins: whether results of an image's tiles can be joined.
         slides: whether outputs of sliding windows can be averaged.
+        columns: of the results' tables; none where they have none.
         outputs: what the graph gives, by name. Empty for `raw`, whose manifests list their own.
     """
 
     name: ClassVar[str]
     joins: ClassVar[bool] = True
     slides: ClassVar[bool] = False
+    columns: ClassVar[tuple[str, ...]] = ()
     outputs: ClassVar[Mapping[str, Output]]
 
     @abstractmethod

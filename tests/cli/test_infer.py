@@ -470,7 +470,20 @@ def test_a_depth_is_said_once_and_differing_ones_are_a_warning(here, infer):
     first, second = json.loads(out)["images"]
     assert first["detections"][0]["score"] > 0.97
     assert second["detections"][0]["name"] == "star"  # of 0.6; the disc's is a quarter of white
-    one_line(*infer("0.png", "--depth", "33"), "1 to 32")
+    for depth in ("0", "33", "x"):
+        one_line(*infer("0.png", "--depth", depth), f"'{depth}' is not a whole number from 1 to 32")
+
+
+def test_numbers_that_are_not_finite_are_no_depth(here, infer):
+    ramp = np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64)
+    Image.fromarray(ramp).save("0.tif")
+    ramp[0, 0] = np.nan
+    Image.fromarray(ramp).save("1.tif")
+    code, _, err = infer("0.tif", "1.tif", "--json")
+    assert code == 0
+    assert "'0.tif' holds 32-bit float values, taken as 0 to 1" in err
+    assert "'1.tif' holds numbers that are not finite" in err
+    assert "different bit depths" not in err
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
@@ -483,7 +496,9 @@ def test_a_full_disk_under_standard_output_is_one_line(here, bundles):
             text=True,
         )
     assert process.returncode == 2
-    assert process.stderr.splitlines()[-1].startswith("meta-infer: No space left on device; free space")
+    assert process.stderr.splitlines()[-1].startswith(
+        "meta-infer: cannot write standard output: No space left on device; free space"
+    )
 
 
 def test_an_interrupt_is_one_line_and_leaves_no_half_file(here, infer, monkeypatch):
@@ -770,6 +785,13 @@ def test_what_an_earlier_run_wrote_is_no_input(here, infer):
     assert infer("b-overlay.png", "a-labels.png", "--json")[1].count('"path"') == 2
 
 
+def test_what_was_written_for_a_name_of_two_lines_is_no_input(here, infer):
+    (here / "lines").mkdir()
+    shutil.copy("b.png", "lines/two\nlines.png")
+    assert infer("lines", "--out", "lines", "--label-image")[0] == 0
+    assert infer("lines", "--json")[1].count('"path"') == 1
+
+
 def test_tiles_far_smaller_than_the_models_input_are_a_warning(here, infer):
     large = manifest("instance-segmentation", (128, 128))
     write_bundle(here / "large", large, {"model.onnx": detector((128, 128))})
@@ -788,6 +810,11 @@ def test_places_without_room_for_a_file_are_said_to_be(here, infer):
 
 def test_a_bundle_that_is_not_there_tells_those_that_ship(here, infer):
     one_line(*infer("a.jpg", model=here / "nuclei-x"), "nuclei-x", "(nuclei, nuclei-semantic)")
+
+
+def test_a_folder_that_is_no_bundle_is_told_to_be_none_also_around_the_outputs(here, infer):
+    one_line(*infer("a.jpg", "--csv", "t.csv", model=here), "is not a bundle: it has no manifest.json")
+    assert sorted(path.name for path in here.iterdir()) == ["a.jpg", "b.png", "more"]
 
 
 # --- tables, label images, tiles ---
@@ -895,7 +922,8 @@ def test_standard_output_that_cannot_be_written_costs_no_file(here, bundles, out
     with open(writer, "w") as pipe, open("/dev/full" if out == "full" else os.devnull, "w") as full:
         stdout = pipe if out == "pipe" else full
         process = subprocess.run(shlex.split(line), stdout=stdout, stderr=subprocess.PIPE, text=True)
-    said = "" if out == "pipe" else "meta-infer: No space left on device; free space or write elsewhere\n"
+    why = "cannot write standard output: No space left on device; free space or write elsewhere"
+    said = "" if out == "pipe" else f"meta-infer: {why}\n"
     assert (process.returncode, process.stderr) == (141 if out == "pipe" else 2, said)
     assert len({row["file"] for row in rows_of("t.csv")}) == 2
     assert json.loads((here / "c.json").read_text())
@@ -920,6 +948,15 @@ def test_a_table_alone_makes_no_overlays_and_has_a_row_an_object(here, infer):
     assert (here / "t.csv").read_text().startswith("file,frame,object,class,score,area,")
 
 
+@pytest.mark.parametrize("model", ["detector", "segmenter"])
+def test_a_table_has_its_header_where_nothing_could_be_read(here, infer, model):
+    (here / "empty.png").touch()
+    for options in ((), ("--label-image",)):
+        assert infer("empty.png", "--csv", "empty.csv", *options, model=model)[0] == 2
+        assert infer("a.jpg", "--csv", "t.csv", *options, model=model)[0] == 0
+        assert (here / "empty.csv").read_text().splitlines() == (here / "t.csv").read_text().splitlines()[:1]
+
+
 def test_frames_of_a_video_are_numbered_in_the_table(here, infer):
     clip("clip.mp4", 3)
     assert infer("clip.mp4", "--csv", "t.csv")[0] == 0
@@ -938,6 +975,8 @@ def test_tables_and_label_images_that_cannot_be_are_one_line(here, infer):
     ):
         one_line(*infer("a.jpg", option, model="raw-image"), said, "plain arrays")
     one_line(*infer("a.jpg", "--tile-overlap", "9"), "needs a tile size")
+    for model in ("segmenter", "raw-image"):
+        one_line(*infer("a.jpg", "--score-threshold", "0.5", model=model), "threshold is for detections")
     for side in ("-1", "8", "2000000", "99999999999"):
         one_line(*infer("a.jpg", "--tile", side), "from 16 to 1048576, or 0 for none", side)
     for overlap in ("-1", "64", "99999999999"):

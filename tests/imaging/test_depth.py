@@ -147,6 +147,25 @@ def test_floats_that_are_no_numbers_are_black_and_said():
     assert "not finite (NaN or infinite)" in picture.notes[0].text
 
 
+@pytest.mark.parametrize(
+    ("channels", "dtype"),
+    [(2, np.uint8), (2, np.uint16), (3, np.uint8), (3, np.int16), (4, np.uint16), (5, np.float32)],
+)
+def test_channels_that_are_no_colours_are_refused(channels, dtype):
+    content = tiff(np.stack([EIGHT] * channels, -1).astype(dtype), t262=1)
+    with pytest.raises(ImageError, match=f"has {channels} channels and is not RGB; save one of them, or an"):
+        load(content)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_planes_are_not_taken_for_interleaved_samples(dtype):
+    planes = np.stack([EIGHT, EIGHT[::-1], 255 - EIGHT]).astype(dtype)
+    content = tiff(planes.reshape(20, 30, 3), t284=2)
+    with pytest.raises(ImageError, match=r"stores 3 channels one after the other, .* save them interleaved"):
+        load(content)
+    load(tiff(planes[0], t284=2))  # one plane is one plane
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_floats_without_a_number_are_refused(value):
     with pytest.raises(ImageError, match="no finite number"):

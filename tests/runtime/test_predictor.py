@@ -517,6 +517,14 @@ def test_windows_that_cannot_be_are_refused(bundles, name, options, said):
         Predictor(bundles / name, **options)
 
 
+def test_windows_have_no_tile_overlap(bundles, tmp_path):
+    bundle = Bundle.open(bundles / "segmenter")
+    files = {name: (bundle.path / name).read_bytes() for name in bundle.manifest.files}
+    own = write_bundle(tmp_path / "own", replace(bundle.manifest, tile=100, files={}), files)
+    with pytest.raises(InputError, match="not both"):
+        Predictor(own, slide=True, tile_overlap=8)
+
+
 def test_what_is_joined_does_not_hang_on_what_is_shown(bundles, photo):
     with Predictor(bundles / "detector", tile=64, score_threshold=0.0) as everything:
         expected = everything(photo).filter(0.5).to_dict()
