@@ -129,7 +129,7 @@ def report(
         machine=about,
         settings=settings,
         roofline=roof,
-        disturbances=machine.disturbances(about, drifts),
+        disturbances=machine.disturbances(about, drifts) if drifts else (),
         baseline=None if before is None or baseline is None else compared(baseline, before, entries, about),
         gates=tuple(condition.hold(entries, earlier) for condition in conditions),
         disagreements=seen.drawn(),

@@ -306,7 +306,7 @@ def _why_not(found: WrittenOut, typed: Callable[[str], _Typed | None], outputs: 
     q, v = typed(found.above[-1].input[0]), typed(found.below[-1].input[1])
     weights, softmax = typed(found.softmax.input[0]), found.softmax
     if q is not None and q.type not in _LOW:
-        name = onnx.TensorProto.DataType.Name(q.type).lower()
+        name = onnx.helper.tensor_dtype_to_np_dtype(q.type).name
         return f"it computes in {name}, and TensorRT fuses attention in float16 and bfloat16 alone"
     between = [n.op_type for n in (*found.above[:-1], *found.below[:-1]) if n.op_type not in _FUSED_BETWEEN]
     if between:

@@ -20,6 +20,12 @@ class Line(NamedTuple):
     values: list[str]
     differs: bool
 
+    @property
+    def distance(self) -> int:
+        """How far apart the least and the largest are, of values that are counts."""
+        counts = [int(value) for value in self.values if value]
+        return max(counts) - min(counts)
+
 
 def _line(title: str, values: Sequence[str]) -> Line:
     return Line(title, list(values), len(set(filter(None, values))) > 1)

@@ -85,7 +85,7 @@ def test_an_attention_in_one_kernel_is_fused():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"kind": FLOAT}, "it computes in float, and"),
+        ({"kind": FLOAT}, "it computes in float32, and"),
         ({"width": 8}, "its heads have 8 channels"),
         ({"width": 264}, "its heads have 264 channels"),
         ({"between": "Tanh"}, "Tanh stands between its products and its softmax"),
@@ -238,6 +238,9 @@ def test_what_differs_between_engines_is_marked(made):
 def test_page_and_markdown_show_engines_without_any_latency(made):
     text = to_markdown(made)
     assert "| fused | no GPU here |" in text
+    assert "| `block.attn` | 1 | 3 | " in text
+    assert "rounds" not in text  # nothing was timed, and nothing could be disturbed
+    assert made.disturbances == ()
     assert "| attentions fused | **1 of 1** | **0 of 1** |" in text
     assert "apart, attention not fused: `block.attn/soft`: its heads have 8 channels" in text
     page = to_html(made)
