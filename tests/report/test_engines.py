@@ -17,6 +17,7 @@ from meta_deploy.report.markdown import to_markdown
 from meta_deploy.report.page import to_html
 from meta_deploy.report.schema import Entry
 from meta_deploy.report.subject import Subject
+from meta_deploy.report.trace import to_trace
 from meta_deploy.targets.tensorrt.layers import Layer, LayerTensor, to_json
 from tests.bundles_by_hand import ENGINE, detector, manifest
 from tests.small_graphs import model, value
@@ -243,6 +244,7 @@ def test_page_and_markdown_show_engines_without_any_latency(made):
     assert made.disturbances == ()
     assert "| attentions fused | **1 of 1** | **0 of 1** |" in text
     assert "apart, attention not fused: `block.attn/soft`: its heads have 8 channels" in text
+    assert '"apart: no GPU here"' in to_trace(made)
     page = to_html(made)
     assert page.count("no GPU here") >= 5
     assert "apart: 3 layers" in page

@@ -314,6 +314,8 @@ def test_the_first_run_is_not_counted():
     found = interpret(events, graph, "by hand")
     assert (found.runs, found.ms) == (2, 0.017)
     assert found.nodes[0].ms == 0.015
+    best = interpret(events, graph, "by hand", best=True)
+    assert (best.runs, best.ms, best.nodes[0].ms) == (1, 0.012, 0.01)
     assert live_peak([], graph) is None
 
 
