@@ -46,24 +46,6 @@ _ALONE = (
     "an engine by itself tells its layers on its GPU alone; name its bundle, or the .json file that "
     "trtexec --exportLayerInfo writes"
 )
-_NOTHING_KNOWN = EngineRow(
-    compute_capabilities=(),
-    kinds={},
-    **dict.fromkeys(  # type: ignore[arg-type]
-        (
-            *(
-                "library",
-                "version",
-                "gpu",
-                "layer_count",
-                "generated_kernels",
-                "reformats",
-                "fused_attentions",
-            ),
-            *("attention_count", "activation_mb", "weights_mb", "plan_mb", "seconds"),
-        )
-    ),
-)
 _LOW = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 
 
@@ -99,7 +81,6 @@ def _of_manifest(bundle: Bundle) -> EngineRow:
         compute_capabilities=section.compute_capabilities,
         layer_count=section.layers,
         generated_kernels=section.generated_kernels,
-        reformats=None,
         fused_attentions=section.fused_attention,
         attention_count=section.attention,
         kinds=section.kernels,
@@ -130,8 +111,8 @@ def of_file(path: str | os.PathLike[str]) -> EngineRow:
     except OSError as error:
         raise InputError(f"cannot read '{path}': {error.strerror}") from error
     if Path(path).suffix.lower() == ".json":
-        return with_layers(_NOTHING_KNOWN, read_json(content, f"'{path}'"))
-    row = replace(_NOTHING_KNOWN, plan_mb=len(content) / 1e6)
+        return with_layers(EngineRow(), read_json(content, f"'{path}'"))
+    row = EngineRow(plan_mb=len(content) / 1e6)
     try:
         library, version, layers = inspect(content, f"'{path}'")
     except BackendError as error:
@@ -166,7 +147,7 @@ def with_layers(row: EngineRow, layers: Sequence[Layer], model: onnx.ModelProto 
         layer_count=len(rows),
         generated_kernels=sum(layer.generated for layer in launched),
         reformats=sum(one.reformat for one in rows),
-        fused_attentions=sum(layer.attention for layer in launched),
+        fused_attentions=sum(one.fused for one in found) or sum(layer.attention for layer in launched),
         attention_count=len(found) if found else row.attention_count,
         kinds={kind: dict(sorted(counts[kind].items())) for kind in sorted(counts)},
         layers=rows,

@@ -10,12 +10,12 @@ from onnx import TensorProto, helper, numpy_helper
 from meta_deploy.bundle.bundle import write_bundle
 from meta_deploy.cli.report import main
 from meta_deploy.errors import InputError
-from meta_deploy.report import engines, machine, side_by_side, words
+from meta_deploy.report import machine, side_by_side, words
 from meta_deploy.report.compare import image_files, report
 from meta_deploy.report.engines import of_file, with_layers
 from meta_deploy.report.markdown import to_markdown
 from meta_deploy.report.page import to_html
-from meta_deploy.report.schema import Entry
+from meta_deploy.report.schema import EngineRow, Entry
 from meta_deploy.report.subject import Subject
 from meta_deploy.report.trace import to_trace
 from meta_deploy.targets.tensorrt.layers import Layer, LayerTensor, to_json
@@ -70,7 +70,7 @@ FUSED = [
     layer("mha_0", "kgen", "_gemm_mha_v2_0x34", ["block.attn/qk", "block.attn/soft", "node_of_y"]),
     layer("signal_1", "signal", ""),
 ]
-UNKNOWN = engines._NOTHING_KNOWN
+UNKNOWN = EngineRow()
 
 
 # --- attention ---
