@@ -212,7 +212,7 @@ def _layer_row(
         bytes_read=_bytes([*layer.inputs, *layer.constants], made),
         bytes_written=_bytes(layer.outputs, made),
         nodes=layer.nodes,
-        modules=tuple(dict.fromkeys(modules[name] for name in layer.nodes if name in modules)),
+        modules=tuple(dict.fromkeys(filter(None, map(modules.get, layer.nodes)))),
     )
 
 

@@ -18,10 +18,10 @@ import numpy as np
 import onnx
 from msgspec.structs import asdict, replace
 
-from meta_deploy.graph.modules import in_order, module_of
+from meta_deploy.graph.modules import are_modules, in_order, module_of
 from meta_deploy.graph.traffic import RENAMES
 from meta_deploy.ort import onnxruntime
-from meta_deploy.report.operators import Call, Tensor, classes, cost
+from meta_deploy.report.operators import Call, Tensor, class_of, classes, cost
 from meta_deploy.report.schema import (
     CLASSES,
     ClassRow,
@@ -106,7 +106,7 @@ def assemble(
         if event.micros is not None:
             met[event.name].append(event)
     rows = [_row(name, found, nodes.get(name), kinds, weights, runs) for name, found in met.items()]
-    if 2 * sum(bool(row.module) for row in rows) < len(rows):  # slashes in names that mean something else
+    if not are_modules([row.module for row in rows]):
         rows = [replace(row, module="") for row in rows]
     ms = sum(spans) / runs / 1000
     return Profile(
@@ -174,7 +174,7 @@ def _row(
     return NodeRow(
         name=name,
         op=first.op,
-        op_class=kinds.get(name, "other"),
+        op_class=kinds.get(name) or class_of(first.op),  # ONNX Runtime writes some nodes without their name
         calls=len(found) / runs,
         ms=sum(event.micros or 0 for event in found) / runs / 1000,
         inputs=tuple(map(str, first.inputs)),

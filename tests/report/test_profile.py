@@ -319,6 +319,17 @@ def test_the_first_run_is_not_counted():
     assert live_peak([], graph) is None
 
 
+def test_a_node_that_the_graph_does_not_name_has_its_operators_class():
+    graph = model([make_node("Relu", ["x"], ["y"], name="n")], [value("x", [2])]).graph
+    events = []
+    for i in range(2):
+        events.append({"cat": "Session", "name": "model_run", "ts": 1000 * i, "dur": 20})
+        events.append(event("n", 1000 * i + 1, 5, "Relu"))
+        events.append(event("Sqrt_7", 1000 * i + 7, 5, "Sqrt"))  # as ONNX Runtime calls one without a name
+    (_, sqrt) = interpret(events, graph, "by hand").nodes
+    assert (sqrt.name, sqrt.op_class) == ("Sqrt_7", "element-wise")
+
+
 # --- the roof -----------------------------------------------------------------------------------------------
 
 
