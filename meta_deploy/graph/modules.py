@@ -50,14 +50,20 @@ def module_of(name: str) -> str:
     return ".".join(path)
 
 
-def modules_of(names: Iterable[str]) -> dict[str, str]:
-    """The module of each of a graph's nodes that tells one, by the node's name.
+def are_modules(found: Sequence[str]) -> bool:
+    """Whether `module_of` gives modules of a graph's nodes, or parts of names with slashes of other meaning.
 
-    None where fewer than half of them do: their slashes mean something else.
+    They are modules where most nodes have one, or where most of them are paths ("blocks.0"), as in graphs to
+    which a library has added many nodes.
     """
-    known = list(names)
-    found = {name: module for name in known if (module := module_of(name))}
-    return found if 2 * sum(name in found for name in known) >= len(known) else {}
+    known = [module for module in found if module]
+    return 2 * len(known) >= len(found) or 2 * sum("." in module for module in known) >= len(known)
+
+
+def modules_of(names: Iterable[str]) -> dict[str, str]:
+    """The module of each of a graph's nodes that tells one, by the node's name."""
+    found = {name: module_of(name) for name in names}
+    return found if are_modules(list(found.values())) else {}
 
 
 def innermost(modules: Sequence[str]) -> str:

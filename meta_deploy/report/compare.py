@@ -87,6 +87,8 @@ def report(
     asked = _asked(paths, backends)
     if runs < LEAST_ROUNDS:
         raise InputError(f"{runs} runs are too few for an interval; take at least {LEAST_ROUNDS}")
+    if wrong := [size for size in batches if size < 1]:
+        raise InputError(f"a batch of {wrong[0]} images cannot be run; take sizes of 1 and more")
     pictures, truth = _pictures(images, annotations, count)
     settings = Settings(
         images=tuple(pictures),
@@ -129,7 +131,7 @@ def report(
         machine=about,
         settings=settings,
         roofline=roof,
-        disturbances=machine.disturbances(about, drifts),
+        disturbances=machine.disturbances(about, drifts) if drifts else (),
         baseline=None if before is None or baseline is None else compared(baseline, before, entries, about),
         gates=tuple(condition.hold(entries, earlier) for condition in conditions),
         disagreements=seen.drawn(),

@@ -17,12 +17,13 @@ from msgspec.structs import replace
 
 from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.bundle.manifest import TensorRTEngine, read_manifest
-from meta_deploy.errors import InputError, MetaDeployError
+from meta_deploy.errors import BackendError, InputError, MetaDeployError
 from meta_deploy.graph.modules import innermost, modules_of
 from meta_deploy.report.operators import WrittenOut, classes, written_out
 from meta_deploy.report.profile import by_module, sum_up
 from meta_deploy.report.schema import AttentionRow, EngineRow, LayerRow, NodeRow, OperatorClass, Profile
 from meta_deploy.targets.model_file import read_model
+from meta_deploy.targets.tensorrt.backend import inspect
 from meta_deploy.targets.tensorrt.layers import Layer, LayerTensor, read_json
 from meta_deploy.targets.tensorrt.target import ENGINE, LAYERS
 
@@ -42,26 +43,8 @@ _FUSED_BETWEEN = (
 )
 _LEAST_WIDTH, _MOST_WIDTH = 9, 256  # of a head; NVIDIA says 16 to 256, and narrower ones are padded to 16
 _ALONE = (
-    "an engine by itself cannot be opened without a GPU; name its bundle, or the .json file that "
+    "an engine by itself tells its layers on its GPU alone; name its bundle, or the .json file that "
     "trtexec --exportLayerInfo writes"
-)
-_NOTHING_KNOWN = EngineRow(
-    compute_capabilities=(),
-    kinds={},
-    **dict.fromkeys(  # type: ignore[arg-type]
-        (
-            *(
-                "library",
-                "version",
-                "gpu",
-                "layer_count",
-                "generated_kernels",
-                "reformats",
-                "fused_attentions",
-            ),
-            *("attention_count", "activation_mb", "weights_mb", "plan_mb", "seconds"),
-        )
-    ),
 )
 _LOW = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 
@@ -81,16 +64,23 @@ def of_bundle(bundle: Bundle) -> EngineRow:
     Raises:
         MetaDeployError: what it keeps of its layers tells none.
     """
+    row = _of_manifest(bundle)
+    if LAYERS not in bundle.manifest.files:
+        return replace(row, no_layers="the bundle does not hold its engine's layers; export it again")
+    layers = read_json(bundle.read(LAYERS), f"{LAYERS} of bundle '{bundle.path}'")
+    return with_layers(row, layers, _graph(bundle))
+
+
+def _of_manifest(bundle: Bundle) -> EngineRow:
     section = bundle.engine
     assert isinstance(section, TensorRTEngine)
-    row = EngineRow(
+    return EngineRow(
         library=section.library,
         version=section.version,
         gpu=section.gpu,
         compute_capabilities=section.compute_capabilities,
         layer_count=section.layers,
         generated_kernels=section.generated_kernels,
-        reformats=None,
         fused_attentions=section.fused_attention,
         attention_count=section.attention,
         kinds=section.kernels,
@@ -99,13 +89,14 @@ def of_bundle(bundle: Bundle) -> EngineRow:
         plan_mb=section.plan_mb,
         seconds=section.seconds,
     )
-    if LAYERS not in bundle.manifest.files:
-        return replace(row, no_layers="the bundle does not hold its engine's layers; export it again")
-    layers = read_json(bundle.read(LAYERS), f"{LAYERS} of bundle '{bundle.path}'")
+
+
+def _graph(bundle: Bundle) -> onnx.ModelProto:
+    """The graph that the engine was built from, with nodes named as TensorRT's parser calls them."""
     model = onnx.load_model_from_string(read_model(bundle))
     for node in model.graph.node:
-        node.name = node.name or f"node_of_{node.output[0]}"  # as TensorRT's parser calls it
-    return with_layers(row, layers, model)
+        node.name = node.name or f"node_of_{node.output[0]}"
+    return model
 
 
 def of_file(path: str | os.PathLike[str]) -> EngineRow:
@@ -116,12 +107,17 @@ def of_file(path: str | os.PathLike[str]) -> EngineRow:
         InputError: it cannot be read, or tells no layers.
     """
     try:
-        if Path(path).suffix.lower() != ".json":
-            return replace(_NOTHING_KNOWN, plan_mb=os.path.getsize(path) / 1e6, no_layers=_ALONE)
         content = Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"cannot read '{path}': {error.strerror}") from error
-    return with_layers(_NOTHING_KNOWN, read_json(content, f"'{path}'"))
+    if Path(path).suffix.lower() == ".json":
+        return with_layers(EngineRow(), read_json(content, f"'{path}'"))
+    row = EngineRow(plan_mb=len(content) / 1e6)
+    try:
+        library, version, layers = inspect(content, f"'{path}'")
+    except BackendError as error:
+        return replace(row, no_layers=f"{_ALONE} ({error})")
+    return with_layers(replace(row, library=library, version=version), layers)
 
 
 def bundle_around(path: str | os.PathLike[str]) -> str | None:
@@ -151,7 +147,7 @@ def with_layers(row: EngineRow, layers: Sequence[Layer], model: onnx.ModelProto 
         layer_count=len(rows),
         generated_kernels=sum(layer.generated for layer in launched),
         reformats=sum(one.reformat for one in rows),
-        fused_attentions=sum(layer.attention for layer in launched),
+        fused_attentions=sum(one.fused for one in found) or sum(layer.attention for layer in launched),
         attention_count=len(found) if found else row.attention_count,
         kinds={kind: dict(sorted(counts[kind].items())) for kind in sorted(counts)},
         layers=rows,
@@ -159,12 +155,12 @@ def with_layers(row: EngineRow, layers: Sequence[Layer], model: onnx.ModelProto 
     )
 
 
-def profile(bundle: Bundle, runs: Sequence[Mapping[str, float]]) -> Profile:
+def profile(bundle: Bundle, layers: Sequence[Layer], runs: Sequence[Mapping[str, float]]) -> Profile:
     """Where a run goes, by the milliseconds of each layer in each run.
 
     The layers follow each other under the profiler, so that there is nothing between them.
     """
-    engine = of_bundle(bundle)
+    engine = with_layers(_of_manifest(bundle), layers, _graph(bundle))
     known = {layer.name: layer for layer in engine.layers}
     means = {name: sum(run.get(name, 0.0) for run in runs) / len(runs) for name in runs[0]}
     rows = [_node_row(name, ms, known.get(name)) for name, ms in means.items()]
@@ -216,7 +212,7 @@ def _layer_row(
         bytes_read=_bytes([*layer.inputs, *layer.constants], made),
         bytes_written=_bytes(layer.outputs, made),
         nodes=layer.nodes,
-        modules=tuple(dict.fromkeys(modules[name] for name in layer.nodes if name in modules)),
+        modules=tuple(dict.fromkeys(filter(None, map(modules.get, layer.nodes)))),
     )
 
 
@@ -306,7 +302,7 @@ def _why_not(found: WrittenOut, typed: Callable[[str], _Typed | None], outputs: 
     q, v = typed(found.above[-1].input[0]), typed(found.below[-1].input[1])
     weights, softmax = typed(found.softmax.input[0]), found.softmax
     if q is not None and q.type not in _LOW:
-        name = onnx.TensorProto.DataType.Name(q.type).lower()
+        name = onnx.helper.tensor_dtype_to_np_dtype(q.type).name
         return f"it computes in {name}, and TensorRT fuses attention in float16 and bfloat16 alone"
     between = [n.op_type for n in (*found.above[:-1], *found.below[:-1]) if n.op_type not in _FUSED_BETWEEN]
     if between:

@@ -61,6 +61,8 @@ def _comparison(entries: Sequence[Entry]) -> str:
 
 
 def _note(report: Report) -> str:
+    if not any(entry.latency for entry in report.entries):
+        return ""
     settings = report.settings
     images = f"{len(settings.images)} image{'s' if len(settings.images) != 1 else ''}"
     against = {e.accuracy.against for e in report.entries if e.accuracy is not None}
@@ -144,8 +146,9 @@ def _engines(entries: Sequence[Entry]) -> Iterable[str]:
         if entry.engine is not None and entry.engine.no_layers is not None:
             yield f"{_plain(entry.name)}: {_plain(entry.engine.no_layers)}."
     if differing := side_by_side.modules(built):
-        yield "Layers by module, where they differ:"
-        yield _table([["module", *names], *([f"`{m.title}`", *m.values] for m in differing[:TOP])])
+        most = sorted(differing, key=lambda line: -line.distance)[:TOP]
+        yield f"Layers by module, of the {len(differing)} modules that differ those that differ most:"
+        yield _table([["module", *names], *([f"`{m.title or '(none)'}`", *m.values] for m in most)])
 
 
 def _bold(line: side_by_side.Line) -> list[str]:

@@ -103,11 +103,16 @@ class Call(NamedTuple):
     attributes: Mapping[str, Any]
 
 
+def class_of(op: str) -> OperatorClass:
+    """The class of an operator by itself."""
+    return _CLASS_OF.get(op, "other")
+
+
 def classes(graph: onnx.GraphProto) -> dict[str, OperatorClass]:
     """The class of each node, by name. An attention that is written out is one, with all that is in it."""
     found: dict[str, OperatorClass] = {}
     for node in graph.node:
-        found[node.name] = _CLASS_OF.get(node.op_type, "other")
+        found[node.name] = class_of(node.op_type)
         for attribute in node.attribute:
             for inner in (attribute.g, *attribute.graphs):
                 found |= classes(inner)

@@ -10,18 +10,19 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
-from msgspec.structs import asdict, replace
+from msgspec.structs import asdict
 
-from meta_deploy.graph.modules import in_order, module_of
+from meta_deploy.graph.modules import are_modules, in_order, module_of, modules_of
 from meta_deploy.graph.traffic import RENAMES
 from meta_deploy.ort import onnxruntime
-from meta_deploy.report.operators import Call, Tensor, classes, cost
+from meta_deploy.report.operators import Call, Tensor, class_of, classes, cost
 from meta_deploy.report.schema import (
     CLASSES,
     ClassRow,
@@ -34,6 +35,7 @@ from meta_deploy.report.schema import (
 )
 
 _END = "_kernel_time"
+_INSERTED = "InsertedPrecisionFreeCast_"
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,9 @@ class Event:
     module: str = ""
 
 
-def profile(model: bytes, feed: Mapping[str, np.ndarray], options: Any, folder: Path, runs: int) -> Profile:
+def profile(
+    model: bytes, feed: Mapping[str, np.ndarray], options: Any, folder: Path, runs: int, best: bool = False
+) -> Profile:
     """Run a model under ONNX Runtime's profiler on the CPU.
 
     Args:
@@ -60,6 +64,7 @@ def profile(model: bytes, feed: Mapping[str, np.ndarray], options: Any, folder: 
         options: the session's; the profiler is set in them.
         folder: for the files on the way.
         runs: that are counted, after one that is not.
+        best: have only the fastest of them count, which other work on the machine disturbed least.
     """
     named = onnx.load_model_from_string(model)
     _name_nodes(named.graph)
@@ -73,13 +78,48 @@ def profile(model: bytes, feed: Mapping[str, np.ndarray], options: Any, folder: 
         session.run(None, dict(feed))
     events = json.loads(Path(session.end_profiling()).read_text())
     graph = onnx.load(folder / "optimized.onnx").graph
-    return interpret(events, graph, f"ONNX Runtime {onnxruntime.__version__}'s profiler")
+    by = f"ONNX Runtime {onnxruntime.__version__}'s profiler"
+    return interpret(events, graph, by, best, modules_as_run(named.graph, graph))
 
 
-def interpret(events: Sequence[dict[str, Any]], graph: onnx.GraphProto, by: str) -> Profile:
-    """What the profiler's events say of the graph that ran; the first run is not counted."""
+def modules_as_run(given: onnx.GraphProto, run: onnx.GraphProto) -> dict[str, str]:
+    """The module of each node of the graph that ONNX Runtime made of the one that it was given.
+
+    A node without the name of one that was given has the module of what made the tensor that it makes or is
+    called by; else of what makes its inputs.
+    """
+    known = modules_of(node.name for node in given.node)
+    made = {output: known.get(node.name, "") for node in given.node for output in node.output}
+    modules, found = set(known.values()), {}
+    for node in run.node:
+        own = module_of(node.name)
+        # Of its own nodes some are called by the tensor that they make: "relu_nchwc".
+        tensors = (name.removesuffix("_nchwc").removeprefix(_INSERTED) for name in (node.name, *node.output))
+        heirs = (made[name] for name in (*tensors, *node.input) if made.get(name))
+        found[node.name] = own if own in modules else next(heirs, "")
+        made |= {name: found[node.name] for name in node.output if name not in made}
+    return found
+
+
+def interpret(
+    events: Sequence[dict[str, Any]],
+    graph: onnx.GraphProto,
+    by: str,
+    best: bool = False,
+    modules: Mapping[str, str] | None = None,
+) -> Profile:
+    """What the profiler's events say of the graph that ran; the first run is not counted.
+
+    With `best` the fastest alone is. `modules` has the nodes' modules, where their names do not tell.
+    """
     spans, calls = read_events(events)
-    return assemble(spans[1:], calls[1:], graph, by)
+    spans, calls = spans[1:], calls[1:]
+    if best:
+        fastest = spans.index(min(spans))
+        spans, calls = [spans[fastest]], [calls[fastest]]
+    if modules is not None:
+        calls = [[replace(event, module=modules.get(event.name, "")) for event in run] for run in calls]
+    return assemble(spans, calls, graph, by)
 
 
 def assemble(
@@ -94,8 +134,8 @@ def assemble(
         if event.micros is not None:
             met[event.name].append(event)
     rows = [_row(name, found, nodes.get(name), kinds, weights, runs) for name, found in met.items()]
-    if 2 * sum(bool(row.module) for row in rows) < len(rows):  # slashes in names that mean something else
-        rows = [replace(row, module="") for row in rows]
+    if not are_modules([row.module for row in rows]):
+        rows = [msgspec.structs.replace(row, module="") for row in rows]
     ms = sum(spans) / runs / 1000
     return Profile(
         by=by,
@@ -162,7 +202,7 @@ def _row(
     return NodeRow(
         name=name,
         op=first.op,
-        op_class=kinds.get(name, "other"),
+        op_class=kinds.get(name) or class_of(first.op),  # ONNX Runtime writes some nodes without their name
         calls=len(found) / runs,
         ms=sum(event.micros or 0 for event in found) / runs / 1000,
         inputs=tuple(map(str, first.inputs)),

@@ -276,20 +276,20 @@ class EngineRow(Struct, frozen=True, kw_only=True):
         activation_mb, weights_mb: memory on the GPU; plan_mb: of the file; seconds: the build took.
     """
 
-    library: str | None
-    version: str | None
-    gpu: str | None
-    compute_capabilities: tuple[str, ...]
-    layer_count: int | None
-    generated_kernels: int | None
-    reformats: int | None
-    fused_attentions: int | None
-    attention_count: int | None
-    kinds: dict[str, dict[str, int]]
-    activation_mb: float | None
-    weights_mb: float | None
-    plan_mb: float | None
-    seconds: float | None
+    library: str | None = None
+    version: str | None = None
+    gpu: str | None = None
+    compute_capabilities: tuple[str, ...] = ()
+    layer_count: int | None = None
+    generated_kernels: int | None = None
+    reformats: int | None = None
+    fused_attentions: int | None = None
+    attention_count: int | None = None
+    kinds: dict[str, dict[str, int]] = {}
+    activation_mb: float | None = None
+    weights_mb: float | None = None
+    plan_mb: float | None = None
+    seconds: float | None = None
     layers: tuple[LayerRow, ...] = ()
     no_layers: str | None = None
     attentions: tuple[AttentionRow, ...] = ()

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from meta_deploy.graph.modules import innermost
+from meta_deploy.graph.modules import in_order, innermost
 from meta_deploy.report import words
 from meta_deploy.report.schema import CLASSES, AttentionRow, EngineRow, Entry, LayerRow
 
@@ -19,6 +19,12 @@ class Line(NamedTuple):
     title: str
     values: list[str]
     differs: bool
+
+    @property
+    def distance(self) -> int:
+        """How far apart the least and the largest are, of values that are counts."""
+        counts = [int(value) for value in self.values if value]
+        return max(counts) - min(counts)
 
 
 def _line(title: str, values: Sequence[str]) -> Line:
@@ -54,12 +60,9 @@ def modules(entries: Sequence[Entry]) -> list[Line]:
 
     A layer that computes nodes of several modules counts for the innermost that holds them all.
     """
-    engines = [engine for engine in of_engines(entries) if engine.layers]
-    if len(engines) < 2:
-        return []
-    counts = [Counter(map(module, engine.layers)) for engine in engines]
-    names = sorted(set().union(*counts))
-    lines = [_line(name, [str(count[name]) for count in counts]) for name in names]
+    counts = [Counter(map(module, engine.layers)) for engine in of_engines(entries)]
+    names = sorted(set().union(*counts), key=in_order)
+    lines = [_line(name, [str(count[name]) if count else "" for count in counts]) for name in names]
     return [line for line in lines if line.differs]
 
 

@@ -174,7 +174,8 @@ class Subject:
         if self._gauge is not None:
             from meta_deploy.report import engines
 
-            return engines.profile(self.bundle, self._gauge.backend.layer_times(feed, RUNS))
+            backend = self._gauge.backend
+            return engines.profile(self.bundle, backend.layers(), backend.layer_times(feed, RUNS))
         if self.predictor.backend == PYTORCH:
             from meta_deploy.report import pytorch_profile
 

@@ -30,7 +30,7 @@ def to_trace(report: Report) -> str:
 
 
 def _events(at: int, entry: Entry) -> Iterator[dict[str, Any]]:
-    why_not = entry.error or entry.no_profile
+    why_not = entry.error or entry.not_timed or entry.no_profile
     name = entry.name if why_not is None else f"{entry.name}: {why_not}"
     yield _about(at, "process_name", name=name)
     yield _about(at, "process_sort_index", sort_index=at)

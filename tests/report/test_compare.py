@@ -317,6 +317,7 @@ def test_nothing_to_compare_no_images_and_few_runs_are_refused(bundles, tmp_path
     for arguments, options in (
         ([], {}),
         ([bundles / "raw"], {"runs": 19}),
+        ([bundles / "raw"], {"batches": [4, 0]}),
         ([bundles / "raw"], {"backends": ["abacus"]}),
         ([bundles / "raw"], {"images": tmp_path}),
         ([bundles / "raw"], {"annotations": tmp_path / "none.json"}),

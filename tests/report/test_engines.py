@@ -10,13 +10,14 @@ from onnx import TensorProto, helper, numpy_helper
 from meta_deploy.bundle.bundle import write_bundle
 from meta_deploy.cli.report import main
 from meta_deploy.errors import InputError
-from meta_deploy.report import engines, machine, side_by_side, words
+from meta_deploy.report import machine, side_by_side, words
 from meta_deploy.report.compare import image_files, report
 from meta_deploy.report.engines import of_file, with_layers
 from meta_deploy.report.markdown import to_markdown
 from meta_deploy.report.page import to_html
-from meta_deploy.report.schema import Entry
+from meta_deploy.report.schema import EngineRow, Entry
 from meta_deploy.report.subject import Subject
+from meta_deploy.report.trace import to_trace
 from meta_deploy.targets.tensorrt.layers import Layer, LayerTensor, to_json
 from tests.bundles_by_hand import ENGINE, detector, manifest
 from tests.small_graphs import model, value
@@ -69,7 +70,7 @@ FUSED = [
     layer("mha_0", "kgen", "_gemm_mha_v2_0x34", ["block.attn/qk", "block.attn/soft", "node_of_y"]),
     layer("signal_1", "signal", ""),
 ]
-UNKNOWN = engines._NOTHING_KNOWN
+UNKNOWN = EngineRow()
 
 
 # --- attention ---
@@ -85,7 +86,7 @@ def test_an_attention_in_one_kernel_is_fused():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"kind": FLOAT}, "it computes in float, and"),
+        ({"kind": FLOAT}, "it computes in float32, and"),
         ({"width": 8}, "its heads have 8 channels"),
         ({"width": 264}, "its heads have 264 channels"),
         ({"between": "Tanh"}, "Tanh stands between its products and its softmax"),
@@ -230,7 +231,9 @@ def test_what_differs_between_engines_is_marked(made):
     assert lines["layers"] == ("layers", ["1", "3"], True)
     assert not lines["activations, MB"].differs
     assert lines["gemm"] == ("gemm", ["0", "2"], True)
-    assert side_by_side.modules(made.entries) == [("block.attn", ["1", "3", "3"], True)]
+    assert side_by_side.modules(made.entries) == [
+        ("block.attn", ["1", "3", "", "3", ""], True)  # two engines do not tell their layers
+    ]
     unknown = side_by_side.figures([made.entries[0], made.entries[4]])
     assert not next(line for line in unknown if line.title == "layers").differs
 
@@ -238,8 +241,12 @@ def test_what_differs_between_engines_is_marked(made):
 def test_page_and_markdown_show_engines_without_any_latency(made):
     text = to_markdown(made)
     assert "| fused | no GPU here |" in text
+    assert "| `block.attn` | 1 | 3 |  | 3 |  |" in text
+    assert "rounds" not in text  # nothing was timed, and nothing could be disturbed
+    assert made.disturbances == ()
     assert "| attentions fused | **1 of 1** | **0 of 1** |" in text
     assert "apart, attention not fused: `block.attn/soft`: its heads have 8 channels" in text
+    assert '"apart: no GPU here"' in to_trace(made)
     page = to_html(made)
     assert page.count("no GPU here") >= 5
     assert "apart: 3 layers" in page
@@ -283,7 +290,7 @@ def test_rounds_on_a_gpu_are_timed_by_its_events(small_images, tmp_path, monkeyp
     files = {"model.onnx": detector((64, 64)), "model.engine": plan, "layers.json": to_json(APART)}
     write_bundle(tmp_path / "b", content, files)
     images = image_files(small_images)
-    library.layers = {"pv_2": 2.0, "soft_1": 1.0, "new": 0.5}
+    library.layers = {"one": 2.0, "two": 1.0, "three": 0.5}
     subject = Subject(str(tmp_path / "b"), "tensorrt", 1, images, tmp_path)
     assert subject.facts()["gpu"] is None
     for index in range(-2, 5):
@@ -295,9 +302,7 @@ def test_rounds_on_a_gpu_are_timed_by_its_events(small_images, tmp_path, monkeyp
     subject.predictor.close()
     assert (profile.ms, profile.runs) == (pytest.approx(3.5), 5)
     assert [(row.name, row.op, row.op_class, row.ms) for row in profile.nodes] == [
-        ("pv_2", "gemm", "matrix product", 2.0),
-        ("soft_1", "kgen", "element-wise", 1.0),
-        ("new", "", "other", 0.5),  # which the bundle's own engine has not
+        (name, "gemm", "matrix product", ms) for name, ms in library.layers.items()
     ]
     entry = Entry(name="b", path="b", kind="bundle", backend="tensorrt", gpu=found)
     assert words.gpu_table([entry])[1] == ["b", "10.0", "10.0", "10.0", "1.00", "5.00", "0"]

@@ -10,7 +10,7 @@ from PIL import Image
 from meta_deploy.ort import onnxruntime
 from meta_deploy.report import openvino_profile
 from meta_deploy.report.operators import Call, Tensor, classes, cost
-from meta_deploy.report.profile import interpret, live_peak, profile, read_events
+from meta_deploy.report.profile import interpret, live_peak, modules_as_run, profile, read_events
 from meta_deploy.report.roofline import measure, under_roof
 from meta_deploy.report.schema import Cost, Roofline
 from meta_deploy.report.subject import Subject
@@ -116,6 +116,42 @@ def test_a_module_has_the_time_and_work_of_all_that_is_in_it(tmp_path):
     assert rows["net"].ms == pytest.approx(sum(ms.values()) - ms["exp"])
     assert rows["net"].share == pytest.approx(rows["net"].ms / found.ms)
     assert (rows["net"].flops, rows["net"].bytes_read) == (30, 120)
+
+
+def test_what_the_runtime_makes_of_a_convolution_is_of_its_module(tmp_path):
+    """It calls a convolution in its own layout by the tensor that it makes, as "relu_nchwc"."""
+    nodes = [
+        make_node("Conv", ["x", "w"], ["c"], pads=[1, 1, 1, 1], name="stem.conv/conv"),
+        make_node("Relu", ["c"], ["r"], name="stem.act/relu"),
+        make_node("Conv", ["r", "v"], ["y"], pads=[1, 1, 1, 1], name="head.conv/conv"),
+    ]
+    weights = [weight("w", 16, 16, 3, 3), weight("v", 16, 16, 3, 3)]
+    shape = [1, 16, 8, 8]
+    found = profiled(tmp_path, nodes, [value("x", shape)], [value("y", shape)], weights, optimize=True)
+    convs = [row.module for row in found.nodes if row.op_class == "convolution"]
+    assert convs == ["stem.act", "head.conv"]
+    assert all(row.module for row in found.nodes if row.op != "ReorderInput")
+
+
+def test_modules_of_inserted_nodes_are_those_of_what_they_stand_for():
+    given = model(
+        [
+            make_node("Relu", ["x"], ["a"], name="net.act/relu"),
+            make_node("Neg", ["a"], ["b.c/d"], name="net.neg/neg"),
+            make_node("Abs", ["b.c/d"], ["y"], name="net.abs/abs"),
+        ],
+        [value("x", [2])],
+        [value("y", [2])],
+    ).graph
+    run = onnx.GraphProto()
+    for name, inputs, outputs in (
+        ("net.act/relu", ["x"], ["a"]),
+        ("InsertedPrecisionFreeCast_b.c/d", ["a"], ["InsertedPrecisionFreeCast_b.c/d"]),
+        ("", ["InsertedPrecisionFreeCast_b.c/d"], ["new"]),
+        ("net.abs/abs/fused", ["new"], ["y"]),
+    ):
+        run.node.add(name=name, op_type="Op", input=inputs, output=outputs)
+    assert list(modules_as_run(given, run).values()) == ["net.act", "net.neg", "net.neg", "net.abs"]
 
 
 def test_graphs_that_name_no_module_have_no_table_of_them(block):
@@ -314,7 +350,20 @@ def test_the_first_run_is_not_counted():
     found = interpret(events, graph, "by hand")
     assert (found.runs, found.ms) == (2, 0.017)
     assert found.nodes[0].ms == 0.015
+    best = interpret(events, graph, "by hand", best=True)
+    assert (best.runs, best.ms, best.nodes[0].ms) == (1, 0.012, 0.01)
     assert live_peak([], graph) is None
+
+
+def test_a_node_that_the_graph_does_not_name_has_its_operators_class():
+    graph = model([make_node("Relu", ["x"], ["y"], name="n")], [value("x", [2])]).graph
+    events = []
+    for i in range(2):
+        events.append({"cat": "Session", "name": "model_run", "ts": 1000 * i, "dur": 20})
+        events.append(event("n", 1000 * i + 1, 5, "Relu"))
+        events.append(event("Sqrt_7", 1000 * i + 7, 5, "Sqrt"))  # as ONNX Runtime calls one without a name
+    (_, sqrt) = interpret(events, graph, "by hand").nodes
+    assert (sqrt.name, sqrt.op_class) == ("Sqrt_7", "element-wise")
 
 
 # --- the roof -----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from meta_deploy.bundle.manifest import TensorRTEngine
 from meta_deploy.errors import BackendError, BundleError
 from meta_deploy.targets import open_backend
 from meta_deploy.targets.tensorrt import cache as engine_cache
-from meta_deploy.targets.tensorrt.backend import TensorRTBackend, gpu_name, misfit
+from meta_deploy.targets.tensorrt.backend import TensorRTBackend, gpu_name, inspect, misfit
 from meta_deploy.targets.tensorrt.library import Here
 from tests.bundles_by_hand import ENGINE, detector, manifest, segmenter
 from tests.targets.gpu_stand_in import engine_bytes, install
@@ -133,11 +133,22 @@ def test_the_profiler_tells_each_layers_time_in_each_run_but_the_first(gpu, make
     gpu.layers = {"conv": 2.0, "mha": 3.0}
     bundle = make(gpu)
     with open_backend(bundle, "tensorrt") as backend:
+        assert [layer.name for layer in backend.layers()] == ["conv", "mha"]
         assert backend.layer_times({"images": images()}, 3) == [{"conv": 2.0, "mha": 3.0}] * 3
         same(bundle, backend, images(seed=1))  # and runs on as before
         gpu.layers = {}
         with pytest.raises(BackendError, match="tells no times of layers"):
             backend.layer_times({"images": images()}, 1)
+
+
+def test_an_engine_alone_tells_its_library_and_layers(gpu, make):
+    gpu.layers = {"conv": 2.0}
+    bundle = make(gpu)
+    library, version, layers = inspect(bundle.read("model.engine"), "it")
+    assert (library, version) == (bundle.target, gpu.__version__)
+    assert [layer.name for layer in layers] == ["conv"]
+    with pytest.raises(BackendError, match="it"):
+        inspect(b"no engine", "it")
 
 
 def test_a_segmenter_of_any_size(gpu, make):

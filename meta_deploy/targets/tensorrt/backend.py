@@ -24,6 +24,7 @@ from meta_deploy.targets.contract import Contract, Value
 from meta_deploy.targets.target import Backend
 from meta_deploy.targets.tensorrt import cache as engine_cache
 from meta_deploy.targets.tensorrt.cuda import Cuda
+from meta_deploy.targets.tensorrt.layers import Layer, read_json
 from meta_deploy.targets.tensorrt.library import Here, Machine, errors, logger
 from meta_deploy.targets.tensorrt.target import ENGINE
 
@@ -83,6 +84,10 @@ class TensorRTBackend(Backend):
             took, self._runner.gpu_ms = self._runner.gpu_ms, (0.0, 0.0, 0.0)
         return took
 
+    def layers(self) -> tuple[Layer, ...]:
+        """The engine's layers, by its inspector. Raises InputError: it does not tell them."""
+        return self._runner.layers()
+
     def layer_times(self, inputs: Mapping[str, np.ndarray], runs: int) -> list[dict[str, float]]:
         """Milliseconds of each layer in each run, by name as they ran, by TensorRT's profiler.
 
@@ -116,6 +121,30 @@ def misfit(bundle: Bundle) -> str | None:
     machine = _find_here(bundle).machine
     reason = _misfit(bundle, machine)
     return reason if reason is not None and engine_cache.find(bundle, machine) is None else None
+
+
+def inspect(plan: bytes, what: str) -> tuple[str, str, tuple[Layer, ...]]:
+    """What an engine's file alone tells on a GPU: its library, that one's version, and its layers.
+
+    Raises:
+        BackendError: neither library can open it here; the message is the last one's.
+        InputError: it does not tell its layers.
+    """
+    failure = BackendError(f"no TensorRT can open {what}")
+    for library in ("tensorrt", "tensorrt-rtx"):
+        try:
+            here = Here.find(library)
+            loaded = _deserialize(lambda: plan, here, what)
+        except BackendError as error:
+            failure = error
+            continue
+        return library, here.machine.version, _layers(loaded.engine, here.trt, what)
+    raise failure
+
+
+def _layers(engine: Any, trt: Any, what: str) -> tuple[Layer, ...]:
+    inspector = engine.create_engine_inspector()
+    return read_json(inspector.get_engine_information(trt.LayerInformationFormat.JSON).encode(), what)
 
 
 def _find_here(bundle: Bundle) -> Here:
@@ -334,6 +363,13 @@ class _Runner:
                 _quietly(self._cuda.synchronize, self._stream)
                 raise
             return {name: self._buffers[name].view(self._shape_of(name)).copy() for name in self._promised}
+
+    def layers(self) -> tuple[Layer, ...]:
+        """As the back end's."""
+        with self.lock:
+            if self._context is None:
+                raise BackendError(_CLOSED)
+            return _layers(self._context.engine, self._trt, self._what)
 
     def layer_times(self, inputs: Mapping[str, np.ndarray], runs: int) -> list[dict[str, float]]:
         """As the back end's, in an execution context of its own: under a profiler no graph is launched."""
