@@ -101,8 +101,13 @@ def _clean(graph: gs.Graph, model: ir.Model) -> None:
 
 def _fills_a_shape(node: ir.Node) -> bool | None:
     """Let onnxscript fold a ConstantOfShape of a few numbers too, as these mostly go into other shapes."""
-    shape = node.inputs[0].const_value if node.op_type == "ConstantOfShape" and node.inputs[0] else None
-    return True if shape is not None and math.prod(shape.numpy().tolist()) <= _FEW else None
+    return True if node.op_type == "ConstantOfShape" and _makes_few(node) else None
+
+
+def _makes_few(node: ir.Node) -> bool:
+    """Whether a node makes no more numbers than go into a shape."""
+    shape = node.outputs[0].shape
+    return shape is not None and shape.is_static() and math.prod(shape.numpy()) <= _FEW
 
 
 # --- sizes ------------------------------------------------------------------------------------------------
@@ -150,7 +155,7 @@ def _sizes_for(model: ir.Model, batch: str, number: int) -> dict[ir.Value, ir.Sh
     for _, copied in pairs:
         copied.shape = None
     ShapeInferencePass()(copy)  # of branches and loops, too
-    optimizer.fold_constants(copy, onnx_shape_inference=True, should_fold=_fills_a_shape)
+    optimizer.fold_constants(copy, onnx_shape_inference=True, should_fold=_makes_few)
     return {value: copied.shape for value, copied in pairs}
 
 
