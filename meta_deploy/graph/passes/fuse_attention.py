@@ -20,7 +20,7 @@ DOMAIN = "com.microsoft"
 
 
 def fuse_attention(graph: gs.Graph) -> int:
-    """Replace softmax(q * scale @ k^T) @ v of four axes by MultiHeadAttention.
+    """Replace softmax(q * scale @ k^T + bias) @ v of four axes by MultiHeadAttention.
 
     Pattern and check: see `find_attention`; the number of heads is known.
     Rewrite: heads move beside d, as the operator takes them, and back; `collapse-chains` joins these moves
@@ -33,7 +33,7 @@ def fuse_attention(graph: gs.Graph) -> int:
     inside = own_nodes(graph)
     changes = 0
     for node in list(graph.nodes):
-        found = find_attention(graph, node) if is_op(node, "Softmax") else None
+        found = find_attention(graph, node, biased=True) if is_op(node, "Softmax") else None
         if found is None:
             continue
         if found.last not in inside:
@@ -55,6 +55,12 @@ def _rewrite(graph: gs.Graph, found: Attention, fresh: Callable[[str], str]) -> 
     k_order = (0, 3, 1, 2) if found.k_transposed else (0, 2, 1, 3)
     named = (("q", found.q, (0, 2, 1, 3)), ("k", found.k, k_order), ("v", found.v, (0, 2, 1, 3)))
     inputs = [_joined(graph, f"{out.name}/{name}", x, order, fresh) for name, x, order in named]
+    if found.bias is not None:  # in the place after those of a bias of q, k and v, and of a mask of keys
+        inputs += [
+            gs.Variable.empty(),
+            gs.Variable.empty(),
+            _with_four_axes(graph, out.name, found.bias, fresh),
+        ]
     joined = gs.Variable(fresh(f"{out.name}/joined"), np.float32, [b, n, h * d])
     attributes = {"num_heads": h, "scale": found.scale}
     graph.nodes.append(
@@ -77,6 +83,19 @@ def _joined(
     add_move(graph, "Transpose", list(order), x, moved, fresh)
     add_move(graph, "Reshape", [b, n, h * d], moved, joined, fresh)
     return joined
+
+
+def _with_four_axes(graph: gs.Graph, name: str, bias: gs.Tensor, fresh: Callable[[str], str]) -> gs.Tensor:
+    """A bias as (B or 1, heads or 1, N, N), as the operator takes it."""
+    shape = static_shape(bias) or []
+    if len(shape) == 4:
+        return bias
+    full = [1] * (4 - len(shape)) + shape
+    if isinstance(bias, gs.Constant):
+        return gs.Constant(fresh(f"{name}/bias"), bias.values.reshape(full))
+    unsqueezed = gs.Variable(fresh(f"{name}/bias"), bias.dtype, full)
+    add_move(graph, "Reshape", full, bias, unsqueezed, fresh)
+    return unsqueezed
 
 
 def _with_domain(graph: gs.Graph) -> list:
