@@ -23,8 +23,8 @@ class Attention:
         scale: the factor on the products, 1 without one.
         last: the MatMul that makes the output (B, heads, N, d).
         k_transposed: k is (B, heads, d, N) instead, made by a Transpose of another order than that.
-        bias: what is added to the scaled products, as (B or 1, heads or 1, N, N) but for leading axes of one
-            that may be missing; None without one.
+        bias: a constant that is added to the scaled products, (B or 1, heads or 1, N, N), of which leading
+            axes of one may be missing; None without one.
     """
 
     q: gs.Tensor
@@ -33,14 +33,14 @@ class Attention:
     scale: float
     last: gs.Node
     k_transposed: bool = False
-    bias: gs.Tensor | None = None
+    bias: gs.Constant | None = None
 
 
 def find_attention(graph: gs.Graph, softmax: gs.Node, biased: bool = False) -> Attention | None:
     """The attention around a Softmax; tells why not where a MatMul reads it and there is none.
 
     Pattern: q, k and v (B, heads, N, d), the scale a constant on q, k or their product, or none; with
-    `biased`, also an Add of a bias or mask.
+    `biased`, also an Add of a constant bias or mask.
     Check: nothing else reads what lies between, the softmax goes over the keys, sizes
     but the batch are known.
     """
@@ -89,6 +89,8 @@ def _attention(graph: gs.Graph, softmax: gs.Node, last: gs.Node, biased: bool) -
     scale = float(np.float32(scale * q_scale * k_scale * k_before))
     if not scale or not math.isfinite(scale):
         return f"the scale is {scale}"
+    if bias is not None and not isinstance(bias, gs.Constant):
+        return f"{made_by(bias)}, and fusing pays with a constant bias alone"
     if bias is not None and not _fits(bias, [b, h, n, keys[2]]):  # type: ignore[index]
         return f"the bias {shown(bias)} is not one for each query and key"
     return Attention(q, k, v, scale, last, untransposed is None, bias)

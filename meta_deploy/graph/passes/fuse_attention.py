@@ -56,11 +56,9 @@ def _rewrite(graph: gs.Graph, found: Attention, fresh: Callable[[str], str]) -> 
     named = (("q", found.q, (0, 2, 1, 3)), ("k", found.k, k_order), ("v", found.v, (0, 2, 1, 3)))
     inputs = [_joined(graph, f"{out.name}/{name}", x, order, fresh) for name, x, order in named]
     if found.bias is not None:  # in the place after those of a bias of q, k and v, and of a mask of keys
-        inputs += [
-            gs.Variable.empty(),
-            gs.Variable.empty(),
-            _with_four_axes(graph, out.name, found.bias, fresh),
-        ]
+        full = found.bias.values.reshape([1] * (4 - found.bias.values.ndim) + list(found.bias.values.shape))
+        bias = gs.Constant(fresh(f"{out.name}/bias"), full)
+        inputs += [gs.Variable.empty(), gs.Variable.empty(), bias]
     joined = gs.Variable(fresh(f"{out.name}/joined"), np.float32, [b, n, h * d])
     attributes = {"num_heads": h, "scale": found.scale}
     graph.nodes.append(
@@ -83,19 +81,6 @@ def _joined(
     add_move(graph, "Transpose", list(order), x, moved, fresh)
     add_move(graph, "Reshape", [b, n, h * d], moved, joined, fresh)
     return joined
-
-
-def _with_four_axes(graph: gs.Graph, name: str, bias: gs.Tensor, fresh: Callable[[str], str]) -> gs.Tensor:
-    """A bias as (B or 1, heads or 1, N, N), as the operator takes it."""
-    shape = static_shape(bias) or []
-    if len(shape) == 4:
-        return bias
-    full = [1] * (4 - len(shape)) + shape
-    if isinstance(bias, gs.Constant):
-        return gs.Constant(fresh(f"{name}/bias"), bias.values.reshape(full))
-    unsqueezed = gs.Variable(fresh(f"{name}/bias"), bias.dtype, full)
-    add_move(graph, "Reshape", full, bias, unsqueezed, fresh)
-    return unsqueezed
 
 
 def _with_domain(graph: gs.Graph) -> list:

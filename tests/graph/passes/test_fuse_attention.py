@@ -218,8 +218,6 @@ def test_attention_becomes_one_operator():
         Attention(mask=(5, 4), hides=True),
         Attention(mask=(5, 4), scale=("Mul", 0.5, (), False), q_scale=None),
         Attention(mask=(3, 5, 4), reader="mask"),
-        Attention(mask=(3, 5, 4), computed_mask=True),
-        Attention(mask=(5, 4), computed_mask=True, swap_mask=True),
         Attention(n=70, m=33, d=20, mask=(3, 70, 33)),
     ],
     ids=str,
@@ -246,6 +244,8 @@ def test_variants_become_one_operator(attention):
         Attention(between="Relu"),
         Attention(between="Identity"),
         Attention(mask=(1,)),
+        Attention(mask=(3, 5, 4), computed_mask=True),
+        Attention(mask=(5, 4), computed_mask=True, swap_mask=True),
         Attention(mask=(4,)),  # one for every key
         Attention(mask=(5, 1)),
         Attention(mask=(2, 1, 1, 4)),
