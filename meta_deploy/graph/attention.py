@@ -16,13 +16,15 @@ from meta_deploy.graph.moves import Factors, chain_before, follow
 
 @dataclass(frozen=True)
 class Attention:
-    """softmax(q k^T * scale) v.
+    """softmax(q k^T * scale + bias) v.
 
     Attributes:
         q, k, v: (B, heads, N, d), before any scaling and transposing.
         scale: the factor on the products, 1 without one.
         last: the MatMul that makes the output (B, heads, N, d).
         k_transposed: k is (B, heads, d, N) instead, made by a Transpose of another order than that.
+        bias: a constant that is added to the scaled products, (B or 1, heads or 1, N, N), of which leading
+            axes of one may be missing; None without one.
     """
 
     q: gs.Tensor
@@ -31,12 +33,14 @@ class Attention:
     scale: float
     last: gs.Node
     k_transposed: bool = False
+    bias: gs.Constant | None = None
 
 
-def find_attention(graph: gs.Graph, softmax: gs.Node) -> Attention | None:
+def find_attention(graph: gs.Graph, softmax: gs.Node, biased: bool = False) -> Attention | None:
     """The attention around a Softmax; tells why not where a MatMul reads it and there is none.
 
-    Pattern: q, k and v (B, heads, N, d), the scale a constant on q, k or their product, or none.
+    Pattern: q, k and v (B, heads, N, d), the scale a constant on q, k or their product, or none; with
+    `biased`, also an Add of a constant bias or mask.
     Check: nothing else reads what lies between, the softmax goes over the keys, sizes
     but the batch are known.
     """
@@ -44,19 +48,20 @@ def find_attention(graph: gs.Graph, softmax: gs.Node) -> Attention | None:
     last = next((n for n in weights.outputs if is_op(n, "MatMul") and n.inputs[0] is weights), None)
     if last is None:
         return None
-    found = _attention(graph, softmax, last)
+    found = _attention(graph, softmax, last, biased)
     if isinstance(found, str):
         declined(softmax, found)
         return None
     return found
 
 
-def _attention(graph: gs.Graph, softmax: gs.Node, last: gs.Node) -> Attention | str:
+def _attention(graph: gs.Graph, softmax: gs.Node, last: gs.Node, biased: bool) -> Attention | str:
     """The attention that these two are of, or why they are of none."""
     axis = softmax.attrs.get("axis", -1 if graph.opset >= 13 else 1)
     if axis not in (-1, 3):
         return f"the softmax goes over axis {axis}, not over the last of four"
-    product, scale = _unscaled(graph, softmax.inputs[0])
+    scores, bias = _unbiased(graph, softmax.inputs[0]) if biased else (softmax.inputs[0], None)
+    product, scale = _unscaled(graph, scores)
     matmul = producer(product, "MatMul")
     if matmul is None:
         return f"{made_by(product)}, not from the product of q and k"
@@ -78,13 +83,17 @@ def _attention(graph: gs.Graph, softmax: gs.Node, last: gs.Node) -> Attention | 
             return f"{name} is {shown(tensor)}, not of four known sizes"
     if q.dtype != np.float32:
         return f"q is of type {np.dtype(q.dtype)}, not float32"
-    (b, h, _, d), keys, values = shapes  # type: ignore[misc]
+    (b, h, n, d), keys, values = shapes  # type: ignore[misc]
     if keys != values or keys[:2] != [b, h] or keys[3] != d:  # type: ignore[index]
         return f"q {shown(q)}, k {shown(k)} and v {shown(v)} are not of one batch, heads and width"
     scale = float(np.float32(scale * q_scale * k_scale * k_before))
     if not scale or not math.isfinite(scale):
         return f"the scale is {scale}"
-    return Attention(q, k, v, scale, last, k_transposed=untransposed is None)
+    if bias is not None and not isinstance(bias, gs.Constant):
+        return f"{made_by(bias)}, and fusing pays with a constant bias alone"
+    if bias is not None and not _fits(bias, [b, h, n, keys[2]]):  # type: ignore[index]
+        return f"the bias {shown(bias)} is not one for each query and key"
+    return Attention(q, k, v, scale, last, untransposed is None, bias)
 
 
 def packed_input(graph: gs.Graph, found: Attention) -> gs.Node | None:
@@ -128,6 +137,25 @@ def _is_transposed(tensor: gs.Tensor) -> bool:
     """Whether a Transpose makes a tensor of four known sizes: another one after it costs nothing."""
     shape = static_shape(tensor)
     return producer(tensor, "Transpose") is not None and shape is not None and len(shape) == 4
+
+
+def _unbiased(graph: gs.Graph, tensor: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor | None]:
+    """The products of q and k before a bias is added to them, and the bias; (tensor, None) where none is."""
+    add = producer(tensor, "Add")
+    if add is not None and sole_consumer(graph, tensor):
+        for scores, bias in (add.inputs, add.inputs[::-1]):
+            if producer(_unscaled(graph, scores)[0], "MatMul") is not None:
+                return scores, bias
+    return tensor, None
+
+
+def _fits(bias: gs.Tensor, scores: list[int]) -> bool:
+    """Whether a bias has a number for each query and key, for all images and heads alike or for each."""
+    shape = static_shape(bias)
+    if shape is None or len(shape) > 4:
+        return False
+    full = [1] * (4 - len(shape)) + shape
+    return full[2:] == scores[2:] and all(s in (1, size) for s, size in zip(full, scores, strict=True))
 
 
 def _unscaled(graph: gs.Graph, tensor: gs.Tensor) -> tuple[gs.Tensor, float]:

@@ -190,14 +190,18 @@ class Factors:
         return renumbered
 
     def moves(self) -> list[Move]:
-        """At most one Reshape, one Transpose and one Reshape from the original shape to the present one."""
+        """At most one Reshape, one Transpose and one Reshape from the original shape to the present one.
+
+        Of equals, axes are cut before they are permuted, and merged after: TensorRT's products read through a
+        Transpose right before them, as that of the keys (0, 2, 3, 1), and not through a Reshape.
+        """
         order = [factor for axis in self.axes for factor in axis]
         if order == sorted(order):
             return self._between(self.origin, list(range(len(self.origin))))
-        plans = [
-            self._between(*start) for start in (self._whole(), self._runs(), self._groups(order)) if start
-        ]
-        return _shortest(*plans)
+        starts = [self._whole(), self._runs(), self._groups(order)]
+        if sum(map(bool, self.axes)) > sum(map(bool, self.origin)):
+            starts[:2] = starts[1::-1]
+        return _shortest(*(self._between(*start) for start in starts if start))
 
     def _between(self, start: list[list[int]], perm: list[int]) -> list[Move]:
         """Reshape to `start`, permute, reshape to the present axes; what does nothing is left out."""

@@ -101,7 +101,7 @@ ROWS = {"rows": np.array([1, 4, 6, 6]), "keep": np.ones((1, 4, 6, 6), bool), "ze
     [
         (
             "fuse-attention",
-            Map((Stripes(mask=True),)).proto(),
+            Map((Stripes(mask=True),), reader="masked0").proto(),
             "Softmax",
             "'masked0' (3, 1, 8, 8) comes from Add 'masked0', not from the product of q and k",
         ),
@@ -288,7 +288,7 @@ def test_asking_does_not_change_the_graph(name):
 
 
 def test_each_place_is_told_once_by_its_name():
-    proto = Map((Stripes(mask=True), Stripes(mask=True))).proto()
+    proto = Map((Stripes(softmax=2), Stripes(softmax=2))).proto()
     _, (result,) = run_passes(proto, ["fuse-attention"], explain=True)
     assert [place.node for place in result.declined] == ["weights0", "weights1"]
 

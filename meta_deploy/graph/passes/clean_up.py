@@ -5,6 +5,7 @@ clean-ups, then graph-surgeon's folding (which evaluates with ONNX Runtime what 
 takes two seconds; onnxslim 11 s and onnxscript's full optimizer 21 s remove little more.
 """
 
+import math
 import re
 from typing import Any
 
@@ -37,7 +38,10 @@ from meta_deploy.graph.graph import (
 from meta_deploy.graph.neutral import drop_neutral
 from meta_deploy.ort import onnxruntime
 
-_LARGE = 1009  # a prime, larger than any batch; with a larger one inference makes large constants
+# What sizes are inferred for where the batch is open. The last is larger than any batch, but not so large
+# that inference makes large constants.
+_BATCHES = (1, 2, 1014)
+_FEW = 64  # numbers that go into a shape
 _DOMAIN = "meta_deploy.pins"
 _RANDOM = (
     *("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"),
@@ -56,8 +60,7 @@ def clean_up(graph: gs.Graph, model: ir.Model | None = None) -> int:
     """
     before = len(graph.nodes)
     _clean(graph, to_model(graph) if model is None else model)
-    # What was folded may tell sizes that were open, as those behind an Expand to computed ones; then more
-    # is constant.
+    # What is gone may tell sizes that were open; then more is constant.
     while learned := _infer_open_sizes(model := to_model(graph)):
         if not any(map(_decides, learned)):
             take_over(graph, from_model(model))
@@ -69,7 +72,7 @@ def clean_up(graph: gs.Graph, model: ir.Model | None = None) -> int:
 def _clean(graph: gs.Graph, model: ir.Model) -> None:
     """Clean up once. `model` is the same as the graph, and is changed."""
     names = _pin(model)
-    optimizer.fold_constants(model)
+    optimizer.fold_constants(model, onnx_shape_inference=True, should_fold=_fills_a_shape)
     for step in (
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         IdentityEliminationPass(),
@@ -96,6 +99,17 @@ def _clean(graph: gs.Graph, model: ir.Model) -> None:
     take_over(graph, cleaned)
 
 
+def _fills_a_shape(node: ir.Node) -> bool | None:
+    """Let onnxscript fold a ConstantOfShape of a few numbers too, as these mostly go into other shapes."""
+    return True if node.op_type == "ConstantOfShape" and _makes_few(node) else None
+
+
+def _makes_few(node: ir.Node) -> bool:
+    """Whether a node makes no more numbers than go into a shape."""
+    shape = node.outputs[0].shape
+    return shape is not None and shape.is_static() and math.prod(shape.numpy()) <= _FEW
+
+
 # --- sizes ------------------------------------------------------------------------------------------------
 
 
@@ -110,28 +124,44 @@ def _decides(value: ir.Value) -> bool:
 def _infer_open_sizes(model: ir.Model) -> list[ir.Value]:
     """Infer the sizes that are open, anew, as inference keeps what it is given; the values that it told of.
 
-    Inference computes with numbers alone, so it is told two for an unknown batch. What is the same for both
-    does not depend on it; what grows like it is a multiple of it.
+    Inference computes with numbers alone, so it is told several for an unknown batch. What is the same for
+    all does not depend on it; what grows like it is a multiple of it.
     """
-    open_values = [v for node in model.graph.all_nodes() for v in node.outputs if not _is_static(v)]
-    shapes: dict[ir.Value, ir.Shape | None] = {value: value.shape for value in open_values}
-    if not shapes:
-        return []
     batch = _batch_of(model)
-    given = {value: value.shape for value in model.graph.inputs if value.shape is not None}
-    told = []
-    for number in (1, _LARGE) if batch else (1,):
-        for value, shape in given.items():
-            value.shape = ir.Shape([number if batch and str(dim) == batch else dim for dim in shape])
-        for value in shapes:
-            value.shape = None
-        ShapeInferencePass()(model)
-        told.append({value: value.shape for value in shapes})
-    for value, shape in given.items():
-        value.shape = shape
-    for value, known in shapes.items():
-        value.shape = _merged(known, [then[value] for then in told], batch)
-    return [v for v, known in shapes.items() if _open_sizes(v.shape, batch) < _open_sizes(known, batch)]
+    open_values = [value for value in _made(model) if _open_sizes(value.shape, batch)]
+    if not open_values:
+        return []
+    told = [_sizes_for(model, batch, number) for number in (_BATCHES if batch else (1,))]
+    learned = []
+    for value in open_values:
+        known = value.shape
+        value.shape = _merged(known, [shapes[value] for shapes in told], batch)
+        if _open_sizes(value.shape, batch) < _open_sizes(known, batch):
+            learned.append(value)
+    return learned
+
+
+def _sizes_for(model: ir.Model, batch: str, number: int) -> dict[ir.Value, ir.Shape | None]:
+    """The shape of each value that is not known to the last number, for this one as the batch.
+
+    A copy is folded, node after node, with each one's shape inferred before: so sizes are known that are
+    computed from others, however often in a row.
+    """
+    copy = model.clone()
+    for value in copy.graph.inputs:
+        if value.shape is not None:
+            value.shape = ir.Shape([number if batch and str(dim) == batch else dim for dim in value.shape])
+    pairs = [pair for pair in zip(_made(model), _made(copy), strict=True) if not _is_static(pair[0])]
+    for _, copied in pairs:
+        copied.shape = None
+    ShapeInferencePass()(copy)  # of branches and loops, too
+    optimizer.fold_constants(copy, onnx_shape_inference=True, should_fold=_makes_few)
+    return {value: copied.shape for value, copied in pairs}
+
+
+def _made(model: ir.Model) -> list[ir.Value]:
+    """What the nodes of a model make, those of branches and loops' bodies too."""
+    return [value for node in model.graph.all_nodes() for value in node.outputs]
 
 
 def _batch_of(model: ir.Model) -> str:
@@ -154,18 +184,19 @@ def _open_sizes(shape: ir.Shape | None, batch: str) -> int:
 
 def _merged(before: ir.Shape | None, told: list[ir.Shape | None], batch: str) -> ir.Shape | None:
     """A shape with the sizes that inference tells; names of open ones stay, as the exporter's tell more."""
-    one, most = told[0], told[-1]
-    ranks = {len(shape) for shape in (before, one, most) if shape is not None}
-    if one is None or most is None or len(ranks) != 1:
+    shapes = [shape for shape in told if shape is not None]
+    ranks = {len(shape) for shape in (before, *shapes) if shape is not None}
+    if len(shapes) < len(told) or len(ranks) != 1:
         return before
-    merged: list[Any] = [None] * len(one) if before is None else list(before)
-    for axis, (small, large) in enumerate(zip(one, most, strict=True)):
-        if not isinstance(small, int) or not isinstance(large, int):
+    merged: list[Any] = [None] * len(shapes[0]) if before is None else list(before)
+    for axis, sizes in enumerate(zip(*shapes, strict=True)):
+        one = sizes[0]
+        if not all(isinstance(size, int) for size in sizes):
             continue
-        if small == large:
-            merged[axis] = small
-        elif large == small * _LARGE:
-            merged[axis] = batch if small == 1 else f"{small}*{batch}"
+        if all(size == one for size in sizes):
+            merged[axis] = one
+        elif all(size == one * number for size, number in zip(sizes, _BATCHES, strict=True)):
+            merged[axis] = batch if one == 1 else f"{one}*{batch}"
     return ir.Shape(merged)
 
 

@@ -20,7 +20,7 @@ DOMAIN = "com.microsoft"
 
 
 def fuse_attention(graph: gs.Graph) -> int:
-    """Replace softmax(q * scale @ k^T) @ v of four axes by MultiHeadAttention.
+    """Replace softmax(q * scale @ k^T + bias) @ v of four axes by MultiHeadAttention.
 
     Pattern and check: see `find_attention`; the number of heads is known.
     Rewrite: heads move beside d, as the operator takes them, and back; `collapse-chains` joins these moves
@@ -33,7 +33,7 @@ def fuse_attention(graph: gs.Graph) -> int:
     inside = own_nodes(graph)
     changes = 0
     for node in list(graph.nodes):
-        found = find_attention(graph, node) if is_op(node, "Softmax") else None
+        found = find_attention(graph, node, biased=True) if is_op(node, "Softmax") else None
         if found is None:
             continue
         if found.last not in inside:
@@ -55,6 +55,10 @@ def _rewrite(graph: gs.Graph, found: Attention, fresh: Callable[[str], str]) -> 
     k_order = (0, 3, 1, 2) if found.k_transposed else (0, 2, 1, 3)
     named = (("q", found.q, (0, 2, 1, 3)), ("k", found.k, k_order), ("v", found.v, (0, 2, 1, 3)))
     inputs = [_joined(graph, f"{out.name}/{name}", x, order, fresh) for name, x, order in named]
+    if found.bias is not None:  # in the place after those of a bias of q, k and v, and of a mask of keys
+        full = found.bias.values.reshape([1] * (4 - found.bias.values.ndim) + list(found.bias.values.shape))
+        bias = gs.Constant(fresh(f"{out.name}/bias"), full)
+        inputs += [gs.Variable.empty(), gs.Variable.empty(), bias]
     joined = gs.Variable(fresh(f"{out.name}/joined"), np.float32, [b, n, h * d])
     attributes = {"num_heads": h, "scale": found.scale}
     graph.nodes.append(

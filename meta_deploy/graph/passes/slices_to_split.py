@@ -1,6 +1,7 @@
-"""Slices that take an axis apart, entry by entry, become one Split: q, k and v out of a packed projection.
+"""What takes an axis apart, entry by entry, becomes one Split: q, k and v out of a packed projection.
 
-All sizes but the batch must be known.
+PyTorch's exporters write it as Slices and Squeezes, as a Split and Squeezes, or as Gathers. All sizes but the
+batch must be known.
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ from meta_deploy.graph.graph import (
 )
 from meta_deploy.graph.moves import MOVES, add_move, chain_before, follow
 
+_Entry = tuple[int, int, gs.Tensor]  # axis, index, and the tensor with that entry
+
 
 def slices_to_split(graph: gs.Graph) -> int:
-    """Replace Slice(x, [i], [i + 1], [a]) with Squeeze([a]), for every i of axis a, by a single Split.
+    """Replace what takes every entry i of axis a of x, without that axis, by a single Split.
 
-    Pattern: all consumers of x are such pairs, one for each index of one axis.
+    Pattern: all consumers of x are Gather(i, axis=a), or Slice([i], [i + 1], [a]) and Squeeze([a]), one for
+    each index of one axis; or the only one is a Split into entries, with a Squeeze for each.
     Rewrite: moves that every entry goes through alike are done before the cut. The axis is moved before
     another one and merged with it, so that Split's parts need no Squeeze; before which one is chosen so that
     the moves before the cut, taken together, are fewest.
@@ -51,31 +55,55 @@ def slices_to_split(graph: gs.Graph) -> int:
 def _match(graph: gs.Graph, x: gs.Tensor, inside: IdentitySet) -> tuple[int, list[gs.Tensor]] | None:
     """The axis, and for each index of it the tensor with that entry; tells why not where some are taken."""
     shape = static_shape(x)
-    if shape is None or 0 in shape or len(shape) < 2 or len(x.outputs) < 2:
+    if shape is None or 0 in shape or len(shape) < 2:
         return None
-    entries: dict[int, gs.Tensor] = {}
-    axes, others = set(), []
+    taken: list[_Entry] = []
+    others = []
     for piece in x.outputs:
-        cut = _entry(piece, shape) if is_op(piece, "Slice") and piece in inside else None
-        entry = None if cut is None else _squeezed(graph, piece.outputs[0], cut[0], len(shape), inside)
-        if cut is None or entry is None:
+        entries = _entries(graph, piece, shape, inside) if piece in inside and piece.inputs[0] is x else []
+        taken += entries
+        if not entries:
             others.append(piece)
-            continue
-        axes.add(cut[0])
-        entries[cut[1]] = entry
-    if len(entries) < 2:
+    if len(taken) < 2:
         return None
+    axes, indices = {axis for axis, _, _ in taken}, sorted(index for _, index, _ in taken)
     axis = min(axes)
     if others:
         reason = f"{shown(others[0])} does something else with it"
     elif len(axes) > 1:
         reason = f"they are along axes {sorted(axes)}"
-    elif len(x.outputs) != shape[axis] or sorted(entries) != list(range(shape[axis])):
-        reason = f"{len(x.outputs)} of them take entries {sorted(entries)} of axis {axis}"
+    elif len(taken) != shape[axis] or indices != list(range(len(taken))):
+        reason = f"{len(taken)} of them take entries {indices} of axis {axis}"
     else:
-        return axis, [entries[i] for i in range(shape[axis])]
-    declined(next(iter(entries.values())).inputs[0], f"its fellows do not take {shown(x)} apart: {reason}")
+        return axis, [tensor for _, _, tensor in sorted(taken, key=lambda entry: entry[1])]
+    declined(taken[0][2].inputs[0], f"its fellows do not take {shown(x)} apart: {reason}")
     return None
+
+
+def _entries(graph: gs.Graph, piece: gs.Node, shape: list[int], inside: IdentitySet) -> list[_Entry]:
+    """The entries of one axis that a node takes out of a tensor of this shape; none where it does not."""
+    if is_op(piece, "Gather"):
+        return _gathered(piece, shape)
+    if is_op(piece, "Slice") and (cut := _entry(piece, shape)) is not None:
+        axis, parts = cut[0], [(cut[1], piece.outputs[0])]
+    elif is_op(piece, "Split"):
+        axis = piece.attrs.get("axis", 0) % len(shape)
+        if len(piece.outputs) != shape[axis]:
+            return []
+        parts = list(enumerate(piece.outputs))
+    else:
+        return []
+    squeezed = [(axis, index, _squeezed(graph, part, axis, len(shape), inside)) for index, part in parts]
+    return [] if any(tensor is None for _, _, tensor in squeezed) else squeezed  # type: ignore[return-value]
+
+
+def _gathered(gather: gs.Node, shape: list[int]) -> list[_Entry]:
+    """The entry that a Gather by one constant number takes, which leaves out the axis."""
+    index = constant_value(gather.inputs[1])
+    axis = gather.attrs.get("axis", 0) % len(shape)
+    if index is None or index.ndim or not -shape[axis] <= index.item() < shape[axis]:
+        return []
+    return [(axis, int(index.item()) % shape[axis], gather.outputs[0])]
 
 
 def _squeezed(

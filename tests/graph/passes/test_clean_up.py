@@ -1,10 +1,12 @@
 """Clean-up keeps every graph's function, its outputs' names and order; it removes what need not be there."""
 
+import tracemalloc
+
 import numpy as np
 import onnx
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
@@ -12,7 +14,7 @@ from torch import nn
 from meta_deploy.graph.graph import BATCH, to_graph, to_proto
 from meta_deploy.graph.passes.clean_up import clean_up
 from tests.graph.rewriting import RANDOM, node, ops
-from tests.small_graphs import FLOAT, model, run, value
+from tests.small_graphs import FLOAT, calls, model, run, value
 
 RNG = np.random.default_rng(0)
 
@@ -430,6 +432,83 @@ def test_a_size_that_is_the_batch_up_to_some_number_stays_open(few):
     for batch in (1, 5):
         x = floats(batch, 6)
         np.testing.assert_array_equal(run(after, x=x)["y"], run(proto, x=x)["y"])
+
+
+def windows(depth, batch):
+    """Rows cut into windows and put together again, by sizes that come from the windows before."""
+    numbers = {"zero": [0], "one": [1], "two": [2], "six": [6]}
+    nodes, x = [], "x"
+    for i in range(depth):
+        nodes += [
+            node("Shape", [x], [f"sizes{i}"]),
+            node("Gather", [f"sizes{i}", "zero"], [f"batch{i}"]),
+            node("Gather", [f"sizes{i}", "one"], [f"rows{i}"]),
+            node("Div", [f"rows{i}", "two"], [f"count{i}"]),
+            node("Concat", [f"batch{i}", f"count{i}", "two", "six"], [f"cut{i}"], axis=0),
+            node("Reshape", [x, f"cut{i}"], [f"windows{i}"]),
+            node("Relu", [f"windows{i}"], [f"positive{i}"]),
+            node("Mul", [f"count{i}", "two"], [f"whole{i}"]),
+            node("Concat", [f"batch{i}", f"whole{i}", "six"], [f"back{i}"], axis=0),
+            node("Reshape", [f"positive{i}", f"back{i}"], [x := f"rows_again{i}"]),
+        ]
+    constants = [constant(name, np.array(number)) for name, number in numbers.items()]
+    return model(nodes, [value("x", [batch, 8, 6])], [x], constants)
+
+
+@pytest.mark.parametrize("batch", [3, "n"])
+def test_sizes_that_come_from_sizes_before_are_known_in_time_that_grows_with_the_depth_alone(batch):
+    made = []
+    for depth in (3, 6):
+        proto = windows(depth, batch)
+        assert ops(unharmed(proto, x=floats(3, 8, 6))) == ["Reshape", "Relu", "Reshape"] * depth
+        graph = to_graph(proto)
+        made.append(calls(lambda graph=graph: clean_up(graph)))
+    assert made[1] < 2.2 * made[0]
+
+
+def test_a_constant_for_each_image_is_not_made_to_infer_sizes():
+    nodes = [
+        node("Shape", ["x"], ["batch"], start=0, end=1),
+        node("Div", ["batch", "one"], ["images"]),
+        node("Concat", ["images", "rest"], ["sizes"], axis=0),
+        node("Expand", ["token", "sizes"], ["tokens"]),
+        node("Add", ["tokens", "x"], ["y"]),
+    ]
+    constants = [constant("rest", np.array([64, 32])), constant("token", floats(1, 1, 32))]
+    constants.append(constant("one", np.array([1])))
+    graph = to_graph(model(nodes, [value("x", ["n", 64, 32])], initializers=constants))
+    tracemalloc.start()
+    clean_up(graph)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4e6  # for a thousand images it would be 8 MB
+
+
+@settings(RANDOM, max_examples=12)
+@example("Mod", 3)
+@example("Min", 7)
+@given(st.sampled_from(("Add", "Sub", "Mul", "Div", "Mod", "Min", "Max")), st.integers(1, 13))
+def test_a_size_that_depends_on_the_batch_in_any_way_is_not_taken_for_a_constant(op, number):
+    nodes = [
+        node("Shape", ["x"], ["batch"], start=0, end=1),
+        node(op, ["batch", "number"], ["result"]),
+        node("Max", ["result", "one"], ["count"]),
+        node("Slice", ["table", "zero", "count"], ["rows"]),
+        node("Shape", ["rows"], ["sizes"]),
+        node("Slice", ["sizes", "zero", "one"], ["length"]),
+        node("Concat", ["three", "length"], ["target"], axis=0),
+        node("Reshape", ["rows", "target"], ["turned"]),
+        node("ReduceMean", ["x"], ["mean"], keepdims=0),
+        node("Add", ["turned", "mean"], ["y"]),
+    ]
+    numbers = {"zero": [0], "one": [1], "three": [3], "number": [number]}
+    constants = [constant(name, np.array(value)) for name, value in numbers.items()]
+    table = constant("table", np.arange(3 * 60, dtype=np.float32).reshape(60, 3))
+    proto = model(nodes, [value("x", ["n", 2])], initializers=[*constants, table])
+    after, _ = cleaned(proto)
+    for batch in (1, 2, 4):
+        x = floats(batch, 2)
+        np.testing.assert_allclose(run(after, x=x)["y"], run(proto, x=x)["y"], rtol=1e-5)
 
 
 # --- random graphs ---

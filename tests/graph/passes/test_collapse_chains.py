@@ -153,6 +153,19 @@ def test_a_chain_becomes_the_fewest_moves(chain, expected):
     assert left == expected or (len(left) == len(expected) == 1)
 
 
+@pytest.mark.parametrize(
+    ("chain", "expected"),
+    [
+        (Chain((2, 5, 12)).reshape(2, 5, 3, 4).transpose(0, 2, 1, 3).transpose(0, 1, 3, 2), "RT"),  # keys
+        (Chain((2, 12, 5)).transpose(0, 2, 1).reshape(2, 5, 3, 4).transpose(0, 2, 1, 3), "RT"),
+        (Chain((2, 3, 4, 5)).reshape(2, 12, 5).transpose(0, 2, 1).reshape(10, 12), "TR"),  # only merged
+        (Chain((2, 3, 5, 4)).transpose(0, 2, 1, 3).reshape(2, 5, 3, 4).reshape(2, 5, 12), "TR"),
+    ],
+)
+def test_an_axis_is_cut_before_the_transpose_and_merged_after_it(chain, expected):
+    assert "".join(op[0] for op in ops(chain.unharmed()) if op != "Identity") == expected
+
+
 def test_window_partition_and_back_is_nothing():
     windows = Chain((1, 8, 8, 6)).reshape(1, 2, 4, 2, 4, 6).transpose(0, 1, 3, 2, 4, 5).reshape(4, 16, 6)
     back = windows.reshape(1, 2, 2, 4, 4, 6).transpose(0, 1, 3, 2, 4, 5).reshape(1, 8, 8, 6)

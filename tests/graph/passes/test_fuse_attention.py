@@ -36,6 +36,9 @@ class Attention:
     shapes: dict = dataclasses.field(default_factory=dict)  # of q, k or v, in place of (b, heads, n, d)
     between: str = ""  # an operator between the product and the softmax
     mask: tuple | None = None  # the shape of what is added to the product
+    swap_mask: bool = False  # the products are added to it
+    hides: bool = False  # some of it is -inf
+    computed_mask: bool = False
     reader: str = ""  # another node reads this tensor
     output: str = ""  # this tensor is an output as well
     swapped: bool = False  # the weights are the right operand
@@ -78,8 +81,16 @@ class Attention:
         weights = scaled(n("product"), self.scale, "product_scaled")
         if self.mask is not None:
             numbers = np.random.default_rng(1).standard_normal(self.mask).astype(dtype)
-            initializers.append(numpy_helper.from_array(numbers, n("mask")))
-            nodes.append(node("Add", [weights, n("mask")], [n("masked")]))
+            if self.hides:
+                numbers[..., 1:] = -np.inf
+            initializers.append(
+                numpy_helper.from_array(numbers, n("mask_in" if self.computed_mask else "mask"))
+            )
+            if self.computed_mask:
+                nodes.append(node("Mul", [n("mask_in"), n("q_mean")], [n("mask")]))
+                nodes.insert(0, node("ReduceMean", [n("q_in")], [n("q_mean")], keepdims=0))
+            operands = [weights, n("mask")]
+            nodes.append(node("Add", operands[::-1] if self.swap_mask else operands, [n("masked")]))
             weights = n("masked")
         if self.between:
             nodes.append(node(self.between, [weights], [n("between")]))
@@ -198,6 +209,16 @@ def test_attention_becomes_one_operator():
         Attention(opset=13),
         Attention(opset=20),
         Attention(prefix="out/q"),
+        Attention(mask=(5, 4)),
+        Attention(mask=(3, 5, 4)),
+        Attention(mask=(1, 5, 4)),
+        Attention(mask=(1, 3, 5, 4)),
+        Attention(mask=(2, 1, 5, 4)),
+        Attention(mask=(2, 3, 5, 4), swap_mask=True),
+        Attention(mask=(5, 4), hides=True),
+        Attention(mask=(5, 4), scale=("Mul", 0.5, (), False), q_scale=None),
+        Attention(mask=(3, 5, 4), reader="mask"),
+        Attention(n=70, m=33, d=20, mask=(3, 70, 33)),
     ],
     ids=str,
 )
@@ -222,9 +243,18 @@ def test_variants_become_one_operator(attention):
         Attention(k_scale=("Mul", 0.5, (4,), False)),  # another scale for every key
         Attention(between="Relu"),
         Attention(between="Identity"),
-        Attention(mask=(5, 4)),
-        Attention(mask=(2, 1, 5, 4)),
         Attention(mask=(1,)),
+        Attention(mask=(3, 5, 4), computed_mask=True),
+        Attention(mask=(5, 4), computed_mask=True, swap_mask=True),
+        Attention(mask=(4,)),  # one for every key
+        Attention(mask=(5, 1)),
+        Attention(mask=(2, 1, 1, 4)),
+        Attention(mask=(1, 1, 1, 5, 4)),
+        Attention(mask=(5, 4), reader="product"),
+        Attention(mask=(5, 4), reader="masked"),
+        Attention(mask=(5, 4), output="masked"),
+        Attention(mask=(5, 4), between="Relu"),
+        Attention(mask=(5, 4), scale=("Mul", 0.5, (), False), reader="product_scaled"),
         Attention(scale=("Mul", 0.5, (4,), False)),  # another scale for every key
         Attention(scale=("Mul", 0.5, (3, 1, 1), False)),  # and for every head
         Attention(scale=("Div", 0.5, (), True)),  # the inverse
@@ -417,7 +447,7 @@ def attentions(draw):
         scale=draw(SCALES),
         shapes=shapes,
         axis=draw(st.sampled_from((-1, -1, -1, 3, None, 2))),
-        mask=draw(st.sampled_from((None, None, None, (n, m)))),
+        mask=draw(st.sampled_from((None, None, (n, m), (heads, n, m), (b, 1, n, m), (1, 1, 1, n, m)))),
         between=draw(st.sampled_from(("",) * 6 + ("Relu",))),
         reader=draw(st.sampled_from(tensors)),
         output=draw(st.sampled_from(tensors)),
@@ -433,7 +463,7 @@ def attentions(draw):
 def test_random_attention_answers_as_before(attention):
     inner = ("kt", "product", "weights")
     alone = attention.reader not in inner and attention.output not in inner
-    plain = not attention.between and attention.mask is None and attention.axis != 2
+    plain = not attention.between and len(attention.mask or ()) < 5 and attention.axis != 2
     scales = (attention.scale, attention.k_scale)
     inverse = any(scale is not None and scale[0] == "Div" and scale[3] for scale in scales)
     heads = (attention.b, attention.heads)

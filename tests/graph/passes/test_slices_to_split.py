@@ -18,13 +18,14 @@ from tests.small_graphs import model, value
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """x, taken apart along an axis by Slice and Squeeze, to vary.
+    """x, taken apart along an axis by Slice and Squeeze, or as `by` says, to vary.
 
     `cuts` has (start, end) for each Slice, in their order; `after` what each entry goes through, as
     (operator, values); `before` the same for x.
     """
 
     shape: tuple = (2, 3, 4)
+    by: str = "Slice"  # or "Gather", by the start, which needs no Squeeze; or one "Split" into all parts
     axis: int = 1
     cuts: tuple = ((0, 1), (1, 2), (2, 3))
     before: tuple = ()
@@ -66,14 +67,19 @@ class Cut:
             x = n(f"x{i}")
         ends = []
         groups = []
+        if self.by == "Split":
+            parts = [n(f"s{i}") for i in range(len(self.cuts))]
+            nodes.append(node("Split", [x, constant([1] * len(parts))], parts, axis=self.axis))
         for i, (start, stop) in enumerate(self.cuts):
             axis = self.axis_of.get(i, self.axis if self.slice_axis is None else self.slice_axis)
             starts = n("starts") if self.computed else constant([start])
             axes = "" if self.empty_axes else constant([axis])
             inputs = [starts, constant([stop]), axes, constant([self.step])][: self.inputs]
             part, entry = n(f"s{i}"), n(f"e{i}")
-            group = [node("Slice", [x, *inputs], [part])]
-            if self.squeeze == "missing":
+            group = [node("Slice", [x, *inputs], [part])] if self.by == "Slice" else []
+            if self.by == "Gather":
+                group.append(node("Gather", [x, constant(start)], [entry], axis=axis))
+            elif self.squeeze == "missing":
                 group.append(node("Identity", [part], [entry]))
             else:
                 axes = {"axes": [axis], "none": None, "two": [axis, axis - 1]}[self.squeeze]
@@ -147,11 +153,18 @@ def test_three_slices_become_one_split():
         Cut(opset=17),
         Cut(opset=20),
         Cut(prefix="x0/"),
+        Cut(by="Gather"),
+        Cut(by="Gather", axis=-2, cuts=((2, 3), (-2, 0), (0, 1))),
+        Cut(by="Split"),
+        Cut(by="Split", shape=(3, 2), axis=-2),
+        Cut(by="Split", opset=13, end=False),
     ],
     ids=str,
 )
 def test_variants_become_one_split(cut):
-    assert "Slice" not in ops(agree(cut, 1))
+    after = ops(agree(cut, 1))
+    assert after.count("Split") == 1
+    assert not {"Slice", "Gather", "Squeeze"} & set(after)
 
 
 @pytest.mark.parametrize(("opset", "sizes"), [(13, 0), (17, 0), (18, 1), (20, 1)])
@@ -185,6 +198,15 @@ def test_the_number_of_parts_is_said_where_it_has_to_be(opset, sizes):
         Cut(shape=(2, 3, "n"), sizes=(2, 3, 5)),
         Cut(shape=(3,), axis=0),  # numbers: a Split has no such
         Cut(shape=(2, 3, 0)),
+        Cut(by="Gather", cuts=((0, 1), (1, 2))),
+        Cut(by="Gather", cuts=((0, 1), (1, 2), (1, 2))),
+        Cut(by="Gather", axis_of={2: 0}, shape=(3, 3, 4)),
+        Cut(by="Gather", reader="x"),
+        Cut(by="Split", reader="x"),
+        Cut(by="Split", reader="slice"),
+        Cut(by="Split", output="slice"),
+        Cut(by="Split", squeeze="missing"),
+        Cut(by="Split", squeeze="two", shape=(1, 3, 4)),
     ],
     ids=str,
 )
@@ -198,6 +220,17 @@ def test_a_batch_of_any_size_is_cut(batch, axis):
     agree(Cut(shape=("n", 3, 3), axis=axis, sizes=(batch, 3, 3)), 1)
     left = Cut(shape=("n", 3, 4), axis=0, sizes=(3, 3, 4))  # three images here, another number elsewhere
     agree(left, 0)
+
+
+@pytest.mark.parametrize("indices", [[0, 1, 2], [[0], [1], [2]], [[0], [1, 2]]])
+def test_entries_are_gathered_by_single_numbers(indices):
+    """With a list of them the axis stays, as with a Split into parts of more than one entry."""
+    constants = [numpy_helper.from_array(np.array(i), f"i{n}") for n, i in enumerate(indices)]
+    nodes = [node("Gather", ["x", f"i{n}"], [f"y{n}"], axis=1) for n in range(len(indices))]
+    outputs = [f"y{n}" for n in range(len(indices))]
+    proto = model(nodes, [value("x", [2, 3, 4])], outputs, constants)
+    feeds = {"x": np.arange(24, dtype=np.float32).reshape(2, 3, 4)}
+    rewriting.agree(slices_to_split, proto, feeds, int(indices == [0, 1, 2]), tolerance=0)
 
 
 def test_overlapping_slices_are_declined():
@@ -418,8 +451,16 @@ def cuts(draw):
     after, _ = draw(moves([s for i, s in enumerate(shape) if i != axis]))
     kinds = ("",) * 5 + (("x", "slice", "entry") if len(spans) > 1 else ("x",))
     reader, output = draw(st.sampled_from(kinds)), draw(st.sampled_from(kinds))
+    by = draw(st.sampled_from(("Slice", "Gather", "Split")))
+    if by == "Split" and len(spans) != size:
+        by = "Slice"
+    if by == "Split":
+        spans.sort(key=lambda span: span[0] % size)
+    if by == "Gather":
+        reader, output = (kind if kind != "slice" else "" for kind in (reader, output))
     return Cut(
         shape=tuple(start),
+        by=by,
         axis=draw(st.sampled_from((axis, axis - len(shape)))),
         cuts=tuple(spans),
         before=before,
@@ -443,7 +484,7 @@ def test_random_cuts_give_the_same_entries(cut):
     shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in infos}
     shape = shapes[cut.n(f"x{len(cut.before)}")]
     size = shape[cut.axis]
-    indices = sorted(start % size for start, _ in cut.cuts)
+    indices = list(range(size)) if cut.by == "Split" else sorted(start % size for start, _ in cut.cuts)
     whole = indices == list(range(size)) and size > 1 and len(shape) > 1
     free = cut.reader not in ("x", "slice") and cut.output not in ("x", "slice")
     agree(cut, int(whole and free), proto)
