@@ -5,6 +5,7 @@ type, as a GPU's tensor cores do. Both precisions start from the same graph, so 
 
 python benchmarks/precision_agreement.py [--case CASE ...] [--precision fp16 bf16] [--count 40] [--data DIR]
 
+--exact MODULE ... leaves results of these PyTorch modules unrounded, to see where rounding costs agreement.
 With --data, a folder of annotated pictures as tools/train.py takes it, these are the photos, and AP with the
 annotations as ground truth is given too, of float32 and of the lower precision.
 """
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--case", nargs="+", type=Case.parse, metavar="CASE", help=f"default: {' '.join(CASES)}")
     p.add_argument("--precision", nargs="+", choices=("fp16", "bf16"), default=("fp16",))
     p.add_argument("--count", type=int, default=40, help="photos (default: %(default)s)")
+    p.add_argument("--exact", nargs="+", default=[], metavar="MODULE", help="such as rpn_head")
     p.add_argument("--data", type=Path, metavar="DIR", help="annotated pictures: val/, instances_val.json")
     args = p.parse_args(argv)
     annotations = None
@@ -51,21 +53,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     for case in args.case or map(Case.parse, CASES):
         truth = detections(exported(case, "fp32"), paths)
         for precision in args.precision:
-            found = detections(exported(case, precision), paths)
+            found = detections(exported(case, precision, args.exact), paths)
             rows.append(row(case, precision, truth, found) | against(annotations, truth, found))
             print(rows[-1], file=sys.stderr)
     print(table(rows))
-    save(args.json, machine=machine(), photos=len(paths), goal=GOAL, rows=rows)
+    save(args.json, machine=machine(), photos=len(paths), exact=args.exact, goal=GOAL, rows=rows)
     return 0
 
 
-def exported(case: Case, precision: str) -> Bundle:
-    """A bundle whose model.onnx rounds like an engine of that precision."""
+def exported(case: Case, precision: str, exact: Sequence[str] = ()) -> Bundle:
+    """A bundle whose model.onnx rounds like an engine of that precision, but for the modules `exact`."""
     folder, _ = export(case, "--target", "tensorrt-rtx", f"--{precision}", "--no-verify")
     bundle = Bundle.open(folder)
     if precision == "fp32":
         return bundle
-    graph = emulated(onnx.load_from_string(bundle.read("model.onnx")))
+    graph = emulated(onnx.load_from_string(bundle.read("model.onnx")), exact)
     files = {"model.onnx": graph.SerializeToString(), "model.engine": bundle.read("model.engine")}
     return write_bundle(WORK / f"{folder.name}-emulated", bundle.manifest, files)
 

@@ -413,6 +413,28 @@ def test_emulation_rounds_after_each_node_as_numpy_does(precision, kind):
         np.testing.assert_array_equal(run(emulated(converted), x, optimize)[0], rounded(w.T * w.T))
 
 
+def test_emulation_can_spare_a_module_the_rounding():
+    proto = chain(
+        node("Mul", ["x", "x"], ["a"]), node("Mul", ["a", "a"], ["b"]), node("Mul", ["b", "b"], ["y"])
+    )
+    for part, name in zip(
+        proto.graph.node, ("neck/node_mul", "neck.rpn/node_mul", "necks/node_mul"), strict=True
+    ):
+        part.name = name
+    converted, _ = convert(proto, "fp16")
+    x = random(2, 4, scale=1)
+
+    def rounded(a):
+        return a.astype(np.float16).astype(np.float32)
+
+    low = rounded(x)
+    np.testing.assert_array_equal(
+        run(emulated(converted, ["neck"]), x)[0], rounded((low * low) ** 2 * (low * low) ** 2)
+    )
+    half = rounded(low * low) ** 2
+    np.testing.assert_array_equal(run(emulated(converted, ["neck.rpn"]), x)[0], rounded(half * half))
+
+
 def test_emulation_of_float16_is_near_what_onnx_runtime_computes():
     converted, _ = convert(block(), "fp16")
     x = random(1, 3, 6, 6)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx
 import onnx_ir as ir
 
+from meta_deploy.graph.modules import module_of
 from meta_deploy.graph.precision.lower import to_proto
 from meta_deploy.graph.precision.ranges import EXACT
 from meta_deploy.graph.precision.values import (
@@ -20,11 +23,12 @@ from meta_deploy.graph.precision.values import (
 )
 
 
-def emulated(proto: onnx.ModelProto) -> onnx.ModelProto:
+def emulated(proto: onnx.ModelProto, exact: Sequence[str] = ()) -> onnx.ModelProto:
     """The same numbers in float32 arithmetic: what a low-precision node makes is rounded to its type.
 
     For checking a graph where a runtime has no such kernels (bfloat16 on a CPU), or where it would skip the
-    rounding between two of them. A GPU's products accumulate in float32 likewise.
+    rounding between two of them. A GPU's products accumulate in float32 likewise. What nodes of the PyTorch
+    modules `exact`, such as "rpn_head", make is not rounded: this shows where rounding costs accuracy.
     """
     model = ir.from_proto(proto)
     graph = model.graph
@@ -33,6 +37,7 @@ def emulated(proto: onnx.ModelProto) -> onnx.ModelProto:
     ):
         return proto  # branches and loops stay as they are, and so does what they read
     names = Names(graph)
+    exempt = tuple(f"{module}." for module in exact)
     for value in graph.inputs:
         if value.dtype in LOW:
             readers = list(value.uses())
@@ -55,7 +60,7 @@ def emulated(proto: onnx.ModelProto) -> onnx.ModelProto:
                 node.attributes["to"] = ir.AttrInt64("to", kind)
                 output.dtype = kind
                 _insert_casts(graph, names, node, output, FLOAT)
-            elif node.op_type not in EXACT:
+            elif node.op_type not in EXACT and not f"{module_of(node.name or '')}.".startswith(exempt):
                 _insert_casts(graph, names, node, output, kind, FLOAT)
     return to_proto(model)
 
