@@ -7,12 +7,28 @@ Knows ATen's operators; must not know models.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
 aten = torch.ops.aten
+
+
+def translated(program: ExportedProgram, **options: Any) -> torch.onnx.ONNXProgram:
+    """The program in ONNX, by `torch.onnx.export` with these options; its graph is rewritten on the way.
+
+    Raises:
+        torch.onnx.OnnxExporterError: it holds an operator that has neither a translation nor a decomposition.
+    """
+    try:
+        exported = torch.onnx.export(decomposed(program), **options)
+    except torch.onnx.OnnxExporterError:  # perhaps an operator that is translated in parts alone
+        vars(program).pop("run_decompositions", None)
+        exported = torch.onnx.export(program, **options)
+    assert exported is not None
+    return exported
 
 
 def decomposed(program: ExportedProgram) -> ExportedProgram:

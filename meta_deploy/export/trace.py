@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from meta_deploy.bundle.manifest import InputSpec
-from meta_deploy.export.decompose import decomposed
+from meta_deploy.export.decompose import translated
 from meta_deploy.export.operators import TRANSLATIONS
 from meta_deploy.graph.modules import name_by_module
 
@@ -48,8 +48,8 @@ def export_onnx(model: nn.Module, spec: InputSpec, operators: str = "native") ->
         )
         outputs = program.call_spec.out_spec
         assert outputs is not None
-        exported = torch.onnx.export(
-            decomposed(program),
+        exported = translated(
+            program,
             dynamo=True,
             optimize=False,
             opset_version=OPSET,
@@ -58,7 +58,6 @@ def export_onnx(model: nn.Module, spec: InputSpec, operators: str = "native") ->
             custom_translation_table=TRANSLATIONS[operators],
             verbose=False,
         )
-    assert exported is not None
     proto = exported.model_proto
     name_by_module(proto.graph.node)
     for node in proto.graph.node:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from meta_deploy.export.decompose import decomposed
+from meta_deploy.export.decompose import decomposed, translated
 from meta_deploy.export.operators import TRANSLATIONS
 from meta_deploy.export.trace import quiet
 
@@ -27,9 +27,9 @@ def trace(module, x):
         return torch.export.export(module.eval(), (x,), strict=False)
 
 
-def run(program, x):
+def run(program, x, export=torch.onnx.export):
     with quiet():
-        exported = torch.onnx.export(
+        exported = export(
             program,
             dynamo=True,
             optimize=False,
@@ -78,6 +78,21 @@ def test_what_is_rewritten_has_the_same_values_and_is_traced_once(name):
         run(program, x), expected if isinstance(expected, tuple) else [expected], strict=True
     ):
         np.testing.assert_allclose(got, want.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda m, x: x.std(dim=1), lambda m, x: nn.functional.adaptive_avg_pool2d(x.half(), 3).float()],
+)
+def test_an_operator_that_is_translated_in_parts_alone_is_decomposed(function):
+    x = torch.rand(2, 8, 5, 7)
+    (got,) = run(trace(Module(function), x), x, translated)
+    np.testing.assert_allclose(got, function(None, x).numpy(), rtol=1e-3, atol=1e-6)
+
+
+def test_an_operator_that_nothing_translates_is_the_exporters_error():
+    with pytest.raises(torch.onnx.OnnxExporterError):
+        run(trace(Module(lambda m, x: torch.cdist(x[0], x[0])), torch.rand(2, 8, 5, 7)), None, translated)
 
 
 def test_a_program_that_changes_tensors_in_place_is_left_to_the_exporter():
