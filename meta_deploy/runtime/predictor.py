@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby, islice
 from time import perf_counter
+from typing import TypeVar
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from meta_deploy.errors import InputError
 from meta_deploy.imaging.depth import check_depth
 from meta_deploy.imaging.given import given_image
 from meta_deploy.imaging.images import ImageLike, ImageWarning, Picture, load
-from meta_deploy.imaging.preprocess import Preprocessor, covering, resized
+from meta_deploy.imaging.preprocess import Placement, Preprocessor, covering, resized
 from meta_deploy.targets import open_backend
 from meta_deploy.targets.target import Backend
 from meta_deploy.tasks import get_task
@@ -30,6 +31,7 @@ from meta_deploy.tasks.results import Result, Timings
 from meta_deploy.tasks.tiles import tiles_of, windows_of
 
 MAX_THREADS = 1024
+_Item = TypeVar("_Item")
 
 
 class Predictor:
@@ -208,15 +210,10 @@ class Predictor:
         windows = windows_of(size, self._window, step)
         pixels = resized(picture.pixels, size)
         timings, outputs = Timings(pre=1000 * (perf_counter() - began)), []
-        rest = iter(windows)
-        while group := list(islice(rest, self.bundle.input.batch.max)):
-            began = perf_counter()
-            batch, _ = self._preprocess([window.of(pixels) for window in group])
-            prepared = perf_counter()
-            arrays = self.run({self.bundle.input.name: self._padded(batch)})
-            done = perf_counter()
+        for group in _groups(windows, self.bundle.input.batch.max):
+            arrays, _, _, took = self._outputs([window.of(pixels) for window in group])
             outputs += [{name: array[i] for name, array in arrays.items()} for i in range(len(group))]
-            timings += Timings(pre=1000 * (prepared - began), model=1000 * (done - prepared))
+            timings += took
         began = perf_counter()
         result = self._task.average(self.bundle, picture.size, size, windows, outputs)
         timings += Timings(post=1000 * (perf_counter() - began))
@@ -225,8 +222,7 @@ class Predictor:
     def _as_wholes(self, images: Iterable[ImageLike | Picture], threshold: float) -> list[Result]:
         results: list[Result] = []
         size = 1 if self.bundle.task == "raw" else self.bundle.input.batch.max
-        rest = iter(images)
-        while group := list(islice(rest, size)):
+        for group in _groups(images, size):
             results.extend(self._group(group, threshold))
         return results
 
@@ -239,23 +235,30 @@ class Predictor:
         return self._backend.run({name: np.asarray(array) for name, array in arrays.items()})
 
     def _group(self, images: Sequence[ImageLike | Picture], threshold: float) -> Iterator[Result]:
-        spec = self.bundle.input
         pictures = [self._picture(image) for image in images]
-        started = perf_counter()
-        batch, placements = self._preprocess([p.pixels for p in pictures], [p.size for p in pictures])
-        prepared = perf_counter()
-        outputs = self.run({spec.name: self._padded(batch)})
-        done = perf_counter()
-        share = 1000 / len(images)
-        padded = batch.shape[2], batch.shape[3]
+        outputs, placements, padded, took = self._outputs(
+            [picture.pixels for picture in pictures], [picture.size for picture in pictures]
+        )
         for index, (image, placement) in enumerate(zip(images, placements, strict=True)):
             before = perf_counter()
             result = self._task.decode(self.bundle, outputs, index, placement, padded, threshold)
             after = perf_counter()
-            timings = Timings(
-                (prepared - started) * share, (done - prepared) * share, (after - before) * 1000
-            )
+            timings = Timings(took.pre / len(images), took.model / len(images), (after - before) * 1000)
             yield replace(result, path=_path(image), timings=timings, depth=pictures[index].depth)
+
+    def _outputs(
+        self, pixels: Sequence[np.ndarray], sizes: Sequence[Size] | None = None
+    ) -> tuple[dict[str, np.ndarray], list[Placement], Size, Timings]:
+        """A batch run: its outputs, where its images lie in the input, that one's size, and the time it took.
+
+        `sizes` are those of the images that the pixels are of, where they were reduced.
+        """
+        began = perf_counter()
+        batch, placements = self._preprocess(pixels, sizes)
+        prepared = perf_counter()
+        outputs = self.run({self.bundle.input.name: self._padded(batch)})
+        took = Timings(pre=1000 * (prepared - began), model=1000 * (perf_counter() - prepared))
+        return outputs, placements, (batch.shape[2], batch.shape[3]), took
 
     def _picture(self, image: ImageLike | Picture) -> Picture:
         """An image, read if it is not yet; what was decided about it is a warning then."""
@@ -282,6 +285,13 @@ class Predictor:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _groups(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
+    """Items in groups of at most `size`, in order."""
+    rest = iter(items)
+    while group := list(islice(rest, size)):
+        yield group
 
 
 def _path(image: ImageLike | Picture) -> str | None:
