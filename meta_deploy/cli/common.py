@@ -186,26 +186,23 @@ def whole_number(text: str) -> int:
 
 def positive_int(text: str) -> int:
     """An option's value as a whole number from 1 to 2147483647."""
-    value = int(text) if re.fullmatch("[0-9]{1,10}", text) else 0
-    if not 1 <= value <= MAX_INT:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1, up to {MAX_INT}")
-    return value
+    return _at_most(MAX_INT, text, f"of at least 1, up to {MAX_INT}")
 
 
 def thread_count(text: str) -> int:
     """An option's value as a whole number from 1 to 1024."""
-    return _up_to(MAX_THREADS, text)
+    return _at_most(MAX_THREADS, text)
 
 
 def bit_depth(text: str) -> int:
     """An option's value as a whole number from 1 to 32."""
-    return _up_to(MAX_DEPTH, text)
+    return _at_most(MAX_DEPTH, text)
 
 
-def _up_to(most: int, text: str) -> int:
+def _at_most(most: int, text: str, range_: str = "") -> int:
     value = int(text) if re.fullmatch("[0-9]{1,10}", text) else 0
     if not 1 <= value <= most:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1 to {most}")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number {range_ or f'from 1 to {most}'}")
     return value
 
 

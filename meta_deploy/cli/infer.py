@@ -319,7 +319,6 @@ def _check(args: Namespace, sources: Sequence[Source], bundle: Bundle) -> None:
         (args.csv, "--csv"),
         (args.label_image, "--label-image"),
         (args.tile, "--tile"),
-        (args.slide, "--slide"),
     ):
         if raw and value:
             raise InputError(
