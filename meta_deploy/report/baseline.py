@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from meta_deploy.errors import InputError
+from meta_deploy.report import words
 from meta_deploy.report.gates import METRICS
 from meta_deploy.report.schema import SCHEMA, Baseline, Change, Entry, Machine, Report, Settings
 
@@ -84,8 +85,7 @@ def _names(paths: Sequence[str]) -> tuple[str, ...]:
 def _shown(value: object) -> str:
     if not isinstance(value, (tuple, list)):
         return str(value)
-    more = f" and {len(value) - 3} more" if len(value) > 3 else ""
-    return (", ".join(map(str, value[:3])) + more) or "none"
+    return words.few([*map(str, value)], 3, ", ") or "none"
 
 
 def compared(

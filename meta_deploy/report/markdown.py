@@ -159,19 +159,16 @@ def _bold(line: side_by_side.Line) -> list[str]:
 def _not_fused(entry: Entry) -> Iterable[str]:
     assert entry.engine is not None
     for reason, rows in side_by_side.not_fused(entry.engine):
-        where = ", ".join(f"`{row.node}`" for row in rows[:3])
-        more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
-        yield f"{_plain(entry.name)}, attention not fused: {_plain(where)}{more}: {_plain(reason)}."
+        where = words.few([f"`{row.node}`" for row in rows], 3, ", ")
+        yield f"{_plain(entry.name)}, attention not fused: {_plain(where)}: {_plain(reason)}."
 
 
 def _slowest(entry: Entry) -> str:
     assert entry.profile is not None
     rows = [["node", "operator", "class", "ms", "bytes", "FLOPs", "bound by", "of roof"]]
     for node in sorted(entry.profile.nodes, key=lambda node: -node.ms)[:TOP]:
-        known = node.bytes_read is not None and node.bytes_written is not None
-        moved = node.bytes_read + node.bytes_written if known else None  # type: ignore[operator]
         roof = "" if node.share_of_roof is None else f"{100 * node.share_of_roof:.0f} %"
-        figures = [words.ms(node.ms), words.size(moved), words.count(node.flops)]
+        figures = [words.ms(node.ms), words.size(words.moved(node)), words.count(node.flops)]
         rows.append([f"`{node.name}`", node.op, node.op_class, *figures, node.bound or "", roof])
     return f"### The slowest nodes of {_plain(entry.name)}\n\n{_table(rows)}"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
@@ -35,13 +34,11 @@ def to_html(report: Report) -> str:
         built=[entry for entry in report.entries if entry.engine],
         words=words,
         sides=side_by_side,
-        few=few,
         broken=broken,
         colours={name: f"var(--series-{i})" for i, name in enumerate(plots.CLASSES)},
         figures=_figures(report),
         roofs={entry.name: plots.roofline(report, entry) for entry in _roofed(report)},
         slowest=slowest,
-        moved=moved,
         basename=os.path.basename,
         base64=lambda data: base64.b64encode(data).decode(),
         top=TOP,
@@ -71,19 +68,6 @@ def slowest(entry: Entry) -> list[NodeRow]:
     """The nodes that take most, the slowest first."""
     assert entry.profile is not None
     return sorted(entry.profile.nodes, key=lambda node: -node.ms)[:TOP]
-
-
-def moved(node: NodeRow) -> int | None:
-    """Bytes read and written."""
-    if node.bytes_read is None or node.bytes_written is None:
-        return None
-    return node.bytes_read + node.bytes_written
-
-
-def few(names: Sequence[str], most: int = 6) -> str:
-    """The first of many, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return "; ".join(names[:most]) + more
 
 
 def broken(name: str) -> Markup:

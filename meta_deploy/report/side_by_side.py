@@ -100,15 +100,8 @@ def memory(engine: EngineRow) -> str:
     return f"{engine.activation_mb + engine.weights_mb:,.0f} MB on a GPU"
 
 
-def moved(layer: LayerRow) -> int | None:
-    """Bytes read and written."""
-    if layer.bytes_read is None or layer.bytes_written is None:
-        return None
-    return layer.bytes_read + layer.bytes_written
-
-
 def _moved(layers: Sequence[LayerRow]) -> int | None:
-    sizes = [moved(layer) for layer in layers]
+    sizes = [words.moved(layer) for layer in layers]
     return None if None in sizes else sum(filter(None, sizes)) or None
 
 

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from meta_deploy.graph.modules import in_order
-from meta_deploy.report.schema import CLASSES, Accuracy, Change, Entry, Gate, ModuleRow, Ratio, Report
+from meta_deploy.report.schema import (
+    CLASSES,
+    Accuracy,
+    Change,
+    Entry,
+    Gate,
+    LayerRow,
+    ModuleRow,
+    NodeRow,
+    Ratio,
+    Report,
+)
 
 ACCURACIES = {
     "box_ap": "box AP",
@@ -162,6 +173,19 @@ def modules(entries: Sequence[Entry]) -> list[tuple[str, list[ModuleRow | None]]
     rows = [{row.name: row for row in entry.profile.modules} if entry.profile else {} for entry in entries]
     large = {name for found in rows for name, row in found.items() if row.share >= _LEAST_SHARE}
     return [(name, [found.get(name) for found in rows]) for name in sorted(large, key=in_order)]
+
+
+def few(names: Sequence[str], most: int = 6, joint: str = "; ") -> str:
+    """The first of many, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return joint.join(names[:most]) + more
+
+
+def moved(row: NodeRow | LayerRow) -> int | None:
+    """Bytes that a node or a layer reads and writes; None where it does not tell."""
+    if row.bytes_read is None or row.bytes_written is None:
+        return None
+    return row.bytes_read + row.bytes_written
 
 
 def step(before: float, after: float, shown: Callable[[float], str] = "{:,.0f}".format) -> str:
