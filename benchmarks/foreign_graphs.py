@@ -1,6 +1,6 @@
 """Graphs of models that are not ours, as exported and after each optimizer: nodes, moves, layers, agreement.
 
-    pip install timm transformers torchvision
+    pip install -e '.[bench]'
     python benchmarks/foreign_graphs.py [--models NAME ...] [--exporters dynamo torchscript] [--no-engines]
 
 Models of timm and transformers with random weights, nothing is downloaded; NAME+batch leaves the batch open.
