@@ -111,7 +111,7 @@ def searched(bundle: Bundle, images: Path) -> onnx.ModelProto:
 
 def ruled(graph: onnx.ModelProto, samples: ImageSamples, method: str) -> onnx.ModelProto:
     """All that the target's rules let, by one method of calibration."""
-    rules = TARGETS["onnxruntime"].int8
+    rules = TARGETS["onnxruntime"].eight_bits["int8"]
     assert rules is not None
     return INT8().convert(graph, quantization=Quantization(rules, Calibrator(samples, rules, method)))[0]
 
