@@ -175,13 +175,13 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         "--calib-method",
         default=METHOD_NAMES[0],
         choices=METHOD_NAMES,
-        help="how --int8 finds the range of a tensor (default: auto, for each the best of the others)",
+        help="how 8 bits find the range of a tensor (default: auto, for each the best of the others)",
     )
     group.add_argument(
         "--max-drop",
         type=number,
         metavar="POINTS",
-        help="how much --int8 may lose: of average precision or mean IoU with --annotations, else of what "
+        help="how much 8 bits may lose: of average precision or mean IoU with --annotations, else of what "
         "agrees with float32, of 100 (default: what verification tolerates)",
     )
     group.add_argument(
@@ -191,12 +191,14 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         help="of the --calib-images: a COCO file, or for class maps a folder of label images",
     )
     group.add_argument(
-        "--strict", action="store_true", help="fail where --int8 gains nothing, instead of taking float32"
+        "--strict",
+        action="store_true",
+        help="fail where 8 bits gain nothing, instead of doing without",
     )
     group.add_argument(
         "--no-search",
         action="store_true",
-        help="let the target's rules say what is in 8 bits, without timing it on this machine",
+        help="let the target's rules say what is in 8 bits, without timing or building anything to find out",
     )
     group.add_argument("--no-verify", action="store_true", help="skip the comparison with the original")
     group.add_argument("--out", type=path, metavar="DIR", help="the bundle (default: NAME-TARGET-PRECISION)")
