@@ -158,6 +158,11 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
 
     group.add_argument("--passes", default="all", metavar="all|none|NAME,…", help="graph passes to run")
     group.add_argument(
+        "--no-tune",
+        action="store_true",
+        help="run all passes, without measuring whether the target does better without some",
+    )
+    group.add_argument(
         "--explain",
         nargs="?",
         const="all",
@@ -303,6 +308,7 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
         "explain": args.explain is not None,
         "check": not args.no_verify,
         "search": not args.no_search,
+        "tune": not args.no_tune,
     }
 
 
@@ -347,7 +353,7 @@ def document(bundle: Bundle) -> dict[str, Any]:
     manifest = bundle.manifest
     keys = (
         *("target", "precision", "operators", "conversion", "parameters", "nodes", "passes"),
-        *("verification", "seconds", "peak_rss_mb", "engine"),
+        *("tuning", "left_out", "verification", "seconds", "peak_rss_mb", "engine"),
     )
     facts = {key: to_builtins(getattr(manifest, key)) for key in keys}
     return {"bundle": str(bundle.path), "model": manifest.model.name, "task": manifest.task, **facts}
@@ -468,8 +474,10 @@ class StageDisplay:
         "load": "loading the model",
         "export": "exporting to ONNX",
         "passes": "running graph passes",
+        "tune": "trying other passes",
         "precision": "lowering the precision",
         "verify": "comparing with the original",
+        "blame": "looking for the pass at fault",
         "engine": "building for the target",
         "speed": "timing against float32",
         "write": "writing the bundle",

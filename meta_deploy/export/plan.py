@@ -25,6 +25,7 @@ class Plan:
         build_options: for the target's `build`.
         form: of NMS and RoIAlign.
         passes: their names, in order.
+        tunes: whether others are tried.
         files: images or .npz files that were given, or the package's own.
         lowers: whether the graph itself changes its precision.
         needs_samples: whether anything is run on the files.
@@ -39,6 +40,7 @@ class Plan:
     build_options: BuildOptions
     form: str
     passes: list[str]
+    tunes: bool
     files: list[Path]
     lowers: bool
     needs_samples: bool
@@ -83,6 +85,7 @@ def planned(path: str | Path, options: Options) -> Plan:
         build_options=build_options,
         form=form,
         passes=passes,
+        tunes=options.tune and options.passes == "all",
         files=files,
         lowers=lowers,
         needs_samples=needed,

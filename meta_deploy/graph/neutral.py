@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
-from meta_deploy.graph.graph import constant_value, is_op, producer, replace, sole_consumer
+from meta_deploy.graph.graph import constant_value, is_op, producer, replace, sole_consumer, static_shape
 
 _NEUTRAL = {"Add": 0, "Sub": 0, "Mul": 1, "Div": 1}
 
 
 def drop_neutral(graph: gs.Graph) -> None:
-    """Let nothing read an Add or Sub of 0, a Mul or Div of 1, or a Pad of width zero; Conv takes Pads in.
+    """Let nothing read an Add or Sub of 0, a Mul or Div of 1, a Pad of width zero, or a Concat of one tensor;
+
+    nor a Slice or an Expand to the shape that was there already. Let Convs do the padding before them.
 
     What is left without readers is not removed yet. The sum of -0 and 0 is 0 and becomes -0, which is equal.
     """
@@ -28,6 +31,13 @@ def _unchanged(node: gs.Node) -> gs.Tensor | None:
     if is_op(node, "Pad"):
         pads = constant_value(node.inputs[1]) if len(node.inputs) > 1 else None
         return node.inputs[0] if pads is not None and not pads.any() else None
+    if is_op(node, "Concat"):
+        return node.inputs[0] if len(node.inputs) == 1 else None
+    if is_op(node, "Slice", "Expand"):
+        steps = constant_value(node.inputs[4]) if len(node.inputs) > 4 else np.ones(1)
+        forward = steps is not None and bool((steps == 1).all())
+        shape = static_shape(node.outputs[0])
+        return node.inputs[0] if forward and shape and shape == static_shape(node.inputs[0]) else None
     if not is_op(node, *_NEUTRAL):
         return None
     a, b = node.inputs

@@ -41,6 +41,7 @@ class OnnxRuntime(Target):
         *("fuse-attention", "move-linears", "slices-to-split", "collapse-chains"),
         *("fold-branches", "distribute-sums", "fold-scales", "discarded-rows"),
     )
+    doubtful = ("fuse-attention", "move-linears", "merge-siblings", "distribute-sums", "fold-branches")
     prices = CPU
     operators = ("native", "lowered")
     compacts = True

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -87,6 +88,7 @@ class Target(ABC):
         title: as people call it.
         passes: graph passes in the order in which they run (keys of `graph.pipeline.PASSES`).
         required_passes: those of them that run even with `--passes none`.
+        doubtful: those of them that do not pay on every model: an export that tunes tries without each.
         prices: of the machine, by which passes choose between forms.
         operators: forms of NMS and RoIAlign that it runs (keys of `export.operators.TRANSLATIONS`), the one
             that is taken unless asked otherwise first.
@@ -98,6 +100,7 @@ class Target(ABC):
         rounds_each_operator: its kernels round to the graph's precision where a CPU may carry on in float32;
             such a graph is verified with the rounding written out.
         compacts: it folds constants when it opens the graph, so that the file may hold them in fewer bytes.
+        timed: what is built runs on the exporting machine; else `figures` say which of two builds is better.
         builds: what ships is more than the graph, and making it takes time.
         bounded: what is built reserves memory for the largest input, so that every size needs an upper end.
         backends: what `--backend` can name for its bundles.
@@ -110,6 +113,7 @@ class Target(ABC):
     title: str
     passes: tuple[str, ...]
     required_passes: tuple[str, ...] = ()
+    doubtful: tuple[str, ...] = ()
     prices: Cost
     operators: tuple[str, ...]
     precisions: tuple[str, ...]
@@ -118,6 +122,7 @@ class Target(ABC):
     int8: Int8Rules | None = None
     rounds_each_operator: bool = False
     compacts: bool = False
+    timed: bool = True
     builds: bool = False
     bounded: bool = False
     backends: tuple[str, ...]
@@ -167,6 +172,10 @@ class Target(ABC):
         compares the graph on ONNX Runtime.
         """
         return None
+
+    def figures(self, section: Engine | None) -> dict[str, Any]:
+        """Fields of `TriedPipeline` from the manifest's `engine` section, of a target that is not timed."""
+        return {}
 
     def describe(self, section: Engine) -> str:
         """What was built, in one line, from the manifest's `engine` section."""

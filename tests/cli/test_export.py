@@ -26,7 +26,7 @@ from tests.tiny_models import detector, exported, lively
 CONFIG = detector()
 KEYS = {
     *("bundle", "model", "target", "precision", "parameters", "nodes", "passes", "verification", "seconds"),
-    *("peak_rss_mb", "engine", "operators", "conversion", "task"),
+    *("peak_rss_mb", "engine", "operators", "conversion", "task", "tuning", "left_out"),
 }
 STAGES = [
     "loading the model",
@@ -85,7 +85,7 @@ def meta_export(material, here, capfd, monkeypatch):
     def call(*options, ckpt=material / "tiny.pth"):
         capfd.readouterr()
         try:
-            code = main(["--ckpt", str(ckpt), *map(str, options)])
+            code = main(["--ckpt", str(ckpt), "--no-tune", *map(str, options)])
         except SystemExit as exit:
             code = exit.code
         return code, *capfd.readouterr()
@@ -375,6 +375,7 @@ def test_an_older_bundle_is_replaced(meta_export, pictures):
 
 @pytest.mark.slow
 def test_a_failed_verification_is_3_and_leaves_no_bundle(meta_export, pictures, here, monkeypatch):
+    from meta_deploy.export import pipeline
     from meta_deploy.graph.pipeline import PASSES
 
     def corrupt(graph):
@@ -384,6 +385,7 @@ def test_a_failed_verification_is_3_and_leaves_no_bundle(meta_export, pictures, 
         return 1
 
     monkeypatch.setitem(PASSES, "discarded-rows", corrupt)
+    monkeypatch.setattr(pipeline, "at_fault", lambda *_: None)  # else it is left out
     code, out, err = meta_export("--out", "b", "--json", *pictures)
     assert code == 3
     assert out == ""
@@ -499,7 +501,7 @@ def test_interrupted_it_leaves_nothing(material, here, moment, number, code, sai
 def test_a_real_export_prints_json_and_nothing_else_on_standard_output(material, here, pictures):
     """Nothing replaced: PyTorch and all the libraries get their chance to speak."""
     command = [sys.executable, "-m", "meta_deploy.cli.export", "--ckpt", material / "tiny.pth", "--json"]
-    options = ["--out", "b", "--input-size", "64", "64", *pictures]
+    options = ["--out", "b", "--input-size", "64", "64", "--no-tune", *pictures]
     result = subprocess.run(
         list(map(str, [*command, *options])),
         capture_output=True,
@@ -518,7 +520,7 @@ def test_a_real_export_prints_json_and_nothing_else_on_standard_output(material,
 @pytest.mark.slow
 def test_on_a_terminal_the_stages_update_in_place(material, here, pictures):
     ours, theirs = pty.openpty()
-    process = start(material, "--out", "b", *pictures, stderr=theirs)
+    process = start(material, "--out", "b", "--no-tune", *pictures, stderr=theirs)
     os.close(theirs)
     text = read_all(ours)
     process.communicate()

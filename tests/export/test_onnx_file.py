@@ -428,7 +428,7 @@ def test_external_data_that_is_missing_or_short(here):
 def test_a_graph_that_answers_otherwise_is_not_written(here, monkeypatch):
     from meta_deploy.export import pipeline
 
-    def broken(proto, names, prices, explain=False):
+    def broken(proto, *_):
         wrong = onnx.ModelProto.FromString(proto.SerializeToString())
         matrix = next(t for t in wrong.graph.initializer if t.name == "m")
         matrix.CopyFrom(numpy_helper.from_array(1.01 * numpy_helper.to_array(matrix), "m"))
