@@ -27,7 +27,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from meta_deploy.bundle.files import atomic_path
-from meta_deploy.models.checkpoint.load import load_model
+from meta_deploy.errors import InputError
+from meta_deploy.models.checkpoint.load import load_model, load_vit_weights, read_vit
 from meta_deploy.models.checkpoint.save import save_checkpoint
 from meta_deploy.models.registry import build_model, config_from_dict, config_to_dict, get_config
 from tools.detection_losses import LossSettings, Truth, detection_losses
@@ -137,9 +138,15 @@ class Training:
         self.segmentation = config["task"] == "semantic-segmentation"
         self.classes = class_names(source.classes) if self.segmentation else source.classes
         self.config = config_from_dict(config | {"num_classes": len(self.classes)})
+        vit = read_vit(args.backbone_ckpt) if args.backbone_ckpt else None
+        if vit is not None and "backbone" not in args.set:
+            self.config = vit.configure(self.config)
         self.model = build_model(self.config)
         if args.init:
             start_from(self.model, args.init)
+        if vit is not None:
+            for note in load_vit_weights(self.model, vit).notes:
+                log(note)
         self.model = self.model.to(self.device, memory_format=torch.channels_last).train()
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, args.weight_decay), lr=args.lr, betas=(0.9, 0.99), fused=True
@@ -347,7 +354,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     length.add_argument("--minutes", type=float, help="train for so long, stops not counted")
     length.add_argument("--steps", type=int, help="train for so many steps")
     add("--resume", action="store_true", help="go on from the state in --out, if there is one")
-    add("--init", type=Path, help="checkpoint to start from; of another task: its backbone")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--init", type=Path, help="checkpoint to start from; of another task: its backbone")
+    start.add_argument(
+        "--backbone-ckpt", type=Path, help="a plain ViT to start from: DeiT, AugReg, MAE, DINO, DINOv2"
+    )
     add("--set", type=json.loads, default={}, metavar="JSON", help="settings of the model's configuration")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=int, default=0, help="of the weights and the samples, 0..9")
@@ -374,7 +385,11 @@ def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
     cv2.setNumThreads(1)
-    train(args)
+    try:
+        train(args)
+    except InputError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ class Options:
         out: the bundle's folder; None: named after the file, target and precision, in the current folder.
         check: compare with the original before anything is written.
         allow_partial: accept a checkpoint that lacks tensors.
+        backbone_ckpt: a file with a plain ViT, for what of it the checkpoint lacks.
     """
 
     model: str | None = None
@@ -77,6 +78,7 @@ class Options:
     out: str | Path | None = None
     check: bool = True
     allow_partial: bool = False
+    backbone_ckpt: str | Path | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("scale", (self.scale,)), ("mean", self.mean), ("std", self.std)):

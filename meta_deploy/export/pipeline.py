@@ -55,11 +55,12 @@ from meta_deploy.graph.precision.lower import Conversion
 from meta_deploy.targets.target import MODEL, Built
 
 
-def export(source: str | Path, *, progress: Progress | None = None, **options: Any) -> Bundle:
+def export(source: str | Path | None, *, progress: Progress | None = None, **options: Any) -> Bundle:
     """Turn a checkpoint or an ONNX file into a verified bundle.
 
     Args:
-        source: a .pth, .pt or .safetensors checkpoint, or an .onnx file.
+        source: a .pth, .pt or .safetensors checkpoint, or an .onnx file; None: a new model, `model`, around
+            the ViT of `backbone_ckpt`, to try what it would cost.
         progress: who listens.
         options: the fields of `Options`.
 
@@ -73,6 +74,9 @@ def export(source: str | Path, *, progress: Progress | None = None, **options: A
     known = {field.name for field in fields(Options)}
     if unknown := sorted(options.keys() - known):
         raise InputError(f"export has no option '{unknown[0]}'; choose from {', '.join(sorted(known))}")
+    source = options.get("backbone_ckpt") if source is None else source
+    if source is None:
+        raise InputError("there is nothing to export; give a checkpoint, an ONNX file or backbone_ckpt")
     return run(source, Options(**options), progress or Progress())
 
 

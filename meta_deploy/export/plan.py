@@ -49,8 +49,8 @@ class Plan:
 
     def reads(self, source: str | Path) -> list[Path]:
         """The files that the bundle must not replace."""
-        annotations = [] if self.options.annotations is None else [Path(self.options.annotations)]
-        return [Path(source), *self.files, *annotations]
+        others = (self.options.annotations, self.options.backbone_ckpt)
+        return [Path(source), *self.files, *(Path(path) for path in others if path is not None)]
 
 
 def planned(path: str | Path, options: Options) -> Plan:
@@ -71,7 +71,8 @@ def planned(path: str | Path, options: Options) -> Plan:
     needed = options.check or (lowers and precision.measures)
     most = MOST_CALIBRATION if precision.calibrates else MOST
     files = find_files(options.calib_images, most) if needed or options.calib_images is not None else []
-    named = f"{Path(path).stem}-{target.name}-{precision.name}"
+    model = options.model if path == options.backbone_ckpt else Path(path).stem
+    named = f"{model}-{target.name}-{precision.name}"
     folder = named if options.out is None else options.out
     truth = None
     if options.annotations is not None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from PIL import Image
 
 from meta_deploy.bundle import folders
@@ -21,6 +22,7 @@ from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.cli.export import StageDisplay, main, passes_table, verdict
 from meta_deploy.errors import BundleError
 from meta_deploy.models.checkpoint.save import save_checkpoint
+from meta_deploy.models.registry import build_model, get_config
 from tests.tiny_models import detector, exported, lively
 
 CONFIG = detector()
@@ -300,9 +302,19 @@ def test_a_wrong_option_is_one_line(meta_export, here, options, patterns):
 
 
 def test_a_missing_option_is_one_line(here, capfd):
-    with pytest.raises(SystemExit) as exit:
-        main([])
-    refused((exit.value.code, *capfd.readouterr()), here, "--ckpt", "--onnx")
+    refused((main([]), *capfd.readouterr()), here, "--ckpt", "--onnx", "--backbone-ckpt")
+
+
+def test_a_vit_that_no_model_is_named_for_or_that_does_not_fit_is_one_line(here, capfd):
+    with torch.device("meta"):
+        vit = build_model(get_config("meta-s-upernet")).backbone.vit.state_dict()
+    torch.save({name: torch.zeros(tensor.shape) for name, tensor in vit.items()}, "vit.pth")
+    given = ["--backbone-ckpt", "vit.pth", "--no-verify"]
+    refused((main(given), *capfd.readouterr()), here, "name the model around it with --model", "meta-s-")
+    code = main([*given, "--model", "meta-t-gfl"])
+    refused((code, *capfd.readouterr()), here, "width 384, depth 12, and that of meta-t-gfl is of width 192")
+    code = main([*given, "--onnx", "x.onnx"])
+    refused((code, *capfd.readouterr()), here, "--backbone-ckpt is for a checkpoint")
 
 
 def test_a_broken_picture_is_named_before_the_work(meta_export, here):

@@ -119,6 +119,7 @@ def test_a_fixed_size_that_only_the_graph_shows_is_compared(here):
         ({"dynamic_size": True}, "needs --input-size"),
         ({"model": "meta-t-upernet"}, "--model is for a checkpoint"),
         ({"allow_partial": True}, "--allow-partial is for a checkpoint"),
+        ({"backbone_ckpt": "vit.pth"}, "--backbone-ckpt is for a checkpoint"),
         ({"precision": "fp4"}, "fp4"),
         ({"passes": "tidy"}, "'tidy' is not a graph pass"),
         ({"batch": 0, "dynamic_batch": (3, 2, 1)}, "does not rise"),

@@ -33,7 +33,7 @@ DIVISOR = 32  # every model here takes sizes that are multiples of this
 
 
 class CheckpointSource(Source):
-    """A checkpoint of one of our models."""
+    """A checkpoint of one of our models; or the file of a ViT alone, and a random model around it."""
 
     traced = True
 
@@ -43,7 +43,9 @@ class CheckpointSource(Source):
             torch.set_num_threads(threads)
         # Refused now rather than after loading.
         input_spec(options.input_size or (DIVISOR, DIVISOR), options)
-        self.loaded = load_model(path, options.model, allow_partial=options.allow_partial, log=note)
+        vit = options.backbone_ckpt
+        checkpoint = None if vit is not None and Path(path) == Path(vit) else path
+        self.loaded = load_model(checkpoint, options.model, options.allow_partial, note, vit)
         self.config = self.loaded.config
         self.name = self.config.name
         self.spec = input_spec(options.input_size or self.config.input_size, options)

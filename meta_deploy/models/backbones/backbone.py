@@ -56,7 +56,9 @@ class Backbone:
         normalization: `mean` and `std` of the input by a state dict, where its ViT was not pretrained on
             images normalized as ImageNet's usually are; empty where it was.
         vit: what stands before the names of a plain ViT inside of it, whose weights can then come from a
-            checkpoint of their own (the configuration has `layer_scale` for them); None where there is none.
+            file of their own; None where there is none. The configuration then has `embed_dim`, `depth`,
+            `mlp_ratio`, `pos_grid` and `layer_scale`.
+        vit_names: ends of timm's names of that ViT's tensors -> its own, where they differ.
     """
 
     title: str
@@ -69,6 +71,7 @@ class Backbone:
     by_task: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     normalization: Callable[[State], dict[str, tuple[float, ...]]] = lambda state: {}
     vit: str | None = None
+    vit_names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

@@ -186,16 +186,3 @@ def _differ(old: ModelConfig, new: ModelConfig) -> list[str]:
         for key, value in flat[1].items()
         if key not in ("backbone", "name") and flat[0].get(key) != value
     ]
-
-
-def config_around_vit(checkpoint: Checkpoint, model_name: str | None, allow_partial: bool) -> ModelConfig:
-    """The named model's configuration, to be filled with a plain ViT and otherwise left at random.
-
-    Raises:
-        CheckpointError: no model is named, a partial load is not allowed, or this is no plain ViT.
-    """
-    if model_name is None or not allow_partial or backbone_of(get_config(model_name)).vit is None:
-        refuse_foreign(checkpoint)
-    config = get_config(model_name)
-    layer_scale = any(name.endswith((".ls1.gamma", ".gamma_1")) for name in checkpoint.state)
-    return replace(config, backbone=replace(config.backbone, layer_scale=layer_scale))
