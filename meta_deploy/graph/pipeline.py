@@ -26,6 +26,7 @@ from meta_deploy.graph.passes.fold_branches import fold_branches
 from meta_deploy.graph.passes.fold_scales import fold_scales
 from meta_deploy.graph.passes.fuse_attention import fuse_attention
 from meta_deploy.graph.passes.fuse_layer_norm import fuse_layer_norm
+from meta_deploy.graph.passes.fuse_rotary import fuse_rotary
 from meta_deploy.graph.passes.merge_siblings import merge_siblings
 from meta_deploy.graph.passes.move_linears import move_linears
 from meta_deploy.graph.passes.order_tokens import order_tokens
@@ -43,6 +44,7 @@ PASSES: dict[str, Callable[[gs.Graph], int]] = {
     "fold-scales": fold_scales,
     "merge-siblings": merge_siblings,
     "fuse-attention": fuse_attention,
+    "fuse-rotary": fuse_rotary,
     "slices-to-split": slices_to_split,
     "collapse-chains": collapse_chains,
     "move-linears": move_linears,

@@ -38,7 +38,7 @@ class OnnxRuntime(Target):
     title = "ONNX Runtime"
     passes = (
         *("clean-up", "fuse-layer-norm", "share-norms", "fold-batch-norm", "merge-siblings"),
-        *("fuse-attention", "move-linears", "slices-to-split", "collapse-chains"),
+        *("fuse-attention", "fuse-rotary", "move-linears", "slices-to-split", "collapse-chains"),
         *("fold-branches", "distribute-sums", "fold-scales", "discarded-rows"),
     )
     doubtful = ("fuse-attention", "move-linears", "merge-siblings", "distribute-sums", "fold-branches")

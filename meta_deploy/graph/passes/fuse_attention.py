@@ -7,15 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import onnx
 import onnx_graphsurgeon as gs
 
 from meta_deploy.graph.attention import Attention, find_attention
 from meta_deploy.graph.explain import declined, shown
-from meta_deploy.graph.graph import fresh_names, is_batch, is_op, own_nodes, static_shape, tidy
+from meta_deploy.graph.graph import (
+    CONTRIBUTED,
+    fresh_names,
+    import_domain,
+    is_batch,
+    is_op,
+    own_nodes,
+    static_shape,
+    tidy,
+)
 from meta_deploy.graph.moves import add_move
-
-DOMAIN = "com.microsoft"
 
 
 def fuse_attention(graph: gs.Graph) -> int:
@@ -43,7 +49,7 @@ def fuse_attention(graph: gs.Graph) -> int:
             _rewrite(graph, found, fresh)
             changes += 1
     if changes:
-        graph.import_domains = _with_domain(graph)
+        import_domain(graph, CONTRIBUTED)
         tidy(graph)
     return changes
 
@@ -62,7 +68,7 @@ def _rewrite(graph: gs.Graph, found: Attention, fresh: Callable[[str], str]) -> 
     found.last.outputs.clear()
     joined = gs.Variable(fresh(f"{out.name}/joined"), q.dtype, [b, n, h * width]) if heads else out
     graph.nodes.append(
-        gs.Node("MultiHeadAttention", joined.name, attributes, inputs, [joined], domain=DOMAIN)
+        gs.Node("MultiHeadAttention", joined.name, attributes, inputs, [joined], domain=CONTRIBUTED)
     )
     out.shape = [b, *heads, n, width]
     if heads:
@@ -99,11 +105,3 @@ def _joined(
     joined = gs.Variable(fresh(f"{name}/joined"), x.dtype, [b, n, h * d])
     add_move(graph, "Reshape", [b, n, h * d], moved, joined, fresh)
     return joined
-
-
-def _with_domain(graph: gs.Graph) -> list:
-    """The graph's operator sets, the fused operator's among them."""
-    domains = list(graph.import_domains or [onnx.helper.make_opsetid("", graph.opset)])
-    if all(domain.domain != DOMAIN for domain in domains):
-        domains.append(onnx.helper.make_opsetid(DOMAIN, 1))
-    return domains

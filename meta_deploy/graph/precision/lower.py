@@ -64,7 +64,7 @@ _FLOAT32 = frozenset(
     )
 )
 # Operators of ONNX Runtime's that a pass brings in; all their float tensors are of one type.
-_CONTRIBUTED = frozenset((("com.microsoft", "MultiHeadAttention"),))
+_CONTRIBUTED = frozenset((("com.microsoft", "MultiHeadAttention"), ("com.microsoft", "RotaryEmbedding")))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from meta_deploy.graph.passes.fuse_attention import DOMAIN, fuse_attention
+from meta_deploy.graph.graph import CONTRIBUTED
+from meta_deploy.graph.passes.fuse_attention import fuse_attention
 from tests.graph import rewriting
 from tests.graph.rewriting import RANDOM, TYPES, node, ops, same
 from tests.small_graphs import model, value
@@ -181,7 +182,7 @@ def test_attention_becomes_one_operator():
     attributes = {a.name: helper.get_attribute_value(a) for a in fused.attribute}
     assert attributes["num_heads"] == 3
     assert attributes["scale"] == pytest.approx(0.4)
-    assert {o.domain: o.version for o in after.opset_import} == {"": 18, DOMAIN: 1}
+    assert {o.domain: o.version for o in after.opset_import} == {"": 18, CONTRIBUTED: 1}
 
 
 @pytest.mark.parametrize(
@@ -447,9 +448,9 @@ def test_attention_that_ends_in_a_branch_is_left():
 
 def test_a_domain_already_there_is_named_once():
     proto = Attention().proto()
-    proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+    proto.opset_import.append(helper.make_opsetid(CONTRIBUTED, 1))
     after, _ = rewritten(proto)
-    assert [o.domain for o in after.opset_import].count(DOMAIN) == 1
+    assert [o.domain for o in after.opset_import].count(CONTRIBUTED) == 1
 
 
 # --- random attention ---
