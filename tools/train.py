@@ -214,7 +214,11 @@ class Training:
         state |= {"random": torch.get_rng_state()}
         with atomic_path(folder / "state.pth") as temporary:
             torch.save(state, temporary)
-        save_checkpoint(folder / f"{self.config.name}.pth", self.averaged(), self.config, self.classes)
+        save_checkpoint(self.checkpoint(folder), self.averaged(), self.config, self.classes)
+
+    def checkpoint(self, folder: Path) -> Path:
+        """Where `save` writes it; a colon is no part of a file's name everywhere."""
+        return folder / f"{self.config.name.replace(':', '-')}.pth"
 
     def load(self, path: Path) -> None:
         state = torch.load(path, weights_only=True, map_location=self.device)
@@ -341,7 +345,7 @@ def train(args: argparse.Namespace) -> None:
                 break
     training.save(args.out)
     training.validate(args.out)
-    log(f"done: {args.out / training.config.name}.pth")
+    log(f"done: {training.checkpoint(args.out)}")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -26,7 +26,7 @@ from meta_deploy.export.samples import ImageSamples, Samples
 from meta_deploy.export.sources.source import Source
 from meta_deploy.export.trace import export_onnx
 from meta_deploy.models.checkpoint.load import load_model
-from meta_deploy.models.registry import config_to_dict
+from meta_deploy.models.registry import backbone_of, config_to_dict
 from meta_deploy.tasks import get_task
 
 DIVISOR = 32  # every model here takes sizes that are multiples of this
@@ -47,6 +47,8 @@ class CheckpointSource(Source):
         checkpoint = None if vit is not None and Path(path) == Path(vit) else path
         self.loaded = load_model(checkpoint, options.model, options.allow_partial, note, vit)
         self.config = self.loaded.config
+        if options.dynamic_size and backbone_of(self.config).fixed_size:
+            raise InputError(f"{self.config.name} is exported for one size; leave out --dynamic-size")
         self.name = self.config.name
         self.spec = input_spec(options.input_size or self.config.input_size, options)
         self.preprocess = preprocess_rules(self.config, self.spec)

@@ -48,7 +48,9 @@ class Backbone:
         title: its name in messages.
         config: its configuration.
         model: configuration -> module.
-        sizes: name of a size -> settings of the configuration.
+        sizes: name of a size -> settings of the configuration; models are `<backbone>-<size>-<head>`.
+        settings: the same as a function, of a backbone with any number of sizes, whose models are
+            `<backbone>:<size>-<head>`; raises InputError for a name that is none.
         recognise: whether a state dict, complete or not, is of this backbone.
         width: `BackboneConfig.width` from a state dict.
         measure: configuration and state dict -> the settings that shapes tell.
@@ -59,6 +61,7 @@ class Backbone:
             file of their own; None where there is none. The configuration then has `embed_dim`, `depth`,
             `mlp_ratio`, `pos_grid` and `layer_scale`.
         vit_names: ends of timm's names of that ViT's tensors -> its own, where they differ.
+        fixed_size: whether it is exported for one input size only.
     """
 
     title: str
@@ -72,6 +75,8 @@ class Backbone:
     normalization: Callable[[State], dict[str, tuple[float, ...]]] = lambda state: {}
     vit: str | None = None
     vit_names: Mapping[str, str] = field(default_factory=dict)
+    settings: Callable[[str], Mapping[str, Any]] | None = None
+    fixed_size: bool = False
 
     @property
     def name(self) -> str:
@@ -79,8 +84,9 @@ class Backbone:
         return str(self.config.__struct_config__.tag)
 
     def configure(self, size: str, task: str) -> BackboneConfig:
-        """The configuration of one of `sizes`."""
-        return self.config(**{**self.sizes[size], **self.by_task.get(task, {})})
+        """The configuration of one of `sizes`, or of what `settings` takes."""
+        own = self.settings(size) if self.settings else self.sizes[size]
+        return self.config(**{**own, **self.by_task.get(task, {})})
 
     def size_of_width(self, width: int | None) -> str | None:
         """The first of `sizes` that has this width."""
@@ -91,5 +97,5 @@ BACKBONES: dict[str, Backbone] = {}
 
 
 def register(backbone: Backbone) -> None:
-    """Make a backbone known under its name; models are called `<backbone>-<size>-<head>`."""
+    """Make a backbone known under its name."""
     BACKBONES[backbone.name] = backbone

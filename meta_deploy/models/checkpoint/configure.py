@@ -76,6 +76,12 @@ def infer_config(checkpoint: Checkpoint) -> ModelConfig:
             f"holds a {backbone.title} backbone of width {width} without a head that we know; name the model "
             f"with --model and pass {ALLOW}",
         )
+    if backbone.settings is not None:
+        refuse(
+            path,
+            f"has a backbone of {backbone.title}, and which one can't be told from shapes; embed the "
+            f"configuration (save_checkpoint does) or name it with --model {backbone.name}:NAME-HEAD",
+        )
     if name is None:
         refuse(
             path,
@@ -156,8 +162,9 @@ def _named_config(checkpoint: Checkpoint, model_name: str, allow_partial: bool) 
 
 def _look(state: State, wanted: Backbone) -> str:
     backbone, head = find_backbone(state) or wanted, find_head(state)
+    width = width_of(state, backbone)
     return nearest_model(state, backbone) or (
-        f"a {backbone.title} model of width {width_of(state, backbone)} with head "
+        f"a {backbone.title} model{f' of width {width}' if width else ''} with head "
         f"{head.name if head else 'unknown'}"
     )
 

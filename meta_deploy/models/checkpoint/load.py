@@ -164,6 +164,9 @@ def _load_all(
         if name not in values:
             values[name] = torch.zeros(value.shape, dtype=value.dtype)  # a batch norm's counter
     model.load_state_dict(values, assign=True)
+    if any(buffer.is_meta for buffer in model.buffers()):  # some are computed and not saved
+        model = _build(config, path)
+        model.load_state_dict(values)
     return model, report
 
 
@@ -230,14 +233,13 @@ def _load_around_vit(vit: PlainViT, model_name: str | None) -> LoadedModel:
     state, loaded = model.state_dict(), set(part.loaded)
     every = sum(p.numel() for p in model.parameters())
     rest = every - sum(state[name].numel() for name in loaded)
-    nothing = Checkpoint({}, None, None, vit.path)
-    names, decisions = _class_names(nothing, config)
+    names, _ = _class_names(Checkpoint({}, None, None, vit.path), config)
     warning = (
         f"warning: of {config.name} only the ViT has weights; adapter and head, {rest / 1e6:.1f} of "
         f"{every / 1e6:.1f} M parameters, are random, and what it finds means nothing before it is trained"
     )
     missing = [name for name in state if name not in loaded and not name.endswith(COUNTER)]
-    report = replace(part, missing=missing, notes=[*part.notes, *decisions, warning])
+    report = replace(part, missing=missing, notes=[*part.notes, warning])
     return LoadedModel(model.eval(), config, names, report)
 
 

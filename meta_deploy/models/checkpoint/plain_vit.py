@@ -35,7 +35,7 @@ _EMBEDDINGS = ("patch_embed.proj.weight", "patch_embed.proj.bias", "pos_embed")
 # What only pretraining or classification needs, and what it is told as; what else is no block is "other".
 _LEFT_OUT = (
     ("cls_token", "class token"),
-    ("dist_token", "distillation token"),
+    ("dist", "distillation token"),
     ("reg_token", "registers"),
     ("register_tokens", "registers"),
     ("mask_token", "mask token"),
