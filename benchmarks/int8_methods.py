@@ -91,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--tile", type=int, help="as in demo_accuracy.py")
     p.add_argument("--methods", nargs="*", default=METHOD_NAMES, help="of calibration (default: all)")
+    p.add_argument("--plot", type=Path, metavar="FILE.png", help="draw accuracy against time")
     p.add_argument(
         "--add", nargs="*", default=[], metavar="NAME=FILE", help="further graphs for ONNX Runtime"
     )
