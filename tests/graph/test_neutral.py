@@ -115,3 +115,26 @@ def test_a_concat_of_one_tensor_goes(count):
         node("Exp", ["b"], ["y"]),
     ]
     assert ("Concat" in cleaned(nodes, {}, [3, 4], [3 * count, 4])) == (count > 1)
+
+
+@pytest.mark.parametrize(
+    ("op", "other", "stays"),
+    [("Div", [3, 4], False), ("Add", [3, 4], False), ("Mul", [1, 4], True), ("Pow", [3, 4], True)],
+)
+@pytest.mark.parametrize("swap", [False, True])
+def test_what_broadcasts_itself_reads_no_expand(op, other, stays, swap):
+    nodes = [
+        node("ReduceMax", ["x"], ["m"], keepdims=1),
+        node("Exp", ["m"], ["e"]),
+        node("Expand", ["e", "to"], ["b"]),
+        node("Exp", ["x" if other[0] == 3 else "c"], ["o"]),
+        node(op, ["b", "o"] if swap else ["o", "b"], ["s"]),
+        node("Exp", ["s"], ["y"]),
+    ]
+    constants = {"to": np.array([3, 4]), "c": RNG.standard_normal(other).astype(np.float32)}
+    if other[0] == 1:
+        nodes[3] = node("ReduceMean", ["x", "zero"], ["o"], keepdims=1)
+        constants = {"to": np.array([3, 4]), "zero": np.array([0])}
+    else:
+        del constants["c"]
+    assert ("Expand" in cleaned(nodes, constants, [3, 4], [3, 4])) == stays

@@ -18,7 +18,6 @@ import onnx_graphsurgeon as gs
 from meta_deploy.graph.explain import declined, made_by, shown
 from meta_deploy.graph.graph import (
     CONTRIBUTED,
-    IdentitySet,
     constant_value,
     fresh_names,
     import_domain,
@@ -30,8 +29,8 @@ from meta_deploy.graph.graph import (
     tidy,
 )
 from meta_deploy.graph.moves import Factors, add_move, chain_before, follow, permutation
+from meta_deploy.graph.rowwise import node_places, regions_before
 
-_LONGEST = 40  # nodes of a rotation
 _MOST = 2**22  # numbers of a tensor that is rotated
 _RESHAPES = ("Reshape", "Squeeze", "Unsqueeze", "Flatten")
 _KNOWN = (*_RESHAPES, "Transpose", "Slice", "Split", "Concat", "Neg", "Mul", "Add", "Sub")
@@ -68,7 +67,7 @@ def fuse_rotary(graph: gs.Graph) -> int:
         Rotations replaced.
     """
     fresh, inside = fresh_names(graph), own_nodes(graph)
-    places = {id(node): i for i, node in enumerate(graph.nodes)}
+    places = node_places(graph)
     tables: dict[tuple, gs.Constant] = {}
     changes = 0
     for node in list(graph.nodes):
@@ -131,24 +130,8 @@ def _order(y: gs.Tensor, chain: list[gs.Node]) -> tuple[int, ...] | None:
 
 def _region(y: gs.Tensor, places: dict[int, int]) -> tuple[gs.Tensor, list[gs.Node]] | None:
     """The nearest tensor of its shape that all of `y` is computed of, by a sum, and the nodes between."""
-    shape, nodes, summed = static_shape(y), IdentitySet[gs.Node](), False
-    frontier = [y]
-    while len(nodes) < _LONGEST:
-        if summed and len(frontier) == 1 and static_shape(frontier[0]) == shape:
-            return frontier[0], list(nodes)
-        makers = [producer(tensor) for tensor in frontier]
-        inside = [maker for maker in makers if maker is not None and id(maker) in places]
-        last = max(inside, key=lambda maker: places[id(maker)], default=None)
-        if last is None or not is_op(last, *_KNOWN):
-            return None
-        nodes.add(last)
-        summed |= last.op in ("Add", "Sub")
-        inputs = last.inputs[:1] if last.op not in ("Add", "Sub", "Mul", "Concat") else last.inputs
-        left = [tensor for tensor, maker in zip(frontier, makers, strict=True) if maker is not last]
-        frontier = list(IdentitySet([*left, *(t for t in inputs if not isinstance(t, gs.Constant))]))
-        if not frontier:
-            return None
-    return None
+    found = regions_before(y, _KNOWN, places)
+    return next(((x, nodes) for x, nodes in found if any(is_op(n, "Add", "Sub") for n in nodes)), None)
 
 
 # --- what is computed -------------------------------------------------------------------------------------
