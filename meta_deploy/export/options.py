@@ -20,7 +20,7 @@ class Options:
         model: a name of `models.registry.MODEL_NAMES`; None: inferred from the checkpoint.
         target: "auto" or one of `targets.TARGETS`.
         precision: one of `graph.precision.PRECISIONS`.
-        operators: "native" or "lowered", how NMS and RoIAlign are written; None: the target's choice.
+        operators: "native" or "lowered", the form of NMS, RoIAlign and sampling; None: the target's choice.
         gpus: compute capabilities that a TensorRT-RTX engine is for, such as ("8.6",); none: all it knows.
         workspace_mb: scratch memory that a TensorRT layer may use, in MB; None: TensorRT's own limit.
         calib_images: a folder of images (or, for an ONNX file, of .npz inputs) to measure and verify on;

@@ -23,7 +23,7 @@ class Plan:
     Attributes:
         reason: why this target.
         build_options: for the target's `build`.
-        form: of NMS and RoIAlign.
+        form: of NMS, RoIAlign and sampling.
         passes: their names, in order.
         tunes: whether others are tried.
         files: images or .npz files that were given, or the package's own.

@@ -90,8 +90,8 @@ class Target(ABC):
         required_passes: those of them that run even with `--passes none`.
         doubtful: those of them that do not pay on every model: an export that tunes tries without each.
         prices: of the machine, by which passes choose between forms.
-        operators: forms of NMS and RoIAlign that it runs (keys of `export.operators.TRANSLATIONS`), the one
-            that is taken unless asked otherwise first.
+        operators: forms of NMS, RoIAlign and sampling that it runs (keys of `export.operators.TRANSLATIONS`),
+            the one that is taken unless asked otherwise first.
         precisions: that are written for it.
         lowered_by_build: those of them that `build` makes out of a float32 graph. The others are in the graph
             when it comes to `build`.
@@ -206,7 +206,7 @@ class Target(ABC):
         )
 
     def choose_operators(self, operators: str | None) -> str:
-        """How NMS and RoIAlign are written for it: as asked for, or its own choice.
+        """How NMS, RoIAlign and sampling are written for it: as asked for, or its own choice.
 
         Raises:
             InputError: it does not run that form.
