@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 import msgspec
@@ -122,9 +122,12 @@ class TimmFeatures(BackboneModule):
             InputError: the model takes no images of this size.
         """
         try:
-            every = self.timm(images)
+            with _written_out(self.timm) if torch.compiler.is_exporting() else contextlib.nullcontext():
+                every = self.timm(images)
         except (AssertionError, RuntimeError, ValueError) as error:
             height, width = images.shape[2:]
+            if (height, width) == self.config.image_size:
+                raise
             made = "x".join(map(str, self.config.image_size))
             raise InputError(
                 f"timm's {self.config.model}, made for images of {made}, does not take {height}x{width} "
@@ -132,6 +135,19 @@ class TimmFeatures(BackboneModule):
             ) from error
         maps = [every[i] for i in self._taken]
         return [x.permute(0, 3, 1, 2) for x in maps] if self._channels_last else maps
+
+
+@contextlib.contextmanager
+def _written_out(model: nn.Module) -> Iterator[None]:
+    """With attention in plain operators, which the graph passes know, and which any shape can have."""
+    fused: list[Any] = [module for module in model.modules() if getattr(module, "fused_attn", False)]
+    for module in fused:
+        module.fused_attn = False
+    try:
+        yield
+    finally:
+        for module in fused:
+            module.fused_attn = True
 
 
 def create(config: TimmConfig) -> nn.Module:

@@ -32,7 +32,7 @@ class Pyramid(nn.Module):
             nn.Sequential(nn.Conv2d(i, o, max(step, 1), max(step, 1)), nn.ReLU())
             for i, o, step in zip([3, *widths], widths, steps, strict=False)
         )
-        self.output_fmt, self.img_size = output_fmt, img_size
+        self.output_fmt, self.img_size, self.fused_attn = output_fmt, img_size, True
         self.feature_info = SimpleNamespace(reduction=lambda: list(strides), channels=lambda: widths)
         self.register_buffer("computed", torch.arange(8.0), persistent=False)
 
@@ -41,9 +41,20 @@ class Pyramid(nn.Module):
         maps = []
         for stage in self.stages:
             x = stage(x)
+            x = x + (self.attend(x) if stage is self.stages[-1] else 0)
             x = x + self.computed.repeat(x.shape[1] // 8)[:, None, None] / 10
             maps.append(x.permute(0, 2, 3, 1) if self.output_fmt == "NHWC" else x)
         return maps
+
+    def attend(self, x):
+        """Attention over all pixels, of five dimensions, which the exporter does not translate fused."""
+        tokens = x.flatten(2).transpose(1, 2)[:, None, None]
+        if self.fused_attn:
+            y = nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)
+        else:
+            weights = (tokens * tokens.shape[-1] ** -0.5) @ tokens.transpose(-2, -1)
+            y = weights.softmax(dim=-1) @ tokens
+        return y[:, 0, 0].transpose(1, 2).reshape(x.shape)
 
 
 def plain(name):
