@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -152,7 +153,8 @@ def make(
         original = source.graph(plan.form)
         plan.precision.check(original)
         before = node_count(original)
-    full, rows, tuning = optimize(original, source, samples, plan, left_out, progress)
+    builds = Builds(source, plan, progress)
+    full, rows, tuning = optimize(original, source, samples, plan, left_out, builds, progress)
     del original
     gc.collect()  # a graph refers to itself in circles, and a large model's holds gigabytes
     lowered = lower(full, source, samples, plan, quantization, progress)
@@ -162,11 +164,34 @@ def make(
         compact(lowered.graph)
     shipped = ship(lowered.graph, source)
     with progress.stage("engine") if plan.target.builds else contextlib.nullcontext():
-        build_options = replace(
-            plan.build_options, precision=lowered.precision.name, attention=attention_count(shipped)
-        )
-        built = plan.target.build(serialize(shipped), source.profiles, build_options, progress.count)
+        built = builds.of(shipped, lowered.precision.name)
     return Made(before, after, rows, tuning, lowered, shipped, built)
+
+
+class Builds:
+    """What a target builds of graphs, of the same graph once."""
+
+    def __init__(self, source: Source, plan: Plan, progress: Progress) -> None:
+        self._source, self._plan, self._progress = source, plan, progress
+        self._known: dict[bytes, Built] = {}
+
+    def of(self, shipped: onnx.ModelProto, precision: str) -> Built:
+        """The files of a graph with the outputs that ship.
+
+        Raises:
+            InputError: it is too large for an ONNX file; an EngineError: the library refuses it.
+        """
+        model, plan = serialize(shipped), self._plan
+        key = hashlib.sha256(model).digest()
+        if key not in self._known:
+            options = replace(plan.build_options, precision=precision, attention=attention_count(shipped))
+            profiles = self._source.profiles
+            self._known[key] = plan.target.build(model, profiles, options, self._progress.count)
+        return self._known[key]
+
+    def try_out(self, graph: onnx.ModelProto) -> Built:
+        """Of a graph that may ship."""
+        return self.of(ship(graph, self._source), self._plan.precision.name)
 
 
 def optimize(
@@ -175,6 +200,7 @@ def optimize(
     samples: Samples,
     plan: Plan,
     left_out: Sequence[LeftOut],
+    builds: Builds,
     progress: Progress,
 ) -> tuple[onnx.ModelProto, list[PassResult], Tuning | None]:
     """The graph after the passes, what each did, and what was tried instead."""
@@ -190,7 +216,7 @@ def optimize(
     if not cleaned:
         return full, rows, None
     with progress.stage("tune"):
-        found = tune(source, plan, rows, cleaned.pop(), samples, progress)
+        found = tune(source, plan, rows, full, cleaned.pop(), samples, builds.try_out, progress)
         if found is None:
             return full, rows, None
         chosen, tuning = found

@@ -25,7 +25,9 @@ from meta_deploy.export.samples import Samples
 from meta_deploy.export.sources.source import Source
 from meta_deploy.export.speed import opened
 from meta_deploy.export.trace import drop_outputs
+from meta_deploy.graph.modules import inherit_modules
 from meta_deploy.graph.pipeline import PassResult, run_passes
+from meta_deploy.targets.target import Built
 
 SECONDS, SHARE = 10.0, 0.5  # that measuring may take; or this share of the export so far, where that is more
 ROUNDS, FEWEST = 15, 3
@@ -39,16 +41,19 @@ def tune(
     source: Source,
     plan: Plan,
     rows: Sequence[PassResult],
+    full: onnx.ModelProto,
     cleaned: onnx.ModelProto,
     samples: Samples,
+    build: Callable[[onnx.ModelProto], Built],
     progress: Progress,
 ) -> tuple[list[str], Tuning] | None:
     """Measure pipelines for a source, in the precision that is to ship; for 8 bits, in float32.
 
     Args:
         rows: what the target's pipeline did.
-        cleaned: the graph after the clean-up.
+        full, cleaned: the graph after it, and after the clean-up alone.
         samples: what is timed on, the first of them.
+        build: makes what ships of a graph.
 
     Returns:
         The passes to run and what was measured; None where there was nothing to choose, or no time.
@@ -61,16 +66,16 @@ def tune(
     float32_operators = plan.target.float32_operators.get(precision, ())
 
     def candidates() -> Candidates:
-        for name, passes in found.items():
+        for i, (name, passes) in enumerate(found.items()):
             left = [each for each in passes if each != CLEANS]
-            graph = run_passes(cleaned, left, plan.target.prices)[0] if left else cleaned
+            graph = full if i == 0 else cleaned
+            if i and left:
+                graph = run_passes(cleaned, left, plan.target.prices)[0]
             if plan.lowers and not plan.precision.calibrates:
-                graph, _ = plan.precision.convert(graph, (), float32_operators)
+                low, _ = plan.precision.convert(graph, (), float32_operators)
+                inherit_modules(graph.graph, low.graph)
+                graph = low
             yield name, drop_outputs(graph, source.outputs)
-
-    def build(graph: onnx.ModelProto) -> Figures:
-        built = plan.target.build(graph.SerializeToString(), source.profiles, plan.build_options)
-        return plan.target.figures(built.engine)
 
     seconds = budget(progress.seconds)
     if feed is not None and plan.target.timed:
@@ -78,9 +83,9 @@ def tune(
             candidates(), lambda graph: opened(plan.target, graph, source.profiles, precision), feed, seconds
         )
     else:
-        tuning = by_build(candidates(), build, seconds)
+        tuning = by_build(candidates(), lambda graph: plan.target.figures(build(graph).engine), seconds)
     if tuning is None:
-        progress.note(f"no pipeline was tried but the target's own: {seconds:.0f} s are too few for two")
+        progress.note(f"no pipeline was tried but the target's own: {seconds:.0f} s are too few for another")
         return None
     progress.note(told(tuning))
     return found[tuning.chosen], tuning
@@ -112,14 +117,13 @@ def by_time(
 ) -> Tuning | None:
     """Time graphs in turns, as many as `seconds` leave three rounds for; None where that is only one.
 
+    (Opening the first is not counted.)
     The first ships unless another is surely faster; of others that are, one with more nodes has to be surely
     faster than those with fewer.
     """
-    end = time.perf_counter() + seconds
     tried: list[TriedPipeline] = []
     runs: list[Run] = []
-    longest, a_round = 0.0, 0.0
-    began = time.perf_counter()
+    end, began, longest, a_round = 0.0, 0.0, 0.0, 0.0
     for name, graph in candidates:
         try:
             run = opened(graph)
@@ -129,12 +133,14 @@ def by_time(
                 return None  # the comparison with the original will tell
             continue
         now = time.perf_counter()
-        if tried and now + FEWEST * (a_round + first) > end:
+        if not tried:
+            end, began = now + seconds, now
+        if now + FEWEST * (a_round + first) > end:
             break
         tried.append(TriedPipeline(name=name, nodes=len(graph.graph.node)))
         runs.append(run)
         longest, a_round, began = max(longest, now - began), a_round + first, now
-        if now + longest + FEWEST * a_round > end:
+        if now + longest + FEWEST * a_round > end:  # the next one takes as long to make
             break
     if len(tried) < 2:
         return None
@@ -166,11 +172,10 @@ def by_build(
 ) -> Tuning | None:
     """Build engines, as many as `seconds` allow, and compare what the builds tell; None without two.
 
-    The first ships unless another weighs less.
+    The first ships unless another weighs less. (Its own build, which has to be made anyway, is not counted.)
     """
-    end = time.perf_counter() + seconds
     tried: list[TriedPipeline] = []
-    began = time.perf_counter()
+    end, began = 0.0, time.perf_counter()
     for name, graph in candidates:
         try:
             figures = built(graph)
@@ -181,6 +186,8 @@ def by_build(
         if figures:
             tried.append(TriedPipeline(name=name, nodes=len(graph.graph.node), **figures))
         now = time.perf_counter()
+        if len(tried) == 1 and not end:
+            end = now + seconds
         if 2 * now - began > end:  # the next one takes as long
             break
         began = now

@@ -30,6 +30,7 @@ from meta_deploy.graph.passes.fuse_rotary import fuse_rotary
 from meta_deploy.graph.passes.merge_siblings import merge_siblings
 from meta_deploy.graph.passes.move_linears import move_linears
 from meta_deploy.graph.passes.order_tokens import order_tokens
+from meta_deploy.graph.passes.plain_attention import plain_attention
 from meta_deploy.graph.passes.share_norms import share_norms
 from meta_deploy.graph.passes.slices_to_split import slices_to_split
 from meta_deploy.graph.passes.stack_attention import stack_attention
@@ -38,6 +39,7 @@ from meta_deploy.graph.traffic import bytes_known
 
 PASSES: dict[str, Callable[[gs.Graph], int]] = {
     "clean-up": clean_up,
+    "plain-attention": plain_attention,
     "fuse-layer-norm": fuse_layer_norm,
     "share-norms": share_norms,
     "fold-batch-norm": fold_batch_norm,

@@ -37,7 +37,8 @@ class OnnxRuntime(Target):
     name = "onnxruntime"
     title = "ONNX Runtime"
     passes = (
-        *("clean-up", "fuse-layer-norm", "share-norms", "fold-batch-norm", "merge-siblings"),
+        *("clean-up", "plain-attention", "fuse-layer-norm", "share-norms", "fold-batch-norm"),
+        "merge-siblings",
         *("fuse-attention", "fuse-rotary", "move-linears", "slices-to-split", "collapse-chains"),
         *("fold-branches", "distribute-sums", "fold-scales", "discarded-rows"),
     )

@@ -26,7 +26,8 @@ class TensorRT(Target):
     """Either library. Engines of `tensorrt` are bound to a GPU model; `tensorrt-rtx` builds without one."""
 
     passes = (
-        *("clean-up", "fuse-layer-norm", "share-norms", "fold-batch-norm", "merge-siblings"),
+        *("clean-up", "plain-attention", "fuse-layer-norm", "share-norms", "fold-batch-norm"),
+        "merge-siblings",
         *("slices-to-split", "collapse-chains", "move-linears", "collapse-chains"),
         *("fold-scales", "order-tokens", "stack-attention"),
         *("fold-branches", "distribute-sums", "flatten-concats", "collapse-chains"),
