@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from meta_deploy.bundle.files import atomic_path
 from meta_deploy.errors import InputError
-from meta_deploy.models.checkpoint.load import load_model, load_vit_weights, read_vit
+from meta_deploy.models.checkpoint.load import load_model, load_vit_weights, read_pretrained
 from meta_deploy.models.checkpoint.save import save_checkpoint
 from meta_deploy.models.registry import build_model, config_from_dict, config_to_dict, get_config
 from tools.detection_losses import LossSettings, Truth, detection_losses
@@ -138,14 +138,14 @@ class Training:
         self.segmentation = config["task"] == "semantic-segmentation"
         self.classes = class_names(source.classes) if self.segmentation else source.classes
         self.config = config_from_dict(config | {"num_classes": len(self.classes)})
-        vit = read_vit(args.backbone_ckpt) if args.backbone_ckpt else None
-        if vit is not None and "backbone" not in args.set:
-            self.config = vit.configure(self.config)
+        start = read_pretrained(args.backbone_ckpt, args.model) if args.backbone_ckpt else None
+        if start is not None and "backbone" not in args.set:
+            self.config = start.configure(self.config)
         self.model = build_model(self.config)
         if args.init:
             start_from(self.model, args.init)
-        if vit is not None:
-            for note in load_vit_weights(self.model, vit).notes:
+        if start is not None:
+            for note in load_vit_weights(self.model, start).notes:
                 log(note)
         self.model = self.model.to(self.device, memory_format=torch.channels_last).train()
         self.optimizer = torch.optim.AdamW(
@@ -361,7 +361,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--init", type=Path, help="checkpoint to start from; of another task: its backbone")
     start.add_argument(
-        "--backbone-ckpt", type=Path, help="a plain ViT to start from: DeiT, AugReg, MAE, DINO, DINOv2"
+        "--backbone-ckpt",
+        type=Path,
+        help="what to start from: a plain ViT (DeiT, AugReg, MAE, DINO, DINOv2), or timm's own for timm:...",
     )
     add("--set", type=json.loads, default={}, metavar="JSON", help="settings of the model's configuration")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -58,7 +58,7 @@ def _add_source(group: argparse._ArgumentGroup) -> None:
         type=path,
         metavar="PATH",
         help="a plain ViT (DeiT, AugReg, MAE, DINO, DINOv2), for what of it the checkpoint lacks; without "
-        "--ckpt, the rest of --model is random",
+        "--ckpt, the rest of --model is random, and for timm:... it is timm's own",
     )
     group.add_argument("--model", metavar="NAME", help="such as meta-t-mask-rcnn (default: inferred)")
     group.add_argument("--allow-partial", action="store_true", help="accept a checkpoint that lacks tensors")

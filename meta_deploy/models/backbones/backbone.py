@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from meta_deploy.models.config import Config
 from meta_deploy.models.shapes import State
@@ -62,6 +62,8 @@ class Backbone:
             `mlp_ratio`, `pos_grid` and `layer_scale`.
         vit_names: ends of timm's names of that ViT's tensors -> its own, where they differ.
         fixed_size: whether it is exported for one input size only.
+        adopt: configuration and state dict of the same network as a classifier, from a file of its own -> the
+            backbone's; raises InputError where it is another. None: there is no such network, or a `vit`.
     """
 
     title: str
@@ -77,6 +79,7 @@ class Backbone:
     vit_names: Mapping[str, str] = field(default_factory=dict)
     settings: Callable[[str], Mapping[str, Any]] | None = None
     fixed_size: bool = False
+    adopt: Callable[[Any, State], dict[str, Tensor]] | None = None
 
     @property
     def name(self) -> str:

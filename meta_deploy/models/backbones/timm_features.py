@@ -1,7 +1,7 @@
 """Any model of timm that gives maps at 1/4, 1/8, 1/16 and 1/32: Swin, PVT v2, ConvNeXt, MaxViT, ResNet, ...
 
 The model is the one that timm's `create_model(..., features_only=True)` gives, and its weights are under
-`timm.`. timm is imported where a model is named or built, and never asked for weights.
+`timm.`. timm is imported where a model is named or built, and downloads nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from meta_deploy.errors import InputError
 from meta_deploy.models.backbones.backbone import Backbone, BackboneConfig, BackboneModule, register
-from meta_deploy.models.shapes import any_starts_with
+from meta_deploy.models.shapes import State, any_starts_with
 
 STRIDES = (4, 8, 16, 32)
 Side = Annotated[int, msgspec.Meta(gt=0, le=8192)]
@@ -131,7 +131,7 @@ class TimmFeatures(BackboneModule):
             made = "x".join(map(str, self.config.image_size))
             raise InputError(
                 f"timm's {self.config.model}, made for images of {made}, does not take {height}x{width} "
-                f"({' '.join(str(error).split())[:120]}); give it that size"
+                f"({_line(error)}); give it that size"
             ) from error
         maps = [every[i] for i in self._taken]
         return [x.permute(0, 3, 1, 2) for x in maps] if self._channels_last else maps
@@ -150,22 +150,53 @@ def _written_out(model: nn.Module) -> Iterator[None]:
             module.fused_attn = True
 
 
-def create(config: TimmConfig) -> nn.Module:
-    """timm's model, told as much of the input's size as it takes, and without trained weights.
+def create(config: TimmConfig, weights: State | None = None) -> nn.Module:
+    """timm's model, told as much of the input's size as it takes.
+
+    Args:
+        config: which.
+        weights: of the classifier; timm brings them to its present names and to the input's size. None: it
+            is freshly initialized.
 
     Raises:
-        InputError: timm is not installed, or this model gives no maps.
+        InputError: timm is not installed, this model gives no maps, or the weights are not its own.
     """
     timm, size = import_timm(), {"img_size": config.image_size}
+    given: dict[str, Any] = {"pretrained": False}
+    if weights is not None:
+        given = {"pretrained": True, "num_classes": 0, "pretrained_cfg_overlay": _only(weights, timm, config)}
     for told in ({**size, "dynamic_img_size": True}, size, {}):
         try:
-            return timm.create_model(config.model, pretrained=False, features_only=True, **told)
+            return timm.create_model(config.model, features_only=True, **given, **told)
         except (TypeError, AssertionError, AttributeError, RuntimeError) as error:
+            if weights is not None and isinstance(error, RuntimeError):
+                raise InputError(f"it does not fit timm's {config.model}: {_line(error)}") from error
             refusal = error
     raise InputError(
-        f"timm's {config.model} gives no maps ({' '.join(str(refusal).split())[:120]}); choose another, such "
-        "as convnext_tiny"
+        f"timm's {config.model} gives no maps ({_line(refusal)}); choose another, such as convnext_tiny"
     ) from refusal
+
+
+def _only(weights: State, timm: Any, config: TimmConfig) -> dict[str, Any]:
+    """What makes timm take these weights, all but the classifier's last layer, and ask for none."""
+    classifier = timm.get_pretrained_cfg(config.model).classifier or ()
+    layers = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    last = tuple(f"{layer}." for layer in layers)
+    state = {name: tensor for name, tensor in weights.items() if not name.startswith(last)}
+    return {"state_dict": state, "num_classes": 0, "source": "", "custom_load": False}
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
+
+
+def adopt(config: TimmConfig, state: State) -> dict[str, Tensor]:
+    """The backbone's tensors out of a classifier's, as timm publishes it.
+
+    Raises:
+        InputError: they are not of this model.
+    """
+    return {f"timm.{name}": tensor for name, tensor in create(config, state).state_dict().items()}
 
 
 register(
@@ -179,5 +210,6 @@ register(
         width=lambda state: 0,
         measure=lambda config, state: {},
         fixed_size=True,
+        adopt=adopt,
     )
 )

@@ -27,8 +27,8 @@ from meta_deploy.models.checkpoint.adapt import (
 from meta_deploy.models.checkpoint.configure import choose_config
 from meta_deploy.models.checkpoint.file import first_few, one_line, refuse, shown
 from meta_deploy.models.checkpoint.foreign import foreign_adapter
-from meta_deploy.models.checkpoint.plain_vit import PlainViT, models_of_width, plain_vit
-from meta_deploy.models.checkpoint.read import Checkpoint, read_candidates
+from meta_deploy.models.checkpoint.plain_vit import Classifier, PlainViT, models_of_width, plain_vit
+from meta_deploy.models.checkpoint.read import Checkpoint, read_candidates, read_checkpoint
 from meta_deploy.models.checkpoint.recognise import ALLOW, find_backbone, refuse_foreign, width_of
 from meta_deploy.models.checkpoint.vit_names import width_of_vit
 from meta_deploy.models.heads.head import HEADS
@@ -58,14 +58,15 @@ def load_model(
     """A checkpoint's model, ready for inference.
 
     Args:
-        path: the file; None: a new model around the ViT of `backbone_ckpt`, the rest of it random.
+        path: the file; None: a new model around what `backbone_ckpt` holds, the rest of it random.
         model_name: a model's name; its settings then go before embedded ones (unless those have the same
             name), but the number of classes and the position grid are the tensors'; without embedded ones
             all that shapes tell is.
         allow_partial: what is missing or does not fit stays at its initialization, what is unexpected is
             left out; otherwise either is an error. At least one tensor must fit.
         log: called with each note for the user, one line each.
-        backbone_ckpt: a file with a plain ViT, whose weights are taken where the checkpoint has none.
+        backbone_ckpt: a file with a plain ViT, whose weights are taken where the checkpoint has none; without
+            a checkpoint also what timm publishes for a backbone of its own.
 
     Raises:
         CheckpointError: a file cannot be read, or does not fit.
@@ -73,13 +74,13 @@ def load_model(
     """
     if model_name is not None:
         get_config(model_name)  # an unknown name is refused before a file is read
-    vit = None if backbone_ckpt is None else read_vit(backbone_ckpt)
     if path is not None:
+        vit = None if backbone_ckpt is None else read_vit(backbone_ckpt)
         loaded = _load_best(path, model_name, allow_partial, vit)
-    elif vit is not None:
-        loaded = _load_around_vit(vit, model_name)
+    elif backbone_ckpt is not None:
+        loaded = _load_around(read_pretrained(backbone_ckpt, model_name), model_name)
     else:
-        raise InputError("there is no checkpoint to load; give one, or a ViT's as the backbone's")
+        raise InputError("there is no checkpoint to load; give one, or one for the backbone")
     for note in loaded.report.notes:
         log(note)
     return loaded
@@ -115,7 +116,7 @@ def _load(
     if find_backbone(state) is None:
         alone = allow_partial and model_name is not None and vit is None
         if alone and width_of_vit(state) is not None and not foreign_adapter(state):
-            return _load_around_vit(plain_vit(state, checkpoint.path, checkpoint.notes), model_name)
+            return _load_around(plain_vit(state, checkpoint.path, checkpoint.notes), model_name)
         refuse_foreign(checkpoint)
     filled = checkpoint if vit is None else _named_alike(checkpoint, vit)
     config, notes = choose_config(filled, model_name, allow_partial)
@@ -182,7 +183,19 @@ def _vit_name(config: ModelConfig) -> str:
     return f"backbone.{backbone_of(config).vit or ''}"
 
 
-# --- a plain ViT from a file of its own ---------------------------------------------------------------------
+# --- a pretrained backbone from a file of its own -----------------------------------------------------------
+
+
+def read_pretrained(path: str | os.PathLike[str], model_name: str | None) -> PlainViT | Classifier:
+    """What a model's backbone can start from: a plain ViT, or a classifier of the library it is from.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds no such thing.
+    """
+    if model_name is None or backbone_of(get_config(model_name)).adopt is None:
+        return read_vit(path)
+    checkpoint = read_checkpoint(path)
+    return Classifier(checkpoint.path, checkpoint.state, checkpoint.notes)
 
 
 def read_vit(path: str | os.PathLike[str]) -> PlainViT:
@@ -201,42 +214,50 @@ def read_vit(path: str | os.PathLike[str]) -> PlainViT:
     raise refusals[0]
 
 
-def load_vit_weights(model: nn.Module, vit: PlainViT | str | os.PathLike[str]) -> LoadReport:
-    """Load a plain ViT into a model of ours, in place; its names are then those of the report.
+def load_vit_weights(
+    model: nn.Module, pretrained: PlainViT | Classifier | str | os.PathLike[str]
+) -> LoadReport:
+    """Load a plain ViT, or what `read_pretrained` gave, into a model of ours, in place.
 
     Raises:
         CheckpointError: not a ViT, or one of other size or kind.
         InputError: the model has none.
     """
-    if not isinstance(vit, PlainViT):
-        vit = read_vit(vit)
+    if not isinstance(pretrained, (PlainViT, Classifier)):
+        pretrained = read_vit(pretrained)
     config: Any = model.config
-    state, notes = vit.fitted(config)
+    state, notes = pretrained.fitted(config)
     model.load_state_dict(state, strict=False)
-    resized = [_vit_name(config) + "pos_embed"] if vit.grid != config.backbone.pos_grid else []
+    other_grid = isinstance(pretrained, PlainViT) and pretrained.grid != config.backbone.pos_grid
+    resized = [_vit_name(config) + "pos_embed"] if other_grid else []
     return LoadReport(
-        loaded=sorted(state), ignored=list(vit.left_out), resized=resized, notes=[*vit.notes, *notes]
+        loaded=sorted(state),
+        ignored=list(pretrained.left_out),
+        resized=resized,
+        notes=[*pretrained.notes, *notes],
     )
 
 
-def _load_around_vit(vit: PlainViT, model_name: str | None) -> LoadedModel:
-    """A model of which only the ViT has weights."""
+def _load_around(pretrained: PlainViT | Classifier, model_name: str | None) -> LoadedModel:
+    """A model of which only the ViT, or a backbone of another kind, has weights."""
     if model_name is None:
+        assert isinstance(pretrained, PlainViT)
         refuse(
-            vit.path,
-            f"holds a ViT of {vit.size} and no adapter and head; name the model around it with --model"
-            f"{models_of_width(vit.width)}",
+            pretrained.path,
+            f"holds a ViT of {pretrained.size} and no adapter and head; name the model around it with --model"
+            f"{models_of_width(pretrained.width)}",
         )
-    config = vit.configure(get_config(model_name))
+    config = pretrained.configure(get_config(model_name))
     model = build_model(config)
-    part = load_vit_weights(model, vit)
+    part = load_vit_weights(model, pretrained)
     state, loaded = model.state_dict(), set(part.loaded)
     every = sum(p.numel() for p in model.parameters())
     rest = every - sum(state[name].numel() for name in loaded)
-    names, _ = _class_names(Checkpoint({}, None, None, vit.path), config)
+    names, _ = _class_names(Checkpoint({}, None, None, pretrained.path), config)
     warning = (
-        f"warning: of {config.name} only the ViT has weights; adapter and head, {rest / 1e6:.1f} of "
-        f"{every / 1e6:.1f} M parameters, are random, and what it finds means nothing before it is trained"
+        f"warning: of {config.name} only {'the ViT' if isinstance(pretrained, PlainViT) else 'the backbone'} "
+        f"has weights; the rest, {rest / 1e6:.1f} of {every / 1e6:.1f} M parameters, is random, and what it "
+        "finds means nothing before it is trained"
     )
     missing = [name for name in state if name not in loaded and not name.endswith(COUNTER)]
     report = replace(part, missing=missing, notes=[*part.notes, warning])
@@ -248,17 +269,18 @@ def _named_alike(checkpoint: Checkpoint, vit: PlainViT) -> Checkpoint:
 
     Raises:
         CheckpointError: the ViT is of another width than the checkpoint's backbone.
+        InputError: there is no plain ViT in that.
     """
     backbone = backbone_of(checkpoint.config) if checkpoint.config else find_backbone(checkpoint.state)
     assert backbone is not None
-    width = width_of(checkpoint.state, backbone)
+    named, width = vit.named(backbone), width_of(checkpoint.state, backbone)
     if width not in (None, vit.width):
         refuse(
             vit.path,
             f"holds a ViT of {vit.size}, and '{shown(checkpoint.path, 300)}' is a {backbone.title} model of "
             f"width {width}; give the ViT that it was trained with",
         )
-    return replace(checkpoint, state={**vit.named(backbone), **checkpoint.state})
+    return replace(checkpoint, state={**named, **checkpoint.state})
 
 
 def _completed(checkpoint: Checkpoint, vit: PlainViT, config: ModelConfig) -> tuple[Checkpoint, list[str]]:

@@ -169,6 +169,43 @@ class PlainViT:
         return _named(own, backbone), notes
 
 
+@dataclass(frozen=True)
+class Classifier:
+    """A pretrained classifier of the library that a backbone is from.
+
+    Attributes:
+        path: where it came from.
+        state: its tensors.
+        notes: what was decided when the file was read, for the user.
+    """
+
+    path: Path
+    state: dict[str, Tensor]
+    notes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+    def configure(self, config: ModelConfig) -> ModelConfig:
+        """As `PlainViT.configure`."""
+        return config
+
+    def fitted(self, config: ModelConfig) -> tuple[dict[str, Tensor], list[str]]:
+        """As `PlainViT.fitted`.
+
+        Raises:
+            CheckpointError: it is another network than the model's.
+        """
+        adopt = backbone_of(config).adopt
+        assert adopt is not None
+        try:
+            own = adopt(config.backbone, self.state)
+        except InputError as error:
+            refuse(
+                self.path, f"cannot be a backbone's weights: {error}; give those that are published", error
+            )
+        said = f"{len(own)} tensors of the backbone are of {shown(self.path.name)}"
+        return {f"backbone.{name}": tensor for name, tensor in own.items()}, [said]
+
+
 def _size(width: int, depth: int, hidden: int | None) -> str:
     mlp = "" if hidden == 4 * width else f", MLP width {hidden}"
     return f"width {width}, depth {depth}{mlp}"

@@ -15,7 +15,7 @@ from meta_deploy.export.options import Options
 from meta_deploy.export.pipeline import export
 from meta_deploy.export.sources.checkpoint import CheckpointSource
 from meta_deploy.models.backbones.timm_features import TimmConfig, TimmFeatures, import_timm
-from meta_deploy.models.checkpoint.load import load_model
+from meta_deploy.models.checkpoint.load import load_model, load_vit_weights, read_pretrained
 from meta_deploy.models.checkpoint.save import save_checkpoint
 from meta_deploy.models.heads.head import HEADS
 from meta_deploy.models.registry import MODEL_NAMES, build_model, config_from_dict, config_to_dict, get_config
@@ -76,13 +76,21 @@ MADE = {
 
 @pytest.fixture
 def timm(monkeypatch):
-    """timm with three models."""
+    """timm with four models, that downloads nothing."""
 
-    def create_model(name, pretrained, features_only, **told):
-        assert (pretrained, features_only) == (False, True)  # the first would download
-        return MADE[name](name, **told)
+    def create_model(name, pretrained, features_only, pretrained_cfg_overlay=None, num_classes=None, **told):
+        assert features_only
+        model = MADE[name](name, **told)
+        if pretrained:  # would download weights that it is not given
+            assert (num_classes, pretrained_cfg_overlay["num_classes"]) == (0, 0)
+            model.load_state_dict(pretrained_cfg_overlay["state_dict"])
+        return model
 
-    made = SimpleNamespace(create_model=create_model, is_model=MADE.__contains__)
+    made = SimpleNamespace(
+        create_model=create_model,
+        is_model=MADE.__contains__,
+        get_pretrained_cfg=lambda name: SimpleNamespace(classifier="head.fc"),
+    )
     monkeypatch.setitem(sys.modules, "timm", made)
 
 
@@ -181,11 +189,31 @@ def test_without_timm_it_is_said_how_to_install_it(monkeypatch, path):
         load_model(path)
 
 
-def test_a_model_of_timm_takes_no_plain_vit(timm, path, tmp_path):
-    vit = build_model(get_config("meta-nano-upernet")).backbone.vit.state_dict()
-    torch.save(vit, path)
-    with pytest.raises(InputError, match=r"timm has no plain ViT inside.*META and ViT-Adapter have one"):
+def test_a_backbone_starts_from_what_timm_publishes_for_it(timm, path):
+    classifier = Pyramid((4, 8, 16, 32)).state_dict()
+    torch.save({**classifier, "head.fc.weight": torch.ones(10, 64)}, path)
+    said: list[str] = []
+    loaded = load_model(None, "timm:conv_tiny-semantic-fpn", log=said.append, backbone_ckpt=path)
+    for name, tensor in loaded.model.backbone.timm.state_dict().items():
+        assert torch.equal(tensor, classifier[name])
+    assert said[0] == "8 tensors of the backbone are of model.pth"
+    assert said[1].startswith(
+        "warning: of timm:conv_tiny-semantic-fpn only the backbone has weights; the rest"
+    )
+
+
+def test_a_backbone_does_not_start_from_another_ones_weights(timm, path):
+    torch.save(build_model(get_config("meta-nano-upernet")).backbone.vit.state_dict(), path)
+    with pytest.raises(CheckpointError, match=r"does not fit timm's conv_tiny: Error.*Missing key") as error:
         load_model(None, "timm:conv_tiny-mask-rcnn", backbone_ckpt=path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_of_timm_takes_no_plain_vit(timm, path, tmp_path):
+    save_checkpoint(path, build_model(small()), small())
+    torch.save(build_model(get_config("meta-nano-upernet")).backbone.vit.state_dict(), tmp_path / "vit.pth")
+    with pytest.raises(InputError, match=r"timm has no plain ViT inside.*META and ViT-Adapter have one"):
+        load_model(path, backbone_ckpt=tmp_path / "vit.pth")
 
 
 def test_it_is_exported_for_one_size(timm, path):
@@ -203,23 +231,21 @@ def test_it_is_exported_and_verified_as_any_other(timm, path, tmp_path):
     assert manifest.model.config["backbone"] == {"type": "timm", "model": "windows", "image_size": [64, 96]}
 
 
-def test_features_of_the_real_timm_are_its_own():
+def test_features_of_the_real_timm_are_its_own(path):
     try:
         timm = import_timm()
     except InputError as error:
         pytest.skip(str(error))
     for name in ("convnext_atto", "swin_tiny_patch4_window7_224"):
         torch.manual_seed(0)
-        own = TimmFeatures(TimmConfig(name, (64, 96))).eval()
         sized = {"img_size": (64, 96)} if "swin" in name else {}
-        reference = timm.create_model(name, pretrained=False, features_only=False, **sized).eval()
-        flat = {
-            key.replace(".", "_", 1) if key.startswith(("layers", "stages", "stem")) else key: value
-            for key, value in reference.state_dict().items()
-        }
-        own.timm.load_state_dict({key: flat[key] for key in own.timm.state_dict()})
+        reference = timm.create_model(name, pretrained=False, **sized).eval()
+        torch.save(reference.state_dict(), path)
+        config = replace(get_config(f"timm:{name}-gfl"), backbone=TimmConfig(name, (64, 96)))
+        own = build_model(config)
+        load_vit_weights(own, read_pretrained(path, config.name))
         images = torch.randn(1, 3, 64, 96)
         with torch.no_grad():
             expected = reference.forward_intermediates(images, intermediates_only=True)
-            for x, y in zip(own(images), expected, strict=True):
+            for x, y in zip(own.backbone(images), expected, strict=True):
                 torch.testing.assert_close(x, y)

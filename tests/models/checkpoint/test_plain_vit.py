@@ -280,8 +280,8 @@ def test_a_new_model_takes_grid_and_layer_scale_from_the_vit(path):
         "model.pth holds a ViT of width 128, depth 8, patches of 14, 5x5 positions, LayerScale"
     )
     assert said[1] == "its patches are resampled from 14 to 16 pixels"
-    assert said[-1].startswith("warning: of meta-nano-mask-rcnn only the ViT has weights; adapter and head, ")
-    assert "are random" in said[-1]
+    assert said[-1].startswith("warning: of meta-nano-mask-rcnn only the ViT has weights; the rest, ")
+    assert "M parameters, is random, " in said[-1]
     assert "roi_head.bbox_head.fc_cls.weight" in loaded.report.missing
 
 
