@@ -195,7 +195,8 @@ class TensorRTEngine(_Engine, frozen=True, kw_only=True, tag="tensorrt"):
     """What model.engine was built with and for, and what its build's log tells of it (None: it does not).
 
     `gpu` is the one GPU model that it is for (None: no such bond); `compute_capabilities` those that it is
-    for (empty: all that the library knows); `kernels` the layers of each kind, by type.
+    for (empty: all that the library knows); `kernels` the layers of each kind, by type; `eight_bits` those
+    that compute products in int8 or fp8, by which.
     """
 
     version: Line
@@ -207,6 +208,7 @@ class TensorRTEngine(_Engine, frozen=True, kw_only=True, tag="tensorrt"):
     fused_attention: int | None = None
     attention: int | None = None
     kernels: dict[str, dict[str, int]] = {}
+    eight_bits: dict[str, int] = {}
     activation_mb: float | None = None
     weights_mb: float | None = None
     plan_mb: float | None = None

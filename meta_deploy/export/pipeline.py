@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import onnx
 
-from meta_deploy.bundle.bundle import Bundle, reserve_bundle
+from meta_deploy.bundle.bundle import Bundle, Reserved, reserve_bundle
 from meta_deploy.bundle.manifest import (
     FileEntry,
     LeftOut,
@@ -29,7 +29,9 @@ from meta_deploy.bundle.manifest import (
     to_json,
 )
 from meta_deploy.calib.calibrate import Calibrator
+from meta_deploy.calib.estimated import Estimated
 from meta_deploy.calib.search import Search
+from meta_deploy.calib.timed import Timed
 from meta_deploy.errors import BundleError, InputError, VerificationError
 from meta_deploy.export.blame import at_fault
 from meta_deploy.export.options import Options
@@ -84,7 +86,7 @@ def export(source: str | Path | None, *, progress: Progress | None = None, **opt
 def run(path: str | Path, options: Options, progress: Progress) -> Bundle:
     """`export` with checked options."""
     plan = planned(path, options)
-    with reserve_bundle(plan.folder, plan.reads(path)) as reserved:
+    with reserve(plan, path) as reserved:
         with progress.stage("load"):
             source = open_source(path, options, progress.note)
             check_manifest(path, source)
@@ -116,7 +118,23 @@ def run(path: str | Path, options: Options, progress: Progress) -> Bundle:
                 peak_rss_mb=peak_rss_mb(),
                 engine=made.built.engine,
             )
-            return reserved.write(manifest, made.built.files, progress.written)
+            place = reserved[made.lowered.precision.name]
+            return place.write(manifest, made.built.files, progress.written)
+
+
+@contextlib.contextmanager
+def reserve(plan: Plan, path: str | Path) -> Iterator[dict[str, Reserved]]:
+    """The bundle's place, by the precision that it will be in: 8 bits may give way to another.
+
+    Raises:
+        InputError: a place cannot be used.
+    """
+    with contextlib.ExitStack() as stack:
+        places = {
+            folder: stack.enter_context(reserve_bundle(folder, plan.reads(path)))
+            for folder in dict.fromkeys(plan.folders.values())
+        }
+        yield {precision: places[folder] for precision, folder in plan.folders.items()}
 
 
 @dataclass(frozen=True)
@@ -191,7 +209,7 @@ class Builds:
 
     def try_out(self, graph: onnx.ModelProto) -> Built:
         """Of a graph that may ship."""
-        return self.of(ship(graph, self._source), self._plan.precision.name)
+        return self.of(ship(graph, self._source), self._plan.rest)
 
 
 def optimize(
@@ -243,7 +261,7 @@ def tell(source: Source, plan: Plan, progress: Progress) -> None:
 
 @dataclass(frozen=True)
 class Lowered:
-    """A graph in the precision that ships; where that is 8 bits, the float32 one that it was made of."""
+    """A graph in the precision that ships; where that is 8 bits and float32, the float32 one as well."""
 
     graph: onnx.ModelProto
     full: onnx.ModelProto | None
@@ -266,22 +284,25 @@ def lower(
     """
     if not plan.lowers:
         return Lowered(full, None, plan.precision, None)
-    float32_operators = plan.target.float32_operators.get(plan.precision.name, ())
+    float32_operators = plan.target.float32_operators.get(plan.rest, ())
     with progress.stage("precision"), sound(source):
         graph, conversion = plan.precision.convert(
             full, samples, float32_operators, progress.note, quantization
         )
         inherit_modules(full.graph, graph.graph)
     if not isinstance(conversion, Quantized) or not conversion.declined:
-        kept = full if plan.precision.calibrates else None  # a large model's holds gigabytes
+        kept = (
+            full if plan.precision.calibrates and plan.rest == "fp32" else None
+        )  # a large model's holds gigabytes
         return Lowered(graph, kept, plan.precision, conversion)
     if plan.options.strict:
         table = searched(conversion.search)
         if table:
             progress.note(table.lstrip("\n"))
         raise InputError(f"{conversion.declined}; use --fp16 or --fp32, or leave out --strict")
-    progress.note(f"warning: {conversion.declined}; the bundle is in float32")
-    return Lowered(full, None, PRECISIONS["fp32"], conversion)
+    rest = PRECISIONS[conversion.rest]
+    progress.note(f"warning: {conversion.declined}; the bundle is in {rest.title}")
+    return Lowered(graph, None, rest, conversion)
 
 
 def compare(
@@ -326,12 +347,17 @@ def is_rounded(lowered: Lowered, plan: Plan) -> bool:
 
     What a GPU rounds there, a CPU may carry on in float32.
     """
-    return isinstance(lowered.conversion, Conversion) and plan.target.rounds_each_operator
+    conversion = lowered.conversion
+    low = conversion.lowered if isinstance(conversion, Quantized) else conversion
+    return low is not None and plan.target.rounds_each_operator
 
 
 def graph_run(lowered: Lowered, plan: Plan) -> OnnxRun:
     """A graph on ONNX Runtime's CPU, rounded as its target rounds."""
-    return OnnxRun(emulated(lowered.graph) if is_rounded(lowered, plan) else lowered.graph)
+    rounded = is_rounded(lowered, plan)
+    # ONNX Runtime's rewriting is for its own 8-bit kernels, and drops a ReLU before an 8-bit float.
+    literally = rounded and isinstance(lowered.conversion, Quantized)
+    return OnnxRun(emulated(lowered.graph) if rounded else lowered.graph, literally=literally)
 
 
 def blamed(
@@ -370,8 +396,7 @@ def quantizes(source: Source, plan: Plan, progress: Progress) -> Quantization:
     Raises:
         InputError: the source takes no images, and nothing else was given.
     """
-    options, rules = plan.options, plan.target.int8
-    assert rules is not None
+    options, rules = plan.options, plan.target.eight_bits[plan.precision.name]
     samples = source.samples(plan.files)
     if options.calib_images is None:
         if not isinstance(samples, ImageSamples):
@@ -380,10 +405,13 @@ def quantizes(source: Source, plan: Plan, progress: Progress) -> Quantization:
                 "give --calib-images a folder of .npz files of its inputs"
             )
         progress.note("warning: calibrated on the package's own pictures; give your own by --calib-images")
+    if options.search and plan.target.estimates:
+        rules = replace(rules, value=0, node=0)  # engines tell better what pays
     calibrate = Calibrator(samples, rules, options.calib_method, progress.note, progress.count)
     search = None
     if options.search:
-        search = Search(trial_of(source, plan), rules, options.max_drop, progress.note, progress.count)
+        costs = Estimated if plan.target.estimates else Timed
+        search = Search(costs(trial_of(source, plan), rules, progress.note, progress.count), options.max_drop)
     return Quantization(rules, calibrate, source.outputs, search)
 
 
@@ -393,15 +421,15 @@ def trial_of(source: Source, plan: Plan) -> OutputsTrial:
     Raises:
         InputError: the annotations are not of this kind of model.
     """
-    common = plan.precision.tolerances
+    common = plan.precision.tolerances, plan.build_options
     if plan.truth is None:
-        return OutputsTrial(source, plan.target, source.samples(evenly(plan.files, JUDGED)), common)
+        return OutputsTrial(source, plan.target, source.samples(evenly(plan.files, JUDGED)), *common)
     known = plan.truth.known([str(path) for path in plan.files])
     samples = source.samples([Path(path) for path in evenly(known, ANNOTATED)])
     if not isinstance(samples, ImageSamples):
         raise InputError("--annotations are of images, and --calib-images has arrays; leave them out")
-    bundle = Bundle(Path(plan.folder), planned_manifest(source))
-    return AnnotatedTrial(source, plan.target, samples, common, bundle, plan.truth)
+    bundle = Bundle(Path(plan.folders[plan.precision.name]), planned_manifest(source))
+    return AnnotatedTrial(source, plan.target, samples, *common, bundle, plan.truth)
 
 
 def check_bounds(source: Source) -> None:

@@ -27,6 +27,7 @@ from meta_deploy.export.speed import opened
 from meta_deploy.export.trace import drop_outputs
 from meta_deploy.graph.modules import inherit_modules
 from meta_deploy.graph.pipeline import PassResult, run_passes
+from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.targets.target import Built
 
 SECONDS, SHARE = 10.0, 0.5  # that measuring may take; or this share of the export so far, where that is more
@@ -47,7 +48,7 @@ def tune(
     build: Callable[[onnx.ModelProto], Built],
     progress: Progress,
 ) -> tuple[list[str], Tuning] | None:
-    """Measure pipelines for a source, in the precision that is to ship; for 8 bits, in float32.
+    """Measure pipelines for a source, in the precision that is to ship; for 8 bits, in that of the rest.
 
     Args:
         rows: what the target's pipeline did.
@@ -60,10 +61,10 @@ def tune(
     """
     found = pipelines(rows, plan.target.doubtful)
     feed = next(iter(samples), None)
-    if len(found) < 2 or (plan.target.timed and feed is None):
+    if len(found) < 2 or (feed is None and not plan.target.estimates):
         return None
-    precision = "fp32" if plan.precision.calibrates else plan.precision.name
-    float32_operators = plan.target.float32_operators.get(precision, ())
+    rest = PRECISIONS[plan.rest]
+    float32_operators = plan.target.float32_operators.get(rest.name, ())
 
     def candidates() -> Candidates:
         for i, (name, passes) in enumerate(found.items()):
@@ -71,16 +72,16 @@ def tune(
             graph = full if i == 0 else cleaned
             if i and left:
                 graph = run_passes(cleaned, left, plan.target.prices)[0]
-            if plan.lowers and not plan.precision.calibrates:
-                low, _ = plan.precision.convert(graph, (), float32_operators)
+            if rest.name not in ("fp32", *plan.target.lowered_by_build):
+                low, _ = rest.convert(graph, (), float32_operators)
                 inherit_modules(graph.graph, low.graph)
                 graph = low
             yield name, drop_outputs(graph, source.outputs)
 
     seconds = budget(progress.seconds)
-    if feed is not None and plan.target.timed:
+    if feed is not None and not plan.target.estimates:
         tuning = by_time(
-            candidates(), lambda graph: opened(plan.target, graph, source.profiles, precision), feed, seconds
+            candidates(), lambda graph: opened(plan.target, graph, source.profiles, rest.name), feed, seconds
         )
     else:
         tuning = by_build(candidates(), lambda graph: plan.target.figures(build(graph).engine), seconds)

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 
 from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.bundle.manifest import Engine, Profile, RawManifest
 from meta_deploy.errors import BackendError, InputError
-from meta_deploy.graph.precision.rules import Int8Rules
+from meta_deploy.graph.precision.rules import EightBitRules
 from meta_deploy.graph.prices import Cost
 
 MODEL = "model.onnx"
@@ -46,6 +47,25 @@ class Built:
 
     files: dict[str, bytes]
     engine: Engine | None = None
+
+
+class Estimate(Struct, frozen=True, kw_only=True):
+    """What a graph costs as an engine that was built and not run.
+
+    Attributes:
+        ms: by the target's prices for layers, bytes and multiply-adds.
+        layers: kernels that are started.
+        fused_attention: of them, those that are a whole attention.
+        eight_bits: products in int8 or fp8.
+        activation_mb, weights_mb: memory.
+    """
+
+    ms: float
+    layers: int
+    fused_attention: int
+    eight_bits: int
+    activation_mb: float | None
+    weights_mb: float | None
 
 
 class Backend(ABC):
@@ -96,12 +116,13 @@ class Target(ABC):
         lowered_by_build: those of them that `build` makes out of a float32 graph. The others are in the graph
             when it comes to `build`.
         float32_operators: precision -> operators that it has no kernels for in that precision.
-        int8: where it wants 8 bits; None: it has no 8-bit kernels that are written for.
+        eight_bits: of those precisions that are 8 bits, where it wants them.
         rounds_each_operator: its kernels round to the graph's precision where a CPU may carry on in float32;
             such a graph is verified with the rounding written out.
         compacts: it folds constants when it opens the graph, so that the file may hold them in fewer bytes.
-        timed: what is built runs on the exporting machine; else `figures` say which of two builds is better.
         builds: what ships is more than the graph, and making it takes time.
+        estimates: what is built does not run on the exporting machine, and `estimate` and `figures` say what
+            it costs.
         bounded: what is built reserves memory for the largest input, so that every size needs an upper end.
         backends: what `--backend` can name for its bundles.
         automatic: those of them that `--backend auto` tries, the best first.
@@ -119,11 +140,11 @@ class Target(ABC):
     precisions: tuple[str, ...]
     lowered_by_build: tuple[str, ...] = ()
     float32_operators: Mapping[str, tuple[str, ...]] = {}
-    int8: Int8Rules | None = None
+    eight_bits: Mapping[str, EightBitRules] = {}
     rounds_each_operator: bool = False
     compacts: bool = False
-    timed: bool = True
     builds: bool = False
+    estimates: bool = False
     bounded: bool = False
     backends: tuple[str, ...]
     automatic: tuple[str, ...]
@@ -163,6 +184,15 @@ class Target(ABC):
         """
         return Built({MODEL: model})
 
+    def estimate(self, model: bytes, profiles: Sequence[Profile], options: BuildOptions) -> Estimate:
+        """What a graph costs, by an engine that is built for it; where the target `estimates`.
+
+        Raises:
+            EngineError: the library refuses the graph.
+            InputError: the library does not tell what it built.
+        """
+        raise NotImplementedError(f"{self.name} estimates nothing")
+
     def runner(
         self, files: Mapping[str, bytes], profiles: Sequence[Profile], precision: str
     ) -> Runner | None:
@@ -174,7 +204,7 @@ class Target(ABC):
         return None
 
     def figures(self, section: Engine | None) -> dict[str, Any]:
-        """Fields of `TriedPipeline` from the manifest's `engine` section, of a target that is not timed."""
+        """Fields of `TriedPipeline` from the manifest's `engine` section, where the target `estimates`."""
         return {}
 
     def describe(self, section: Engine) -> str:
