@@ -59,7 +59,7 @@ class Case:
     """A model to export: a named model with random weights at an input size, the demo model, or a checkpoint.
 
     Written as MODEL@SIDE or MODEL@HxW, followed by `+dynamic` for any size up to that; as `demo`, the nuclei
-    detector in the package; or as the path of a .pth file.
+    detector in the package; or as the path of a .pth file, which may be followed by a size too.
     """
 
     model: str
@@ -71,8 +71,8 @@ class Case:
         """The inverse of str()."""
         if text == DEMO or text.endswith(".pth"):
             return cls(text, None)
-        name, _, size = text.removesuffix("+dynamic").partition("@")
-        sides = [int(side) for side in size.split("x")] if size else []
+        name, at, size = text.removesuffix("+dynamic").rpartition("@")
+        sides = [int(side) for side in size.split("x")] if at else []
         if not 1 <= len(sides) <= 2:
             raise argparse.ArgumentTypeError(f"'{text}' is not MODEL@SIDE, MODEL@HxW, {DEMO} or a .pth file")
         return cls(name, (sides[0], sides[-1]), text.endswith("+dynamic"))
@@ -145,7 +145,7 @@ def run_command(name: str, *arguments: object) -> Run:
 
 def export(case: Case, *options: object) -> tuple[Path, Run]:
     """Export a case; returns the bundle's folder and the finished command."""
-    out = WORK / Path(str(case)).stem.replace("+", "-")
+    out = WORK / Path(str(case)).name.removesuffix(".pth").replace("+", "-")
     return out, run_command("export", "--ckpt", checkpoint(case), *case.options, *options, "--out", out)
 
 

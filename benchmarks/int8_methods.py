@@ -1,17 +1,24 @@
-"""A nuclei model in 8 bits on ONNX Runtime's CPU: the search, the rules by each method, and quantize_static.
+"""A nuclei model in 8 bits on ONNX Runtime's and OpenVINO's CPU: ours, and what else quantizes it.
 
-    python benchmarks/int8_methods.py [BUNDLE] --calib-images DIR [--count N] [--rounds N] [--threads N]
+    python benchmarks/int8_methods.py [CASE] --calib-images DIR [--count N] [--add NAME=FILE.onnx ...]
 
-BUNDLE is a float32 one for onnxruntime, by default the detector in the package. Accuracy is as in
-demo_accuracy.py; time against float32, interleaved; size of the file against float32's. Rows of contenders
-are printed as they come.
+CASE is `demo`, the detector in the package, or a .pth file. Rows: float32, float16 and bfloat16; `meta-export
+--int8` with its search, and by the rules with each method of calibration; ONNX Runtime's quantize_static;
+NNCF on OpenVINO; and the files of `--add`, which another tool made of build/benchmarks/int8/fp32/model.onnx.
+Accuracy is as in demo_accuracy.py. Model times are taken in turns, as ratios to the first row; memory is the
+peak of a fresh process that runs one picture. Rows are printed as they come; `--plot` draws accuracy
+against time.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,63 +28,190 @@ import numpy as np
 import onnx
 from msgspec.structs import replace
 
-from benchmarks.common import ASSETS, WORK, interleave, machine, open_session, parser, ratio, save, table
+from benchmarks.common import (
+    DEMO,
+    WORK,
+    Case,
+    checkpoint,
+    interleave,
+    machine,
+    parser,
+    ratio,
+    run_command,
+    save,
+    table,
+)
 from benchmarks.demo_accuracy import ALL, DATA, SCORE, detection_rows, results_of, segmentation_rows
 from benchmarks.quantize_static import quantize_static_of
 from meta_deploy.bundle.bundle import Bundle, write_bundle
 from meta_deploy.calib import METHOD_NAMES
-from meta_deploy.calib.calibrate import Calibrator
-from meta_deploy.export.pipeline import export
 from meta_deploy.export.samples import ImageSamples, evenly
 from meta_deploy.graph.pipeline import run_passes
-from meta_deploy.graph.precision import PRECISIONS
-from meta_deploy.graph.precision.int8 import INT8, Quantization
 from meta_deploy.imaging.sources import expand
 from meta_deploy.runtime.predictor import Predictor
-from meta_deploy.targets import TARGETS
+from meta_deploy.targets import TARGETS, open_backend
+from meta_deploy.targets.model_file import read_model
+from meta_deploy.targets.openvino import WEIGHTS, XML
 from meta_deploy.targets.target import MODEL
 from meta_deploy.tasks.detection import Detections
 from tools.training_data import evenly_chosen
 
+FOLDER = WORK / "int8"
+_FRESH = """
+import resource, sys
+from meta_deploy.runtime.predictor import Predictor
+with Predictor(sys.argv[1], sys.argv[2], threads=int(sys.argv[3]), tile=0) as predictor:
+    predictor(sys.argv[4])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A bundle and the back end that runs it."""
+
+    name: str
+    bundle: Path
+    backend: str
+
+    def size(self) -> float:
+        """MB of the files that the back end reads."""
+        files = (XML, WEIGHTS) if (self.bundle / XML).exists() else (MODEL,)
+        return sum((self.bundle / file).stat().st_size for file in files) / 1e6
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     p = parser(__doc__, "int8_methods")
-    p.add_argument("bundle", nargs="?", type=Path, default=ASSETS / "nuclei")
+    p.add_argument("case", nargs="?", type=Case.parse, default=DEMO)
     p.add_argument("--calib-images", type=Path, required=True)
-    p.add_argument("--calib-count", type=int, default=64)
+    p.add_argument("--calib-count", type=int, default=64, help="images that others calibrate on")
     p.add_argument("--data", type=Path, default=DATA)
     p.add_argument("--count", type=int, help="pictures of the validation set (default: all)")
     p.add_argument("--rounds", type=int, default=15)
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--tile", type=int, help="as in demo_accuracy.py")
     p.add_argument("--methods", nargs="*", default=METHOD_NAMES, help="of calibration (default: all)")
+    p.add_argument("--plot", type=Path, metavar="FILE.png", help="draw accuracy against time")
+    p.add_argument(
+        "--add", nargs="*", default=[], metavar="NAME=FILE", help="further graphs for ONNX Runtime"
+    )
     args = p.parse_args(argv)
-    bundle = Bundle.open(args.bundle)
+    rows = list(contenders(args))
+    truth = evenly_chosen(json.loads((args.data / "instances_val.json").read_text()), args.count)
+    pictures = [args.data / "val" / image["file_name"] for image in truth["images"]]
+    times = timed(rows, pictures[0], args.rounds, args.threads)
+    base, cells = rows[0], []
+    whole = float32_graph(Bundle.open(base.bundle)).ByteSize() / 1e6
+    for row in rows:
+        with Predictor(row.bundle, row.backend, 0.0, args.threads, tile=args.tile) as predictor:
+            found, _ = results_of(predictor, truth, args.data / "val")
+        cells.append(
+            {"": row.name, "back end": row.backend}
+            | accuracy(truth, found)
+            | {
+                "time / fp32": ratio(times[row.name], times[base.name]),
+                "ms": float(np.median(times[row.name])),
+            }
+            | {"file / fp32": row.size() / whole, "memory, MB": memory(row, args.threads, pictures[0])}
+        )
+        print(table(cells), end="\n\n", flush=True)
+    save(args.json, machine=machine(), pictures=len(truth["images"]), rows=cells)
+    if args.plot:
+        plot(cells, args.plot)
+
+
+def contenders(args: Any) -> Iterator[Row]:
+    """Each row's bundle, made when its turn comes. The first is float32 on ONNX Runtime."""
+    calibrated = ["--calib-images", args.calib_images]
+    ours = partial(exported, args.case)
+    fp32 = ours("fp32", "onnxruntime")
+    yield fp32
+    yield ours("fp16", "onnxruntime", "--fp16")
+    yield ours("int8", "onnxruntime", "--int8", *calibrated)
+    for method in args.methods:
+        chosen = ["--int8", "--no-search", "--calib-method", method]
+        yield ours(f"int8, rules, {method}", "onnxruntime", *chosen, *calibrated)
+    bundle = Bundle.open(fp32.bundle)
     paths = evenly([one.path for one in expand([str(args.calib_images)])], args.calib_count)
     samples = ImageSamples(paths, bundle.input, bundle.manifest.preprocess)
-    # Weights that are float16 in the file become float32 ones.
-    whole = run_passes(onnx.load_from_string(bundle.read(MODEL)), ["clean-up"], TARGETS["onnxruntime"].prices)
-    graphs = {"fp32": whole[0]}
-    graphs["search"] = searched(bundle, args.calib_images)
-    for method in args.methods:
-        graphs[f"rules, {method}"] = ruled(graphs["fp32"], samples, method)
-    graphs |= quantize_static_of(graphs["fp32"], samples)
-    truth = evenly_chosen(json.loads((args.data / "instances_val.json").read_text()), args.count)
-    times = timed(graphs, next(iter(samples)), args.rounds, args.threads)
-    rows = []
+    graphs = quantize_static_of(float32_graph(bundle), samples)
+    for add in args.add:
+        name, _, file = add.partition("=")
+        graphs[name] = onnx.load(file)
     for name, graph in graphs.items():
-        out = WORK / "int8" / name.replace(", ", "-").replace(" ", "-")
-        write_bundle(out, replace(bundle.manifest, files={}), {MODEL: graph.SerializeToString()})
-        with Predictor(out, "onnxruntime", 0.0, args.threads, tile=args.tile) as predictor:
-            found, _ = results_of(predictor, truth, args.data / "val")
-        rows.append(
-            {"": name}
-            | accuracy(truth, found)
-            | {"time / fp32": ratio(times[name], times["fp32"]), "ms": float(np.median(times[name]))}
-            | {"size / fp32": graph.ByteSize() / graphs["fp32"].ByteSize()}
-        )
-        print(table(rows), end="\n\n", flush=True)
-    save(args.json, machine=machine(), pictures=len(truth["images"]), calibrated_on=len(samples), rows=rows)
+        yield Row(name, rewritten(bundle, name, {MODEL: graph.SerializeToString()}), "onnxruntime")
+    openvino = ours("OpenVINO fp32", "openvino")
+    yield openvino
+    yield ours("OpenVINO bf16", "openvino", "--bf16")
+    yield ours("OpenVINO int8, rest as the CPU can", "openvino", "--int8", *calibrated)
+    bundle = Bundle.open(openvino.bundle)
+    files = nncf_of(bundle, samples)
+    for hint in ("f32", "bf16") if files else ():
+        assert bundle.manifest.engine is not None
+        engine = replace(bundle.manifest.engine, precision_hint=hint)
+        name = f"NNCF, rest {hint}"
+        yield Row(name, rewritten(bundle, name, files, engine=engine), "openvino")
+
+
+def exported(case: Case, name: str, target: str, *options: object) -> Row:
+    """What `meta-export` makes of the case."""
+    out = folder(name)
+    run = run_command(
+        "export",
+        "--ckpt",
+        checkpoint(case),
+        "--target",
+        target,
+        *options,
+        "--no-verify",
+        "--no-tune",
+        "--out",
+        out,
+    )
+    if run.document is None:
+        raise SystemExit(f"{name}: the export failed")
+    print(f"{name}: exported in {run.seconds:.0f} s", flush=True)
+    return Row(name, out, target)
+
+
+def float32_graph(bundle: Bundle) -> onnx.ModelProto:
+    """A bundle's graph with all weights in float32, some of which the file holds in float16."""
+    graph = onnx.load_from_string(read_model(bundle))
+    return run_passes(graph, ["clean-up"], TARGETS["onnxruntime"].prices)[0]
+
+
+def folder(name: str) -> Path:
+    return FOLDER / name.replace(", ", "-").replace(" ", "-")
+
+
+def rewritten(bundle: Bundle, name: str, files: dict[str, bytes], **fields: Any) -> Path:
+    """The bundle with another model in it."""
+    kept = {file: bundle.read(file) for file in bundle.manifest.files if file not in files}
+    out = folder(name)
+    write_bundle(out, replace(bundle.manifest, files={}, **fields), kept | files)
+    return out
+
+
+def nncf_of(bundle: Bundle, samples: ImageSamples) -> dict[str, bytes]:
+    """OpenVINO's model as NNCF quantizes it, told that it is a transformer; nothing without NNCF."""
+    try:
+        import nncf
+    except ImportError:
+        return {}
+    import openvino
+
+    graph = openvino.Core().read_model(bundle.read(XML), bundle.read(WEIGHTS))
+    feeds = nncf.Dataset(list(samples), lambda feed: dict(feed))
+    quantized = nncf.quantize(
+        graph,
+        feeds,
+        model_type=nncf.ModelType.TRANSFORMER,
+        subset_size=len(samples),
+        fast_bias_correction=True,
+    )
+    with tempfile.TemporaryDirectory() as out:
+        openvino.save_model(quantized, Path(out) / XML, compress_to_fp16=False)
+        return {file: (Path(out) / file).read_bytes() for file in (XML, WEIGHTS)}
 
 
 def accuracy(truth: dict[str, Any], found: dict[int, Any]) -> dict[str, float]:
@@ -91,38 +225,38 @@ def accuracy(truth: dict[str, Any], found: dict[int, Any]) -> dict[str, float]:
     return {key: whole[key] for key in keys}
 
 
-def searched(bundle: Bundle, images: Path) -> onnx.ModelProto:
-    """What `meta-export --int8` makes of the bundle's graph; float32 where nothing pays."""
-    preprocess = bundle.preprocess
-    made = export(
-        bundle.path / MODEL,
-        target="onnxruntime",
-        precision="int8",
-        calib_images=images,
-        passes="clean-up",
-        mean=preprocess.mean,
-        std=preprocess.std,
-        out=WORK / "int8" / "search",
-        check=False,
-    )
-    print(PRECISIONS[made.precision].describe(made.manifest.conversion), end="\n\n", flush=True)
-    return onnx.load_from_string(made.read(MODEL))
+def plot(cells: Sequence[dict[str, Any]], path: Path) -> None:
+    """The last figure of accuracy against time, both as changes from the first row; areas are file sizes."""
+    from matplotlib import pyplot
+
+    figure = list(cells[0])[list(cells[0]).index("time / fp32") - 1]
+    fig, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    for cell in cells:
+        x, y = cell["time / fp32"], 100 * (cell[figure] - cells[0][figure])
+        points = axes.scatter(x, y, s=300 * cell["file / fp32"], alpha=0.5)
+        axes.annotate(cell[""], (x, y), fontsize=7, color=points.get_facecolor()[0, :3])
+    axes.axhline(0, color="grey", linewidth=0.5)
+    axes.set(xlabel="time / float32 on ONNX Runtime", ylabel=f"{figure}, points from float32's")
+    fig.savefig(path, dpi=120)
 
 
-def ruled(graph: onnx.ModelProto, samples: ImageSamples, method: str) -> onnx.ModelProto:
-    """All that the target's rules let, by one method of calibration."""
-    rules = TARGETS["onnxruntime"].eight_bits["int8"]
-    assert rules is not None
-    return INT8().convert(graph, quantization=Quantization(rules, Calibrator(samples, rules, method)))[0]
-
-
-def timed(
-    graphs: dict[str, onnx.ModelProto], feed: dict[str, np.ndarray], rounds: int, threads: int
-) -> dict[str, list[float]]:
-    sessions = {name: open_session(graph, threads) for name, graph in graphs.items()}
-    runs = {name: lambda turn, s=session: s.run(None, feed) for name, session in sessions.items()}
-    interleave(runs, 1)
+def timed(rows: Sequence[Row], picture: Path, rounds: int, threads: int) -> dict[str, list[float]]:
+    """The model alone, all rows in turns."""
+    bundle = Bundle.open(rows[0].bundle)
+    (feed,) = ImageSamples([picture], bundle.input, bundle.manifest.preprocess)
+    opened = {row.name: open_backend(Bundle.open(row.bundle), row.backend, threads) for row in rows}
+    runs: dict[str, Callable[[int], Any]] = {
+        name: lambda turn, run=backend.run: run(feed) for name, backend in opened.items()
+    }
+    interleave(runs, 2)
     return interleave(runs, rounds)
+
+
+def memory(row: Row, threads: int, picture: Path) -> float:
+    """Peak resident memory in MB of a process that runs one picture as a whole."""
+    command = [sys.executable, "-c", _FRESH, row.bundle, row.backend, threads, picture]
+    done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
+    return float(done.stdout)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from meta_deploy.errors import InputError
 from meta_deploy.models.checkpoint.save import save_checkpoint
 from meta_deploy.models.registry import MODEL_NAMES, ModelConfig, build_model, get_config
 
@@ -38,7 +39,12 @@ SPREADS = {
     "fc_cls": 4.0,
     "conv_logits": 3.0,
     "conv_seg": 3.0,
+    "sampling_offsets": 2.0,  # pixels
+    "atss_cls": 1.5,
+    "gfl_cls": 1.5,
 }
+# The mean of a layer's output, likewise; else 0. Of these few logits are above the threshold.
+MEANS = {"atss_cls": -6.0, "gfl_cls": -6.0}
 OBJECTS = 0.03  # the share of proposals that some class's score is above the threshold for
 
 Settle = Callable[..., Tensor]
@@ -60,19 +66,23 @@ def lively_model(config: ModelConfig, pictures: Tensor, seed: int = 0) -> tuple[
         model = build_model(config)
         for name, module in model.named_modules():
             spread = next((spread for end, spread in SPREADS.items() if name.endswith(end)), 1.0)
+            mean = next((mean for end, mean in MEANS.items() if name.endswith(end)), 0.0)
             if name.endswith("fc_cls"):
                 threshold = getattr(config, "score_threshold", 0.0)
-                _once_run(module, partial(_set_classifier, spread, len(pictures), threshold))
+                heads = sum(other.endswith("fc_cls") for other, _ in model.named_modules())
+                _once_run(module, partial(_set_classifier, spread, heads, len(pictures), threshold))
             elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-                _once_run(module, partial(_standardize, spread))
+                _once_run(module, partial(_standardize, spread, mean))
             elif isinstance(module, nn.BatchNorm2d):
                 _once_run(module, _set_statistics)
-            if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)):
+            if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)):
                 module.weight.normal_(1.0, 0.1)
                 module.bias.normal_(0.0, 0.1)
         for name, parameter in model.named_parameters():
-            if name.endswith(("gamma", "pos_embed", "level_embed")):
+            if name.endswith(("gamma", "pos_embed", "level_embed", "bias_table")):
                 parameter.normal_(0.0, 0.3)
+            elif name.endswith(("gamma1", "gamma2", "scale")):
+                parameter.normal_(1.0, 0.1)
         return model, model(pictures)
 
 
@@ -92,13 +102,16 @@ def _statistics(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     return channels.mean(dim=1), channels.var(dim=1).mean().sqrt()
 
 
-def _standardize(spread: float, layer: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+def _standardize(spread: float, mean: float, layer: nn.Module, x: Tensor, output: Tensor) -> Tensor:
     """Scale a layer's weights and shift its bias."""
+    if not layer.weight.any():  # deformable attention begins by looking at the same points everywhere
+        layer.weight.normal_()
+        output = layer.forward(x)
     axis = output.dim() - 1 if isinstance(layer, nn.Linear) else 1
-    mean, actual = _statistics(output, axis)
+    actual_mean, actual = _statistics(output, axis)
     scale = spread / actual
     layer.weight.mul_(scale)
-    shift = -mean * scale + torch.randn_like(mean) * 0.1 * spread
+    shift = mean - actual_mean * scale + torch.randn_like(actual_mean) * 0.1 * spread
     if layer.bias is None:  # a batch norm follows, which does not mind
         return output * scale
     layer.bias.mul_(scale).add_(shift)
@@ -114,7 +127,7 @@ def _set_statistics(norm: nn.BatchNorm2d, x: Tensor, output: Tensor) -> Tensor:
 
 
 def _set_classifier(
-    spread: float, pictures: int, threshold: float, layer: nn.Linear, x: Tensor, output: Tensor
+    spread: float, heads: int, pictures: int, threshold: float, layer: nn.Linear, x: Tensor, output: Tensor
 ) -> Tensor:
     """The same for class logits (background last), so that a fraction `OBJECTS` is above the threshold.
 
@@ -123,9 +136,11 @@ def _set_classifier(
     means = x.reshape(pictures, -1, x.shape[1]).mean(dim=1)
     directions = torch.linalg.svd(means - means.mean(dim=0), full_matrices=False).Vh[:-1]
     layer.weight.sub_(layer.weight @ directions.T @ directions)
-    logits = _standardize(spread, layer, x, layer.forward(x))
+    narrowing = math.sqrt(heads)  # of the mean of the logits of a cascade's heads
+    logits = _standardize(spread * narrowing, 0.0, layer, x, layer.forward(x))
     # Where this is added to the background's logit, an object's score is at the threshold.
-    limit = logits[:, :-1].amax(dim=1) - logits[:, -1] - math.log(threshold / (1 - threshold))
+    lead = (logits[:, :-1].amax(dim=1) - logits[:, -1]) / narrowing
+    limit = lead - math.log(threshold / (1 - threshold))
     bias = limit.quantile(1 - OBJECTS)
     layer.bias[-1] += bias
     logits[:, -1] += bias
@@ -162,12 +177,15 @@ def describe(outputs: dict[str, Tensor]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", choices=MODEL_NAMES, metavar="MODEL", help=", ".join(MODEL_NAMES))
+    parser.add_argument("model", help=f"{', '.join(MODEL_NAMES)}, or timm:NAME-HEAD")
     parser.add_argument("out", type=Path, help=".pth or .safetensors")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     began = time.perf_counter()
-    config = get_config(args.model)
+    try:
+        config = get_config(args.model)
+    except InputError as error:
+        parser.error(str(error))
     model, outputs = lively_model(config, noise(config.input_size), args.seed)
     save_checkpoint(args.out, model, config)
     size = args.out.stat().st_size / 1e6

@@ -26,7 +26,7 @@ from meta_deploy.targets import cache
 
 AUTO = "auto"
 FEW = 32  # below so many samples, what was not seen may well come
-_CACHE, _VERSION = "calibration", 2
+_CACHE, _VERSION = "calibration", 3
 
 
 class Samples(Protocol):

@@ -19,7 +19,8 @@ from meta_deploy.graph.precision.placement import Product
 from meta_deploy.graph.precision.ranges import open_session
 from meta_deploy.graph.precision.values import FLOAT, Names, set_constant
 
-MOST_VALUES = 1 << 16  # numbers of a tensor that are looked at in a run; its extremes are of all
+# Numbers of a tensor that are looked at: in a run, and about so many in all of them. Its extremes are of all.
+MOST_VALUES, _FEWEST_VALUES, _ALL_VALUES = 1 << 16, 1 << 13, 1 << 22
 BLOCKS = 4  # runs of which parts of tensors are kept
 _SIDE, _ROWS = 12, 128  # of such a part: of a feature map, of a matrix
 _PHASE = "calibration/run"
@@ -32,7 +33,7 @@ class Statistics:
 
     Attributes:
         low, high: its least and largest value.
-        histogram: of at most `MOST_VALUES` values a run, spread over the tensor.
+        histogram: of at most `values_a_run` values a run, spread over the tensor.
         blocks: parts of it as its first reader reads it, of some runs: rows (rows, C) for a matrix product,
             windows (B, C, H, W) for a convolution; values in no order where no product reads it.
     """
@@ -50,6 +51,11 @@ class Statistics:
     def whole(self) -> tuple[float, float]:
         """From the least to the largest value, and zero."""
         return min(self.low, 0.0), max(self.high, 0.0)
+
+
+def values_a_run(runs: int) -> int:
+    """The most numbers of a tensor that are looked at in each of so many runs."""
+    return min(MOST_VALUES, max(_FEWEST_VALUES, _ALL_VALUES // runs))
 
 
 def collect(
@@ -71,7 +77,7 @@ def collect(
     Raises:
         InputError: a tensor has a value that is not finite.
     """
-    watched = _Watched(model.clone(), readers)
+    watched = _Watched(model.clone(), readers, values_a_run(runs))
     session = open_session(watched.model)
     taken = [given.name for given in session.get_inputs() if given.name != _PHASE]
     found = {name: Statistics() for name in readers}
@@ -96,8 +102,8 @@ def collect(
 class _Watched:
     """A model whose outputs are, for each tensor: least, largest, sum of magnitudes, sample, part."""
 
-    def __init__(self, model: ir.Model, readers: Mapping[str, list[Product]]) -> None:
-        self.model, self.graph = model, model.graph
+    def __init__(self, model: ir.Model, readers: Mapping[str, list[Product]], most: int) -> None:
+        self.model, self.graph, self.most = model, model.graph, most
         self.names = Names(self.graph)
         self._constants: dict[tuple[int, ...], ir.Value] = {}
         self.phase = ir.Value(name=_PHASE, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
@@ -110,7 +116,7 @@ class _Watched:
         scalar = {"keepdims": ir.AttrInt64("keepdims", 0)}
         outputs = [self._op(op, [value], scalar) for op in ("ReduceMin", "ReduceMax", "ReduceL1")]
         flat = self._op("Reshape", [value, self._ints(-1)])
-        sample = self._spread(flat, MOST_VALUES)
+        sample = self._spread(flat, self.most)
         outputs += [sample, self._part(value, products, sample)]
         maker = value.producer()
         if maker is None:

@@ -1,6 +1,6 @@
-"""How the operators that PyTorch's exporter does not translate read in ONNX: a table per form.
+"""How operators read in ONNX that PyTorch's exporter does not translate, or not so: a table per form.
 
-Those are the reference's own two, NMS and RoIAlign over a pyramid, and batch normalization.
+Those are the reference's own two, NMS and RoIAlign over a pyramid, batch normalization, and sampling.
 
 Knows which function translates which operator.
 """
@@ -22,12 +22,19 @@ def batch_norm(x, weight, bias, mean, variance, training, momentum, epsilon, cud
 
 
 Table = dict[Callable[..., Any], Callable[..., Any]]
-# "native": by ONNX's NonMaxSuppression and RoiAlign; "lowered": by plain arithmetic.
+aten, own = torch.ops.aten, torch.ops.meta_deploy
+# "native": by ONNX's NonMaxSuppression, RoiAlign and GridSample; "lowered": by plain arithmetic.
 TRANSLATIONS: dict[str, Table] = {
-    form: {
-        torch.ops.aten.batch_norm.default: batch_norm,
-        torch.ops.meta_deploy.nms.default: module.nms,
-        torch.ops.meta_deploy.pyramid_roi_align.default: module.pyramid_roi_align,
-    }
-    for form, module in (("native", native_operators), ("lowered", lowered_operators))
+    "native": {
+        aten.batch_norm.default: batch_norm,
+        own.nms.default: native_operators.nms,
+        own.pyramid_roi_align.default: native_operators.pyramid_roi_align,
+    },
+    "lowered": {
+        aten.batch_norm.default: batch_norm,
+        aten.grid_sampler.default: lowered_operators.grid_sample,
+        aten.grid_sampler_2d.default: lowered_operators.grid_sample,
+        own.nms.default: lowered_operators.nms,
+        own.pyramid_roi_align.default: lowered_operators.pyramid_roi_align,
+    },
 }

@@ -33,7 +33,7 @@ def export_onnx(model: nn.Module, spec: InputSpec, operators: str = "native") ->
     Args:
         model: a zoo model in evaluation mode.
         spec: the input's dimensions.
-        operators: how NMS and RoIAlign are written, a key of `operators.TRANSLATIONS`.
+        operators: how NMS, RoIAlign and sampling are written, a key of `operators.TRANSLATIONS`.
 
     Returns:
         The literal graph. After the task's outputs come the intermediate stages that

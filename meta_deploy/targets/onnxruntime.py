@@ -37,10 +37,12 @@ class OnnxRuntime(Target):
     name = "onnxruntime"
     title = "ONNX Runtime"
     passes = (
-        *("clean-up", "fuse-layer-norm", "share-norms", "fold-batch-norm", "merge-siblings"),
-        *("fuse-attention", "move-linears", "slices-to-split", "collapse-chains"),
+        *("clean-up", "plain-attention", "fuse-layer-norm", "share-norms", "fold-batch-norm"),
+        "merge-siblings",
+        *("fuse-attention", "fuse-rotary", "move-linears", "slices-to-split", "collapse-chains"),
         *("fold-branches", "distribute-sums", "fold-scales", "discarded-rows"),
     )
+    doubtful = ("fuse-attention", "move-linears", "merge-siblings", "distribute-sums", "fold-branches")
     prices = CPU
     operators = ("native", "lowered")
     compacts = True

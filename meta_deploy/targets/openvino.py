@@ -49,6 +49,7 @@ class OpenVINO(Target):
         *("move-linears", "slices-to-split", "collapse-chains"),
         *("fold-branches", "distribute-sums", "fold-scales", "discarded-rows"),
     )
+    doubtful = ("move-linears", "merge-siblings", "distribute-sums", "fold-branches")
     prices = CPU
     operators = ("native", "lowered")
     precisions = ("fp32", "fp16", "bf16", "int8")

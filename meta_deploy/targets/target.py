@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from msgspec import Struct
@@ -107,9 +108,10 @@ class Target(ABC):
         title: as people call it.
         passes: graph passes in the order in which they run (keys of `graph.pipeline.PASSES`).
         required_passes: those of them that run even with `--passes none`.
+        doubtful: those of them that do not pay on every model: an export that tunes tries without each.
         prices: of the machine, by which passes choose between forms.
-        operators: forms of NMS and RoIAlign that it runs (keys of `export.operators.TRANSLATIONS`), the one
-            that is taken unless asked otherwise first.
+        operators: forms of NMS, RoIAlign and sampling that it runs (keys of `export.operators.TRANSLATIONS`),
+            the one that is taken unless asked otherwise first.
         precisions: that are written for it.
         lowered_by_build: those of them that `build` makes out of a float32 graph. The others are in the graph
             when it comes to `build`.
@@ -119,7 +121,8 @@ class Target(ABC):
             such a graph is verified with the rounding written out.
         compacts: it folds constants when it opens the graph, so that the file may hold them in fewer bytes.
         builds: what ships is more than the graph, and making it takes time.
-        estimates: what is built does not run on the exporting machine, and `estimate` says what it costs.
+        estimates: what is built does not run on the exporting machine, and `estimate` and `figures` say what
+            it costs.
         bounded: what is built reserves memory for the largest input, so that every size needs an upper end.
         backends: what `--backend` can name for its bundles.
         automatic: those of them that `--backend auto` tries, the best first.
@@ -131,6 +134,7 @@ class Target(ABC):
     title: str
     passes: tuple[str, ...]
     required_passes: tuple[str, ...] = ()
+    doubtful: tuple[str, ...] = ()
     prices: Cost
     operators: tuple[str, ...]
     precisions: tuple[str, ...]
@@ -199,6 +203,10 @@ class Target(ABC):
         """
         return None
 
+    def figures(self, section: Engine | None) -> dict[str, Any]:
+        """Fields of `TriedPipeline` from the manifest's `engine` section, where the target `estimates`."""
+        return {}
+
     def describe(self, section: Engine) -> str:
         """What was built, in one line, from the manifest's `engine` section."""
         raise NotImplementedError(f"{self.name} builds nothing")
@@ -228,7 +236,7 @@ class Target(ABC):
         )
 
     def choose_operators(self, operators: str | None) -> str:
-        """How NMS and RoIAlign are written for it: as asked for, or its own choice.
+        """How NMS, RoIAlign and sampling are written for it: as asked for, or its own choice.
 
         Raises:
             InputError: it does not run that form.

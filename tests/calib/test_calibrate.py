@@ -103,6 +103,10 @@ def test_of_a_large_tensor_a_part_is_looked_at_and_its_extremes_are_exact():
     assert MOST_VALUES / 8 < seen / 2 <= MOST_VALUES
     zeros = one.histogram.counts[len(one.histogram.counts) // 2] / seen
     assert zeros == pytest.approx(0.5, abs=0.05)  # as many as Relu makes: the sample is a fair one
+    # Of as many runs as there may be each is looked at less, as their numbers add up.
+    few = collect(graph, placement.readers, feeds, 500)["r"]
+    assert few.high == 99
+    assert few.histogram.counts.sum() < seen / 3
 
 
 def test_auto_takes_the_range_that_the_reader_suffers_least_from():

@@ -16,14 +16,15 @@ INJECTORS, EXTRACTORS, LEVELS = 2, 3, 3
 pytestmark = pytest.mark.slow
 
 
-def made():
+def made(operators="native"):
     """Of any batch: the tests of single images run it too, for an export takes seconds."""
-    return exported("adapter", dynamic_batch=(1, 2, 4))
+    return exported("adapter", dynamic_batch=(1, 2, 4), operators=operators)
 
 
+@pytest.mark.parametrize("operators", ["native", "lowered"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_detector_on_it_agrees_and_detects(batch):
-    expected, actual = made().both(pictures(batch))
+def test_a_detector_on_it_agrees_and_detects(batch, operators):
+    expected, actual = made(operators).both(pictures(batch))
     assert_same(expected, actual)
     assert (expected["num_detections"] > 5).all()
 
@@ -52,6 +53,15 @@ def test_each_level_of_each_layer_is_one_sampling_at_folded_reference_points():
         assert counts["Add"] == 2, chain  # the layer's bias and the reference points
         assert counts["Transpose"] == 1, chain
         assert not {"Mul", "Div", "Sub", "Slice"} & counts.keys(), chain
+
+
+def test_the_lowered_form_samples_by_gathers_from_one_table_a_level():
+    graph = gs.import_onnx(made("lowered").graph)
+    assert not any(node.op == "GridSample" for node in graph.nodes)
+    rims = [
+        node for node in graph.nodes if node.op == "Pad" and node.name.startswith("backbone.interactions")
+    ]
+    assert len(rims) == INJECTORS * LEVELS + EXTRACTORS
 
 
 def test_norms_of_one_tensor_are_computed_once_and_gammas_are_folded():

@@ -276,6 +276,29 @@ def test_sampling_coordinates_stay_and_the_map_does_not():
     assert [known[name] for name in sampling.input] == [TensorProto.FLOAT16, TensorProto.FLOAT]
 
 
+@pytest.mark.parametrize("precision", TYPES)
+@pytest.mark.parametrize("rounding", ["Floor", "Ceil", "Round"])
+def test_what_is_rounded_and_what_is_left_of_it_stay_float32(precision, rounding):
+    """The distance of 1000.4 from 1000 is 0.4, which float16 would make 0.5 and bfloat16 0."""
+    nodes = [
+        node("Mul", ["x", "thousand"], ["at"]),
+        node(rounding, ["at"], ["whole"]),
+        node("Min", ["whole", "most"], ["limited"]),
+        node("Sub", ["at", "limited"], ["rest"]),
+        node("Mul", ["rest", "rest"], ["y"]),
+        node("Cast", ["at"], ["number"], to=TensorProto.INT32),
+    ]
+    outputs = [value("y", [4]), value("number", [4], TensorProto.INT32)]
+    constants = [const("thousand", 1000.0), const("most", 1e4)]
+    proto = model(nodes, [value("x", [4])], outputs, constants)
+    assert lowered_tensors(proto, precision) == {"rest", "y"}  # the next product may have what is left
+    graph, _ = checked(proto, precision)
+    x = np.array([1.0004, 1.2503, 0.5007, -2.0002], np.float32)
+    expected, actual = run(proto, x), run(emulated(graph), x)
+    np.testing.assert_allclose(actual[0], expected[0], rtol=0.01)
+    np.testing.assert_array_equal(actual[1], expected[1])
+
+
 @pytest.mark.parametrize("op", ["ReduceMean", "ReduceSum", "Pow"])
 def test_statistics_stay(op):
     second = "two" if op == "Pow" else "axes"

@@ -264,6 +264,51 @@ def test_what_parses_and_has_no_kernel_is_named_too():
         build(model([suppress], inputs, [value("y", ["n", 3], TensorProto.INT64)]))
 
 
+def sampling(mode, opset):
+    return model(
+        [node("GridSample", ["x", "grid"], ["y"], mode=mode)],
+        [value("x", [1, 3, 16, 16]), value("grid", [1, 5, 7, 2])],
+        [value("y", None)],
+        opset_imports=[helper.make_opsetid("", opset)],
+    )
+
+
+SAMPLINGS = [("linear", 20), ("nearest", 20), ("bilinear", 18)]
+
+
+@builds
+@pytest.mark.parametrize(("mode", "opset"), SAMPLINGS)
+def test_sampling_is_built_in_any_mode(mode, opset):
+    assert build(sampling(mode, opset)).plan
+
+
+@builds
+@pytest.mark.parametrize(("mode", "opset"), SAMPLINGS)
+def test_a_parser_that_takes_linear_for_nearest_may_only_read_what_it_knows(trt, monkeypatch, mode, opset):
+    """As those of TensorRT 10 to 11.1, to which "bilinear" alone is linear."""
+
+    class Old:
+        def __init__(self, network, logger):
+            self.network, self.parser = network, parser(network, logger)
+
+        def parse(self, file):
+            parsed = self.parser.parse(file)
+            for i in range(self.network.num_layers):
+                layer = self.network.get_layer(i)
+                layer.__class__ = trt.IGridSampleLayer
+                if b"bilinear" not in file:
+                    layer.interpolation_mode = trt.InterpolationMode.NEAREST
+            return parsed
+
+    parser = trt.OnnxParser
+    monkeypatch.setattr(trt, "OnnxParser", Old)
+    if mode == "bilinear":
+        assert build(sampling(mode, opset)).plan
+    else:
+        with pytest.raises(EngineError, match=r"TensorRT .* reads GridSample's mode 'linear' as 'nearest'"):
+            build(sampling(mode, opset))
+
+
 @builds
 @pytest.mark.parametrize("file", [b"", b"no model"])
 def test_what_is_no_model_is_an_error(file):

@@ -4,11 +4,13 @@ from functools import partial
 
 import pytest
 import torch
+from msgspec.structs import replace
 from torch import nn
 
 from meta_deploy.models.checkpoint.load import load_model
+from meta_deploy.models.ops.deformable_attention import DeformableAttention
 from meta_deploy.models.registry import get_config
-from tools.random_checkpoint import lively_model, main, noise
+from tools.random_checkpoint import _standardize, lively_model, main, noise
 
 SIZE = (128, 128)
 
@@ -56,6 +58,23 @@ def test_objects_of_several_classes_scores_and_shapes_are_found(detector):
     assert len(outputs["labels"][found].unique()) > 10
     inside = (outputs["masks"][found] > 0.5).float().mean(dim=(1, 2))
     assert ((inside > 0.02) & (inside < 0.98)).float().mean() > 0.9
+
+
+def test_a_dense_detector_finds_objects_of_several_scores():
+    _, outputs = lively_model(replace(get_config("meta-nano-gfl"), max_detections=30), noise(SIZE, count=2))
+    scores = outputs["scores"][outputs["scores"] > 0]
+    assert len(scores) > 20
+    assert scores.max() > 2 * scores.min()
+
+
+def test_deformable_attention_chooses_its_points_and_weighs_them():
+    layer = DeformableAttention(16, heads=2, levels=1, points=2)
+    for part, spread in ((layer.sampling_offsets, 2.0), (layer.attention_weights, 1.0)):
+        assert not part.weight.any()
+        x = torch.randn(1, 50, 16)
+        with torch.no_grad():
+            _standardize(spread, 0.0, part, x, part(x))
+            assert part(x).std(dim=1).square().mean().sqrt().item() == pytest.approx(spread, rel=0.1)
 
 
 def test_what_the_calibrating_pass_gave_is_what_the_model_gives(detector):

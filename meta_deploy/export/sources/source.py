@@ -61,7 +61,7 @@ class Source(ABC):
         """The literal graph: the outputs that ship, then stages on the way to them where there are any.
 
         Args:
-            operators: "native" or "lowered", how NMS and RoIAlign are written where that is open.
+            operators: "native" or "lowered", how NMS, RoIAlign and sampling are written where that is open.
         """
 
     @abstractmethod

@@ -12,23 +12,27 @@ import onnx_graphsurgeon as gs
 
 from meta_deploy.graph.explain import declined, made_by, read_elsewhere, shown
 from meta_deploy.graph.graph import (
+    IdentitySet,
     constant_value,
     is_batch,
+    is_op,
+    is_output,
     producer,
     sole_consumer,
     static_shape,
     tidy,
 )
 
-# Each output row of these depends on the same row of input 0 alone.
-_ROW_WISE = ("Conv", "ConvTranspose", "Relu", "Sigmoid", "GatherElements")
+# Each output row of these depends on the same row of input 0 alone, if they do not choose or cut rows.
+_ROW_WISE = ("Conv", "ConvTranspose", "Relu", "Sigmoid", "GatherElements", "Split")
+_ELEMENT_WISE = ("Add", "Sub", "Mul", "Div")
 
 
 def discarded_rows(graph: gs.Graph) -> int:
     """Compute only the rows that are kept of every Where(keep, Reshape(f(Gather(x, index))), 0).
 
     Pattern: `keep` (B, K, 1, ..), the Reshape from (B * K, 1, ..) to (B, K, ..), f row-wise with at least one
-    convolution, the Gather along axis 0.
+    convolution, in one or several branches, the Gather along axis 0.
     Rewrite: f runs on the gathered rows where `keep` holds; a ScatterND puts them back among zeros.
 
     Returns:
@@ -61,30 +65,67 @@ def _match(graph: gs.Graph, where: gs.Node) -> tuple[gs.Node, list[gs.Node], gs.
         rows = f"{shown(keep)} does not keep or discard whole rows of {shown(flat)}"
         declined(where, f"{rows}, which become {shown(value)}")
         return None
-    nodes: list[gs.Node] = []
-    tensor = flat
-    while sole_consumer(graph, tensor) and (node := producer(tensor)) is not None:
-        if node.op == "Gather" and node.attrs.get("axis", 0) == 0 and nodes:
-            if any(n.op in ("Conv", "ConvTranspose") for n in nodes):
-                return reshape, nodes, node
-            declined(where, f"no convolution lies between {shown(node)} and {shown(reshape)}")
-            return None
-        if node.op not in _ROW_WISE or (node.op == "GatherElements" and _chooses_rows(node)):
-            declined(
-                where, f"{shown(node)} does not compute its rows one by one, and is no Gather along axis 0"
-            )
-            return None
-        nodes.append(node)
-        tensor = node.inputs[0]
-    reader = nodes[-1] if nodes else reshape
-    alone = f"{made_by(tensor)}, not from a Gather"
-    declined(where, alone if sole_consumer(graph, tensor) else read_elsewhere(graph, tensor, reader))
+    nodes, starts = _row_wise_before(graph, reshape)
+    start = starts[-1]
+    node = producer(start)
+    if node is None:
+        declined(where, f"{made_by(start)}, not from a Gather")
+    elif not _read_only_by(graph, node, nodes):
+        declined(where, read_elsewhere(graph, start, *nodes))
+    elif not is_op(node, "Gather") or node.attrs.get("axis", 0) != 0:
+        declined(where, f"{shown(node)} does not compute its rows one by one, and is no Gather along axis 0")
+    elif len(starts) > 1:
+        declined(where, f"{shown(reshape)} gets rows of both {shown(starts[0])} and {shown(start)}")
+    elif not any(n.op in ("Conv", "ConvTranspose") for n in nodes):
+        declined(where, f"no convolution lies between {shown(node)} and {shown(reshape)}")
+    else:
+        return reshape, nodes[1:], node
     return None
 
 
-def _chooses_rows(gather_elements: gs.Node) -> bool:
-    """Whether it goes along axis 0, which may be counted from the end."""
-    axis, shape = gather_elements.attrs.get("axis", 0), gather_elements.outputs[0].shape
+def _row_wise_before(graph: gs.Graph, last: gs.Node) -> tuple[list[gs.Node], list[gs.Tensor]]:
+    """`last` and the nodes before it that compute row by row and that nothing but these reads, in that order;
+    and the tensors that they begin with."""
+    nodes = [last]
+    pending = [last.inputs[0]]
+    while True:
+        for tensor in pending:
+            node = producer(tensor)
+            if node is not None and _read_only_by(graph, node, nodes) and (rows := _rows_read(node)):
+                break
+        else:
+            return nodes, pending
+        nodes.append(node)
+        made = IdentitySet(node.outputs)
+        pending = list(IdentitySet(tensor for tensor in (*pending, *rows) if tensor not in made))
+
+
+def _read_only_by(graph: gs.Graph, node: gs.Node, readers: list[gs.Node]) -> bool:
+    """Whether nothing but these nodes reads what a node makes."""
+    known = IdentitySet(readers)
+    return not any(
+        is_output(graph, tensor) or any(reader not in known for reader in tensor.outputs)
+        for tensor in node.outputs
+    )
+
+
+def _rows_read(node: gs.Node) -> list[gs.Tensor]:
+    """The inputs whose rows a node computes the same rows of its outputs from; none if it does not."""
+    if is_op(node, *_ROW_WISE):
+        chooses = node.op in ("GatherElements", "Split") and _along_rows(node)
+        return [] if chooses else [node.inputs[0]]
+    if not is_op(node, *_ELEMENT_WISE) or not (shape := node.outputs[0].shape):
+        return []
+    rows = [tensor for tensor in node.inputs if not isinstance(tensor, gs.Constant)]
+    constants = [tensor.shape for tensor in node.inputs if isinstance(tensor, gs.Constant)]
+    same = all(t.shape and len(t.shape) == len(shape) and t.shape[0] == shape[0] for t in rows)
+    alike = all(len(sizes) < len(shape) or sizes[0] == 1 for sizes in constants)
+    return rows if same and alike else []
+
+
+def _along_rows(node: gs.Node) -> bool:
+    """Whether a node chooses or cuts along axis 0, which may be counted from the end."""
+    axis, shape = node.attrs.get("axis", 0), node.outputs[0].shape
     return axis == 0 or (axis < 0 and (shape is None or axis + len(shape) == 0))
 
 
@@ -122,12 +163,14 @@ def _rewrite(
     flat = reshape.inputs[0]
     row = list(flat.shape[1:])
     gathered = gather.outputs[0]
-    nodes[-1].inputs[0] = add("Gather", gathered, index, dtype=gathered.dtype, axis=0)
+    kept = {id(gathered): add("Gather", gathered, index, dtype=gathered.dtype, axis=0)}
     for node in nodes:
-        node.outputs[0].shape = None  # its rows are now the kept ones
-        if node.op == "GatherElements":
-            chosen = node.inputs[1]
-            node.inputs[1] = add("Gather", chosen, index, dtype=chosen.dtype, axis=0)
+        for tensor in node.outputs:
+            tensor.shape = None  # its rows are now the kept ones
+        if node.op == "GatherElements" and id(chosen := node.inputs[1]) not in kept:
+            kept[id(chosen)] = add("Gather", chosen, index, dtype=chosen.dtype, axis=0)
+        for place, tensor in enumerate(node.inputs):
+            node.inputs[place] = kept.get(id(tensor), tensor)
     known = static_shape(where.inputs[0])
     if known is not None and not any(map(is_batch, known)):
         zeros = gs.Constant(f"{prefix}/zeros", np.zeros([math.prod(known), *row], flat.dtype))

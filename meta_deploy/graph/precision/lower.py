@@ -45,7 +45,10 @@ _DECIDE: dict[str, tuple[int, ...] | None] = {
     "RoiAlign": (1,),
     "GridSample": (1,),
     **dict.fromkeys(("Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal"), None),
+    **dict.fromkeys(("Floor", "Ceil", "Round", "Mod"), None),
 }
+_ROUND = ("Floor", "Ceil", "Round")
+_INTEGERS = frozenset((ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT32, ir.DataType.INT64))
 # What leads to a decision goes back to one of these.
 _PRODUCTS = frozenset(
     (
@@ -65,7 +68,7 @@ _FLOAT32 = frozenset(
     )
 )
 # Operators of ONNX Runtime's that a pass brings in; all their float tensors are of one type.
-_CONTRIBUTED = frozenset((("com.microsoft", "MultiHeadAttention"),))
+_CONTRIBUTED = frozenset((("com.microsoft", "MultiHeadAttention"), ("com.microsoft", "RotaryEmbedding")))
 
 
 @dataclass(frozen=True)
@@ -221,7 +224,7 @@ def _stays_float32(graph: ir.Graph, low: ir.DataType, overflow: set[str]) -> set
             or (node.op_type == "ConstantOfShape" and beyond(fill_of(node), low))
         ):
             stays.add(node)
-        if _DECIDE.get(node.op_type, ()) is None:
+        if _places_that_decide(node) is None:
             stays.add(node)
     stays |= leading_to(deciding(graph))[0]
     stays.update(_captured(graph))
@@ -229,13 +232,32 @@ def _stays_float32(graph: ir.Graph, low: ir.DataType, overflow: set[str]) -> set
 
 
 def deciding(graph: ir.Graph) -> list[ir.Value]:
-    """What comparisons, TopK, non-maximum suppression and sampling decide by."""
+    """What comparisons, TopK, non-maximum suppression, sampling and rounding decide by."""
     found: list[ir.Value] = []
     for node in graph:
-        if node.op_type in _DECIDE:
-            places = _DECIDE[node.op_type]
-            found += [v for i, v in enumerate(node.inputs) if v and (places is None or i in places)]
+        places = _places_that_decide(node)
+        found += [v for i, v in enumerate(node.inputs) if v and (places is None or i in places)]
     return found
+
+
+def _places_that_decide(node: ir.Node) -> tuple[int, ...] | None:
+    """The inputs by which a node decides; None for all."""
+    if node.op_type == "Cast" and node.outputs[0].dtype in _INTEGERS:
+        return None
+    if node.op_type == "Sub" and any(_rounded(value) for value in node.inputs):
+        return None  # how far from a whole number: of large numbers, a small one
+    return _DECIDE.get(node.op_type, ())
+
+
+def _rounded(value: ir.Value | None) -> bool:
+    """Whether a value was rounded to whole numbers, and perhaps limited, or moved, since."""
+    while value is not None and (node := value.producer()) is not None:
+        if node.op_type in _ROUND:
+            return True
+        if node.op_type not in EXACT:
+            return False
+        value = node.inputs[0]
+    return False
 
 
 def leading_to(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from meta_deploy.models.backbones.backbone import BackboneModule
@@ -81,7 +80,8 @@ class CascadeRoIHead(RoIStage):
 
     def masks(self, features: list[Tensor], boxes: Tensor, labels: Tensor) -> Tensor:
         pooled = self.mask_pool(features, boxes.reshape(-1, 4), image_of(boxes))
-        return torch.stack([mask_of_label(head(pooled), labels) for head in self.mask_head]).mean(dim=0)
+        masks = [mask_of_label(head(pooled), labels) for head in self.mask_head]
+        return (sum(masks[1:], masks[0]) / len(masks)).reshape(*labels.shape, *masks[0].shape[2:])
 
 
 def build(config: CascadeMaskRCNNConfig, backbone: BackboneModule) -> MaskRCNN:

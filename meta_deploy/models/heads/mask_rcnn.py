@@ -209,13 +209,14 @@ class RoIHead(RoIStage):
 
     def masks(self, features: list[Tensor], boxes: Tensor, labels: Tensor) -> Tensor:
         pooled = self.mask_pool(features, boxes.reshape(-1, 4), image_of(boxes))
-        return mask_of_label(self.mask_head(pooled), labels)
+        masks = mask_of_label(self.mask_head(pooled), labels)
+        return masks.reshape(*labels.shape, *masks.shape[2:])
 
 
 def mask_of_label(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logits (B * K, classes, h, w), labels (B, K) -> the probabilities of each one's class (B, K, h, w)."""
+    """Logits (R, classes, h, w), labels of R boxes -> the probabilities of each one's class (R, 1, h, w)."""
     index = labels.reshape(-1, 1, 1, 1).expand(-1, 1, *logits.shape[-2:])
-    return logits.gather(1, index).sigmoid().reshape(*labels.shape, *logits.shape[-2:])
+    return logits.gather(1, index).sigmoid()
 
 
 def image_of(boxes: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ TensorRT's builder and no model; needs neither onnx nor torch, so that a serving
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import importlib.util
 import re
@@ -148,6 +149,7 @@ def build_engine(
         parser = trt.OnnxParser(network, logger(trt))
         if not parser.parse(model):
             raise EngineError(_parse_errors(parser))
+        _check_sampling(trt, builder, network)
         config = builder.create_builder_config()
         _set_gpus(trt, config, compute_capabilities)
         if workspace_mb is not None:
@@ -315,6 +317,42 @@ def _timing_cache(trt: Any, config: Any, library: str) -> Iterator[None]:
     if path is not None:
         with contextlib.suppress(OSError, InputError), atomic_write(path) as stream:
             stream.write(bytes(config.get_timing_cache().serialize()))
+
+
+# A model of one GridSample, mode "linear", of opset 20.
+_LINEAR = base64.b64decode(
+    "CAkSADpyCigKAXgKAWcSAXkiCkdyaWRTYW1wbGUqEQoEbW9kZSIGbGluZWFyoAEDEgFnWhsKAXgSFgoUCAESEAoCCAEKAggBCgIIAgoC"
+    "CAJaGwoBZxIWChQIARIQCgIIAQoCCAEKAggBCgIIAmIJCgF5EgQKAggBQgQKABAU"
+)
+
+
+def _check_sampling(trt: Any, builder: Any, network: Any) -> None:
+    """Refuse a GridSample that a parser has misread: TensorRT 10 to 11.1 know the names of its modes from
+    before opset 20 alone, and take any other for "nearest" (github.com/NVIDIA/TensorRT/issues/4646).
+
+    Raises:
+        EngineError: it samples by the nearest pixel, and the parser is one of these.
+    """
+    nearest = trt.InterpolationMode.NEAREST
+    if nearest in _sampling_modes(trt, network):
+        probe = builder.create_network(_strongly_typed(trt))
+        trt.OnnxParser(probe, logger(trt)).parse(_LINEAR)
+        if nearest in _sampling_modes(trt, probe):
+            raise EngineError(
+                f"TensorRT {trt.__version__} reads GridSample's mode 'linear' as 'nearest'; install 11.2 or "
+                "newer, or export with --operators lowered"
+            )
+
+
+def _sampling_modes(trt: Any, network: Any) -> set[Any]:
+    """The interpolations of a network's GridSamples."""
+    modes = set()
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        if layer.type == trt.LayerType.GRID_SAMPLE:
+            layer.__class__ = trt.IGridSampleLayer  # as the Python API wants it for a layer's own attributes
+            modes.add(layer.interpolation_mode)
+    return modes
 
 
 def _parse_errors(parser: Any) -> str:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from meta_deploy.graph.explain import explaining
 from meta_deploy.graph.graph import to_graph
 from meta_deploy.graph.passes.discarded_rows import discarded_rows
 from tests.graph import rewriting
@@ -265,6 +266,79 @@ def test_without_shapes_it_declines():
         if not isinstance(tensor, gs.Constant):
             tensor.shape = None
     assert discarded_rows(graph) == 0
+
+
+class Cascade:
+    """Several mask heads on the same rows, whose masks are averaged: Where(keep, Reshape(mean(...)), 0)."""
+
+    def __init__(self, heads=3, merged=False, spread=(), gathers=1):
+        """`merged`: the heads' convolutions are one, then split. `spread`: the shape of the last factor."""
+        rng = np.random.default_rng(0)
+
+        def weights(name, *shape):
+            return numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32) / 3, name)
+
+        inputs = [
+            value("x", [None, 2, 3, 3]),
+            value("index", [6], TensorProto.INT64),
+            value("keep", [2, 3, 1, 1], TensorProto.BOOL),
+            value("labels", [6, 1, 3, 3], TensorProto.INT64),
+        ]
+        nodes = [node("Gather", ["x", "index"], [f"rows{i}"]) for i in range(gathers)]
+        constants = [
+            numpy_helper.from_array(rng.uniform(0.2, 0.4, spread).astype(np.float32), "share"),
+            numpy_helper.from_array(np.array([2, 3, 3, 3]), "to"),
+            numpy_helper.from_array(np.zeros((), np.float32), "zero"),
+        ]
+        if merged:
+            constants.append(weights("w", 2 * heads, 2, 3, 3))
+            nodes.append(node("Conv", ["rows0", "w"], ["all"], pads=[1] * 4))
+            nodes.append(node("Split", ["all"], [f"c{i}" for i in range(heads)], axis=1, num_outputs=heads))
+        for i in range(heads):
+            if not merged:
+                constants.append(weights(f"w{i}", 2, 2, 3, 3))
+                nodes.append(node("Conv", [f"rows{i % gathers}", f"w{i}"], [f"c{i}"], pads=[1] * 4))
+            nodes.append(node("GatherElements", [f"c{i}", "labels"], [f"g{i}"], axis=1))
+            nodes.append(node("Sigmoid", [f"g{i}"], [f"m{i}"]))
+            nodes.append(node("Add", [f"s{i - 1}" if i > 1 else "m0", f"m{i}"], [f"s{i}"]) if i else None)
+        nodes.append(node("Mul", [f"s{heads - 1}", "share"], ["mean"]))
+        nodes.append(node("Reshape", ["mean", "to"], ["value"]))
+        nodes.append(node("Where", ["keep", "value", "zero"], ["y"]))
+        self.proto = model([n for n in nodes if n], inputs, ["y"], constants)
+
+    def feeds(self):
+        rng = np.random.default_rng(1)
+        return {
+            "x": rng.standard_normal((7, 2, 3, 3)).astype(np.float32),
+            "index": rng.integers(0, 7, 6),
+            "keep": np.array([[True, False, True], [False, False, True]])[..., None, None],
+            "labels": rng.integers(0, 2, (6, 1, 3, 3)),
+        }
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_all_heads_of_a_cascade_run_on_the_kept_rows_which_are_gathered_once(merged):
+    cascade = Cascade(merged=merged)
+    after = rewriting.agree(discarded_rows, cascade.proto, cascade.feeds(), 1, tolerance=1e-6)
+    assert [n.op_type for n in after.graph.node].count("Gather") == 3  # rows, kept rows, their labels
+    convolutions = [n.output[0] for n in after.graph.node if n.op_type == "Conv"]
+    after.graph.output.extend(value(name, None) for name in convolutions)
+    found = run(after, **cascade.feeds())
+    assert {found[name].shape[0] for name in convolutions} == {3}
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"spread": (6, 1, 1, 1)}, "Mul 'mean' does not compute its rows one by one"),
+        ({"gathers": 2}, "gets rows of both"),
+    ],
+)
+def test_branches_that_are_not_of_the_same_rows_are_declined(changed, reason):
+    cascade = Cascade(**changed)
+    with explaining() as told:
+        rewriting.agree(discarded_rows, cascade.proto, cascade.feeds(), 0, tolerance=1e-6)
+    assert any(reason in d.reason for d in told)
 
 
 @st.composite
