@@ -595,6 +595,8 @@ def test_multiply_adds_are_those_of_the_graph():
     assert product.macs == 100 * 24 * 48
     assert Layer(name="k", kernel="__myl_Add", constants=(weights,), outputs=product.outputs).macs == 0
     assert Layer(name="a", inputs=product.outputs, outputs=product.outputs).macs == 0
+    open_rows = LayerTensor(shape=(-1, 48), **half)
+    assert Layer(name="o", constants=(weights,), outputs=(open_rows,)).macs == 0
     assert LayerTensor(shape=(-1, 3), **half).bytes is None
     assert Layer(name="o", outputs=(LayerTensor(shape=(-1, 3), **half),)).bytes == 0
 

@@ -110,13 +110,15 @@ class Layer(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def macs(self) -> float:
-        """Multiply-adds with its weights: a convolution has as many outputs as rows of them, a product of
-        matrices as columns.
+        """Multiply-adds with its weights, as far as shapes are known: a convolution has as many outputs as
+        rows of them, a product of matrices as columns.
         """
         weights = max(self.constants, key=lambda tensor: math.prod(tensor.shape), default=None)
         if weights is None or not self.outputs or len(weights.shape) < 2 or self.generated:
             return 0.0
         shape = self.outputs[0].shape
+        if min(shape, default=0) < 0:
+            return 0.0  # it is open
         outputs = weights.shape[0] if len(weights.shape) == len(shape) > 3 else weights.shape[-1]
         return math.prod(shape) * math.prod(weights.shape) / max(outputs, 1)
 
