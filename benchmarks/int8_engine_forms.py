@@ -2,8 +2,8 @@
 
     python benchmarks/int8_engine_forms.py [--gpu 8.9]
 
-Weights are restored by one scale; by a scale a channel; or by one, with a Mul of a factor a channel behind the
-product. Run it after an update of TensorRT-RTX: docs/int8.md says what was found, and rules build on it.
+Weights are restored by one scale; by a scale a channel; or by one, with a Mul of a factor a channel behind
+the product. Run it after an update of TensorRT-RTX: docs/int8.md says what was found, and rules build on it.
 """
 
 from __future__ import annotations
