@@ -145,7 +145,7 @@ def run_command(name: str, *arguments: object) -> Run:
 
 def export(case: Case, *options: object) -> tuple[Path, Run]:
     """Export a case; returns the bundle's folder and the finished command."""
-    out = WORK / Path(str(case)).stem.replace("+", "-")
+    out = WORK / Path(str(case)).name.removesuffix(".pth").replace("+", "-")
     return out, run_command("export", "--ckpt", checkpoint(case), *case.options, *options, "--out", out)
 
 

@@ -35,10 +35,11 @@ from torch import Tensor, nn
 from benchmarks.cleanup_routes import ort_basic
 from benchmarks.common import machine, open_session, parser, save, table
 from benchmarks.graph_surgery import clocked, counted, engine_measures, standard
-from meta_deploy.errors import EngineError
+from meta_deploy.errors import EngineError, InputError
 from meta_deploy.export.trace import quiet
 from meta_deploy.graph.pipeline import run_passes
 from meta_deploy.graph.precision import PRECISIONS
+from meta_deploy.models.backbones.timm_features import import_timm
 from meta_deploy.targets import TARGETS
 from meta_deploy.targets.tensorrt.build import available
 
@@ -50,24 +51,6 @@ TOLERANCE = 1e-5
 TORCHSCRIPT_OPSET = 17  # the newest that it writes layer norms for
 
 Made = tuple[nn.Module, tuple[int, ...]]  # a model and its input's shape
-
-
-_KEPT: list[torch.library.Library] = []  # definitions live as long as their library
-
-
-def prepare_torchvision() -> None:
-    """Make torchvision importable, as timm and transformers do import it, beside any PyTorch.
-
-    Its own operators may not fit the one that is installed; they are not used, but have to be there.
-    """
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        _KEPT.append(torch.library.Library("torchvision", "FRAGMENT"))
-        for name in ("nms", "qnms"):
-            _KEPT[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    except ImportError:
-        print("torchvision is not installed: timm's models are left out", file=sys.stderr)
 
 
 def timm_model(name: str, side: int = 224, **settings: Any) -> Made:
@@ -162,7 +145,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := {name.removesuffix(BATCH) for name in args.models} - set(MODELS):
         p.error(f"unknown models: {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
     here, rows, missed = machine(), [], []
-    prepare_torchvision()
+    try:
+        import_timm()  # beside any torchvision, which transformers imports too
+    except InputError as error:
+        print(f"models of timm are left out: {error}", file=sys.stderr)
     for name in args.models:
         for exporter in args.exporters:
             case = f"{name}, {exporter}"

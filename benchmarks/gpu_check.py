@@ -225,8 +225,8 @@ def export(case: Case, target: str, precision: str, batch: int, args: Any) -> Pa
         return out
     print(f"exporting {out.name}", file=sys.stderr)
     command = [sys.executable, "-m", "meta_deploy.cli.export", "--ckpt", checkpoint(case), *case.options]
-    command += ["--target", target, f"--{precision}", "--batch", str(batch), "--no-verify", "--out", out]
-    command += ["--calib-images", args.photos or photo_folder()]
+    command += ["--target", target, f"--{precision}", "--batch", str(batch), "--no-verify", "--no-tune"]
+    command += ["--calib-images", args.photos or photo_folder(), "--out", out]
     done = subprocess.run(command, cwd=common.ROOT, capture_output=True, text=True)
     return out if done.returncode == 0 else f"not exported: {last_line(done.stderr, done.returncode)}"
 

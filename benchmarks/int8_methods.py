@@ -46,9 +46,10 @@ from benchmarks.quantize_static import quantize_static_of
 from meta_deploy.bundle.bundle import Bundle, write_bundle
 from meta_deploy.calib import METHOD_NAMES
 from meta_deploy.export.samples import ImageSamples, evenly
+from meta_deploy.graph.pipeline import run_passes
 from meta_deploy.imaging.sources import expand
 from meta_deploy.runtime.predictor import Predictor
-from meta_deploy.targets import open_backend
+from meta_deploy.targets import TARGETS, open_backend
 from meta_deploy.targets.model_file import read_model
 from meta_deploy.targets.openvino import WEIGHTS, XML
 from meta_deploy.targets.target import MODEL
@@ -90,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--tile", type=int, help="as in demo_accuracy.py")
     p.add_argument("--methods", nargs="*", default=METHOD_NAMES, help="of calibration (default: all)")
+    p.add_argument("--plot", type=Path, metavar="FILE.png", help="draw accuracy against time")
     p.add_argument(
         "--add", nargs="*", default=[], metavar="NAME=FILE", help="further graphs for ONNX Runtime"
     )
@@ -99,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pictures = [args.data / "val" / image["file_name"] for image in truth["images"]]
     times = timed(rows, pictures[0], args.rounds, args.threads)
     base, cells = rows[0], []
+    whole = float32_graph(Bundle.open(base.bundle)).ByteSize() / 1e6
     for row in rows:
         with Predictor(row.bundle, row.backend, 0.0, args.threads, tile=args.tile) as predictor:
             found, _ = results_of(predictor, truth, args.data / "val")
@@ -109,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "time / fp32": ratio(times[row.name], times[base.name]),
                 "ms": float(np.median(times[row.name])),
             }
-            | {"file / fp32": row.size() / base.size(), "memory, MB": memory(row, args.threads, pictures[0])}
+            | {"file / fp32": row.size() / whole, "memory, MB": memory(row, args.threads, pictures[0])}
         )
         print(table(cells), end="\n\n", flush=True)
     save(args.json, machine=machine(), pictures=len(truth["images"]), rows=cells)
@@ -131,7 +134,7 @@ def contenders(args: Any) -> Iterator[Row]:
     bundle = Bundle.open(fp32.bundle)
     paths = evenly([one.path for one in expand([str(args.calib_images)])], args.calib_count)
     samples = ImageSamples(paths, bundle.input, bundle.manifest.preprocess)
-    graphs = quantize_static_of(onnx.load_from_string(read_model(bundle)), samples)
+    graphs = quantize_static_of(float32_graph(bundle), samples)
     for add in args.add:
         name, _, file = add.partition("=")
         graphs[name] = onnx.load(file)
@@ -154,12 +157,27 @@ def exported(case: Case, name: str, target: str, *options: object) -> Row:
     """What `meta-export` makes of the case."""
     out = folder(name)
     run = run_command(
-        "export", "--ckpt", checkpoint(case), "--target", target, *options, "--no-verify", "--out", out
+        "export",
+        "--ckpt",
+        checkpoint(case),
+        "--target",
+        target,
+        *options,
+        "--no-verify",
+        "--no-tune",
+        "--out",
+        out,
     )
     if run.document is None:
         raise SystemExit(f"{name}: the export failed")
     print(f"{name}: exported in {run.seconds:.0f} s", flush=True)
     return Row(name, out, target)
+
+
+def float32_graph(bundle: Bundle) -> onnx.ModelProto:
+    """A bundle's graph with all weights in float32, some of which the file holds in float16."""
+    graph = onnx.load_from_string(read_model(bundle))
+    return run_passes(graph, ["clean-up"], TARGETS["onnxruntime"].prices)[0]
 
 
 def folder(name: str) -> Path:

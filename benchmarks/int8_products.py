@@ -25,7 +25,7 @@ from meta_deploy.graph.graph import normalized
 from meta_deploy.graph.precision.lower import to_proto
 from meta_deploy.graph.precision.placement import Placement, Product
 from meta_deploy.graph.precision.qdq import insert
-from meta_deploy.graph.precision.rules import Int8Rules
+from meta_deploy.graph.precision.rules import EightBitRules
 from meta_deploy.targets import TARGETS
 
 # (inputs, outputs, kernel, side of the map), (rows, inputs, outputs)
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--rounds", type=int, default=25)
     args = p.parse_args(argv)
-    rules = TARGETS["onnxruntime"].int8
+    rules = TARGETS["onnxruntime"].eight_bits["int8"]
     assert rules is not None
     models = [convolution(*sizes) for sizes in CONVOLUTIONS] + [product(*sizes) for sizes in PRODUCTS]
     rows = [measure(proto, rules, args.threads, args.rounds) for proto in models]
@@ -76,7 +76,7 @@ def model(nodes: list, shape: Sequence[int], weights: Sequence[int], outputs: in
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
 
 
-def quantized(proto: onnx.ModelProto, rules: Int8Rules) -> tuple[onnx.ModelProto, bool]:
+def quantized(proto: onnx.ModelProto, rules: EightBitRules) -> tuple[onnx.ModelProto, bool]:
     """The product in 8 bits, and whether the rules say that it pays."""
     graph = normalized(proto)
     first, *rest = list(graph.graph)
@@ -98,7 +98,7 @@ def numbers(value: ir.Value) -> float:
     return float(np.prod(value.shape.numpy()))
 
 
-def measure(proto: onnx.ModelProto, rules: Int8Rules, threads: int, rounds: int) -> dict:
+def measure(proto: onnx.ModelProto, rules: EightBitRules, threads: int, rounds: int) -> dict:
     converted, pays = quantized(proto, rules)
     shape = [dim.dim_value for dim in proto.graph.input[0].type.tensor_type.shape.dim]
     x = np.random.default_rng(1).normal(size=shape).astype(np.float32)

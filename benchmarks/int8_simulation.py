@@ -35,13 +35,13 @@ from meta_deploy.export.sources import open_source
 from meta_deploy.graph.graph import normalized
 from meta_deploy.graph.precision.placement import Product, place
 from meta_deploy.graph.precision.quantize import Range, fake_quantized
-from meta_deploy.graph.precision.rules import Int8Rules
+from meta_deploy.graph.precision.rules import EightBitRules
 
 NOISE = (0.25, 0.5, 1.0, 2.0)  # of NoisyQuant, in steps of the grid
 
 
 @dataclass(frozen=True)
-class Rules(Int8Rules):
+class Rules(EightBitRules):
     """Unsigned numbers of any bits."""
 
     bits: int = 8

@@ -17,6 +17,7 @@ ALLOWED = {
     "tasks": {"tasks", "imaging", "bundle"},
     "targets": {"targets", "tasks", "graph", "bundle"},
     "runtime": {"runtime", "targets", "tasks", "imaging", "bundle"},
+    "batch": {"batch", "runtime", "targets", "tasks", "imaging", "bundle"},
     "export": {"export", "models", "calib", "graph", "targets", "tasks", "imaging", "bundle"},
     "report": {"report", "export", "runtime", "models", "graph", "targets", "tasks", "imaging", "bundle"},
 }
@@ -25,7 +26,7 @@ ALLOWED["cli"] = EVERYTHING
 TORCH = {"torch", "torchvision", "safetensors"}
 ONNX = {"onnx", "onnxscript", "onnx_graphsurgeon", "onnx_ir", "onnxslim", "polygraphy"}
 FORBIDDEN = {
-    **dict.fromkeys(("bundle", "imaging", "tasks", "runtime"), TORCH | ONNX),
+    **dict.fromkeys(("bundle", "imaging", "tasks", "runtime", "batch"), TORCH | ONNX),
     "graph": TORCH,
     "calib": TORCH,
     "targets": TORCH,

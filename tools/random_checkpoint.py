@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from meta_deploy.errors import InputError
 from meta_deploy.models.checkpoint.save import save_checkpoint
 from meta_deploy.models.registry import MODEL_NAMES, ModelConfig, build_model, get_config
 
@@ -78,7 +79,7 @@ def lively_model(config: ModelConfig, pictures: Tensor, seed: int = 0) -> tuple[
                 module.weight.normal_(1.0, 0.1)
                 module.bias.normal_(0.0, 0.1)
         for name, parameter in model.named_parameters():
-            if name.endswith(("gamma", "pos_embed", "level_embed")):
+            if name.endswith(("gamma", "pos_embed", "level_embed", "bias_table")):
                 parameter.normal_(0.0, 0.3)
             elif name.endswith(("gamma1", "gamma2", "scale")):
                 parameter.normal_(1.0, 0.1)
@@ -176,12 +177,15 @@ def describe(outputs: dict[str, Tensor]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", choices=MODEL_NAMES, metavar="MODEL", help=", ".join(MODEL_NAMES))
+    parser.add_argument("model", help=f"{', '.join(MODEL_NAMES)}, or timm:NAME-HEAD")
     parser.add_argument("out", type=Path, help=".pth or .safetensors")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     began = time.perf_counter()
-    config = get_config(args.model)
+    try:
+        config = get_config(args.model)
+    except InputError as error:
+        parser.error(str(error))
     model, outputs = lively_model(config, noise(config.input_size), args.seed)
     save_checkpoint(args.out, model, config)
     size = args.out.stat().st_size / 1e6

@@ -27,7 +27,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from meta_deploy.bundle.files import atomic_path
-from meta_deploy.models.checkpoint.load import load_model
+from meta_deploy.errors import InputError
+from meta_deploy.models.checkpoint.load import load_model, load_vit_weights, read_pretrained
 from meta_deploy.models.checkpoint.save import save_checkpoint
 from meta_deploy.models.registry import build_model, config_from_dict, config_to_dict, get_config
 from tools.detection_losses import LossSettings, Truth, detection_losses
@@ -137,9 +138,15 @@ class Training:
         self.segmentation = config["task"] == "semantic-segmentation"
         self.classes = class_names(source.classes) if self.segmentation else source.classes
         self.config = config_from_dict(config | {"num_classes": len(self.classes)})
+        start = read_pretrained(args.backbone_ckpt, args.model) if args.backbone_ckpt else None
+        if start is not None and "backbone" not in args.set:
+            self.config = start.configure(self.config)
         self.model = build_model(self.config)
         if args.init:
             start_from(self.model, args.init)
+        if start is not None:
+            for note in load_vit_weights(self.model, start).notes:
+                log(note)
         self.model = self.model.to(self.device, memory_format=torch.channels_last).train()
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, args.weight_decay), lr=args.lr, betas=(0.9, 0.99), fused=True
@@ -207,7 +214,11 @@ class Training:
         state |= {"random": torch.get_rng_state()}
         with atomic_path(folder / "state.pth") as temporary:
             torch.save(state, temporary)
-        save_checkpoint(folder / f"{self.config.name}.pth", self.averaged(), self.config, self.classes)
+        save_checkpoint(self.checkpoint(folder), self.averaged(), self.config, self.classes)
+
+    def checkpoint(self, folder: Path) -> Path:
+        """Where `save` writes it; a colon is no part of a file's name everywhere."""
+        return folder / f"{self.config.name.replace(':', '-')}.pth"
 
     def load(self, path: Path) -> None:
         state = torch.load(path, weights_only=True, map_location=self.device)
@@ -334,7 +345,7 @@ def train(args: argparse.Namespace) -> None:
                 break
     training.save(args.out)
     training.validate(args.out)
-    log(f"done: {args.out / training.config.name}.pth")
+    log(f"done: {training.checkpoint(args.out)}")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -347,7 +358,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     length.add_argument("--minutes", type=float, help="train for so long, stops not counted")
     length.add_argument("--steps", type=int, help="train for so many steps")
     add("--resume", action="store_true", help="go on from the state in --out, if there is one")
-    add("--init", type=Path, help="checkpoint to start from; of another task: its backbone")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--init", type=Path, help="checkpoint to start from; of another task: its backbone")
+    start.add_argument(
+        "--backbone-ckpt",
+        type=Path,
+        help="what to start from: a plain ViT (DeiT, AugReg, MAE, DINO, DINOv2), or timm's own for timm:...",
+    )
     add("--set", type=json.loads, default={}, metavar="JSON", help="settings of the model's configuration")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=int, default=0, help="of the weights and the samples, 0..9")
@@ -374,7 +391,11 @@ def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
     cv2.setNumThreads(1)
-    train(args)
+    try:
+        train(args)
+    except InputError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

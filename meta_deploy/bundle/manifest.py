@@ -195,7 +195,8 @@ class TensorRTEngine(_Engine, frozen=True, kw_only=True, tag="tensorrt"):
     """What model.engine was built with and for, and what its build's log tells of it (None: it does not).
 
     `gpu` is the one GPU model that it is for (None: no such bond); `compute_capabilities` those that it is
-    for (empty: all that the library knows); `kernels` the layers of each kind, by type.
+    for (empty: all that the library knows); `kernels` the layers of each kind, by type; `eight_bits` those
+    that compute products in int8 or fp8, by which.
     """
 
     version: Line
@@ -207,6 +208,7 @@ class TensorRTEngine(_Engine, frozen=True, kw_only=True, tag="tensorrt"):
     fused_attention: int | None = None
     attention: int | None = None
     kernels: dict[str, dict[str, int]] = {}
+    eight_bits: dict[str, int] = {}
     activation_mb: float | None = None
     weights_mb: float | None = None
     plan_mb: float | None = None
@@ -253,6 +255,40 @@ class PassRow(Struct, frozen=True, kw_only=True):
     declined: tuple[DeclinedPlace, ...] | UnsetType = UNSET  # there only where the export was to explain
 
 
+class TriedPipeline(Struct, frozen=True, kw_only=True):
+    """Passes that were measured: nodes of their graph, and its figures.
+
+    `ms` is the median time of a run and `ratio` the median by which it is longer than that of the first; of
+    engines that do not run on the exporting machine, layers, activation memory and size.
+    """
+
+    name: Line
+    nodes: Count
+    ms: float | None = None
+    ratio: float | None = None
+    layers: int | None = None
+    activation_mb: float | None = None
+    plan_mb: float | None = None
+
+
+class Tuning(Struct, frozen=True, kw_only=True):
+    """The pipelines that were tried, the target's own first, and the name of the one that ships.
+
+    `rounds` is how often each was timed; 0 for engines.
+    """
+
+    chosen: Line
+    rounds: Count = 0
+    tried: tuple[TriedPipeline, ...] = ()
+
+
+class LeftOut(Struct, frozen=True, kw_only=True):
+    """A pass that is left out because it made results differ, and how far."""
+
+    name: Line
+    reason: Text
+
+
 class Nodes(Struct, frozen=True, kw_only=True):
     """Nodes of the graph before and after all passes."""
 
@@ -291,6 +327,8 @@ class _Manifest(Struct, frozen=True, kw_only=True, tag_field="task"):
     parameters: Count = 0
     nodes: Nodes | None = None
     passes: tuple[PassRow, ...] = ()
+    tuning: Tuning | None = None
+    left_out: tuple[LeftOut, ...] = ()
     conversion: dict[str, Any] | None = None
     verification: dict[str, Any] | None = None
     seconds: dict[str, float] = {}

@@ -21,7 +21,7 @@ from meta_deploy.calib.statistics import collect
 from meta_deploy.errors import InputError
 from meta_deploy.graph.precision.placement import Placement
 from meta_deploy.graph.precision.quantize import Range
-from meta_deploy.graph.precision.rules import Int8Rules
+from meta_deploy.graph.precision.rules import EightBitRules
 from meta_deploy.targets import cache
 
 AUTO = "auto"
@@ -59,7 +59,7 @@ class Calibrator:
     def __init__(
         self,
         samples: Samples,
-        rules: Int8Rules,
+        rules: EightBitRules,
         method: str = AUTO,
         note: Callable[[str], None] = lambda line: None,
         progress: Callable[[int, int], None] = lambda done, total: None,

@@ -14,11 +14,11 @@ from meta_deploy.graph.graph import IR_VERSION
 from meta_deploy.graph.precision.placement import Product
 from meta_deploy.graph.precision.quantize import Range, fake_quantized
 from meta_deploy.graph.precision.ranges import open_session
-from meta_deploy.graph.precision.rules import Int8Rules
+from meta_deploy.graph.precision.rules import EightBitRules
 from meta_deploy.graph.precision.values import FLOAT
 
 
-def ranges_of(statistics: Statistics, rules: Int8Rules) -> dict[str, Range]:
+def ranges_of(statistics: Statistics, rules: EightBitRules) -> dict[str, Range]:
     """The range by each method; a tensor that is zero everywhere has one of no width by all of them."""
     whole = statistics.whole
     if whole == (0.0, 0.0):
@@ -27,7 +27,7 @@ def ranges_of(statistics: Statistics, rules: Int8Rules) -> dict[str, Range]:
 
 
 def errors_of(
-    statistics: Statistics, ranges: Mapping[str, Range], products: list[Product], rules: Int8Rules
+    statistics: Statistics, ranges: Mapping[str, Range], products: list[Product], rules: EightBitRules
 ) -> dict[str, float]:
     """By each method, how far its readers' results are from float32's: norm of the difference over the norm.
 
@@ -58,7 +58,7 @@ def _alike(product: Product, first: Product) -> bool:
     return (product.node.op_type == "Conv") == (first.node.op_type == "Conv")
 
 
-def _difference(block: np.ndarray, ends: Range, rules: Int8Rules) -> np.ndarray:
+def _difference(block: np.ndarray, ends: Range, rules: EightBitRules) -> np.ndarray:
     return (fake_quantized(block, ends, rules) - block).astype(np.float32)
 
 

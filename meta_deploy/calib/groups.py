@@ -1,8 +1,8 @@
-"""Products that go to 8 bits together, and such a group as a graph of its own. Knows graphs alone."""
+"""Products that go to 8 bits together, and parts of a graph around them as graphs. Knows graphs alone."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from meta_deploy.graph.precision.placement import Placement, Product
 from meta_deploy.graph.precision.qdq import insert
 from meta_deploy.graph.precision.quantize import Range
 from meta_deploy.graph.precision.ranges import open_session
-from meta_deploy.graph.precision.rules import Int8Rules
+from meta_deploy.graph.precision.rules import EightBitRules
 from meta_deploy.graph.precision.values import FLOAT, is_constant
 
 
@@ -50,10 +50,10 @@ def groups_of(placement: Placement) -> list[Group]:
 
 
 def shapes_of(
-    model: ir.Model, groups: Sequence[Group], feed: Mapping[str, np.ndarray]
+    model: ir.Model, parts: Iterable[Collection[ir.Node]], feed: Mapping[str, np.ndarray]
 ) -> dict[str, tuple[int, ...]]:
-    """The shapes that tensors which groups read have in a run, by name."""
-    names = list(dict.fromkeys(value.name for group in groups for value in _read(group)))
+    """The shapes that tensors which parts of the graph read have in a run, by name."""
+    names = list(dict.fromkeys(value.name for part in parts for value in _read(part)))
     model = model.clone()
     values = {v.name: v for v in (*model.graph.inputs, *(v for n in model.graph for v in n.outputs))}
     nodes = [ir.node("Shape", [values[name]], name=f"search/shape_{i}") for i, name in enumerate(names)]
@@ -67,26 +67,26 @@ def shapes_of(
 
 
 @dataclass(frozen=True)
-class Alone:
-    """A group between tensors in float32: its graphs in float32 and in 8 bits, and inputs for them."""
+class Part:
+    """Nodes of a graph between tensors in float32: in float32, with 8 bits, and inputs for both."""
 
     float32: onnx.ModelProto
     int8: onnx.ModelProto
     feed: dict[str, np.ndarray]
 
 
-def alone(
-    group: Group,
+def part_of(
+    nodes: Sequence[ir.Node],
+    products: Sequence[Product],
     shapes: Mapping[str, tuple[int, ...]],
     ranges: Mapping[str, Range],
-    rules: Int8Rules,
+    rules: EightBitRules,
     opsets: Mapping[str, int],
-) -> Alone:
-    """A group with what goes into its kernels (bias, ReLU), to be timed.
+) -> Part:
+    """Nodes, in the graph's order, as a graph of their own; `products` of them are to be in 8 bits.
 
     Its inputs are random numbers in the tensors' ranges.
     """
-    nodes = list(dict.fromkeys(node for product in group.products for node in _kernel(product)))
     made = {output: ir.Value(name=output.name, type=output.type) for n in nodes for output in n.outputs}
     inputs: dict[ir.Value, ir.Value] = {}
     constants: dict[ir.Value, ir.Value] = {}
@@ -98,7 +98,8 @@ def alone(
             return constants.setdefault(value, ir.Value(name=value.name, const_value=value.const_value))
         assert value.name
         shape = ir.Shape(shapes[value.name])
-        return inputs.setdefault(value, ir.Value(name=value.name, type=ir.TensorType(FLOAT), shape=shape))
+        kind = ir.TensorType(value.dtype or FLOAT)
+        return inputs.setdefault(value, ir.Value(name=value.name, type=kind, shape=shape))
 
     copies = {
         n: ir.Node(
@@ -111,17 +112,15 @@ def alone(
         )
         for n in nodes
     }
-    inner = {value for node in nodes for value in node.inputs}
-    outputs = [made[value] for node in nodes for value in node.outputs if value not in inner]
     graph = ir.Graph(
         list(inputs.values()),
-        outputs,
+        [made[value] for node in nodes for value in node.outputs if _read_outside(value, copies)],
         nodes=list(copies.values()),
         initializers=list(constants.values()),
         opset_imports=dict(opsets),
-        name="group",
+        name="part",
     )
-    placement = Placement(list(group.products)).moved(copies, made)
+    placement = Placement(list(products)).moved(copies, made)
     model = ir.Model(graph, ir_version=IR_VERSION)
     float32 = to_proto(model)
     insert(graph, placement, ranges, rules)
@@ -130,12 +129,22 @@ def alone(
     for name in (str(value.name) for value in inputs):
         low, high = ranges.get(name, (0.0, 1.0))
         feed[name] = generator.uniform(low, high, shapes[name]).astype(np.float32)
-    return Alone(float32, to_proto(model), feed)
+    return Part(float32, to_proto(model), feed)
 
 
-def _read(group: Group) -> list[ir.Value]:
-    """What the group's kernels read and none of them makes: activations, and bounds that are computed."""
-    nodes = [node for product in group.products for node in _kernel(product)]
+def kernels_of(group: Group) -> list[ir.Node]:
+    """A group's products, and what goes into the kernel of each: bias and ReLU."""
+    return list(dict.fromkeys(node for product in group.products for node in _kernel(product)))
+
+
+def _read_outside(value: ir.Value, nodes: Collection[ir.Node]) -> bool:
+    """Whether a value that nodes make is read by others, or by none."""
+    uses = value.uses()
+    return not uses or value.is_graph_output() or any(use.node not in nodes for use in uses)
+
+
+def _read(nodes: Collection[ir.Node]) -> list[ir.Value]:
+    """What nodes read and none of them makes: activations, and bounds that are computed."""
     made = {output for node in nodes for output in node.outputs}
     read = (value for node in nodes for value in node.inputs if value is not None)
     return [value for value in read if value not in made and not is_constant(value)]

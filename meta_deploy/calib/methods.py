@@ -8,29 +8,29 @@ import numpy as np
 
 from meta_deploy.calib.histogram import Histogram
 from meta_deploy.graph.precision.quantize import Range, fake_quantized
-from meta_deploy.graph.precision.rules import Int8Rules
+from meta_deploy.graph.precision.rules import EightBitRules
 
 SHARE = 0.9999  # of the values that `percentile` holds
 _LEAST_KEPT = 0.1  # of the whole range, that `mse` and `entropy` look at
 _STEPS = 46
 _RARE = 1e-6  # the probability of what is clipped to a value that none had
 
-Method = Callable[[Histogram, Range, Int8Rules], Range]
+Method = Callable[[Histogram, Range, EightBitRules], Range]
 
 
-def minmax(histogram: Histogram, whole: Range, rules: Int8Rules) -> Range:
+def minmax(histogram: Histogram, whole: Range, rules: EightBitRules) -> Range:
     """All values."""
     return whole
 
 
-def percentile(histogram: Histogram, whole: Range, rules: Int8Rules) -> Range:
+def percentile(histogram: Histogram, whole: Range, rules: EightBitRules) -> Range:
     """All but the share of `1 - SHARE` that is farthest out, the same on both sides."""
     tail = (1 - SHARE) / 2
     low, high = histogram.quantile(tail) - histogram.width, histogram.quantile(1 - tail)
     return max(whole[0], min(low, 0.0)), min(whole[1], max(high, 0.0))
 
 
-def mse(histogram: Histogram, whole: Range, rules: Int8Rules) -> Range:
+def mse(histogram: Histogram, whole: Range, rules: EightBitRules) -> Range:
     """The range of the least mean squared difference between values and what 8 bits make of them."""
     centres, counts = histogram.centres, histogram.counts
     seen = counts > 0
@@ -50,7 +50,7 @@ def mse(histogram: Histogram, whole: Range, rules: Int8Rules) -> Range:
     return low, high
 
 
-def entropy(histogram: Histogram, whole: Range, rules: Int8Rules) -> Range:
+def entropy(histogram: Histogram, whole: Range, rules: EightBitRules) -> Range:
     """The least Kullback-Leibler divergence of the magnitudes from what 8 bits make of their distribution.
 
     As in NVIDIA's "8-bit Inference with TensorRT" (Migacz, GTC 2017).

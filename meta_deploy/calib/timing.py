@@ -18,17 +18,17 @@ Run = Callable[[Feed], Any]
 
 
 def interleaved(
-    runs: Sequence[Run], feed: Feed, rounds: int = ROUNDS, seconds: float = SECONDS
+    runs: Sequence[Run], feed: Feed, rounds: int = ROUNDS, seconds: float = SECONDS, least: int = _LEAST
 ) -> list[list[float]]:
     """Seconds of each run, round by round, so that other load on the machine falls on all alike.
 
-    At least five rounds, and no new one after so many `seconds`.
+    At least five rounds, or `least`, and no new one after so many `seconds`.
     """
     for run in runs:
         run(feed)  # the first run of a session makes its memory
     times: list[list[float]] = []
     end = time.perf_counter() + seconds
-    while len(times) < _LEAST or (len(times) < rounds and time.perf_counter() < end):
+    while len(times) < least or (len(times) < rounds and time.perf_counter() < end):
         times.append([_seconds(run, feed) for run in runs])
     return times
 

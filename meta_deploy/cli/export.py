@@ -50,9 +50,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_source(group: argparse._ArgumentGroup) -> None:
-    source = group.add_mutually_exclusive_group(required=True)
+    source = group.add_mutually_exclusive_group()
     source.add_argument("--ckpt", type=path, metavar="PATH", help="checkpoint: .pth, .pt or .safetensors")
     source.add_argument("--onnx", type=path, metavar="PATH", help="any ONNX file")
+    group.add_argument(
+        "--backbone-ckpt",
+        type=path,
+        metavar="PATH",
+        help="a plain ViT (DeiT, AugReg, MAE, DINO, DINOv2), for what of it the checkpoint lacks; without "
+        "--ckpt, the rest of --model is random, and for timm:... it is timm's own",
+    )
     group.add_argument("--model", metavar="NAME", help="such as meta-t-mask-rcnn (default: inferred)")
     group.add_argument("--allow-partial", action="store_true", help="accept a checkpoint that lacks tensors")
 
@@ -157,6 +164,11 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     from meta_deploy.calib import METHOD_NAMES
 
     group.add_argument("--passes", default="all", metavar="all|none|NAME,…", help="graph passes to run")
+    group.add_argument(
+        "--no-tune",
+        action="store_true",
+        help="run all passes, without measuring whether the target does better without some",
+    )
     group.add_argument(
         "--explain",
         nargs="?",
@@ -266,7 +278,11 @@ def source_of(args: argparse.Namespace) -> str:
         raise InputError(f"'{args.ckpt}' is an ONNX file; use --onnx instead of --ckpt")
     if args.onnx is not None and not args.onnx.lower().endswith(".onnx"):
         raise InputError(f"'{args.onnx}' has no .onnx suffix; rename it, or use --ckpt for a checkpoint")
-    return args.ckpt if args.ckpt is not None else args.onnx
+    given = (args.ckpt, args.onnx, args.backbone_ckpt)
+    source = next((path for path in given if path is not None), None)
+    if source is None:
+        raise InputError("there is nothing to export; give --ckpt PATH, --onnx PATH or --backbone-ckpt PATH")
+    return source
 
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -291,7 +307,9 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
         "scale",
     )
     return {
-        **{name: getattr(args, name) for name in (*same, "bgr", "passes", "out", "allow_partial")},
+        **{name: getattr(args, name) for name in (*same, "bgr", "passes", "out")},
+        "allow_partial": args.allow_partial,
+        "backbone_ckpt": args.backbone_ckpt,
         "gpus": args.gpu,
         "workspace_mb": args.workspace,
         "input_size": tuple(args.input_size) if args.input_size else None,
@@ -303,6 +321,7 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
         "explain": args.explain is not None,
         "check": not args.no_verify,
         "search": not args.no_search,
+        "tune": not args.no_tune,
     }
 
 
@@ -347,7 +366,7 @@ def document(bundle: Bundle) -> dict[str, Any]:
     manifest = bundle.manifest
     keys = (
         *("target", "precision", "operators", "conversion", "parameters", "nodes", "passes"),
-        *("verification", "seconds", "peak_rss_mb", "engine"),
+        *("tuning", "left_out", "verification", "seconds", "peak_rss_mb", "engine"),
     )
     facts = {key: to_builtins(getattr(manifest, key)) for key in keys}
     return {"bundle": str(bundle.path), "model": manifest.model.name, "task": manifest.task, **facts}
@@ -468,8 +487,10 @@ class StageDisplay:
         "load": "loading the model",
         "export": "exporting to ONNX",
         "passes": "running graph passes",
+        "tune": "trying other passes",
         "precision": "lowering the precision",
         "verify": "comparing with the original",
+        "blame": "looking for the pass at fault",
         "engine": "building for the target",
         "speed": "timing against float32",
         "write": "writing the bundle",

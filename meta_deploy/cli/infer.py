@@ -10,8 +10,8 @@ import os
 import sys
 import warnings
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 from meta_deploy.cli.common import (
     EXIT_INPUT,
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from meta_deploy.runtime.predictor import Predictor
 
 OUT = "meta-infer-out"
+THIS_MACHINE = "local"  # an address of Ray's
 MOST_ENLARGED = 4  # times that tiles may be enlarged without a warning
 
 _EPILOG = """\
@@ -46,6 +47,7 @@ examples:
   meta-infer photos/ --model my-bundle --out overlays
   meta-infer 'val/*.jpg' --model my-bundle --coco-json results.json
   meta-infer clip.mp4 --model my-bundle --json > clip.json
+  meta-infer photos/ --ray --out found                  the same on all of this machine, in parts
   meta-infer input.npz --model raw-bundle               arrays by name, to meta-infer-out/input-outputs.npz
 
 Exit code 0: done; 2: bad input (the images that could be read are done); 1: internal error.
@@ -170,6 +172,28 @@ def parser() -> Parser:
         help="the format of label images (default: png)",
     )
     p.add_argument("--json", action="store_true", help="print one JSON document on standard output")
+    p.add_argument(
+        "--ray",
+        nargs="?",
+        const=THIS_MACHINE,
+        metavar="ADDRESS",
+        help="run many images on the Ray cluster at ADDRESS, or without one on all of this machine; inputs "
+        "may also be URIs (s3://, gs://), lists (.txt) and Parquet files; --out then gets the results, in "
+        "Parquet parts or with --coco-json in COCO parts; the same command again does what is not done",
+    )
+    p.add_argument(
+        "--workers",
+        type=positive_int,
+        metavar="N",
+        help="with --ray: models, each in a process of its own with --threads CPUs, or a GPU (default: one "
+        "for each --threads CPUs, or for each GPU)",
+    )
+    p.add_argument(
+        "--part-size",
+        type=positive_int,
+        metavar="N",
+        help="with --ray: images of a part of the results (default: 1000)",
+    )
     return p
 
 
@@ -183,6 +207,12 @@ def _infer(args: Namespace) -> int:
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     warnings.filterwarnings("ignore", module="PIL")
 
+    if args.ray is not None:
+        from meta_deploy.cli.infer_ray import infer_on_ray
+
+        return infer_on_ray(args)
+    if args.workers or args.part_size:
+        _refuse("--workers" if args.workers else "--part-size", "is for --ray; give that too")
     from meta_deploy.cli.outputs import CocoFile, LabelImages, Overlays, Report, TableFile, folder_for
     from meta_deploy.imaging.sources import expand
     from meta_deploy.runtime.stream import predict
@@ -191,7 +221,7 @@ def _infer(args: Namespace) -> int:
     sources = expand(args.inputs, lambda line: tell(f"meta-infer: {line}"))
     other = args.json or args.coco_json or args.csv
     out = args.out or (None if other and not args.label_image else OUT)
-    claims = _claims(args, sources, out)
+    claims = claims_of(args, [source.path for source in sources], out)
     with (
         folder_for(out) as folder,
         CocoFile(args.coco_json, sources) as coco,
@@ -226,6 +256,12 @@ def _infer(args: Namespace) -> int:
     return EXIT_INPUT if report.failed else 0
 
 
+def _refuse(option: str, why: str) -> NoReturn:
+    from meta_deploy.errors import InputError
+
+    raise InputError(f"{option} {why}")
+
+
 def _files(args: Namespace, folder: Path | None, raw: bool, rows: int) -> list[str]:
     """What was written, and where."""
     files = []
@@ -239,7 +275,7 @@ def _files(args: Namespace, folder: Path | None, raw: bool, rows: int) -> list[s
     return files
 
 
-def _claims(args: Namespace, sources: Sequence[Source], out: str | None) -> Claims:
+def claims_of(args: Namespace, inputs: Iterable[str | Path], out: str | None) -> Claims:
     """What is read, and the files that are named for writing.
 
     Raises:
@@ -252,8 +288,8 @@ def _claims(args: Namespace, sources: Sequence[Source], out: str | None) -> Clai
 
     claims = Claims()
     claims.add_streams()
-    for source in sources:
-        claims.add(source.path, "an input")
+    for place in inputs:
+        claims.add(place, "an input")
     bundle = locate(args.model)
     if os.path.exists(os.path.join(bundle, MANIFEST)):  # what is no bundle is told later
         claims.add(bundle, "the bundle")

@@ -41,10 +41,13 @@ class Options:
         bgr: the network wants its channels in the order B, G, R.
         class_names: of an ONNX detector or segmenter whose file does not hold them.
         passes: "all", "none", or names of graph passes separated by commas.
+        tune: measure whether the target does better without some passes; where `passes` is "all". As times
+            differ, two exports may then ship different graphs; meta-export does it, other programs ask.
         explain: record why passes declined places near their pattern.
         out: the bundle's folder; None: named after the file, target and precision, in the current folder.
         check: compare with the original before anything is written.
         allow_partial: accept a checkpoint that lacks tensors.
+        backbone_ckpt: a file with a plain ViT, for what of it the checkpoint lacks.
     """
 
     model: str | None = None
@@ -70,10 +73,12 @@ class Options:
     bgr: bool = False
     class_names: Sequence[str] | None = None
     passes: str = "all"
+    tune: bool = False
     explain: bool = False
     out: str | Path | None = None
     check: bool = True
     allow_partial: bool = False
+    backbone_ckpt: str | Path | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("scale", (self.scale,)), ("mean", self.mean), ("std", self.std)):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
+import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,11 +16,24 @@ from typing import Any
 import msgspec
 import onnx
 
-from meta_deploy.bundle.bundle import Bundle, reserve_bundle
-from meta_deploy.bundle.manifest import FileEntry, Manifest, Nodes, PassRow, TensorSpec, from_dict, to_json
+from meta_deploy.bundle.bundle import Bundle, Reserved, reserve_bundle
+from meta_deploy.bundle.manifest import (
+    FileEntry,
+    LeftOut,
+    Manifest,
+    Nodes,
+    PassRow,
+    TensorSpec,
+    Tuning,
+    from_dict,
+    to_json,
+)
 from meta_deploy.calib.calibrate import Calibrator
+from meta_deploy.calib.estimated import Estimated
 from meta_deploy.calib.search import Search
+from meta_deploy.calib.timed import Timed
 from meta_deploy.errors import BundleError, InputError, VerificationError
+from meta_deploy.export.blame import at_fault
 from meta_deploy.export.options import Options
 from meta_deploy.export.plan import Plan, planned
 from meta_deploy.export.progress import Progress
@@ -29,11 +44,13 @@ from meta_deploy.export.sources.source import Source, output_specs
 from meta_deploy.export.speed import measured, verdict
 from meta_deploy.export.trace import drop_outputs
 from meta_deploy.export.trial import ANNOTATED, JUDGED, AnnotatedTrial, OutputsTrial
+from meta_deploy.export.tune import CLEANS, tune
 from meta_deploy.export.verify import OnnxRun, Recorded, Run, WithStages, verify
 from meta_deploy.graph.attention import attention_count
 from meta_deploy.graph.compact import compact
+from meta_deploy.graph.graph import to_proto
 from meta_deploy.graph.modules import inherit_modules
-from meta_deploy.graph.pipeline import run_passes
+from meta_deploy.graph.pipeline import PassResult, run_passes
 from meta_deploy.graph.precision import PRECISIONS, Precision
 from meta_deploy.graph.precision.emulate import emulated
 from meta_deploy.graph.precision.int8 import Quantization, Quantized, searched
@@ -41,11 +58,12 @@ from meta_deploy.graph.precision.lower import Conversion
 from meta_deploy.targets.target import MODEL, Built
 
 
-def export(source: str | Path, *, progress: Progress | None = None, **options: Any) -> Bundle:
+def export(source: str | Path | None, *, progress: Progress | None = None, **options: Any) -> Bundle:
     """Turn a checkpoint or an ONNX file into a verified bundle.
 
     Args:
-        source: a .pth, .pt or .safetensors checkpoint, or an .onnx file.
+        source: a .pth, .pt or .safetensors checkpoint, or an .onnx file; None: a new model, `model`, around
+            the ViT of `backbone_ckpt`, to try what it would cost.
         progress: who listens.
         options: the fields of `Options`.
 
@@ -59,58 +77,170 @@ def export(source: str | Path, *, progress: Progress | None = None, **options: A
     known = {field.name for field in fields(Options)}
     if unknown := sorted(options.keys() - known):
         raise InputError(f"export has no option '{unknown[0]}'; choose from {', '.join(sorted(known))}")
+    source = options.get("backbone_ckpt") if source is None else source
+    if source is None:
+        raise InputError("there is nothing to export; give a checkpoint, an ONNX file or backbone_ckpt")
     return run(source, Options(**options), progress or Progress())
 
 
 def run(path: str | Path, options: Options, progress: Progress) -> Bundle:
     """`export` with checked options."""
     plan = planned(path, options)
-    with reserve_bundle(plan.folder, plan.reads(path)) as reserved:
+    with reserve(plan, path) as reserved:
         with progress.stage("load"):
             source = open_source(path, options, progress.note)
             check_manifest(path, source)
             samples = source.samples(evenly(plan.files)) if plan.needs_samples else Samples()
-            quantization = quantizes(source, plan, progress) if plan.precision.calibrates else None
         tell(source, plan, progress)
-        with progress.stage("export") if source.traced else contextlib.nullcontext():
-            original = source.graph(plan.form)
-            plan.precision.check(original)
-            before = node_count(original)
-        with progress.stage("passes"), sound(source):
-            full, rows = run_passes(original, plan.passes, plan.target.prices, explain=options.explain)
-            del original
-            gc.collect()  # a graph refers to itself in circles, and a large model's holds gigabytes
-        lowered = lower(full, source, samples, plan, quantization, progress)
-        del full, quantization  # a search holds graphs and results
-        after = node_count(lowered.graph)
-        if plan.target.compacts:
-            compact(lowered.graph)
-        shipped = ship(lowered.graph, source)
-        with progress.stage("engine") if plan.target.builds else contextlib.nullcontext():
-            build_options = replace(
-                plan.build_options, precision=lowered.precision.name, attention=attention_count(shipped)
-            )
-            built = plan.target.build(serialize(shipped), source.profiles, build_options, progress.count)
-        verification: dict[str, Any] | None = None
-        shapes: dict[str, Any] = {}
-        if options.check:
-            verification, shapes = compare(source, lowered, shipped, built, samples, plan, progress)
+        left_out: list[LeftOut] = []
+        while True:
+            made = make(source, samples, plan, left_out, progress)
+            try:
+                verification, shapes = compare(source, made, samples, plan, progress)
+                break
+            except VerificationError as error:
+                left_out.append(blamed(error, source, made, samples, plan, progress))
         with progress.stage("write"):
+            conversion = made.lowered.conversion
             manifest = source.manifest(
                 created_by=versions(),
-                outputs=output_specs(shipped, shapes),
+                outputs=output_specs(made.shipped, shapes),
                 target=plan.target.name,
-                precision=lowered.precision.name,
+                precision=made.lowered.precision.name,
                 operators=plan.form,
-                conversion=lowered.conversion.to_dict() if lowered.conversion else None,
-                nodes=Nodes(before=before, after=after),
-                passes=tuple(msgspec.convert(row.to_dict(), PassRow) for row in rows),
+                conversion=conversion.to_dict() if conversion else None,
+                nodes=Nodes(before=made.before, after=made.after),
+                passes=tuple(msgspec.convert(row.to_dict(), PassRow) for row in made.rows),
+                tuning=made.tuning,
+                left_out=tuple(left_out),
                 verification=verification,
                 seconds={stage: round(seconds, 2) for stage, seconds in progress.seconds.items()},
                 peak_rss_mb=peak_rss_mb(),
-                engine=built.engine,
+                engine=made.built.engine,
             )
-            return reserved.write(manifest, built.files, progress.written)
+            place = reserved[made.lowered.precision.name]
+            return place.write(manifest, made.built.files, progress.written)
+
+
+@contextlib.contextmanager
+def reserve(plan: Plan, path: str | Path) -> Iterator[dict[str, Reserved]]:
+    """The bundle's place, by the precision that it will be in: 8 bits may give way to another.
+
+    Raises:
+        InputError: a place cannot be used.
+    """
+    with contextlib.ExitStack() as stack:
+        places = {
+            folder: stack.enter_context(reserve_bundle(folder, plan.reads(path)))
+            for folder in dict.fromkeys(plan.folders.values())
+        }
+        yield {precision: places[folder] for precision, folder in plan.folders.items()}
+
+
+@dataclass(frozen=True)
+class Made:
+    """What would ship: graph and files, and how they came about.
+
+    Attributes:
+        before, after: nodes of the graph as it came, and in the end.
+        rows: what each pass did.
+        tuning: what else was tried; None where nothing was.
+        shipped: the graph with the outputs that ship.
+        built: the files.
+    """
+
+    before: int
+    after: int
+    rows: list[PassResult]
+    tuning: Tuning | None
+    lowered: Lowered
+    shipped: onnx.ModelProto
+    built: Built
+
+
+def make(
+    source: Source, samples: Samples, plan: Plan, left_out: Sequence[LeftOut], progress: Progress
+) -> Made:
+    """The graph by passes in the precision that ships, and what is built of it.
+
+    Raises:
+        InputError: the source's graph cannot be had, converted or built.
+    """
+    quantization = quantizes(source, plan, progress) if plan.precision.calibrates else None
+    with progress.stage("export") if source.traced else contextlib.nullcontext():
+        original = source.graph(plan.form)
+        plan.precision.check(original)
+        before = node_count(original)
+    builds = Builds(source, plan, progress)
+    full, rows, tuning = optimize(original, source, samples, plan, left_out, builds, progress)
+    del original
+    gc.collect()  # a graph refers to itself in circles, and a large model's holds gigabytes
+    lowered = lower(full, source, samples, plan, quantization, progress)
+    del full, quantization  # a search holds graphs and results
+    after = node_count(lowered.graph)
+    if plan.target.compacts:
+        compact(lowered.graph)
+    shipped = ship(lowered.graph, source)
+    with progress.stage("engine") if plan.target.builds else contextlib.nullcontext():
+        built = builds.of(shipped, lowered.precision.name)
+    return Made(before, after, rows, tuning, lowered, shipped, built)
+
+
+class Builds:
+    """What a target builds of graphs, of the same graph once."""
+
+    def __init__(self, source: Source, plan: Plan, progress: Progress) -> None:
+        self._source, self._plan, self._progress = source, plan, progress
+        self._known: dict[bytes, Built] = {}
+
+    def of(self, shipped: onnx.ModelProto, precision: str) -> Built:
+        """The files of a graph with the outputs that ship.
+
+        Raises:
+            InputError: it is too large for an ONNX file; an EngineError: the library refuses it.
+        """
+        model, plan = serialize(shipped), self._plan
+        key = hashlib.sha256(model).digest()
+        if key not in self._known:
+            options = replace(plan.build_options, precision=precision, attention=attention_count(shipped))
+            profiles = self._source.profiles
+            self._known[key] = plan.target.build(model, profiles, options, self._progress.count)
+        return self._known[key]
+
+    def try_out(self, graph: onnx.ModelProto) -> Built:
+        """Of a graph that may ship."""
+        return self.of(ship(graph, self._source), self._plan.rest)
+
+
+def optimize(
+    original: onnx.ModelProto,
+    source: Source,
+    samples: Samples,
+    plan: Plan,
+    left_out: Sequence[LeftOut],
+    builds: Builds,
+    progress: Progress,
+) -> tuple[onnx.ModelProto, list[PassResult], Tuning | None]:
+    """The graph after the passes, what each did, and what was tried instead."""
+    passes = [name for name in plan.passes if all(name != each.name for each in left_out)]
+    cleaned: list[onnx.ModelProto] = []
+
+    def keep(name: str, changes: int, graph: Any) -> None:
+        if plan.tunes and name == CLEANS:
+            cleaned.append(to_proto(graph))
+
+    with progress.stage("passes"), sound(source):
+        full, rows = run_passes(original, passes, plan.target.prices, plan.options.explain, keep)
+    if not cleaned:
+        return full, rows, None
+    with progress.stage("tune"):
+        found = tune(source, plan, rows, full, cleaned.pop(), samples, builds.try_out, progress)
+        if found is None:
+            return full, rows, None
+        chosen, tuning = found
+        if chosen != passes:
+            full, rows = run_passes(original, chosen, plan.target.prices, plan.options.explain)
+    return full, rows, tuning
 
 
 def tell(source: Source, plan: Plan, progress: Progress) -> None:
@@ -131,7 +261,7 @@ def tell(source: Source, plan: Plan, progress: Progress) -> None:
 
 @dataclass(frozen=True)
 class Lowered:
-    """A graph in the precision that ships; where that is 8 bits, the float32 one that it was made of."""
+    """A graph in the precision that ships; where that is 8 bits and float32, the float32 one as well."""
 
     graph: onnx.ModelProto
     full: onnx.ModelProto | None
@@ -154,52 +284,50 @@ def lower(
     """
     if not plan.lowers:
         return Lowered(full, None, plan.precision, None)
-    float32_operators = plan.target.float32_operators.get(plan.precision.name, ())
+    float32_operators = plan.target.float32_operators.get(plan.rest, ())
     with progress.stage("precision"), sound(source):
         graph, conversion = plan.precision.convert(
             full, samples, float32_operators, progress.note, quantization
         )
         inherit_modules(full.graph, graph.graph)
     if not isinstance(conversion, Quantized) or not conversion.declined:
-        kept = full if plan.precision.calibrates else None  # a large model's holds gigabytes
+        kept = (
+            full if plan.precision.calibrates and plan.rest == "fp32" else None
+        )  # a large model's holds gigabytes
         return Lowered(graph, kept, plan.precision, conversion)
     if plan.options.strict:
         table = searched(conversion.search)
         if table:
             progress.note(table.lstrip("\n"))
         raise InputError(f"{conversion.declined}; use --fp16 or --fp32, or leave out --strict")
-    progress.note(f"warning: {conversion.declined}; the bundle is in float32")
-    return Lowered(full, None, PRECISIONS["fp32"], conversion)
+    rest = PRECISIONS[conversion.rest]
+    progress.note(f"warning: {conversion.declined}; the bundle is in {rest.title}")
+    return Lowered(graph, None, rest, conversion)
 
 
 def compare(
-    source: Source,
-    lowered: Lowered,
-    shipped: onnx.ModelProto,
-    built: Built,
-    samples: Samples,
-    plan: Plan,
-    progress: Progress,
-) -> tuple[dict[str, Any], dict[str, Any]]:
+    source: Source, made: Made, samples: Samples, plan: Plan, progress: Progress
+) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """Compare what ships with the original, and time 8 bits against float32.
 
     Returns:
-        The figures, and the shapes that the outputs had.
+        The figures, and the shapes that the outputs had; (None, {}) where nothing is to be compared.
 
     Raises:
         VerificationError: they do not agree.
     """
+    if not plan.options.check:
+        return None, {}
+    lowered, shipped = made.lowered, made.shipped
     precision, conversion = lowered.precision, lowered.conversion
     with progress.stage("verify"):
-        # What a GPU rounds after each operator, a CPU may carry on in float32.
-        rounded = isinstance(conversion, Conversion) and plan.target.rounds_each_operator
-        exported: Run = OnnxRun(emulated(lowered.graph) if rounded else lowered.graph)
-        shipped_run = plan.target.runner(built.files, source.profiles, precision.name)
+        exported: Run = graph_run(lowered, plan)
+        shipped_run = plan.target.runner(made.built.files, source.profiles, precision.name)
         if shipped_run:
             exported = WithStages(shipped_run, exported)
         recorded = Recorded(exported)
         verification = verify(source, recorded, samples, precision.tolerances, progress.count)
-        verification["emulated"] = rounded
+        verification["emulated"] = is_rounded(lowered, plan)
     if lowered.full is not None:
         speed = (
             conversion.search["speed"] if isinstance(conversion, Quantized) and conversion.search else None
@@ -214,14 +342,61 @@ def compare(
     return verification, recorded.shapes
 
 
+def is_rounded(lowered: Lowered, plan: Plan) -> bool:
+    """Whether a graph is run with the rounding after each operator written out.
+
+    What a GPU rounds there, a CPU may carry on in float32.
+    """
+    conversion = lowered.conversion
+    low = conversion.lowered if isinstance(conversion, Quantized) else conversion
+    return low is not None and plan.target.rounds_each_operator
+
+
+def graph_run(lowered: Lowered, plan: Plan) -> OnnxRun:
+    """A graph on ONNX Runtime's CPU, rounded as its target rounds."""
+    rounded = is_rounded(lowered, plan)
+    # ONNX Runtime's rewriting is for its own 8-bit kernels, and drops a ReLU before an 8-bit float.
+    literally = rounded and isinstance(lowered.conversion, Quantized)
+    return OnnxRun(emulated(lowered.graph) if rounded else lowered.graph, literally=literally)
+
+
+def blamed(
+    error: VerificationError, source: Source, made: Made, samples: Samples, plan: Plan, progress: Progress
+) -> LeftOut:
+    """The pass that makes results differ, to be left out; in float32, else in the precision that ships.
+
+    Raises:
+        VerificationError: none of those that may be left out is at fault: the error as it was.
+    """
+
+    def check(graph: onnx.ModelProto, lowers: bool) -> None:
+        precision = plan.precision if lowers else PRECISIONS["fp32"]
+        lowered = Lowered(graph, None, precision, None)
+        if lowers:
+            lowered = lower(graph, source, samples, plan, None, Progress())
+        verify(source, graph_run(lowered, plan), samples, precision.tolerances)
+
+    passes = [row.name for row in made.rows if row.changes]
+    with progress.stage("blame"):
+        original = source.graph(plan.form)
+        for lowers in (False, True) if plan.lowers and not plan.precision.calibrates else (False,):
+            name = at_fault(original, passes, plan.target.prices, functools.partial(check, lowers=lowers))
+            if name is not None and name not in plan.target.required_passes:
+                break
+        else:
+            raise error
+    reason = str(error).split(": ", 1)[1].split("; no bundle")[0]
+    progress.note(f"warning: with the pass {name}, {reason}; it is left out")
+    return LeftOut(name=name, reason=reason)
+
+
 def quantizes(source: Source, plan: Plan, progress: Progress) -> Quantization:
     """How a graph is quantized for a target, with ranges measured on all of the files.
 
     Raises:
         InputError: the source takes no images, and nothing else was given.
     """
-    options, rules = plan.options, plan.target.int8
-    assert rules is not None
+    options, rules = plan.options, plan.target.eight_bits[plan.precision.name]
     samples = source.samples(plan.files)
     if options.calib_images is None:
         if not isinstance(samples, ImageSamples):
@@ -230,10 +405,13 @@ def quantizes(source: Source, plan: Plan, progress: Progress) -> Quantization:
                 "give --calib-images a folder of .npz files of its inputs"
             )
         progress.note("warning: calibrated on the package's own pictures; give your own by --calib-images")
+    if options.search and plan.target.estimates:
+        rules = replace(rules, value=0, node=0)  # engines tell better what pays
     calibrate = Calibrator(samples, rules, options.calib_method, progress.note, progress.count)
     search = None
     if options.search:
-        search = Search(trial_of(source, plan), rules, options.max_drop, progress.note, progress.count)
+        costs = Estimated if plan.target.estimates else Timed
+        search = Search(costs(trial_of(source, plan), rules, progress.note, progress.count), options.max_drop)
     return Quantization(rules, calibrate, source.outputs, search)
 
 
@@ -243,15 +421,15 @@ def trial_of(source: Source, plan: Plan) -> OutputsTrial:
     Raises:
         InputError: the annotations are not of this kind of model.
     """
-    common = plan.precision.tolerances
+    common = plan.precision.tolerances, plan.build_options
     if plan.truth is None:
-        return OutputsTrial(source, plan.target, source.samples(evenly(plan.files, JUDGED)), common)
+        return OutputsTrial(source, plan.target, source.samples(evenly(plan.files, JUDGED)), *common)
     known = plan.truth.known([str(path) for path in plan.files])
     samples = source.samples([Path(path) for path in evenly(known, ANNOTATED)])
     if not isinstance(samples, ImageSamples):
         raise InputError("--annotations are of images, and --calib-images has arrays; leave them out")
-    bundle = Bundle(Path(plan.folder), planned_manifest(source))
-    return AnnotatedTrial(source, plan.target, samples, common, bundle, plan.truth)
+    bundle = Bundle(Path(plan.folders[plan.precision.name]), planned_manifest(source))
+    return AnnotatedTrial(source, plan.target, samples, *common, bundle, plan.truth)
 
 
 def check_bounds(source: Source) -> None:

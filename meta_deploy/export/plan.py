@@ -25,10 +25,11 @@ class Plan:
         build_options: for the target's `build`.
         form: of NMS, RoIAlign and sampling.
         passes: their names, in order.
+        tunes: whether others are tried.
         files: images or .npz files that were given, or the package's own.
         lowers: whether the graph itself changes its precision.
         needs_samples: whether anything is run on the files.
-        folder: of the bundle.
+        folders: of the bundle, by the precision that it may come to be in.
         truth: what is true of the files, to judge 8 bits by.
     """
 
@@ -39,16 +40,23 @@ class Plan:
     build_options: BuildOptions
     form: str
     passes: list[str]
+    tunes: bool
     files: list[Path]
     lowers: bool
     needs_samples: bool
-    folder: str | Path
+    folders: dict[str, str | Path]
     truth: Annotations | None
+
+    @property
+    def rest(self) -> str:
+        """The precision of what is not in 8 bits: the bundle's own, unless that is 8 bits."""
+        rules = self.target.eight_bits.get(self.precision.name)
+        return rules.rest if rules else self.precision.name
 
     def reads(self, source: str | Path) -> list[Path]:
         """The files that the bundle must not replace."""
-        annotations = [] if self.options.annotations is None else [Path(self.options.annotations)]
-        return [Path(source), *self.files, *annotations]
+        others = (self.options.annotations, self.options.backbone_ckpt)
+        return [Path(source), *self.files, *(Path(path) for path in others if path is not None)]
 
 
 def planned(path: str | Path, options: Options) -> Plan:
@@ -69,8 +77,11 @@ def planned(path: str | Path, options: Options) -> Plan:
     needed = options.check or (lowers and precision.measures)
     most = MOST_CALIBRATION if precision.calibrates else MOST
     files = find_files(options.calib_images, most) if needed or options.calib_images is not None else []
-    named = f"{Path(path).stem}-{target.name}-{precision.name}"
-    folder = named if options.out is None else options.out
+    model = options.model if path == options.backbone_ckpt else Path(path).stem
+    rules = target.eight_bits.get(precision.name)
+    outcomes = (precision.name, rules.rest) if rules else (precision.name,)
+    named: dict[str, str | Path] = {outcome: f"{model}-{target.name}-{outcome}" for outcome in outcomes}
+    folders = named if options.out is None else dict.fromkeys(outcomes, options.out)
     truth = None
     if options.annotations is not None:
         truth = open_annotations(options.annotations)
@@ -83,10 +94,11 @@ def planned(path: str | Path, options: Options) -> Plan:
         build_options=build_options,
         form=form,
         passes=passes,
+        tunes=options.tune and options.passes == "all",
         files=files,
         lowers=lowers,
         needs_samples=needed,
-        folder=folder,
+        folders=folders,
         truth=truth,
     )
 
@@ -122,7 +134,7 @@ def check_int8_options(options: Options) -> None:
     for name in ("calib_method", "max_drop", "annotations", "strict", "search"):
         if getattr(options, name) != getattr(fresh, name) and not PRECISIONS[options.precision].calibrates:
             option = {"search": "no-search"}.get(name, name).replace("_", "-")
-            raise InputError(f"--{option} is for --int8, and the precision is {options.precision}")
+            raise InputError(f"--{option} is for --int8 and --fp8, and the precision is {options.precision}")
     for name in ("max_drop", "annotations"):
         if getattr(options, name) is not None and not options.search:
             raise InputError(f"--{name.replace('_', '-')} is for the search; leave out --no-search")

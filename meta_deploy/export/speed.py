@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 
 from meta_deploy.bundle.manifest import Profile
-from meta_deploy.calib.search import PAYS
+from meta_deploy.calib.costs import PAYS
 from meta_deploy.calib.timing import facts_of, interleaved
 from meta_deploy.export.verify import OnnxRun, Run
 from meta_deploy.targets.target import BuildOptions, Target
@@ -40,7 +40,9 @@ def measured(
 
 
 def opened(target: Target, graph: onnx.ModelProto, profiles: Sequence[Profile], precision: str) -> Run:
-    """A graph in the library that runs the target's bundles, as these run it."""
+    """A graph in the library that runs the target's bundles, as these run it; else in ONNX Runtime."""
+    if target.estimates:
+        return OnnxRun(graph, arena=True)
     built = target.build(graph.SerializeToString(), profiles, BuildOptions(precision))
     return target.runner(built.files, profiles, precision) or OnnxRun(graph, arena=True)
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from msgspec import to_builtins
 
 from meta_deploy.bundle.bundle import Bundle
-from meta_deploy.calib.search import Trial, Verdict
+from meta_deploy.calib.costs import Trial, Verdict
 from meta_deploy.cpus import cpu_count
 from meta_deploy.errors import InputError
 from meta_deploy.export.samples import ImageSamples, Samples
@@ -21,7 +22,8 @@ from meta_deploy.export.sources.source import Source
 from meta_deploy.export.speed import opened
 from meta_deploy.export.trace import drop_outputs
 from meta_deploy.export.verify import OnnxRun, Run, WithStages
-from meta_deploy.targets.target import Target
+from meta_deploy.graph.precision import PRECISIONS
+from meta_deploy.targets.target import BuildOptions, Target
 from meta_deploy.tasks.accuracy import Pixels, coco_ap
 from meta_deploy.tasks.annotations import Annotations, CocoAnnotations, LabelImages
 
@@ -43,35 +45,53 @@ class OutputsTrial(Trial):
     """
 
     def __init__(
-        self, source: Source, target: Target, samples: Samples, tolerance: Mapping[str, float]
+        self,
+        source: Source,
+        target: Target,
+        samples: Samples,
+        tolerance: Mapping[str, float],
+        options: BuildOptions,
     ) -> None:
-        self.source, self.target, self.tolerance = source, target, tolerance
+        self.source, self.target, self.tolerance, self.options = source, target, tolerance, options
         self.feeds = [feed for _, feed in zip(range(JUDGED), samples, strict=False)]
         self.feed = self.feeds[0]
-        self.facts = [*samples.digests()[:JUDGED], target.name, str(sorted(tolerance.items())), *_machine()]
+        what = target.name, str(options), str(sorted(tolerance.items()))
+        self.facts = [*samples.digests()[:JUDGED], *what, *_machine()]
 
     def begin(self, proto: onnx.ModelProto) -> None:
-        self._full = proto
+        self.full = proto
         run = OnnxRun(proto)
         self._expected = [run(feed) for feed in self.feeds]
 
     def baseline(self) -> Run:
-        return opened(self.target, self._ships(self._full), self.source.profiles, "fp32")
+        return opened(self.target, self._ships(self.full), self.source.profiles, "fp32")
+
+    def price(self, proto: onnx.ModelProto) -> dict[str, Any]:
+        float32_operators = self.target.float32_operators.get("fp16", ())
+        lowered, _ = PRECISIONS["fp16"].convert(self._ships(proto), (), float32_operators)
+        profiles = self.source.profiles if self._is_whole(proto) else ()
+        return to_builtins(self.target.estimate(lowered.SerializeToString(), profiles, self.options))
 
     def open(self, proto: onnx.ModelProto) -> Run:
         return opened(self.target, self._ships(proto), self.source.profiles, "int8")
 
     def quick(self, proto: onnx.ModelProto) -> float:
-        return self._verdict(OnnxRun(proto), QUICK).error
+        return self._verdict(self._simulated(proto), QUICK).error
 
     def judge(self, proto: onnx.ModelProto) -> Verdict:
-        shipped, whole = self.open(proto), OnnxRun(proto)
+        shipped, whole = self.open(proto), self._simulated(proto)
         return self._verdict(whole if isinstance(shipped, OnnxRun) else WithStages(shipped, whole), JUDGED)
+
+    def _simulated(self, proto: onnx.ModelProto) -> OnnxRun:
+        """A graph for its numbers; for a library that is not ONNX Runtime, as it is written."""
+        return OnnxRun(proto, literally=self.target.estimates)
 
     def _ships(self, proto: onnx.ModelProto) -> onnx.ModelProto:
         """A graph without the stages, where it is a whole one."""
-        names = {output.name for output in proto.graph.output}
-        return drop_outputs(proto, self.source.outputs) if names >= set(self.source.outputs) else proto
+        return drop_outputs(proto, self.source.outputs) if self._is_whole(proto) else proto
+
+    def _is_whole(self, proto: onnx.ModelProto) -> bool:
+        return {output.name for output in proto.graph.output} >= set(self.source.outputs)
 
     def _verdict(self, run: Run, count: int) -> Verdict:
         comparison = self.source.comparison(self.tolerance)
@@ -93,6 +113,7 @@ class AnnotatedTrial(OutputsTrial):
         target: Target,
         samples: ImageSamples,
         tolerance: Mapping[str, float],
+        options: BuildOptions,
         bundle: Bundle,
         truth: Annotations,
     ) -> None:
@@ -101,7 +122,7 @@ class AnnotatedTrial(OutputsTrial):
         Raises:
             InputError: the annotations are not of this kind of model.
         """
-        super().__init__(source, target, samples, tolerance)
+        super().__init__(source, target, samples, tolerance, options)
         wanted, what = _TRUTHS.get(source.task.name, (None, ""))
         if wanted is None:
             raise InputError(f"--annotations are for detections and class maps; '{source.name}' has neither")
@@ -181,7 +202,7 @@ def used(stage: Mapping[str, Any]) -> float:
 def _machine() -> list[str]:
     """What times depend on."""
     found = [platform.node(), platform.machine(), str(cpu_count())]
-    for package in ("onnxruntime", "openvino"):
+    for package in ("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"):
         with contextlib.suppress(PackageNotFoundError):
             found.append(f"{package} {version(package)}")
     return found

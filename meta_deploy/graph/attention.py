@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from meta_deploy.graph.affine import MOST, affine_before
 from meta_deploy.graph.explain import declined, made_by, read_elsewhere, shown
 from meta_deploy.graph.graph import constant_value, is_op, producer, sole_consumer, static_shape
 from meta_deploy.graph.moves import Factors, chain_before, follow
@@ -23,8 +24,8 @@ class Attention:
         scale: the factor on the products, 1 without one.
         last: the MatMul that makes the output (B, heads, N, d).
         k_transposed: k is (B, heads, d, N) instead, made by a Transpose of another order than that.
-        bias: a constant that is added to the scaled products, (B or 1, heads or 1, N, N), of which leading
-            axes of one may be missing; None without one.
+        head_scales: another factor on the products for each head, (heads); None where all are alike.
+        bias: what is added to the scaled products, (B or 1, heads or 1, N, N); None without one.
     """
 
     q: gs.Tensor
@@ -33,14 +34,17 @@ class Attention:
     scale: float
     last: gs.Node
     k_transposed: bool = False
-    bias: gs.Constant | None = None
+    head_scales: np.ndarray | None = None
+    bias: np.ndarray | None = None
 
 
-def find_attention(graph: gs.Graph, softmax: gs.Node, biased: bool = False) -> Attention | None:
+def find_attention(graph: gs.Graph, softmax: gs.Node, fusing: bool = False) -> Attention | None:
     """The attention around a Softmax; tells why not where a MatMul reads it and there is none.
 
-    Pattern: q, k and v (B, heads, N, d), the scale a constant on q, k or their product, or none; with
-    `biased`, also an Add of a constant bias or mask.
+    Pattern: q, k and v (B, heads, N, d), the scale a constant on q, k or their product, or none. With
+    `fusing`, what a fused operator takes as well: constants added to the products (a bias, a mask, both with
+    a Reshape between), a scale for each head, values of another width than the keys, float16, and q, k and v
+    of three axes, (B, N, d), where there is one head.
     Check: nothing else reads what lies between, the softmax goes over the keys, sizes
     but the batch are known.
     """
@@ -48,52 +52,54 @@ def find_attention(graph: gs.Graph, softmax: gs.Node, biased: bool = False) -> A
     last = next((n for n in weights.outputs if is_op(n, "MatMul") and n.inputs[0] is weights), None)
     if last is None:
         return None
-    found = _attention(graph, softmax, last, biased)
+    found = _attention(graph, softmax, last, fusing)
     if isinstance(found, str):
         declined(softmax, found)
         return None
     return found
 
 
-def _attention(graph: gs.Graph, softmax: gs.Node, last: gs.Node, biased: bool) -> Attention | str:
+def _attention(graph: gs.Graph, softmax: gs.Node, last: gs.Node, fusing: bool) -> Attention | str:
     """The attention that these two are of, or why they are of none."""
+    rank = len(last.inputs[1].shape or ()) if fusing else 4
     axis = softmax.attrs.get("axis", -1 if graph.opset >= 13 else 1)
-    if axis not in (-1, 3):
+    if rank not in (3, 4) or axis not in (-1, rank - 1):
         return f"the softmax goes over axis {axis}, not over the last of four"
-    scores, bias = _unbiased(graph, softmax.inputs[0]) if biased else (softmax.inputs[0], None)
-    product, scale = _unscaled(graph, scores)
-    matmul = producer(product, "MatMul")
+    scores = _scores(graph, softmax.inputs[0], fusing)
+    if isinstance(scores, str):
+        return scores
+    matmul = producer(scores.product, "MatMul")
     if matmul is None:
-        return f"{made_by(product)}, not from the product of q and k"
+        return f"{made_by(scores.product)}, not from the product of q and k"
     q, q_scale = _unscaled(graph, matmul.inputs[0])
     transposed, k_scale = _unscaled(graph, matmul.inputs[1])
-    for tensor, reader in ((softmax.outputs[0], last), (product, product.outputs[0]), (transposed, matmul)):
+    between = (softmax.outputs[0], last), (scores.product, scores.product.outputs[0]), (transposed, matmul)
+    for tensor, reader in between:
         if not sole_consumer(graph, tensor):
             return read_elsewhere(graph, tensor, reader)
-    untransposed = _untransposed(graph, transposed)
-    if untransposed is None and not _is_transposed(transposed):
+    untransposed = _untransposed(graph, transposed, rank)
+    if untransposed is None and not _is_transposed(transposed, rank):
         return f"{made_by(transposed)}, and is not a k of known shape with its last two axes swapped"
     k, k_before = (transposed, 1.0) if untransposed is None else _unscaled(graph, untransposed)
     v = last.inputs[1]
     shapes = [static_shape(tensor) for tensor in (q, k, v)]
     if untransposed is None:
-        shapes[1] = [shapes[1][a] for a in (0, 1, 3, 2)]  # type: ignore[index]
+        shapes[1] = [*shapes[1][:-2], shapes[1][-1], shapes[1][-2]]  # type: ignore[index]
     for name, tensor, shape in zip("qkv", (q, k, v), shapes, strict=True):
-        if shape is None or len(shape) != 4 or 0 in shape:
+        if shape is None or len(shape) != rank or 0 in shape:
             return f"{name} is {shown(tensor)}, not of four known sizes"
-    if q.dtype != np.float32:
+    if q.dtype != np.float32 and not (fusing and q.dtype == np.float16):
         return f"q is of type {np.dtype(q.dtype)}, not float32"
-    (b, h, n, d), keys, values = shapes  # type: ignore[misc]
-    if keys != values or keys[:2] != [b, h] or keys[3] != d:  # type: ignore[index]
+    (*outer, n, d), keys, values = shapes  # type: ignore[misc]
+    m, width = keys[-2], values[-1] if fusing else d  # type: ignore[index]
+    if keys != [*outer, m, d] or values != [*outer, m, width]:
         return f"q {shown(q)}, k {shown(k)} and v {shown(v)} are not of one batch, heads and width"
-    scale = float(np.float32(scale * q_scale * k_scale * k_before))
+    scale = float(np.float32(scores.scale * q_scale * k_scale * k_before))
     if not scale or not math.isfinite(scale):
         return f"the scale is {scale}"
-    if bias is not None and not isinstance(bias, gs.Constant):
-        return f"{made_by(bias)}, and fusing pays with a constant bias alone"
-    if bias is not None and not _fits(bias, [b, h, n, keys[2]]):  # type: ignore[index]
-        return f"the bias {shown(bias)} is not one for each query and key"
-    return Attention(q, k, v, scale, last, untransposed is None, bias)
+    if scores.bias is not None and scores.bias.shape[-2:] != (n, m):
+        return f"the bias {list(scores.bias.shape)} is not one for each query and key"
+    return Attention(q, k, v, scale, last, untransposed is None, scores.head_scales, scores.bias)
 
 
 def packed_input(graph: gs.Graph, found: Attention) -> gs.Node | None:
@@ -118,44 +124,69 @@ def attention_count(proto: onnx.ModelProto) -> int:
     return sum(node.op_type == "MatMul" and node.input[0] in softmaxes for node in proto.graph.node)
 
 
-def _untransposed(graph: gs.Graph, tensor: gs.Tensor) -> gs.Tensor | None:
+@dataclass(frozen=True)
+class _Scores:
+    """What the softmax reads: product * scale * head_scales + bias, as in `Attention`."""
+
+    product: gs.Tensor
+    scale: float
+    head_scales: np.ndarray | None = None
+    bias: np.ndarray | None = None
+
+
+def _scores(graph: gs.Graph, tensor: gs.Tensor, fusing: bool) -> _Scores | str:
+    """What a tensor is of the product of q and k, or why it is not told."""
+    if not fusing:
+        return _Scores(*_unscaled(graph, tensor))
+    found = affine_before(graph, tensor)
+    if found is None:
+        return f"{made_by(tensor)}, and is not the product of q and k with constants of a known size"
+    shape = found.start.shape
+    factor, addend = (_narrowed(array) for array in (found.factor, found.addend))
+    if np.isnan(addend).any() or not np.isfinite(factor).all():
+        return f"the constants on {shown(found.start)} are not finite"
+    heads = factor.shape[1:2] if len(shape) == 4 else ()
+    if factor.size > 1 and factor.shape != (1, *heads, 1, 1):
+        return f"the scale {list(factor.shape)} on {shown(found.start)} is not one for each head"
+    bias = None
+    if addend.any():
+        bias = np.broadcast_to(addend, (*addend.shape[:-2], *shape[-2:]))
+        if bias.size > MOST:
+            return f"the bias on {shown(found.start)} is too large to be written out"
+        bias = bias.reshape(bias.shape[0], *bias.shape[1:-2] or (1,), *bias.shape[-2:]).astype(np.float32)
+    if factor.size == 1:
+        return _Scores(found.start, float(factor.item()), None, bias)
+    return _Scores(found.start, 1.0, factor.reshape(-1).astype(np.float32), bias)
+
+
+def _narrowed(array: np.ndarray) -> np.ndarray:
+    """An array without repetition along the axes where all is the same."""
+    for axis in range(array.ndim):
+        first = array.take([0], axis)
+        if array.shape[axis] > 1 and (array == first).all():
+            array = first
+    return array
+
+
+def _untransposed(graph: gs.Graph, tensor: gs.Tensor, rank: int) -> gs.Tensor | None:
     """What a tensor is before its last two axes change places; PyTorch does it with three axes at times."""
     _, chain = chain_before(graph, tensor)
     for i in range(len(chain))[::-1][:3]:
         start = chain[i].inputs[0]
         shape, factors = static_shape(start), follow(start, chain[i:])
-        if shape is None or factors is None or len(shape) != 4:
+        if shape is None or factors is None or len(shape) != rank:
             continue
         swapped = Factors(shape)
-        swapped.transpose([0, 1, 3, 2])
+        swapped.transpose([*range(rank - 2), rank - 1, rank - 2])
         if factors.moves() == swapped.moves():
             return start
     return None
 
 
-def _is_transposed(tensor: gs.Tensor) -> bool:
-    """Whether a Transpose makes a tensor of four known sizes: another one after it costs nothing."""
+def _is_transposed(tensor: gs.Tensor, rank: int) -> bool:
+    """Whether a Transpose makes a tensor of known sizes: another one after it costs nothing."""
     shape = static_shape(tensor)
-    return producer(tensor, "Transpose") is not None and shape is not None and len(shape) == 4
-
-
-def _unbiased(graph: gs.Graph, tensor: gs.Tensor) -> tuple[gs.Tensor, gs.Tensor | None]:
-    """The products of q and k before a bias is added to them, and the bias; (tensor, None) where none is."""
-    add = producer(tensor, "Add")
-    if add is not None and sole_consumer(graph, tensor):
-        for scores, bias in (add.inputs, add.inputs[::-1]):
-            if producer(_unscaled(graph, scores)[0], "MatMul") is not None:
-                return scores, bias
-    return tensor, None
-
-
-def _fits(bias: gs.Tensor, scores: list[int]) -> bool:
-    """Whether a bias has a number for each query and key, for all images and heads alike or for each."""
-    shape = static_shape(bias)
-    if shape is None or len(shape) > 4:
-        return False
-    full = [1] * (4 - len(shape)) + shape
-    return full[2:] == scores[2:] and all(s in (1, size) for s, size in zip(full, scores, strict=True))
+    return producer(tensor, "Transpose") is not None and shape is not None and len(shape) == rank
 
 
 def _unscaled(graph: gs.Graph, tensor: gs.Tensor) -> tuple[gs.Tensor, float]:

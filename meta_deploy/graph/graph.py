@@ -29,6 +29,7 @@ _MAKE_SEQUENCES = (
     *("SplitToSequence", "SequenceConstruct", "SequenceEmpty"),
     *("SequenceInsert", "SequenceErase", "SequenceMap"),
 )
+CONTRIBUTED = "com.microsoft"  # the domain of ONNX Runtime's own operators
 IR_VERSION = 10  # graph-surgeon's default is newer than ONNX Runtime may accept
 
 # Stands for an unknown batch in shapes: a prime larger than any size, so that none divides it. It may go into
@@ -132,6 +133,14 @@ def to_proto(graph: gs.Graph) -> onnx.ModelProto:
 def to_model(graph: gs.Graph) -> ir.Model:
     """The inverse of `from_model`."""
     return ir.from_proto(to_proto(graph))
+
+
+def import_domain(graph: gs.Graph, name: str) -> None:
+    """Let a graph use a domain's operators, of its version 1."""
+    domains = list(graph.import_domains or [onnx.helper.make_opsetid("", graph.opset)])
+    if all(domain.domain != name for domain in domains):
+        domains.append(onnx.helper.make_opsetid(name, 1))
+    graph.import_domains = domains
 
 
 def producer(tensor: gs.Tensor, op: str | None = None) -> gs.Node | None:

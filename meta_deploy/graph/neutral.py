@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
-from meta_deploy.graph.graph import constant_value, is_op, producer, replace, sole_consumer
+from meta_deploy.graph.graph import constant_value, is_op, producer, replace, sole_consumer, static_shape
 
 _NEUTRAL = {"Add": 0, "Sub": 0, "Mul": 1, "Div": 1}
 
 
 def drop_neutral(graph: gs.Graph) -> None:
-    """Let nothing read an Add or Sub of 0, a Mul or Div of 1, or a Pad of width zero; Conv takes Pads in.
+    """Let nothing read an Add or Sub of 0, a Mul or Div of 1, a Pad of width zero, or a Concat of one tensor;
+
+    nor a Slice or an Expand to the shape that was there already. Let Convs do the padding before them, and
+    sums and products the broadcasting.
 
     What is left without readers is not removed yet. The sum of -0 and 0 is 0 and becomes -0, which is equal.
     """
@@ -21,6 +25,8 @@ def drop_neutral(graph: gs.Graph) -> None:
             replace(graph, node.outputs[0], same)
         elif is_op(node, "Conv"):
             _take_in(graph, node)
+        elif is_op(node, *_NEUTRAL):
+            _read_unexpanded(node)
 
 
 def _unchanged(node: gs.Node) -> gs.Tensor | None:
@@ -28,12 +34,29 @@ def _unchanged(node: gs.Node) -> gs.Tensor | None:
     if is_op(node, "Pad"):
         pads = constant_value(node.inputs[1]) if len(node.inputs) > 1 else None
         return node.inputs[0] if pads is not None and not pads.any() else None
+    if is_op(node, "Concat"):
+        return node.inputs[0] if len(node.inputs) == 1 else None
+    if is_op(node, "Slice", "Expand"):
+        steps = constant_value(node.inputs[4]) if len(node.inputs) > 4 else np.ones(1)
+        forward = steps is not None and bool((steps == 1).all())
+        shape = static_shape(node.outputs[0])
+        return node.inputs[0] if forward and shape and shape == static_shape(node.inputs[0]) else None
     if not is_op(node, *_NEUTRAL):
         return None
     a, b = node.inputs
     pairs = [(a, b)] if node.op in ("Sub", "Div") else [(a, b), (b, a)]
     number = _NEUTRAL[node.op]
     return next((x for x, other in pairs if _is_all(other, number) and _keeps_shape(x, other)), None)
+
+
+def _read_unexpanded(node: gs.Node) -> None:
+    """Let an operator of two tensors read before an Expand where it broadcasts to the same shape itself."""
+    for place in (0, 1):
+        expand, other = producer(node.inputs[place], "Expand"), static_shape(node.inputs[1 - place])
+        if expand is None or not other or not static_shape(expand.inputs[0]):
+            continue
+        if other == static_shape(node.inputs[place]) == static_shape(node.outputs[0]):
+            node.inputs[place] = expand.inputs[0]
 
 
 def _is_all(tensor: gs.Tensor, number: int) -> bool:

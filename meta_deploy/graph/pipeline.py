@@ -26,9 +26,11 @@ from meta_deploy.graph.passes.fold_branches import fold_branches
 from meta_deploy.graph.passes.fold_scales import fold_scales
 from meta_deploy.graph.passes.fuse_attention import fuse_attention
 from meta_deploy.graph.passes.fuse_layer_norm import fuse_layer_norm
+from meta_deploy.graph.passes.fuse_rotary import fuse_rotary
 from meta_deploy.graph.passes.merge_siblings import merge_siblings
 from meta_deploy.graph.passes.move_linears import move_linears
 from meta_deploy.graph.passes.order_tokens import order_tokens
+from meta_deploy.graph.passes.plain_attention import plain_attention
 from meta_deploy.graph.passes.share_norms import share_norms
 from meta_deploy.graph.passes.slices_to_split import slices_to_split
 from meta_deploy.graph.passes.stack_attention import stack_attention
@@ -37,12 +39,14 @@ from meta_deploy.graph.traffic import bytes_known
 
 PASSES: dict[str, Callable[[gs.Graph], int]] = {
     "clean-up": clean_up,
+    "plain-attention": plain_attention,
     "fuse-layer-norm": fuse_layer_norm,
     "share-norms": share_norms,
     "fold-batch-norm": fold_batch_norm,
     "fold-scales": fold_scales,
     "merge-siblings": merge_siblings,
     "fuse-attention": fuse_attention,
+    "fuse-rotary": fuse_rotary,
     "slices-to-split": slices_to_split,
     "collapse-chains": collapse_chains,
     "move-linears": move_linears,

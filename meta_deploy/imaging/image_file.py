@@ -242,16 +242,38 @@ def _png_depth(stream: BinaryIO) -> tuple[int, int | None]:
 
 
 @contextlib.contextmanager
-def opened(source: str | os.PathLike[str] | bytes | Image.Image) -> Iterator[ImageFile]:
-    """The image of a path, bytes, or a Pillow image; closed afterwards, unless it is the caller's."""
+def opened(
+    source: str | os.PathLike[str] | bytes | Image.Image, name: str | None = None
+) -> Iterator[ImageFile]:
+    """The image of a path, bytes, or a Pillow image; closed afterwards, unless it is the caller's.
+
+    `name` is the path that bytes were read from.
+    """
     if isinstance(source, Image.Image):
         yield ImageFile("the given image", source, None)
         return
     if isinstance(source, bytes):
-        with _identified(io.BytesIO(source), len(source), "the given data") as file:
+        told = "the given data" if name is None else f"'{name}'"
+        with _identified(io.BytesIO(source), len(source), told) as file:
             yield file
         return
-    path = Path(source)
+    with (
+        _readable(source) as (stream, told),
+        _identified(stream, os.fstat(stream.fileno()).st_size, told) as file,
+    ):
+        yield file
+
+
+def content(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of an image's file. Raises ImageError: there is none, or it cannot be read."""
+    with _readable(path) as (stream, _):
+        return stream.read()
+
+
+@contextlib.contextmanager
+def _readable(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, str]]:
+    """A file open for reading, and what messages call it."""
+    path = Path(path)
     name = f"'{path}'"
     try:
         if not path.exists():
@@ -259,8 +281,8 @@ def opened(source: str | os.PathLike[str] | bytes | Image.Image) -> Iterator[Ima
         if not path.is_file():
             kind = "a folder" if path.is_dir() else "not a regular file"
             raise ImageError(f"{name} is {kind}, not an image; name an image file")
-        with path.open("rb") as stream, _identified(stream, path.stat().st_size, name) as file:
-            yield file
+        with path.open("rb") as stream:
+            yield stream, name
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or error
         raise ImageError(f"cannot read {name}: {reason}; check the path and its permissions") from error

@@ -74,19 +74,24 @@ def read_image(source: ImageLike, depth: int | None = None) -> np.ndarray:
 
 
 def load(
-    source: ImageLike, depth: int | None = None, wanted: Callable[[int, int], Size] | None = None
+    source: ImageLike,
+    depth: int | None = None,
+    wanted: Callable[[int, int], Size] | None = None,
+    name: str | None = None,
 ) -> Picture:
     """As `read_image`, with what there is to say of it.
 
     `wanted` tells for an image's height and width the size that it will be resized to. An image of more
     than LARGE pixels is then reduced by a whole factor while it is read, each new pixel the mean of those it
     stands for, where at least twice the wanted size is left both ways: it is never whole in an array.
+
+    `name` is what messages call an encoded file's bytes: the path that they were read from.
     """
     check_depth(depth)
     if isinstance(source, np.ndarray):
         pixels = _check_array(source)
         return Picture(pixels, (pixels.shape[0], pixels.shape[1]))
-    with opened(source) as file, one_at_a_time(file.size):
+    with opened(source, name) as file, one_at_a_time(file.size):
         upright = file.size[::-1] if file.orientation >= 5 else file.size
         factor = 1
         if wanted is not None and is_large(file.size):

@@ -28,7 +28,12 @@ _MODELS: dict[str, tuple[Backbone, str, Head]] = {
 MODEL_NAMES = tuple(_MODELS)
 # All of them in a line of a message.
 NAMES_IN_SHORT = (
-    " or ".join(f"{backbone.name}-{{{','.join(backbone.sizes)}}}-HEAD" for backbone in BACKBONES.values())
+    " or ".join(
+        f"{backbone.name}:NAME-HEAD"
+        if backbone.settings
+        else f"{backbone.name}-{{{','.join(backbone.sizes)}}}-HEAD"
+        for backbone in BACKBONES.values()
+    )
     + f", where HEAD is {', '.join(sorted(HEADS))}, such as meta-t-mask-rcnn"
 )
 _UNSAID = "meta"  # the backbone of configurations that name none
@@ -38,19 +43,31 @@ def get_config(name: str, num_classes: int | None = None) -> ModelConfig:
     """The configuration of a model.
 
     Args:
-        name: one of `MODEL_NAMES`, such as "meta-t-mask-rcnn".
+        name: one of `MODEL_NAMES`, such as "meta-t-mask-rcnn", or, of a backbone with any number of sizes,
+            such as "timm:convnext_tiny-mask-rcnn".
         num_classes: overrides the default (80 for COCO, 150 for ADE20K).
 
     Raises:
         InputError: no such model, or a number of classes that is not positive.
     """
-    if name not in _MODELS:
+    found = _MODELS.get(name) or _of_any_size(name)
+    if found is None:
         raise InputError(f"No model is named '{name}'; choose {NAMES_IN_SHORT}.")
-    backbone, size, head = _MODELS[name]
+    backbone, size, head = found
     options = dict(head.by_size.get(size, {}))
     if num_classes is not None:
         options["num_classes"] = num_classes
     return head.config(name=name, backbone=backbone.configure(size, head.task), **options)
+
+
+def _of_any_size(name: str) -> tuple[Backbone, str, Head] | None:
+    """The parts of a name such as timm:convnext_tiny-mask-rcnn."""
+    start, colon, rest = name.partition(":")
+    size, _, head = rest.partition("-")
+    backbone = BACKBONES.get(start)
+    if not colon or head not in HEADS or backbone is None or backbone.settings is None:
+        return None
+    return backbone, size, HEADS[head]
 
 
 def build_model(config: ModelConfig) -> nn.Module:

@@ -27,8 +27,6 @@ from meta_deploy.targets.tensorrt.backend import inspect
 from meta_deploy.targets.tensorrt.layers import Layer, LayerTensor, read_json
 from meta_deploy.targets.tensorrt.target import ENGINE, LAYERS
 
-_BITS = {"fp4": 4, "int4": 4, "fp8": 8, "int8": 8, "uint8": 8, "bool": 8}
-_BITS |= {"fp16": 16, "bf16": 16, "fp32": 32, "int32": 32, "int64": 64}
 # What makes a layer's class, where it has nodes of several: the first of these that one of them has.
 _ORDER: tuple[OperatorClass, ...] = (
     *("attention", "convolution", "matrix product", "post-processing", "resize", "normalization"),
@@ -237,17 +235,9 @@ def _shown(tensor: LayerTensor) -> str:
     return f"{tensor.type} {'x'.join(map(str, tensor.shape)) or 'scalar'}".strip()
 
 
-def _size(tensor: LayerTensor) -> int | None:
-    """Bytes; None where a size is open or the type unknown."""
-    bits = _BITS.get(tensor.type)
-    if bits is None or min(tensor.shape, default=0) < 0:
-        return None
-    return math.ceil(math.prod(tensor.shape) * bits / 8)
-
-
 def _sizes(layers: Sequence[Layer]) -> dict[str, int]:
     """Bytes of what layers make, by name."""
-    pairs = ((tensor.name, _size(tensor)) for layer in layers for tensor in layer.outputs)
+    pairs = ((tensor.name, tensor.bytes) for layer in layers for tensor in layer.outputs)
     return {name: size for name, size in pairs if size is not None}
 
 
@@ -256,7 +246,7 @@ def _bytes(tensors: Sequence[LayerTensor], made: Mapping[str, int]) -> int | Non
     views: Counter[str] = Counter()
     largest: dict[str, int] = {}
     for tensor in tensors:
-        size = _size(tensor)
+        size = tensor.bytes
         if size is None:
             return None
         views[tensor.name] += size

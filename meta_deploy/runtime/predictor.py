@@ -17,24 +17,24 @@ from typing import TypeVar
 import numpy as np
 
 from meta_deploy.bundle.bundle import Bundle
-from meta_deploy.bundle.manifest import LEAST_TILE, MOST_TILE, Size
+from meta_deploy.bundle.manifest import Size
 from meta_deploy.bundle.shipped import locate
 from meta_deploy.errors import InputError
 from meta_deploy.imaging.depth import check_depth
 from meta_deploy.imaging.given import given_image
-from meta_deploy.imaging.images import ImageLike, ImageWarning, Picture, load
-from meta_deploy.imaging.preprocess import Placement, Preprocessor, covering, resized
+from meta_deploy.imaging.images import ImageLike, ImageWarning, Picture
+from meta_deploy.imaging.preprocess import Placement
+from meta_deploy.runtime.processor import Processor, check_threshold, is_number
 from meta_deploy.targets import open_backend
 from meta_deploy.targets.target import Backend
-from meta_deploy.tasks import get_task
 from meta_deploy.tasks.results import Result, Timings
-from meta_deploy.tasks.tiles import tiles_of, windows_of
+from meta_deploy.tasks.tiles import Tile
 
 MAX_THREADS = 1024
 _Item = TypeVar("_Item")
 
 
-class Predictor:
+class Predictor(Processor):
     """Runs a bundle on images. May be called from several threads; a context manager.
 
     >>> with Predictor("my-bundle") as predictor:
@@ -77,35 +77,20 @@ class Predictor:
             InputError: a threshold, thread count, depth, tile, overlap or step out of range, tiles for a
                 bundle whose results cannot be joined, or windows for one that gives no class maps.
         """
-        if score_threshold is not None and not _is_number(score_threshold, 0, 1):
-            raise InputError(f"score_threshold must be a number from 0 to 1, not {score_threshold!r}")
-        if threads is not None and not _is_number(threads, 1, MAX_THREADS, numbers.Integral):
+        check_threshold(score_threshold)
+        if threads is not None and not is_number(threads, 1, MAX_THREADS, numbers.Integral):
             raise InputError(f"threads must be a whole number from 1 to {MAX_THREADS}, not {threads!r}")
         check_depth(depth)
-        self.depth = depth
         if isinstance(backend, Backend):
-            self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(locate(bundle))
+            opened = bundle if isinstance(bundle, Bundle) else Bundle.open(locate(bundle))
             self._backend = backend
         elif isinstance(bundle, Bundle):
-            self.bundle, self._backend = bundle, open_backend(bundle, backend, threads)
+            opened, self._backend = bundle, open_backend(bundle, backend, threads)
         else:
-            self.bundle, self._backend = Bundle.use(
-                locate(bundle), lambda opened: (opened, open_backend(opened, backend, threads))
+            opened, self._backend = Bundle.use(
+                locate(bundle), lambda found: (found, open_backend(found, backend, threads))
             )
-        self.score_threshold = self.bundle.shown_score if score_threshold is None else score_threshold
-        self._task = get_task(self.bundle.task)
-        self.tile, self.tile_overlap = _chosen_tile(tile, tile_overlap, self.bundle.tile)
-        if self.tile is not None and not self._task.joins:
-            raise InputError(
-                f"tiles are for objects and classes; bundle '{self.bundle.path}' gives plain arrays"
-            )
-        if self.bundle.takes_images:
-            self._preprocess = Preprocessor(self.bundle.input, self.bundle.preprocess)
-        self.slide = self._step(slide)
-        if self.slide is not None:
-            if tile or tile_overlap is not None:
-                raise InputError("an image is run in tiles or in sliding windows, not both; choose one")
-            self.tile, self.tile_overlap = None, 0
+        super().__init__(opened, score_threshold, depth, tile, tile_overlap, slide)
 
     @property
     def backend(self) -> str:
@@ -134,19 +119,6 @@ class Predictor:
         """
         return self.batch([image])[0]
 
-    def read(self, image: ImageLike) -> Picture:
-        """An image for `batch`, by this predictor's `depth`; a very large one no larger than the model needs.
-
-        Raises:
-            As for one image.
-        """
-        _ = self.bundle.input  # an error where the bundle takes arrays only
-        if self.slide is not None:
-            return load(image, self.depth, lambda height, width: covering((height, width), self._window))
-        if self.tile is not None:
-            return load(image, self.depth)
-        return load(image, self.depth, lambda height, width: self._preprocess.place(height, width).resized)
-
     def batch(self, images: Sequence[ImageLike | Picture]) -> list[Result]:
         """Several images, in groups as large as the bundle's batch takes; the results in the same order.
 
@@ -157,65 +129,63 @@ class Predictor:
         """
         images = [image if isinstance(image, Picture) else given_image(image) for image in images]
         results: Iterator[Result]
-        if (step := self.slide) is not None:
-            results = (self._in_windows(self._picture(image), step) for image in images)
+        if self.slide is not None:
+            results = (self._in_windows(self._picture(image)) for image in images)
         elif self.tile is not None:
-            results = self._tiled(images, self.tile)
+            results = self._tiled(images)
         else:
             return self._as_wholes(images, self.score_threshold)
         return [replace(result, path=_path(image)) for image, result in zip(images, results, strict=True)]
 
-    def _tiled(self, images: Sequence[ImageLike | Picture], side: int) -> Iterator[Result]:
-        """Images that one tile holds together, as wholes; the others each in its tiles."""
-        pictures = (self._picture(image) for image in images)
-        for fits, group in groupby(pictures, lambda picture: max(picture.size) <= side):
-            if fits:
-                yield from self._as_wholes(group, self.score_threshold)
-            else:
-                yield from (self._in_tiles(picture, side) for picture in group)
+    def outputs(
+        self, pieces: Sequence[np.ndarray], sizes: Sequence[Size] | None = None, batch: int | None = None
+    ) -> list[dict[str, np.ndarray]]:
+        """The graph's outputs for each piece, by name, without the batch's dimension.
 
-    def _in_tiles(self, picture: Picture, side: int) -> Result:
-        tiles = tiles_of(picture.size, side, self.tile_overlap)
-        # What is joined must not hang on what is shown of it.
-        threshold = min(self.score_threshold, self.bundle.score_threshold)
-        results = self._as_wholes([tile.of(picture.pixels) for tile in tiles], threshold)
+        `pieces` are RGB uint8 (h, w, 3), of images or parts of `sizes` (height, width) before they were
+        resized; None: they were not. They are run `batch` at a time (None: as many as the bundle takes),
+        only those together that have the same size in the input, so that none depends on its neighbours.
+
+        Raises:
+            BackendError: the back end fails.
+        """
+        sizes = [(piece.shape[0], piece.shape[1]) for piece in pieces] if sizes is None else sizes
+        padded = [self._preprocess.padded_size([self._preprocess.place(*size)]) for size in sizes]
+        found: dict[int, dict[str, np.ndarray]] = {}
+        for _, alike in groupby(sorted(range(len(pieces)), key=padded.__getitem__), padded.__getitem__):
+            for group in _groups(alike, batch or self.bundle.input.batch.max):
+                arrays, *_ = self._outputs([pieces[i] for i in group], [sizes[i] for i in group])
+                for place, i in enumerate(group):
+                    found[i] = {name: array[place] for name, array in arrays.items()}
+        return [found[i] for i in range(len(pieces))]
+
+    def _tiled(self, images: Sequence[ImageLike | Picture]) -> Iterator[Result]:
+        """Images that one tile holds together, as wholes; the others each in its tiles."""
+        pictures = ((picture, self._areas(picture.size)) for picture in map(self._picture, images))
+        for whole, group in groupby(pictures, lambda pair: pair[1] is None):
+            if whole:
+                yield from self._as_wholes((picture for picture, _ in group), self.score_threshold)
+            else:
+                yield from (self._in_tiles(picture, tiles) for picture, tiles in group if tiles)
+
+    def _in_tiles(self, picture: Picture, tiles: Sequence[Tile]) -> Result:
+        results = self._as_wholes(self._cut(picture), self._joined_threshold)
         began = perf_counter()
-        joined = self._task.join(picture.size, tiles, results).filter(self.score_threshold)
+        joined = self._joined(picture.size, tiles, results)
         took = Timings(post=1000 * (perf_counter() - began))
         timings = sum((result.timings for result in results), took)
         return replace(joined, timings=timings, depth=picture.depth)
 
-    @property
-    def _window(self) -> Size:
-        return self.bundle.input.size.opt
-
-    def _step(self, slide: bool | int) -> int | None:
-        """By how many pixels windows slide; None: there are none."""
-        if slide is False:
-            return None
-        if not self._task.slides:
-            raise InputError(
-                f"sliding windows are for class maps; bundle '{self.bundle.path}' is for {self.bundle.task}"
-            )
-        shorter = min(self._window)
-        if slide is True:
-            return shorter * 2 // 3
-        if not _is_number(slide, 1, shorter, numbers.Integral):
-            raise InputError(f"windows slide by 1 to {shorter} pixels, not {slide!r}")
-        return slide
-
-    def _in_windows(self, picture: Picture, step: int) -> Result:
+    def _in_windows(self, picture: Picture) -> Result:
         began = perf_counter()
-        size = covering(picture.size, self._window)
-        windows = windows_of(size, self._window, step)
-        pixels = resized(picture.pixels, size)
+        windows = self._cut(picture)
         timings, outputs = Timings(pre=1000 * (perf_counter() - began)), []
         for group in _groups(windows, self.bundle.input.batch.max):
-            arrays, _, _, took = self._outputs([window.of(pixels) for window in group])
+            arrays, _, _, took = self._outputs(group)
             outputs += [{name: array[i] for name, array in arrays.items()} for i in range(len(group))]
             timings += took
         began = perf_counter()
-        result = self._task.average(self.bundle, picture.size, size, windows, outputs)
+        result = self._averaged(picture.size, outputs)
         timings += Timings(post=1000 * (perf_counter() - began))
         return replace(result, timings=timings, depth=picture.depth)
 
@@ -296,27 +266,3 @@ def _groups(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
 
 def _path(image: ImageLike | Picture) -> str | None:
     return os.fspath(image) if isinstance(image, (str, os.PathLike)) else None
-
-
-def _chosen_tile(side: int | None, overlap: int | None, own: int | None) -> tuple[int | None, int]:
-    """The side of the tiles (None: no tiles) and their overlap; `own` is the bundle's. Raises InputError."""
-    if side is None:
-        side = own
-    elif not any(_is_number(side, *range_, numbers.Integral) for range_ in ((0, 0), (LEAST_TILE, MOST_TILE))):
-        raise InputError(
-            f"the tile size must be a whole number from {LEAST_TILE} to {MOST_TILE}, or 0 for none, "
-            f"not {side!r}"
-        )
-    if not side:
-        if overlap is not None:
-            raise InputError("a tile overlap needs a tile size; give that too")
-        return None, 0
-    overlap = side // 4 if overlap is None else overlap
-    if not _is_number(overlap, 0, side - 1, numbers.Integral):
-        raise InputError(f"the tile overlap must be a whole number from 0 to {side - 1}, not {overlap!r}")
-    return side, overlap
-
-
-def _is_number(value: object, low: int, high: int, kind: type = numbers.Real) -> bool:
-    """Whether it is a number of this kind in the range; True and False are none."""
-    return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high  # type: ignore[operator]

@@ -12,7 +12,7 @@ import numpy as np
 from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.cpus import Share
 from meta_deploy.errors import BackendError
-from meta_deploy.graph.precision.rules import Int8Rules
+from meta_deploy.graph.precision.rules import EightBitRules
 from meta_deploy.graph.prices import CPU
 from meta_deploy.targets.cache import make_folder
 from meta_deploy.targets.contract import Contract, Value
@@ -37,17 +37,21 @@ class OnnxRuntime(Target):
     name = "onnxruntime"
     title = "ONNX Runtime"
     passes = (
-        *("clean-up", "fuse-layer-norm", "share-norms", "fold-batch-norm", "merge-siblings"),
-        *("fuse-attention", "move-linears", "slices-to-split", "collapse-chains"),
+        *("clean-up", "plain-attention", "fuse-layer-norm", "share-norms", "fold-batch-norm"),
+        "merge-siblings",
+        *("fuse-attention", "fuse-rotary", "move-linears", "slices-to-split", "collapse-chains"),
         *("fold-branches", "distribute-sums", "fold-scales", "discarded-rows"),
     )
+    doubtful = ("fuse-attention", "move-linears", "merge-siblings", "distribute-sums", "fold-branches")
     prices = CPU
     operators = ("native", "lowered")
     compacts = True
     precisions = ("fp32", "fp16", "int8")  # it has no bfloat16 kernels on a CPU
     # Measured by benchmarks/int8_products.py. A bias in float32 would keep Gemm, and a MatMul with an Add,
     # out of its 8-bit kernels.
-    int8 = Int8Rules(signed=False, results=True, biases=True, speedup=4, value=20, node=1e6)
+    eight_bits = {  # noqa: RUF012
+        "int8": EightBitRules(signed=False, results=True, biases=True, speedup=4, value=20, node=1e6)
+    }
     backends = ("onnxruntime", "openvino", "cuda", "tensorrt")
     automatic = ("cuda", "onnxruntime")
 

@@ -21,7 +21,7 @@ from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.bundle.manifest import Engine, OpenVINOModel, Profile
 from meta_deploy.cpus import Share, limited_threads
 from meta_deploy.errors import BackendError, EngineError, InputError
-from meta_deploy.graph.precision.rules import Int8Rules
+from meta_deploy.graph.precision.rules import EightBitRules
 from meta_deploy.graph.prices import CPU
 from meta_deploy.interrupts import interruptible
 from meta_deploy.targets import cache
@@ -49,11 +49,14 @@ class OpenVINO(Target):
         *("move-linears", "slices-to-split", "collapse-chains"),
         *("fold-branches", "distribute-sums", "fold-scales", "discarded-rows"),
     )
+    doubtful = ("move-linears", "merge-siblings", "distribute-sums", "fold-branches")
     prices = CPU
     operators = ("native", "lowered")
     precisions = ("fp32", "fp16", "bf16", "int8")
     lowered_by_build = ("fp16", "bf16")
-    int8 = Int8Rules(signed=False, results=False, biases=False, speedup=4, value=20, node=1e6)
+    eight_bits = {  # noqa: RUF012
+        "int8": EightBitRules(signed=False, results=False, biases=False, speedup=4, value=20, node=1e6)
+    }
     backends = ("openvino",)
     automatic = ("openvino",)
     builds = True

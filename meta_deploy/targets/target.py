@@ -8,13 +8,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from msgspec import Struct
 
 from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.bundle.manifest import Engine, Profile, RawManifest
 from meta_deploy.errors import BackendError, InputError
-from meta_deploy.graph.precision.rules import Int8Rules
+from meta_deploy.graph.precision.rules import EightBitRules
 from meta_deploy.graph.prices import Cost
 
 MODEL = "model.onnx"
@@ -45,6 +47,25 @@ class Built:
 
     files: dict[str, bytes]
     engine: Engine | None = None
+
+
+class Estimate(Struct, frozen=True, kw_only=True):
+    """What a graph costs as an engine that was built and not run.
+
+    Attributes:
+        ms: by the target's prices for layers, bytes and multiply-adds.
+        layers: kernels that are started.
+        fused_attention: of them, those that are a whole attention.
+        eight_bits: products in int8 or fp8.
+        activation_mb, weights_mb: memory.
+    """
+
+    ms: float
+    layers: int
+    fused_attention: int
+    eight_bits: int
+    activation_mb: float | None
+    weights_mb: float | None
 
 
 class Backend(ABC):
@@ -87,6 +108,7 @@ class Target(ABC):
         title: as people call it.
         passes: graph passes in the order in which they run (keys of `graph.pipeline.PASSES`).
         required_passes: those of them that run even with `--passes none`.
+        doubtful: those of them that do not pay on every model: an export that tunes tries without each.
         prices: of the machine, by which passes choose between forms.
         operators: forms of NMS, RoIAlign and sampling that it runs (keys of `export.operators.TRANSLATIONS`),
             the one that is taken unless asked otherwise first.
@@ -94,11 +116,13 @@ class Target(ABC):
         lowered_by_build: those of them that `build` makes out of a float32 graph. The others are in the graph
             when it comes to `build`.
         float32_operators: precision -> operators that it has no kernels for in that precision.
-        int8: where it wants 8 bits; None: it has no 8-bit kernels that are written for.
+        eight_bits: of those precisions that are 8 bits, where it wants them.
         rounds_each_operator: its kernels round to the graph's precision where a CPU may carry on in float32;
             such a graph is verified with the rounding written out.
         compacts: it folds constants when it opens the graph, so that the file may hold them in fewer bytes.
         builds: what ships is more than the graph, and making it takes time.
+        estimates: what is built does not run on the exporting machine, and `estimate` and `figures` say what
+            it costs.
         bounded: what is built reserves memory for the largest input, so that every size needs an upper end.
         backends: what `--backend` can name for its bundles.
         automatic: those of them that `--backend auto` tries, the best first.
@@ -110,15 +134,17 @@ class Target(ABC):
     title: str
     passes: tuple[str, ...]
     required_passes: tuple[str, ...] = ()
+    doubtful: tuple[str, ...] = ()
     prices: Cost
     operators: tuple[str, ...]
     precisions: tuple[str, ...]
     lowered_by_build: tuple[str, ...] = ()
     float32_operators: Mapping[str, tuple[str, ...]] = {}
-    int8: Int8Rules | None = None
+    eight_bits: Mapping[str, EightBitRules] = {}
     rounds_each_operator: bool = False
     compacts: bool = False
     builds: bool = False
+    estimates: bool = False
     bounded: bool = False
     backends: tuple[str, ...]
     automatic: tuple[str, ...]
@@ -158,6 +184,15 @@ class Target(ABC):
         """
         return Built({MODEL: model})
 
+    def estimate(self, model: bytes, profiles: Sequence[Profile], options: BuildOptions) -> Estimate:
+        """What a graph costs, by an engine that is built for it; where the target `estimates`.
+
+        Raises:
+            EngineError: the library refuses the graph.
+            InputError: the library does not tell what it built.
+        """
+        raise NotImplementedError(f"{self.name} estimates nothing")
+
     def runner(
         self, files: Mapping[str, bytes], profiles: Sequence[Profile], precision: str
     ) -> Runner | None:
@@ -167,6 +202,10 @@ class Target(ABC):
         compares the graph on ONNX Runtime.
         """
         return None
+
+    def figures(self, section: Engine | None) -> dict[str, Any]:
+        """Fields of `TriedPipeline` from the manifest's `engine` section, where the target `estimates`."""
+        return {}
 
     def describe(self, section: Engine) -> str:
         """What was built, in one line, from the manifest's `engine` section."""

@@ -51,7 +51,18 @@ def test_each_model_is_measured_against_the_first(tiny_checkpoint, tmp_path, mon
     monkeypatch.setattr(backbones, "peak_mb", lambda contender: 10.0)
     path = tmp_path / "numbers.json"
     pair = f"{tiny_checkpoint}@32,{tiny_checkpoint}@64"
-    options = ["--part", "backbone", "--no-engines", "--eager", "--rounds", "3", "--json", str(path)]
+    options = [
+        "--part",
+        "backbone",
+        "--no-engines",
+        "--eager",
+        "--rounds",
+        "3",
+        "--threads",
+        "1",
+        "--json",
+        str(path),
+    ]
     assert backbones.main([pair, *options]) == 0
     (numbers,) = json.loads(path.read_text())["tables"]
     for row, width in zip(numbers["rows"], (32, 64), strict=True):

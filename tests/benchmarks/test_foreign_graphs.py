@@ -21,7 +21,7 @@ class Pixels(nn.Module):
 
 
 def test_every_optimizer_is_measured(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(foreign_graphs, "prepare_torchvision", lambda: None)
+    monkeypatch.setattr(foreign_graphs, "import_timm", lambda: None)
     monkeypatch.setitem(foreign_graphs.MODELS, "small", lambda: (Pixels(), (1, 3, 16, 16)))
     path = tmp_path / "numbers.json"
     options = ["--models", "small", "small+batch", "--exporters", "torchscript", "--no-engines"]

@@ -8,7 +8,7 @@ from tests.small_graphs import run
 
 
 def test_a_product_is_measured_in_8_bits_and_in_float32():
-    rules = TARGETS["onnxruntime"].int8
+    rules = TARGETS["onnxruntime"].eight_bits["int8"]
     for proto in (int8_products.convolution(32, 32, 3, 24), int8_products.product(400, 64, 192)):
         converted, pays = int8_products.quantized(proto, rules)
         assert pays

@@ -13,10 +13,10 @@ from meta_deploy.export.samples import Samples
 from meta_deploy.graph.graph import normalized
 from meta_deploy.graph.precision.placement import place
 from meta_deploy.graph.precision.quantize import fake_quantized
-from meta_deploy.graph.precision.rules import Int8Rules
+from meta_deploy.graph.precision.rules import EightBitRules
 from tests.small_graphs import model, run, value
 
-RULES = Int8Rules(False, True, True, speedup=4, value=0, node=0, channels=2)
+RULES = EightBitRules(False, True, True, speedup=4, value=0, node=0, channels=2)
 node = helper.make_node
 
 

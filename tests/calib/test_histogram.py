@@ -9,10 +9,10 @@ from meta_deploy.calib import METHOD_NAMES
 from meta_deploy.calib.histogram import BINS, Histogram
 from meta_deploy.calib.methods import METHODS, SHARE
 from meta_deploy.graph.precision.quantize import fake_quantized, scale_of
-from meta_deploy.graph.precision.rules import Int8Rules
+from meta_deploy.graph.precision.rules import EightBitRules
 
-UNSIGNED = Int8Rules(False, True, True, speedup=4, value=20, node=1e6)
-SIGNED = Int8Rules(True, False, False, speedup=4, value=20, node=1e6)
+UNSIGNED = EightBitRules(False, True, True, speedup=4, value=20, node=1e6)
+SIGNED = EightBitRules(True, False, False, speedup=4, value=20, node=1e6)
 
 
 def histogram_of(*parts):

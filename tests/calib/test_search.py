@@ -4,48 +4,20 @@ import itertools
 
 import numpy as np
 import pytest
-from onnx import helper, numpy_helper
+from onnx import helper
 
-from meta_deploy.calib import search as module
-from meta_deploy.calib.groups import alone, groups_of, shapes_of
-from meta_deploy.calib.search import Row, Search, Trial, Verdict, _gain, by_worth, longest
+from meta_deploy.calib import timed as module
+from meta_deploy.calib.costs import Row
+from meta_deploy.calib.groups import groups_of, kernels_of, part_of, shapes_of
+from meta_deploy.calib.search import Search, by_worth, longest
+from meta_deploy.calib.timed import Timed, gain_of
 from meta_deploy.calib.timing import is_sure
-from meta_deploy.graph.graph import normalized
-from meta_deploy.graph.precision.placement import place
-from meta_deploy.graph.precision.rules import Int8Rules
+from tests.calib.scripted import FEED, RULES, Scripted, constant, network, node, placed
 from tests.small_graphs import model, run, value
-
-RULES = Int8Rules(False, True, True, speedup=4, value=0, node=0, channels=2)
-node = helper.make_node
-
-
-def constant(name, *shape):
-    numbers = np.random.default_rng(sum(map(ord, name))).normal(0, 0.3, shape)
-    return numpy_helper.from_array(numbers.astype(np.float32), name)
-
-
-def network(count=4, shared=False):
-    """A product after the other with a Gelu between them; `shared`: the last two have the same weights."""
-    nodes = [node("Gelu", ["x"], ["g0"])]
-    for i in range(count):
-        weights = f"w{count - 2}" if shared and i == count - 1 else f"w{i}"
-        nodes += [node("MatMul", [f"g{i}", weights], [f"p{i}"]), node("Gelu", [f"p{i}"], [f"g{i + 1}"])]
-    nodes.append(node("MatMul", [f"g{count}", "last"], ["y"]))
-    constants = [*(constant(f"w{i}", 8, 8) for i in range(count)), constant("last", 8, 4)]
-    opset = [helper.make_opsetid("", 20)]
-    return model(nodes, [value("x", ["n", 12, 8])], ["y"], constants, opset_imports=opset)
-
-
-FEED = {"x": np.random.default_rng(0).normal(size=(2, 12, 8)).astype(np.float32)}
 
 
 def names(groups):
     return [[product.node.outputs[0].name for product in group.products] for group in groups]
-
-
-def placed(proto, rules=RULES):
-    graph = normalized(proto)
-    return graph, place(graph.graph, rules)
 
 
 @pytest.fixture(autouse=True)
@@ -101,11 +73,12 @@ def test_a_group_alone_computes_what_it_does_in_the_graph(proto):
         proto.graph.node, proto.graph.input, every, proto.graph.initializer, opset_imports=proto.opset_import
     )
     truth = {**run(shown, **feed), **feed}
-    shapes = shapes_of(graph, groups, feed)
+    kernels = [kernels_of(group) for group in groups]
+    shapes = shapes_of(graph, kernels, feed)
     assert shapes == {name: truth[name].shape for name in shapes}
     ranges = {name: (float(truth[name].min()), float(truth[name].max())) for name in placement.readers}
-    for group in groups:
-        one = alone(group, shapes, ranges, RULES, graph.opset_imports)
+    for group, nodes in zip(groups, kernels, strict=True):
+        one = part_of(nodes, group.products, shapes, ranges, RULES, graph.opset_imports)
         inputs = {given.name: truth[given.name] for given in one.float32.graph.input}
         assert {name: array.shape for name, array in one.feed.items()} == {n: shapes[n] for n in inputs}
         full, low = run(one.float32, **inputs), run(one.int8, **inputs)
@@ -115,7 +88,9 @@ def test_a_group_alone_computes_what_it_does_in_the_graph(proto):
 
 
 def rows(gains, errors):
-    return [Row(None, 1.0, 1.0, gain, 15, 15, 0, error) for gain, error in zip(gains, errors, strict=True)]
+    return [
+        Row(None, 1.0, 1.0, gain, 15, 15, 0, error=error) for gain, error in zip(gains, errors, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -163,68 +138,22 @@ def test_other_work_on_the_machine_hides_no_gain():
     for low, gains, loses in ((0.5, True, False), (1.0, False, False), (2.0, False, True)):
         noise = generator.normal(1, 0.1, (15, 2))
         found = Row(
-            None, *_gain([(full * a, full * low * b) for full, (a, b) in zip(load, noise, strict=True)])
+            None, *gain_of([(full * a, full * low * b) for full, (a, b) in zip(load, noise, strict=True)])
         )
         assert (found.gains, found.loses) == (gains, loses)
-
-
-class Scripted(Trial):
-    """Times and errors by the names of products; errors of several add up in squares."""
-
-    feed, facts = FEED, ("here",)
-
-    def __init__(self, times, errors, drops=None, monkeypatch=None):
-        self.times, self.errors = times, errors
-        self.asked = []
-        monkeypatch.setattr(module, "interleaved", lambda runs, *_: [[run(FEED) for run in runs]] * 5)
-
-    def low(self, proto):
-        """The products that are in 8 bits."""
-        made = {n.output[0]: n for n in proto.graph.node}
-        return [
-            n.output[0]
-            for n in proto.graph.node
-            if n.op_type == "MatMul" and made.get(n.input[1], n).op_type == "DequantizeLinear"
-        ]
-
-    def seconds(self, proto):
-        low = self.low(proto)
-        every = [n.output[0] for n in proto.graph.node if n.op_type == "MatMul" and n.output[0] in self.times]
-        total = sum(self.times[name][name in low] for name in every)
-        return lambda feed: total / 1000
-
-    def begin(self, proto):
-        self.full = proto
-
-    def open(self, proto):
-        return self.seconds(proto)
-
-    def baseline(self):
-        return self.seconds(self.full)
-
-    def quick(self, proto):
-        low = self.low(proto)
-        self.asked.append(low)
-        return sum(self.errors[name] ** 2 for name in low) ** 0.5
-
-    def judge(self, proto):
-        low = self.low(proto)
-        self.asked.append(low)
-        error = sum(self.errors[name] ** 2 for name in low) ** 0.5
-        return Verdict(10 * error, error)
 
 
 def searched(trial, max_drop=None, count=4, note=lambda line: None):
     graph, placement = placed(network(count))
     ranges = dict.fromkeys(placement.readers, (-1.0, 1.0))
-    found, facts = Search(trial, RULES, max_drop, note)(graph, placement, ranges)
+    found, facts = Search(Timed(trial, RULES, note), max_drop)(graph, placement, ranges)
     return [product.node.outputs[0].name for product in found.products], found, facts
 
 
 @pytest.fixture
 def different_sizes(monkeypatch):
     """Groups of one structure are timed once; here each has a time of its own."""
-    monkeypatch.setattr(module, "_structure", lambda proto: proto.graph.node[0].output[0])
+    monkeypatch.setattr(module, "structure", lambda proto: proto.graph.node[0].output[0])
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -258,7 +187,7 @@ def test_what_gains_no_time_stays_and_says_so(monkeypatch, different_sizes):
     trial = Scripted(times, dict.fromkeys(times, 0.1), monkeypatch=monkeypatch)
     chosen, found, facts = searched(trial)
     assert chosen == ["p0", "p3"]
-    assert found.reasons()[module.SLOWER] == 2
+    assert found.reasons()["it gains no time on this machine"] == 2
     assert facts["speed"]["ratio"] == pytest.approx(6 / 9, abs=1e-3)
     assert facts["declined"] == ""
     assert len(trial.asked) == 1  # nothing of errors has to be known where all that gains may stay
@@ -278,7 +207,7 @@ def test_it_says_no_where_8_bits_do_not_pay(low, error, max_drop, why, monkeypat
     trial = Scripted(times, dict.fromkeys(times, error), monkeypatch=monkeypatch)
     chosen, found, facts = searched(trial, max_drop)
     assert (chosen, found.readers, facts["declined"]) == ([], {}, why)
-    assert [row["int8"] for row in facts["groups"]] == [False] * 4
+    assert [row["chosen"] for row in facts["groups"]] == [False] * 4
     assert len(found.declined) == 5
 
 
@@ -339,7 +268,7 @@ def test_progress_counts_groups(monkeypatch):
     times = dict.fromkeys(["p0", "p1", "p2", "p3"], (2.0, 1.0))
     trial = Scripted(times, dict.fromkeys(times, 0.0), monkeypatch=monkeypatch)
     ranges = dict.fromkeys(placement.readers, (-1.0, 1.0))
-    Search(trial, RULES, progress=lambda *at: counts.append(at))(graph, placement, ranges)
+    Search(Timed(trial, RULES, progress=lambda *at: counts.append(at)))(graph, placement, ranges)
     assert counts == [(i, 4) for i in (1, 2, 3, 4)]
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from PIL import Image
 
 from meta_deploy.bundle import folders
@@ -21,12 +22,13 @@ from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.cli.export import StageDisplay, main, passes_table, verdict
 from meta_deploy.errors import BundleError
 from meta_deploy.models.checkpoint.save import save_checkpoint
+from meta_deploy.models.registry import build_model, get_config
 from tests.tiny_models import detector, exported, lively
 
 CONFIG = detector()
 KEYS = {
     *("bundle", "model", "target", "precision", "parameters", "nodes", "passes", "verification", "seconds"),
-    *("peak_rss_mb", "engine", "operators", "conversion", "task"),
+    *("peak_rss_mb", "engine", "operators", "conversion", "task", "tuning", "left_out"),
 }
 STAGES = [
     "loading the model",
@@ -85,7 +87,7 @@ def meta_export(material, here, capfd, monkeypatch):
     def call(*options, ckpt=material / "tiny.pth"):
         capfd.readouterr()
         try:
-            code = main(["--ckpt", str(ckpt), *map(str, options)])
+            code = main(["--ckpt", str(ckpt), "--no-tune", *map(str, options)])
         except SystemExit as exit:
             code = exit.code
         return code, *capfd.readouterr()
@@ -258,7 +260,14 @@ def test_a_terminal_sees_the_stage_while_it_runs(monkeypatch):
             ["--bf16"],
             ["precision bf16 is not written for onnxruntime", "openvino", "--fp32, --fp16 or --int8"],
         ),
-        *[([f"--{p}"], [f"unrecognized arguments: --{p}"]) for p in ("fp4", "fp8")],
+        (["--fp4"], ["unrecognized arguments: --fp4"]),
+        (
+            ["--fp8"],
+            [
+                "precision fp8 is not written for onnxruntime; use --target tensorrt or tensorrt-rtx, "
+                "or --fp32, --fp16 or --int8"
+            ],
+        ),
         (["--explain", "tidy"], ["'tidy' is not a graph pass", "clean-up"]),
         (["--onnx", "x.onnx"], ["not allowed with argument --ckpt"]),
         (["--mean", "0"], ["--mean is for an ONNX file"]),
@@ -300,9 +309,19 @@ def test_a_wrong_option_is_one_line(meta_export, here, options, patterns):
 
 
 def test_a_missing_option_is_one_line(here, capfd):
-    with pytest.raises(SystemExit) as exit:
-        main([])
-    refused((exit.value.code, *capfd.readouterr()), here, "--ckpt", "--onnx")
+    refused((main([]), *capfd.readouterr()), here, "--ckpt", "--onnx", "--backbone-ckpt")
+
+
+def test_a_vit_that_no_model_is_named_for_or_that_does_not_fit_is_one_line(here, capfd):
+    with torch.device("meta"):
+        vit = build_model(get_config("meta-s-upernet")).backbone.vit.state_dict()
+    torch.save({name: torch.zeros(tensor.shape) for name, tensor in vit.items()}, "vit.pth")
+    given = ["--backbone-ckpt", "vit.pth", "--no-verify"]
+    refused((main(given), *capfd.readouterr()), here, "name the model around it with --model", "meta-s-")
+    code = main([*given, "--model", "meta-t-gfl"])
+    refused((code, *capfd.readouterr()), here, "width 384, depth 12, and that of meta-t-gfl is of width 192")
+    code = main([*given, "--onnx", "x.onnx"])
+    refused((code, *capfd.readouterr()), here, "--backbone-ckpt is for a checkpoint")
 
 
 def test_a_broken_picture_is_named_before_the_work(meta_export, here):
@@ -375,6 +394,7 @@ def test_an_older_bundle_is_replaced(meta_export, pictures):
 
 @pytest.mark.slow
 def test_a_failed_verification_is_3_and_leaves_no_bundle(meta_export, pictures, here, monkeypatch):
+    from meta_deploy.export import pipeline
     from meta_deploy.graph.pipeline import PASSES
 
     def corrupt(graph):
@@ -384,6 +404,7 @@ def test_a_failed_verification_is_3_and_leaves_no_bundle(meta_export, pictures, 
         return 1
 
     monkeypatch.setitem(PASSES, "discarded-rows", corrupt)
+    monkeypatch.setattr(pipeline, "at_fault", lambda *_: None)  # else it is left out
     code, out, err = meta_export("--out", "b", "--json", *pictures)
     assert code == 3
     assert out == ""
@@ -499,7 +520,7 @@ def test_interrupted_it_leaves_nothing(material, here, moment, number, code, sai
 def test_a_real_export_prints_json_and_nothing_else_on_standard_output(material, here, pictures):
     """Nothing replaced: PyTorch and all the libraries get their chance to speak."""
     command = [sys.executable, "-m", "meta_deploy.cli.export", "--ckpt", material / "tiny.pth", "--json"]
-    options = ["--out", "b", "--input-size", "64", "64", *pictures]
+    options = ["--out", "b", "--input-size", "64", "64", "--no-tune", *pictures]
     result = subprocess.run(
         list(map(str, [*command, *options])),
         capture_output=True,
@@ -518,7 +539,7 @@ def test_a_real_export_prints_json_and_nothing_else_on_standard_output(material,
 @pytest.mark.slow
 def test_on_a_terminal_the_stages_update_in_place(material, here, pictures):
     ours, theirs = pty.openpty()
-    process = start(material, "--out", "b", *pictures, stderr=theirs)
+    process = start(material, "--out", "b", "--no-tune", *pictures, stderr=theirs)
     os.close(theirs)
     text = read_all(ours)
     process.communicate()

@@ -9,7 +9,7 @@ from PIL import Image
 
 from meta_deploy import Predictor
 from meta_deploy.bundle.manifest import BatchRange, Fit, InputSpec, Preprocess, SizeRange
-from meta_deploy.calib import search, timing
+from meta_deploy.calib import timed, timing
 from meta_deploy.cli.export import summary
 from meta_deploy.errors import InputError
 from meta_deploy.export import Progress, export, samples, speed, trial
@@ -84,7 +84,7 @@ def test_a_bundle_in_8_bits_is_smaller_and_answers_nearly_as_the_file(here, targ
     assert ratio > 0
     assert f"int8 takes {ratio:.2f} of fp32's time on this machine" in lines[-1]
     done = manifest.conversion
-    assert (done["products"], done["int8_products"]) == (4, 2)
+    assert (done["products"], done["quantized"]) == (4, 2)
     assert done["calibration"]["samples"] == 40
     assert (
         sum(done["calibration"]["methods"].values())
@@ -137,7 +137,7 @@ def times(monkeypatch, low, full=2.0):
             self.operators = {node.op_type for node in graph.graph.node}
 
     monkeypatch.setattr(speed, "OnnxRun", Told)
-    monkeypatch.setattr(search, "interleaved", interleaved)
+    monkeypatch.setattr(timed, "interleaved", interleaved)
 
 
 def test_what_gains_time_and_loses_little_is_in_8_bits_and_told_with_its_table(here, monkeypatch):
@@ -146,12 +146,12 @@ def test_what_gains_time_and_loses_little_is_in_8_bits_and_told_with_its_table(h
     progress = Progress(note=lines.append)
     bundle = quantize(search=True, max_drop=5, calib_images=inputs(here / "in", 2), progress=progress)
     done = bundle.manifest.conversion
-    assert (bundle.precision, done["int8_products"], done["declined"]) == ("int8", 2, "")
+    assert (bundle.precision, done["quantized"], done["declined"]) == ("int8", 2, "")
     (group,) = done["search"]["groups"]  # the second reads what the first makes
-    assert (group["products"], group["int8"], group["fp32_ms"], group["int8_ms"]) == (2, True, 2000, 1000)
+    assert (group["products"], group["chosen"], group["rest_ms"], group["low_ms"]) == (2, True, 2000, 1000)
     assert 0 < done["search"]["drop"] < 5
     assert bundle.manifest.verification["speed"] == {"ratio": 0.5, "ms": 1000, "fp32_ms": 2000}
-    assert "fp32 ms  int8 ms" in summary(bundle, 1)
+    assert "ms   8 bits" in summary(bundle, 1)
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
@@ -159,9 +159,9 @@ def test_groups_are_timed_in_the_library_that_runs_the_bundle(here, target):
     pytest.importorskip(target)
     bundle = quantize(target=target, search=True, calib_images=inputs(here / "in", 2), check=False)
     done = bundle.manifest.conversion
-    assert all(min(group["fp32_ms"], group["int8_ms"]) > 0 for group in done["search"]["groups"])
+    assert all(min(group["rest_ms"], group["low_ms"]) > 0 for group in done["search"]["groups"])
     assert sum(group["products"] for group in done["search"]["groups"]) == 2
-    assert (bundle.precision == "int8") == (done["int8_products"] > 0) == (not done["declined"])
+    assert (bundle.precision == "int8") == (done["quantized"] > 0) == (not done["declined"])
 
 
 @pytest.mark.parametrize(
@@ -188,6 +188,76 @@ def test_where_8_bits_do_not_pay_float32_ships_and_says_why(here, monkeypatch, l
         quantize(**given, strict=True, out="strict", progress=Progress(note=lines.append))
     assert not (here / "strict").exists()
     assert any("groups of products" in line for line in lines)
+
+
+@pytest.mark.parametrize(("low", "precision"), [(1.0, "int8"), (3.0, "fp32")])
+def test_a_bundle_is_named_by_the_precision_that_it_came_to_be_in(here, monkeypatch, low, precision):
+    times(monkeypatch, low)
+    before = set(here.iterdir())
+    bundle = quantize(search=True, out=None, calib_images=inputs(here / "in", 2), check=False)
+    assert bundle.precision == precision
+    assert set(here.iterdir()) - before == {
+        here / "in",
+        here / "cache",
+        here / f"net-onnxruntime-{precision}",
+    }
+
+
+def wide():
+    """Two wide convolutions, the only products that pay for a kernel more: image (1, 3, 24, 24) to y."""
+    pads = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}
+    nodes = [
+        *(node("Conv", ["image", "w0"], ["a"], **pads), node("Relu", ["a"], ["b"])),
+        *(node("Conv", ["b", "w1"], ["c"], **pads), node("Relu", ["c"], ["d"])),
+        *(node("Conv", ["d", "w2"], ["e"], **pads), node("Relu", ["e"], ["f"])),
+        *(node("Conv", ["f", "w3"], ["g"], kernel_shape=[1, 1]), node("GlobalAveragePool", ["g"], ["y"])),
+    ]
+    constants = [constant("w0", 256, 3, 3, 3), constant("w3", 4, 256, 1, 1)]
+    constants += [constant(name, 256, 256, 3, 3, scale=0.02) for name in ("w1", "w2")]
+    opset = [helper.make_opsetid("", 17)]
+    return model(nodes, [value("image", [1, 3, SIDE, SIDE])], ["y"], constants, opset_imports=opset)
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize("search", [False, True])
+def test_an_engine_in_8_bits_is_built_read_back_and_compared(here, precision, search):
+    pytest.importorskip("tensorrt_rtx")
+    onnx.save(wide(), "wide.onnx")
+    given = {"target": "tensorrt-rtx", "precision": precision, "search": search}
+    bundle = quantize("wide.onnx", **given, calib_images=inputs(here / "in", 2))
+    done, engine = bundle.manifest.conversion, bundle.manifest.engine
+    assert (bundle.precision, done["quantized"], done["rest"], done["declined"]) == (precision, 2, "fp16", "")
+    assert engine.eight_bits == {precision: 2}
+    assert bundle.manifest.verification["passed"]
+    assert bundle.manifest.verification["emulated"]
+    assert "speed" not in bundle.manifest.verification
+    assert f"2 products in {precision}" in summary(bundle, 1)
+    assert "2 in float16: " not in summary(bundle, 1)
+    if search:
+        speed = done["search"]["speed"]
+        assert speed["ratio"] < 0.97
+        assert (speed["engine"]["eight_bits"], speed["rest_engine"]["eight_bits"]) == (2, 0)
+        assert "groups of products (estimated)" in summary(bundle, 1)
+    feed = {"image": np.random.default_rng(99).normal(size=(1, 3, SIDE, SIDE)).astype(np.float32)}
+    with Predictor(bundle, backend="onnxruntime") as predictor:
+        expected, actual = run(wide(), **feed)["y"], predictor.run(feed)["y"]
+    assert 0 < np.linalg.norm(actual - expected) < 0.15 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_an_engine_that_8_bits_would_not_make_faster_is_in_float16(here, search):
+    pytest.importorskip("tensorrt_rtx")
+    lines = []
+    given = {"target": "tensorrt-rtx", "search": search, "out": None, "check": False}
+    bundle = quantize(**given, calib_images=inputs(here / "in", 2), progress=Progress(note=lines.append))
+    why = bundle.manifest.conversion["declined"]
+    assert f"warning: {why}; the bundle is in float16" in lines
+    assert (bundle.precision, bundle.path.name) == ("fp16", "net-tensorrt-rtx-fp16")
+    assert f"in float16, as {why}" in summary(bundle, 1)
+    assert not bundle.manifest.engine.eight_bits
+    kinds = {t.data_type for t in onnx.load(bundle.path / "model.onnx").graph.initializer}
+    assert onnx.TensorProto.FLOAT16 in kinds
+    assert onnx.TensorProto.FLOAT not in kinds
 
 
 def test_the_drop_is_what_does_not_agree_and_the_error_a_share_of_the_tolerance():
@@ -217,16 +287,12 @@ def test_the_drop_is_what_does_not_agree_and_the_error_a_share_of_the_tolerance(
         ({"max_drop": -1.0}, "--max-drop -1 is not from 0 to 100 points"),
         (
             {"precision": "fp32", "search": True, "strict": True},
-            "--strict is for --int8, and the precision is fp32",
+            "--strict is for --int8 and --fp8, and the precision is fp32",
         ),
         ({"calib_method": "best"}, "'best' is not a calibration method; choose auto, minmax"),
         (
             {"precision": "fp16", "search": True, "calib_method": "mse"},
-            "--calib-method is for --int8, and the precision is fp16",
-        ),
-        (
-            {"target": "tensorrt-rtx"},
-            "int8 is not written for tensorrt-rtx; use --target onnxruntime or openvino",
+            "--calib-method is for --int8 and --fp8, and the precision is fp16",
         ),
     ],
 )

@@ -119,6 +119,7 @@ def test_a_fixed_size_that_only_the_graph_shows_is_compared(here):
         ({"dynamic_size": True}, "needs --input-size"),
         ({"model": "meta-t-upernet"}, "--model is for a checkpoint"),
         ({"allow_partial": True}, "--allow-partial is for a checkpoint"),
+        ({"backbone_ckpt": "vit.pth"}, "--backbone-ckpt is for a checkpoint"),
         ({"precision": "fp4"}, "fp4"),
         ({"passes": "tidy"}, "'tidy' is not a graph pass"),
         ({"batch": 0, "dynamic_batch": (3, 2, 1)}, "does not rise"),
@@ -428,7 +429,7 @@ def test_external_data_that_is_missing_or_short(here):
 def test_a_graph_that_answers_otherwise_is_not_written(here, monkeypatch):
     from meta_deploy.export import pipeline
 
-    def broken(proto, names, prices, explain=False):
+    def broken(proto, *_):
         wrong = onnx.ModelProto.FromString(proto.SerializeToString())
         matrix = next(t for t in wrong.graph.initializer if t.name == "m")
         matrix.CopyFrom(numpy_helper.from_array(1.01 * numpy_helper.to_array(matrix), "m"))

@@ -17,6 +17,7 @@ from meta_deploy.export.sources import open_source
 from meta_deploy.export.trial import AnnotatedTrial
 from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.targets import TARGETS
+from meta_deploy.targets.target import BuildOptions
 from meta_deploy.tasks.annotations import open_annotations
 from tests import bundles_by_hand
 
@@ -38,7 +39,9 @@ def trial(model, truth, **options):
     bundle = Bundle(Path("b"), planned_manifest(source))
     tolerances = PRECISIONS["int8"].tolerances
     target = TARGETS["onnxruntime"]
-    made = AnnotatedTrial(source, target, samples, tolerances, bundle, open_annotations(truth))
+    made = AnnotatedTrial(
+        source, target, samples, tolerances, BuildOptions(), bundle, open_annotations(truth)
+    )
     made.begin(source.graph("native"))
     return made, source.graph("native")
 

@@ -123,7 +123,7 @@ ROWS = {"rows": np.array([1, 4, 6, 6]), "keep": np.ones((1, 4, 6, 6), bool), "ze
             "Softmax",
             "the softmax goes over axis 2, not over the last of four",
         ),
-        ("fuse-attention", Map((Stripes(),), dtype="float16").proto(), "Softmax", "q is of type float16"),
+        ("fuse-attention", Map((Stripes(),), dtype="float64").proto(), "Softmax", "q is of type float64"),
         ("fuse-layer-norm", layer_norm(12), "Sqrt", "the graph is of opset 12"),
         (
             "fuse-layer-norm",

@@ -1,7 +1,9 @@
 """8 bits: where they go, that ONNX Runtime's own kernels take them, and that the numbers stay near."""
 
 import re
+from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime
@@ -10,15 +12,22 @@ from onnx import TensorProto, helper, numpy_helper
 
 from meta_deploy.errors import InputError
 from meta_deploy.graph.graph import normalized
+from meta_deploy.graph.precision.emulate import emulated
 from meta_deploy.graph.precision.int8 import INT8, Quantization, searched
+from meta_deploy.graph.precision.lower import to_proto
 from meta_deploy.graph.precision.placement import place
-from meta_deploy.graph.precision.rules import Int8Rules
+from meta_deploy.graph.precision.qdq import insert
+from meta_deploy.graph.precision.rules import EightBitRules
 from meta_deploy.targets import TARGETS
 from tests.small_graphs import model, run, value
 
-ORT = TARGETS["onnxruntime"].int8
-FREE = Int8Rules(False, True, True, speedup=4, value=0, node=0, channels=2)  # any size pays
-SIGNED = Int8Rules(True, False, False, speedup=4, value=0, node=0, channels=2)
+ORT = TARGETS["onnxruntime"].eight_bits["int8"]
+FREE = EightBitRules(False, True, True, speedup=4, value=0, node=0, channels=2)  # any size pays
+SIGNED = EightBitRules(True, False, False, speedup=4, value=0, node=0, channels=2)
+TRT = {
+    kind: replace(rules, value=0, node=0, channels=2)
+    for kind, rules in TARGETS["tensorrt-rtx"].eight_bits.items()
+}
 OPSET = [helper.make_opsetid("", 20)]
 
 
@@ -88,7 +97,9 @@ def extremes(inputs):
 
 def quantized(proto, rules=FREE, inputs=None, outputs=None):
     extremes.proto = proto
-    return INT8().convert(proto, quantization=Quantization(rules, extremes(inputs or feeds()), outputs))
+    inputs = inputs or feeds()
+    quantization = Quantization(rules, extremes(inputs), outputs)
+    return INT8().convert(proto, inputs, quantization=quantization)
 
 
 def as_it_runs(proto, tmp_path):
@@ -114,7 +125,7 @@ def reasons(nodes, constants, rules=FREE, shape=(1, 16, 16, 16), outputs=("y",),
 def test_what_is_quantized_runs_in_8_bit_kernels(tmp_path):
     proto, done = quantized(network())
     onnx.checker.check_model(proto, full_check=True)
-    assert (done.products, done.int8_products) == (7, 5)
+    assert (done.products, done.quantized) == (7, 5)
     found = as_it_runs(proto, tmp_path)
     kernels = [op for op in found if op in ("QLinearConv", "QGemm", "MatMulIntegerToFloat")]
     assert sorted(kernels) == ["MatMulIntegerToFloat", "QGemm", "QGemm", "QLinearConv", "QLinearConv"]
@@ -158,7 +169,7 @@ SIX = [numpy_helper.from_array(np.float32(edge), f"edge{edge}") for edge in (0, 
 def test_whatever_stands_behind_a_product_its_kernel_is_found(proto, tmp_path):
     inputs = feeds([dim.dim_value for dim in proto.graph.input[0].type.tensor_type.shape.dim])
     converted, done = quantized(proto, inputs=inputs)
-    assert done.int8_products == 1
+    assert done.quantized == 1
     found = as_it_runs(converted, tmp_path)
     assert sum(op.startswith(("QLinear", "QGemm", "MatMulInteger")) for op in found) == 1
     assert "Clip" not in found
@@ -237,7 +248,7 @@ def test_a_tensor_is_quantized_once_whoever_reads_it():
     constants = [constant("stem", 8, 3, 3, 3), *(constant(w, 8, 8, 3, 3) for w in ("w1", "w2", "w3"))]
     proto = model(nodes, [value("x", [1, 3, 16, 16])], ["y"], constants, opset_imports=OPSET)
     converted, done = quantized(proto)
-    assert done.int8_products == 2
+    assert done.quantized == 2
     read = [n.input[0] for n in ops(converted, "QuantizeLinear")]
     assert sorted(read) == ["a", "b", "c"]
     assert ops(converted, "Sigmoid")[0].input == ["a"]  # what needs no 8 bits reads the tensor itself
@@ -362,6 +373,149 @@ def test_rules_of_a_target_that_wants_signed_numbers_and_float_biases():
         np.testing.assert_allclose(run(proto, **feed)["y"], run(network(), **feed)["y"], atol=0.2)
 
 
+def constants_of(proto):
+    return {t.name: t for t in proto.graph.initializer}
+
+
+def array(tensor):
+    """An initializer's numbers; numpy has no 8-bit floats."""
+    if tensor.data_type != TensorProto.FLOAT8E4M3FN:
+        return numpy_helper.to_array(tensor)
+    return np.frombuffer(tensor.raw_data, ml_dtypes.float8_e4m3fn).reshape(tensor.dims)
+
+
+@pytest.mark.parametrize(("number", "kind"), [("int8", TensorProto.INT8), ("fp8", TensorProto.FLOAT8E4M3FN)])
+def test_for_tensorrt_all_is_symmetric_and_the_rest_float16(number, kind):
+    proto, done = quantized(network(), TRT[number])
+    onnx.checker.check_model(proto, full_check=True)
+    assert (done.quantized, done.rest, done.lowered.float32_nodes) == (5, "fp16", 0)
+    tensors = constants_of(proto)
+    pairs = ops(proto, "QuantizeLinear") + ops(proto, "DequantizeLinear")
+    for one in pairs:
+        scale, zero = (tensors[name] for name in one.input[1:])
+        assert (scale.data_type, zero.data_type) == (TensorProto.FLOAT16, kind)
+        assert list(scale.dims) == list(zero.dims) == []
+        assert not array(zero).astype(np.float32).any()
+    assert TensorProto.INT32 not in {t.data_type for t in tensors.values()}
+    assert not any(t.data_type == TensorProto.FLOAT for t in tensors.values())
+    weights = {name for name, t in tensors.items() if t.data_type == kind and t.dims}
+    assert weights == {f"{name}/{number}" for name in ("w1", "w2", "m1", "m2", "w3")}
+
+
+@pytest.mark.parametrize(("number", "off"), [("int8", 0.06), ("fp8", 0.15)])
+def test_for_tensorrt_the_numbers_stay_near(number, off):
+    """As a GPU computes it, which rounds to float16 behind every node, and as ONNX Runtime does."""
+    proto, _ = quantized(network(), TRT[number])
+    for feed in feeds():
+        expected = run(network(), **feed)["y"]
+        for one in (proto, emulated(proto)):
+            assert 1e-3 < np.linalg.norm(run(one, **feed)["y"] - expected) / np.linalg.norm(expected) < off
+
+
+def normed(output):
+    """What a convolution may read that is not the graph's first."""
+    return node("LayerNormalization", ["x", "one"], [output])
+
+
+def ones(size):
+    return numpy_helper.from_array(np.ones(size, np.float32), "one")
+
+
+def uneven(*shape, axis=0, spread=100.0):
+    """Weights of which one output channel is many times another."""
+    numbers = np.random.default_rng(3).normal(size=shape).astype(np.float32)
+    sizes = np.geomspace(1, spread, shape[axis]).astype(np.float32)
+    return numpy_helper.from_array(
+        numbers * sizes.reshape([-1 if i == axis else 1 for i in range(len(shape))]), "w"
+    )
+
+
+@pytest.mark.parametrize("number", ["int8", "fp8"])
+@pytest.mark.parametrize(
+    ("nodes", "weights", "axis", "shape"),
+    [
+        ([conv("t", "w", "p", bias=True)], (16, 8, 3, 3), 0, (1, 8, 6, 6)),
+        ([conv("t", "w", "p")], (16, 8, 3, 3), 0, (1, 8, 6, 6)),
+        ([node("Gemm", ["t", "w", "wb"], ["p"], transB=1)], (16, 8), 0, (6, 8)),
+        ([node("Gemm", ["t", "w", "wb"], ["p"])], (8, 16), 1, (6, 8)),
+        ([node("MatMul", ["t", "w"], ["p"])], (8, 16), 1, (1, 6, 8)),
+    ],
+)
+def test_channels_of_other_sizes_have_factors_behind_the_product(nodes, weights, axis, shape, number):
+    """The same numbers as with a scale a channel: no channel is worse off than another."""
+    ends = normed("t"), node("Neg", ["p"], ["y"])
+    constants = [uneven(*weights, axis=axis), constant("wb", 16, scale=5), ones(shape[-1])]
+    proto = model([ends[0], *nodes, ends[1]], [value("x", shape)], ["y"], constants, opset_imports=OPSET)
+    rules = replace(TRT[number], rest="fp32")
+    graph = normalized(proto)
+    placement = place(graph.graph, rules, [])
+    insert(graph.graph, placement, {"t": (-3.0, 3.0)}, rules)
+    converted = to_proto(graph)
+    onnx.checker.check_model(converted, full_check=True)
+    factors = ops(converted, "Mul")
+    if number == "fp8" and nodes[0].op_type == "Conv":
+        assert not factors  # floats hold them by one scale
+    else:
+        assert [one.input[0] for one in factors] == ["p/product"]
+        assert len(converted.graph.node) == 7 + (len(nodes[0].input) > 2)  # the bias goes behind the factors
+    feed = feeds(shape)[0]
+    expected, actual = run(proto, **feed)["y"], run(converted, **feed)["y"]
+    rows = [np.moveaxis(one, 1 if len(shape) == 4 else -1, 0).reshape(16, -1) for one in (expected, actual)]
+    off = np.linalg.norm(rows[1] - rows[0], axis=1) / np.linalg.norm(rows[0], axis=1)
+    assert off.max() < (0.03 if number == "int8" else 0.12)
+
+
+def test_a_convolution_of_even_channels_is_one_kernel_with_its_bias():
+    """TensorRT's kernel takes bias and ReLU in then, and no Mul between."""
+    for spread, muls, biases in ((1.0, 0, 1), (100.0, 1, 0)):
+        nodes = [normed("t"), conv("t", "w", "p", bias=True), node("Relu", ["p"], ["y"])]
+        constants = [uneven(16, 8, 3, 3, spread=spread), constant("wb", 16), ones(6)]
+        proto = model(nodes, [value("x", [1, 8, 6, 6])], ["y"], constants, opset_imports=OPSET)
+        converted, _ = quantized(proto, TRT["int8"], feeds((1, 8, 6, 6)), outputs=[])
+        assert len(ops(converted, "Mul")) == muls
+        assert [len(n.input) for n in ops(converted, "Conv")] == [2 + biases]
+
+
+def test_what_a_product_makes_keeps_its_name_behind_the_factors():
+    """So does an output of the graph, and the range of what the next product reads."""
+    nodes = [node("Tanh", ["x"], ["t"]), node("MatMul", ["t", "w"], ["p"]), node("MatMul", ["p", "v"], ["q"])]
+    nodes.append(node("Relu", ["q"], ["y"]))
+    constants = [uneven(8, 16, axis=1), constant("v", 16, 8)]
+    proto = model(nodes, [value("x", [5, 8])], ["y", "p"], constants, opset_imports=OPSET)
+    converted, done = quantized(proto, TRT["int8"], feeds((5, 8)), outputs=[])
+    assert done.quantized == 2
+    assert [o.name for o in converted.graph.output] == ["y", "p"]
+    feed = feeds((5, 8))[0]
+    expected, actual = run(proto, **feed), run(converted, **feed)
+    for name in ("y", "p"):
+        assert np.linalg.norm(actual[name] - expected[name]) < 0.03 * np.linalg.norm(expected[name])
+
+
+def test_scales_are_what_float16_holds():
+    """A tensor and weights that are all but zero have no scale whose inverse is infinite."""
+    nodes = [node("Mul", ["x", "tiny"], ["t"]), node("MatMul", ["t", "w"], ["p"]), node("Relu", ["p"], ["y"])]
+    constants = [numpy_helper.from_array(np.float32(1e-4), "tiny"), constant("w", 8, 16, scale=1e-6)]
+    proto = model(nodes, [value("x", [5, 8])], ["y"], constants, opset_imports=OPSET)
+    converted, _ = quantized(proto, TRT["int8"], feeds((5, 8)), outputs=[])
+    scales = [array(t) for name, t in constants_of(converted).items() if "scale" in name]
+    assert {scale.dtype for scale in scales} == {np.dtype(np.float16)}
+    assert min(scales) >= 2**-14
+
+
+def test_an_old_graph_is_brought_to_an_opset_with_float16_scales():
+    nodes = [node("Tanh", ["x"], ["t"]), node("MatMul", ["t", "w"], ["p"]), node("Tanh", ["p"], ["y"])]
+    for opset, expected in ((11, 19), (18, 19), (20, 20)):
+        proto = model(
+            nodes,
+            [value("x", [5, 8])],
+            ["y"],
+            [constant("w", 8, 8)],
+            opset_imports=[helper.make_opsetid("", opset)],
+        )
+        converted, done = quantized(proto, TRT["int8"], feeds((5, 8)), outputs=[])
+        assert (converted.opset_import[0].version, done.quantized) == (expected, 1)
+
+
 def test_a_bias_that_int32_cannot_hold_makes_the_weights_coarser():
     nodes = [node("Sigmoid", ["x"], ["s"]), node("Gemm", ["s", "w", "b"], ["g"]), node("Tanh", ["g"], ["h"])]
     nodes += [node("MatMul", ["h", "last"], ["y"])]
@@ -389,7 +543,7 @@ def test_products_share_the_weights_that_they_shared():
         nodes, [value("x", [5, 8])], ["y"], [constant("w", 8, 8), constant("last", 8, 4)], opset_imports=OPSET
     )
     converted, done = quantized(proto, inputs=feeds((5, 8)))
-    assert done.int8_products == 2
+    assert done.quantized == 2
     assert sum(t.data_type == TensorProto.INT8 and len(t.dims) == 2 for t in converted.graph.initializer) == 1
 
 
@@ -425,7 +579,7 @@ def test_what_is_quantized_already_is_refused():
 def test_a_graph_in_which_nothing_gains_stays_as_it_is_and_says_why():
     proto, done = quantized(network(), ORT)
     assert proto == network()
-    assert (done.int8_products, done.products) == (0, 7)
+    assert (done.quantized, done.products) == (0, 7)
     assert re.match(r"no product of the graph gains from 8 bits: .*\(5\)", done.declined)
 
 
@@ -437,26 +591,26 @@ def test_what_a_search_leaves_is_what_is_quantized():
     extremes.proto = network()
     given = Quantization(FREE, extremes(feeds()), search=search)
     converted, done = INT8().convert(network(), quantization=given)
-    assert (done.int8_products, done.search, done.declined) == (2, {"declined": "", "groups": []}, "")
-    assert done.float32_products["not now"] == 3
+    assert (done.quantized, done.search, done.declined) == (2, {"declined": "", "groups": []}, "")
+    assert done.kept["not now"] == 3
     weights = [t.name for t in converted.graph.initializer if t.data_type == TensorProto.INT8]
     assert [name for name in weights if name.endswith("/int8")] == ["w2/int8", "m1/int8"]
     none = Quantization(
         FREE, extremes(feeds()), search=lambda g, p, r: (p.only([], "no"), {"declined": "no"})
     )
     proto, done = INT8().convert(network(), quantization=none)
-    assert (proto, done.int8_products, done.declined) == (network(), 0, "no")
+    assert (proto, done.quantized, done.declined) == (network(), 0, "no")
 
 
 def test_a_search_is_told_in_a_table():
     row = {"products": 1, "gain_ms": 1.0}
     groups = [
-        row | {"group": name, "fp32_ms": full, "int8_ms": low, "error": error, "int8": chosen}
+        row | {"group": name, "rest_ms": full, "low_ms": low, "error": error, "chosen": chosen}
         for name, full, low, error, chosen in (
             ("a", 2.0, 1.0, None, True), ("b", 2.0, 1.0, None, True), ("c\x1b", 3.0, 4.0, 0.25, False)
         )
     ]  # fmt: skip
-    lines = searched({"groups": groups}).splitlines()[1:]
+    lines = searched({"by": "time", "groups": groups}).splitlines()[1:]
     assert [line.split() for line in lines[1:]] == [
         ["c\\x1b", "3.000", "4.000", "0.250", "no"],
         ["a", "and", "1", "alike", "2.000", "1.000", "yes"],

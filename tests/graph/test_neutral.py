@@ -79,3 +79,62 @@ def test_padding_with_zeros_goes_into_the_convolution(pads, own, dilation, chann
     if not any(pads) and not channels:
         taken = True
     assert ("Pad" not in cleaned(nodes, constants, [1, 3, 7, 8])) == taken
+
+
+@settings(RANDOM, max_examples=30)
+@given(
+    start=st.integers(-1, 1),
+    end=st.sampled_from([2, 3, 4, -1, 2**40]),
+    axis=st.integers(-1, 1),
+    step=st.sampled_from([1, 1, 1, -1, 2]),
+)
+def test_a_slice_of_all_goes(start, end, axis, step):
+    taken = np.arange(4 if axis else 3)[start:end:step]
+    if len(taken) == 0:
+        return
+    numbers = {"s": start, "e": end, "a": axis, "st": step}
+    constants = {name: np.array([number]) for name, number in numbers.items()}
+    nodes = [node("Relu", ["x"], ["r"]), node("Slice", ["r", *constants], ["b"]), node("Exp", ["b"], ["y"])]
+    shape = [3, len(taken)] if axis else [len(taken), 4]
+    same_as_before = list(taken) == list(range(4 if axis else 3))
+    assert ("Slice" not in cleaned(nodes, constants, [3, 4], shape)) == same_as_before
+
+
+@pytest.mark.parametrize(("to", "stays"), [([3, 4], False), ([1, 1], False), ([2, 3, 4], True), ([4], False)])
+def test_an_expand_to_the_same_shape_goes(to, stays):
+    nodes = [node("Relu", ["x"], ["r"]), node("Expand", ["r", "to"], ["b"]), node("Exp", ["b"], ["y"])]
+    out = list(np.broadcast_shapes((3, 4), tuple(to)))
+    assert ("Expand" in cleaned(nodes, {"to": np.array(to)}, [3, 4], out)) == stays
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_concat_of_one_tensor_goes(count):
+    nodes = [
+        node("Relu", ["x"], ["r"]),
+        node("Concat", ["r"] * count, ["b"], axis=0),
+        node("Exp", ["b"], ["y"]),
+    ]
+    assert ("Concat" in cleaned(nodes, {}, [3, 4], [3 * count, 4])) == (count > 1)
+
+
+@pytest.mark.parametrize(
+    ("op", "other", "stays"),
+    [("Div", [3, 4], False), ("Add", [3, 4], False), ("Mul", [1, 4], True), ("Pow", [3, 4], True)],
+)
+@pytest.mark.parametrize("swap", [False, True])
+def test_what_broadcasts_itself_reads_no_expand(op, other, stays, swap):
+    nodes = [
+        node("ReduceMax", ["x"], ["m"], keepdims=1),
+        node("Exp", ["m"], ["e"]),
+        node("Expand", ["e", "to"], ["b"]),
+        node("Exp", ["x" if other[0] == 3 else "c"], ["o"]),
+        node(op, ["b", "o"] if swap else ["o", "b"], ["s"]),
+        node("Exp", ["s"], ["y"]),
+    ]
+    constants = {"to": np.array([3, 4]), "c": RNG.standard_normal(other).astype(np.float32)}
+    if other[0] == 1:
+        nodes[3] = node("ReduceMean", ["x", "zero"], ["o"], keepdims=1)
+        constants = {"to": np.array([3, 4]), "zero": np.array([0])}
+    else:
+        del constants["c"]
+    assert ("Expand" in cleaned(nodes, constants, [3, 4], [3, 4])) == stays

@@ -1,5 +1,6 @@
 """Engines are built for real, without a GPU; what they consist of is read from the build's log."""
 
+import dataclasses
 import importlib.util
 import os
 import platform
@@ -20,6 +21,10 @@ from onnx import TensorProto, helper, numpy_helper
 from meta_deploy.bundle.manifest import Profile, read_engine
 from meta_deploy.errors import EngineError, InputError
 from meta_deploy.graph.precision import PRECISIONS
+from meta_deploy.graph.precision.int8 import Quantization
+from meta_deploy.graph.prices import GPU
+from meta_deploy.targets import get_target
+from meta_deploy.targets.target import BuildOptions
 from meta_deploy.targets.tensorrt import build as engine_module
 from meta_deploy.targets.tensorrt.build import Engine, available, build_engine, check_gpus
 from meta_deploy.targets.tensorrt.build_log import parse_log
@@ -498,3 +503,114 @@ def test_what_a_log_does_not_tell_is_none_in_the_section_and_not_zero(missing, t
     assert [getattr(section, name) is None for name in told] == [i == missing for i in range(3)]
     assert (section.generated_kernels is None) == (section.fused_attention is None) == (missing == 2)
     assert read_engine(msgspec.to_builtins(section), tmp_path) == section
+
+
+# --- 8 bits ---
+
+
+def products():
+    """A convolution with ReLU between two norms, and a product of matrices with a GELU."""
+    nodes = [
+        node("LayerNormalization", ["x", "one"], ["n"]),
+        node("Conv", ["n", "w", "b"], ["c"], kernel_shape=[3, 3], pads=[1, 1, 1, 1]),
+        node("Relu", ["c"], ["r"]),
+        node("LayerNormalization", ["r", "one"], ["m"]),
+        node("MatMul", ["m", "v"], ["p"]),
+        node("Gelu", ["p"], ["y"]),
+    ]
+    for one in nodes:
+        one.name = one.output[0]
+    ones = numpy_helper.from_array(np.ones(16, np.float32), "one")
+    constants = [ones, floats("w", 32, 16, 3, 3), floats("b", 32, seed=1), floats("v", 16, 32, seed=2)]
+    opset = [helper.make_opsetid("", 20)]
+    return model(nodes, [value("x", [1, 16, 16, 16])], ["y"], constants, opset_imports=opset)
+
+
+def in_8_bits(number):
+    rules = dataclasses.replace(get_target(RTX).eight_bits[number], value=0, node=0)
+    quantization = Quantization(
+        rules, lambda graph, found: (dict.fromkeys(found.readers, (-3.0, 3.0)), {}), []
+    )
+    return PRECISIONS[number].convert(products(), quantization=quantization)[0]
+
+
+@builds
+@pytest.mark.parametrize(
+    ("number", "gpus", "found"),
+    [
+        ("int8", (), {"int8": 2}),
+        ("int8", ("8.6",), {"int8": 2}),
+        ("int8", ("7.5",), {"int8": 1}),  # there convolutions are computed in float16
+        ("fp8", ("8.9", "12.0"), {"fp8": 2}),
+    ],
+)
+def test_what_runs_in_8_bits_is_read_back(number, gpus, found):
+    engine = build(in_8_bits(number), compute_capabilities=gpus)
+    section = engine.section()
+    assert section.eight_bits == found
+    named = [name for layer in engine.layers if layer.eight_bits for name in layer.nodes]
+    assert {"c", "p"} & set(named) == ({"p"} if gpus == ("7.5",) else {"c", "p"})
+    line = get_target(RTX).describe(section)
+    assert f"{found[number]} products in {number}, " in line
+
+
+@builds
+def test_a_convolution_in_8_bits_takes_its_bias_and_relu_in():
+    """No kernel more than in float16: the norm before it quantizes, and its own kernel restores."""
+    half, low = PRECISIONS["fp16"].convert(products())[0], in_8_bits("int8")
+    made = {
+        name: next(layer for layer in build(proto).layers if "c" in layer.nodes)
+        for name, proto in (("half", half), ("low", low))
+    }
+    assert [set(made[name].nodes) >= {"c", "r"} for name in ("half", "low")] == [True, True]
+    assert (made["half"].type, made["low"].type) == ("fp16", "fp16")
+    assert (made["half"].eight_bits, made["low"].eight_bits) == ("", "int8")
+
+
+@builds
+def test_an_engine_is_estimated_by_layers_bytes_and_multiply_adds():
+    target = get_target(RTX)
+    half = PRECISIONS["fp16"].convert(products())[0].SerializeToString()
+    low = target.estimate(in_8_bits("int8").SerializeToString(), (), BuildOptions("int8"))
+    full = target.estimate(half, (), BuildOptions("fp16"))
+    assert (full.eight_bits, low.eight_bits) == (0, 2)
+    assert full.layers >= 3
+    assert low.weights_mb < full.weights_mb
+    assert full.ms >= full.layers * GPU.node / 15e9
+
+
+def test_multiply_adds_are_those_of_the_graph():
+    half = {"datatype": "Half"}
+    conv = Layer(
+        name="c",
+        kind="correlation",
+        inputs=(LayerTensor(shape=(1, 16, 20, 20), **half),),
+        constants=(LayerTensor(shape=(32, 16, 3, 3), **half), LayerTensor(shape=(1, 32, 1, 1), **half)),
+        outputs=(LayerTensor(shape=(1, 32, 20, 20), **half),),
+    )
+    assert conv.macs == 32 * 400 * 16 * 9
+    assert conv.bytes == 2 * (16 * 400 + 32 * 16 * 9 + 32 + 32 * 400)
+    weights = LayerTensor(shape=(1, 24, 48), **half)
+    product = Layer(name="p", constants=(weights,), outputs=(LayerTensor(shape=(1, 100, 48), **half),))
+    assert product.macs == 100 * 24 * 48
+    assert Layer(name="k", kernel="__myl_Add", constants=(weights,), outputs=product.outputs).macs == 0
+    assert Layer(name="a", inputs=product.outputs, outputs=product.outputs).macs == 0
+    assert LayerTensor(shape=(-1, 3), **half).bytes is None
+    assert Layer(name="o", outputs=(LayerTensor(shape=(-1, 3), **half),)).bytes == 0
+
+
+@builds
+@pytest.mark.parametrize(("gpus", "old"), [(("8.6",), "8.6"), (("12.0", "7.5"), "7.5")])
+def test_fp8_is_refused_for_gpus_without_it(gpus, old):
+    with pytest.raises(InputError, match=f"^fp8 needs compute capability 8.9 or more, not {old}; use --int8"):
+        get_target(RTX).check(BuildOptions("fp8", gpus))
+    get_target(RTX).check(BuildOptions("fp8", ("8.9",)))
+    get_target(RTX).check(BuildOptions("int8", gpus))
+
+
+@builds
+def test_fp8_is_built_for_the_gpus_that_have_it():
+    built = get_target(RTX).build(in_8_bits("fp8").SerializeToString(), profiles(), BuildOptions("fp8"))
+    assert built.engine.compute_capabilities
+    assert all(float(gpu) >= 8.9 for gpu in built.engine.compute_capabilities)
+    assert {"8.9", "12.0"} <= set(built.engine.compute_capabilities)

@@ -197,9 +197,9 @@ def test_products_run_in_8_bits_from_weights_of_8_bits():
     opset = [helper.make_opsetid("", 20)]
     proto = model(nodes, [value("x", [1, 900, 128])], ["y"], weights, opset_imports=opset)
     ends = {"x": (-4.0, 4.0), "b": (-0.2, 3.0)}
-    quantization = Quantization(TARGET.int8, lambda graph, placement: (ends, {}))
+    quantization = Quantization(TARGET.eight_bits["int8"], lambda graph, placement: (ends, {}))
     converted, done = PRECISIONS["int8"].convert(proto, quantization=quantization)
-    assert done.int8_products == 2
+    assert done.quantized == 2
     built = TARGET.build(converted.SerializeToString(), [], BuildOptions("int8"))
     assert len(built.files["model.bin"]) < 7 * 128 * 128  # "v" in 8 bits alone, "w" in both
     compiled = module.compile_model(

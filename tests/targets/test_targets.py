@@ -53,7 +53,7 @@ def test_a_target_names_only_what_there_is(name):
     for some in (target.lowered_by_build, target.float32_operators, target.gpu_only):
         assert set(some) <= set(target.precisions)
     assert set(target.automatic) <= set(target.backends) <= set(BACKEND_NAMES)
-    assert ("int8" in target.precisions) == (target.int8 is not None)
+    assert set(target.eight_bits) == {name for name in target.precisions if PRECISIONS[name].calibrates}
 
 
 def test_the_choices_are_the_targets_and_their_back_ends_and_auto():

@@ -4,8 +4,10 @@ import json
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 
 from meta_deploy.models.checkpoint.load import load_model
+from meta_deploy.models.registry import build_model, get_config
 from tools.train import Training, freeze_batch_norm, pack, parse, train, unpack
 from tools.training_data import Sample, Scenes
 
@@ -42,6 +44,19 @@ def test_a_resumed_training_is_the_uninterrupted_one_and_can_be_loaded(tmp_path,
     lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 4
     assert set(lines[-1]["validation"]) >= {"IoU background", "IoU boundary"}
+
+
+def test_a_training_starts_from_a_plain_vit(tmp_path):
+    torch.manual_seed(0)
+    config = get_config("meta-nano-upernet")
+    config = replace(config, backbone=replace(config.backbone, layer_scale=True, pos_grid=3))
+    vit = build_model(config).backbone.vit.state_dict()
+    torch.save(vit, tmp_path / "vit.pth")
+    given = ["--out", str(tmp_path), "--steps", "1", "--backbone-ckpt", str(tmp_path / "vit.pth")]
+    training = Training(parse([*SMALL, *given]), Scenes())
+    assert (training.config.backbone.layer_scale, training.config.backbone.pos_grid) == (True, 3)
+    for name, value in training.model.backbone.vit.state_dict().items():
+        assert torch.equal(value, vit[name]), name
 
 
 def test_objects_arrive_as_they_were_sent():

@@ -10,7 +10,7 @@ from meta_deploy.export.options import Options
 from meta_deploy.export.sources.source import Source
 
 _ONNX_ONLY = ("shapes", "mean", "std", "scale", "bgr", "class_names")
-_CHECKPOINT_ONLY = ("model", "allow_partial", "operators")
+_CHECKPOINT_ONLY = ("model", "allow_partial", "operators", "backbone_ckpt")
 
 
 def is_onnx(path: str | Path) -> bool:

@@ -26,14 +26,14 @@ from meta_deploy.export.samples import ImageSamples, Samples
 from meta_deploy.export.sources.source import Source
 from meta_deploy.export.trace import export_onnx
 from meta_deploy.models.checkpoint.load import load_model
-from meta_deploy.models.registry import config_to_dict
+from meta_deploy.models.registry import backbone_of, config_to_dict
 from meta_deploy.tasks import get_task
 
 DIVISOR = 32  # every model here takes sizes that are multiples of this
 
 
 class CheckpointSource(Source):
-    """A checkpoint of one of our models."""
+    """A checkpoint of one of our models; or the file of a ViT alone, and a random model around it."""
 
     traced = True
 
@@ -43,8 +43,12 @@ class CheckpointSource(Source):
             torch.set_num_threads(threads)
         # Refused now rather than after loading.
         input_spec(options.input_size or (DIVISOR, DIVISOR), options)
-        self.loaded = load_model(path, options.model, allow_partial=options.allow_partial, log=note)
+        vit = options.backbone_ckpt
+        checkpoint = None if vit is not None and Path(path) == Path(vit) else path
+        self.loaded = load_model(checkpoint, options.model, options.allow_partial, note, vit)
         self.config = self.loaded.config
+        if options.dynamic_size and backbone_of(self.config).fixed_size:
+            raise InputError(f"{self.config.name} is exported for one size; leave out --dynamic-size")
         self.name = self.config.name
         self.spec = input_spec(options.input_size or self.config.input_size, options)
         self.preprocess = preprocess_rules(self.config, self.spec)

@@ -32,6 +32,7 @@ from meta_deploy.graph.linear import (
     representable,
     set_weights,
 )
+from meta_deploy.graph.moves import chain_before, follow
 
 UNKNOWN = "it trains, or its parameters are not constants of one value a channel"
 Weights = tuple[np.ndarray, np.ndarray | None]  # weight, bias
@@ -41,8 +42,8 @@ def fold_batch_norm(graph: gs.Graph) -> int:
     """Fold each BatchNormalization into the linear map before it, else into all those that read it.
 
     Check: its parameters are constants, it does not train. Before it: nothing else reads what the linear map
-    makes. After it: everything that reads it is a linear map that has no padding to shift, being pointwise,
-    or there is nothing to shift.
+    makes; there may be moves between that leave the channels whole. After it: everything that reads it is a
+    linear map that has no padding to shift, being pointwise, or there is nothing to shift.
 
     Returns:
         Nodes of that kind removed.
@@ -84,11 +85,13 @@ def _fold_back(graph: gs.Graph, norm: gs.Node, fresh: Callable[[str], str]) -> s
     x, affine = norm.inputs[0], _affine(norm)
     if affine is None:
         return UNKNOWN
-    linear = linear_from(graph, x)
-    if linear is None or channel_axis(linear) != 1:
+    start, moves = chain_before(graph, x)
+    linear = linear_from(graph, start)
+    if linear is None or not _on_axis_1(linear, moves):
         return f"{made_by(x)}, no linear map of constant weights with its channels on axis 1"
-    if not sole_consumer(graph, x):
-        return read_elsewhere(graph, x, norm)
+    for tensor, reader in ((x, norm), (start, moves[0] if moves else norm)):
+        if not sole_consumer(graph, tensor):
+            return read_elsewhere(graph, tensor, reader)
     scale, shift = affine
     weight = linear.weight * by_output(linear, scale)
     bias = shift if linear.bias is None else linear.bias * scale + shift
@@ -97,6 +100,20 @@ def _fold_back(graph: gs.Graph, norm: gs.Node, fresh: Callable[[str], str]) -> s
     set_weights(graph, linear, weight, bias, fresh)
     stand_in(norm, x)
     return None
+
+
+def _on_axis_1(linear: Linear, moves: list[gs.Node]) -> bool:
+    """Whether the channels of a linear map are axis 1 after moves: whole, and alone."""
+    axis = channel_axis(linear)
+    if not moves or axis is None:
+        return axis == 1
+    factors = follow(linear.y, moves)
+    return (
+        factors is not None
+        and len(factors.axes) > 1
+        and bool(factors.axes[1])
+        and factors.axes[1] == factors.origin[axis]
+    )
 
 
 def _fold_on(graph: gs.Graph, norm: gs.Node, inside: IdentitySet, fresh: Callable[[str], str]) -> str | None:

@@ -5,35 +5,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 
 from meta_deploy.graph.attention import Attention, find_attention
 from meta_deploy.graph.explain import declined, shown
-from meta_deploy.graph.graph import fresh_names, is_batch, is_op, own_nodes, static_shape, tidy
+from meta_deploy.graph.graph import (
+    CONTRIBUTED,
+    fresh_names,
+    import_domain,
+    is_batch,
+    is_op,
+    own_nodes,
+    static_shape,
+    tidy,
+)
 from meta_deploy.graph.moves import add_move
-
-DOMAIN = "com.microsoft"
+from meta_deploy.graph.rowwise import node_places, transposed
 
 
 def fuse_attention(graph: gs.Graph) -> int:
-    """Replace softmax(q * scale @ k^T + bias) @ v of four axes by MultiHeadAttention.
+    """Replace softmax(q * scale @ k^T + bias) @ v of three or four axes by MultiHeadAttention.
 
     Pattern and check: see `find_attention`; the number of heads is known.
     Rewrite: heads move beside d, as the operator takes them, and back; `collapse-chains` joins these moves
-    with the ones around.
+    with the ones around, to which they go past norms of q and k. A scale for each head goes on q.
 
     Returns:
         Places changed.
     """
     fresh = fresh_names(graph)
-    inside = own_nodes(graph)
+    inside, places = own_nodes(graph), node_places(graph)
     changes = 0
     for node in list(graph.nodes):
-        found = find_attention(graph, node, biased=True) if is_op(node, "Softmax") else None
+        found = find_attention(graph, node, fusing=True) if is_op(node, "Softmax") else None
         if found is None:
             continue
         if found.last not in inside:
@@ -41,51 +48,55 @@ def fuse_attention(graph: gs.Graph) -> int:
         elif is_batch(found.q.shape[1]):
             declined(node, f"the number of heads of {shown(found.q)} is not known")
         else:
-            _rewrite(graph, found, fresh)
+            _rewrite(graph, found, places, fresh)
             changes += 1
     if changes:
-        graph.import_domains = _with_domain(graph)
+        import_domain(graph, CONTRIBUTED)
         tidy(graph)
     return changes
 
 
-def _rewrite(graph: gs.Graph, found: Attention, fresh: Callable[[str], str]) -> None:
-    out = found.last.outputs[0]
-    b, h, n, d = static_shape(found.q)  # type: ignore[misc]
-    k_order = (0, 3, 1, 2) if found.k_transposed else (0, 2, 1, 3)
-    named = (("q", found.q, (0, 2, 1, 3)), ("k", found.k, k_order), ("v", found.v, (0, 2, 1, 3)))
-    inputs = [_joined(graph, f"{out.name}/{name}", x, order, fresh) for name, x, order in named]
+def _rewrite(graph: gs.Graph, found: Attention, places: dict[int, int], fresh: Callable[[str], str]) -> None:
+    out, q, k, v = found.last.outputs[0], found.q, found.k, found.v
+    (b, *heads, n, _), width = static_shape(q), static_shape(v)[-1]  # type: ignore[misc, index]
+    if found.k_transposed:
+        order = [*range(len(k.shape) - 2), len(k.shape) - 1, len(k.shape) - 2]
+        swapped = gs.Variable(fresh(f"{out.name}/k/swapped"), k.dtype, [k.shape[axis] for axis in order])
+        add_move(graph, "Transpose", order, k, swapped, fresh)
+        k = swapped
+    inputs = [q, k, v]
+    if heads:
+        q, k, v = (transposed(graph, x, (0, 2, 1, 3), places, fresh) for x in inputs)
+        q = q if found.head_scales is None else _scaled(graph, q, found.head_scales, fresh)
+        inputs = [_joined(graph, x, fresh) for x in (q, k, v)]
     if found.bias is not None:  # in the place after those of a bias of q, k and v, and of a mask of keys
-        full = found.bias.values.reshape([1] * (4 - found.bias.values.ndim) + list(found.bias.values.shape))
-        bias = gs.Constant(fresh(f"{out.name}/bias"), full)
+        bias = gs.Constant(fresh(f"{out.name}/bias"), found.bias.astype(q.dtype))
         inputs += [gs.Variable.empty(), gs.Variable.empty(), bias]
-    joined = gs.Variable(fresh(f"{out.name}/joined"), np.float32, [b, n, h * d])
+    h = heads[0] if heads else 1
     attributes = {"num_heads": h, "scale": found.scale}
-    graph.nodes.append(
-        gs.Node("MultiHeadAttention", joined.name, attributes, inputs, [joined], domain=DOMAIN)
-    )
-    split = gs.Variable(fresh(f"{out.name}/split"), np.float32, [b, n, h, d])
     found.last.outputs.clear()
-    out.shape = [b, h, n, d]
-    add_move(graph, "Reshape", [b, n, h, d], joined, split, fresh)
-    add_move(graph, "Transpose", [0, 2, 1, 3], split, out, fresh)
+    joined = gs.Variable(fresh(f"{out.name}/joined"), q.dtype, [b, n, h * width]) if heads else out
+    graph.nodes.append(
+        gs.Node("MultiHeadAttention", joined.name, attributes, inputs, [joined], domain=CONTRIBUTED)
+    )
+    out.shape = [b, *heads, n, width]
+    if heads:
+        split = gs.Variable(fresh(f"{out.name}/split"), q.dtype, [b, n, h, width])
+        add_move(graph, "Reshape", [b, n, h, width], joined, split, fresh)
+        add_move(graph, "Transpose", [0, 2, 1, 3], split, out, fresh)
 
 
-def _joined(
-    graph: gs.Graph, name: str, x: gs.Tensor, order: Sequence[int], fresh: Callable[[str], str]
-) -> gs.Tensor:
-    """(B, heads, N, d), or what `order` makes (B, N, heads, d) of -> (B, N, heads * d)."""
-    b, n, h, d = (static_shape(x)[axis] for axis in order)  # type: ignore[index]
-    moved = gs.Variable(fresh(f"{name}/moved"), x.dtype, [b, n, h, d])
-    joined = gs.Variable(fresh(f"{name}/joined"), x.dtype, [b, n, h * d])
-    add_move(graph, "Transpose", list(order), x, moved, fresh)
-    add_move(graph, "Reshape", [b, n, h * d], moved, joined, fresh)
+def _scaled(graph: gs.Graph, q: gs.Tensor, scales: np.ndarray, fresh: Callable[[str], str]) -> gs.Tensor:
+    """q (B, N, heads, d) with each head multiplied by its scale."""
+    constant = gs.Constant(fresh(f"{q.name}/scales"), scales.reshape(-1, 1).astype(q.dtype))
+    scaled = gs.Variable(fresh(f"{q.name}/scaled"), q.dtype, q.shape)
+    graph.nodes.append(gs.Node("Mul", scaled.name, {}, [q, constant], [scaled]))
+    return scaled
+
+
+def _joined(graph: gs.Graph, x: gs.Tensor, fresh: Callable[[str], str]) -> gs.Tensor:
+    """(B, N, heads, d) -> (B, N, heads * d)."""
+    b, n, h, d = x.shape
+    joined = gs.Variable(fresh(f"{x.name}/joined"), x.dtype, [b, n, h * d])
+    add_move(graph, "Reshape", [b, n, h * d], x, joined, fresh)
     return joined
-
-
-def _with_domain(graph: gs.Graph) -> list:
-    """The graph's operator sets, the fused operator's among them."""
-    domains = list(graph.import_domains or [onnx.helper.make_opsetid("", graph.opset)])
-    if all(domain.domain != DOMAIN for domain in domains):
-        domains.append(onnx.helper.make_opsetid(DOMAIN, 1))
-    return domains

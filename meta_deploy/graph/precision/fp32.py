@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from meta_deploy.graph.precision.int8 import declined
 from meta_deploy.graph.precision.precision import Precision
 
 
@@ -21,7 +20,3 @@ class FP32(Precision):
 
     def convert(self, proto, feeds=(), float32_operators=(), note=lambda line: None, quantization=None):
         return proto, None
-
-    def describe(self, conversion):
-        """Why the precision that was asked for gave way to this one."""
-        return declined(conversion)

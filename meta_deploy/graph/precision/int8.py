@@ -1,29 +1,33 @@
-"""8-bit integers: QuantizeLinear and DequantizeLinear around the products that a target computes so.
+"""8 bits: QuantizeLinear and DequantizeLinear around the products that a target computes so.
 
-Weights are int8 in the file. Ranges of activations come from a calibration, which this is given.
+Weights are in 8 bits in the file. Ranges of activations come from a calibration, which this is given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from meta_deploy.errors import InputError
+from meta_deploy.graph.precision.fp16 import FP16
 from meta_deploy.graph.precision.precision import Precision
-from meta_deploy.graph.precision.rules import Int8Rules
+from meta_deploy.graph.precision.rules import EightBitRules
 from meta_deploy.text import escaped
 
 if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
 
+    from meta_deploy.graph.precision.lower import Conversion
     from meta_deploy.graph.precision.placement import Placement
     from meta_deploy.graph.precision.quantize import Range
 
 _QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger")
 _ROWS = 12  # of a search's table that are printed
-_LEAST_OPSET = 13  # DequantizeLinear with a scale for each channel
+# DequantizeLinear with a scale for each channel; what float16 scales can be had from (`raise_opset`).
+_LEAST_OPSET, _LEAST_LOW_OPSET = 13, 18
+_TITLES = {"fp32": "float32", "fp16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Quantization:
             `declined` is why nothing is, or empty. None: all that the rules let is quantized.
     """
 
-    rules: Int8Rules
+    rules: EightBitRules
     calibrate: Callable[[ir.Model, Placement], tuple[Mapping[str, Range], dict[str, Any]]]
     outputs: Collection[str] | None = None
     search: Callable[[ir.Model, Placement, Mapping[str, Range]], tuple[Placement, dict[str, Any]]] | None = (
@@ -53,21 +57,25 @@ class Quantized:
 
     Attributes:
         products: convolutions and matrix products of the graph.
-        int8_products: of these, those in 8 bits.
-        float32_products: why the others are not, and how many each.
+        quantized: of these, those in 8 bits.
+        kept: why the others are not, and how many each.
         tensors: activations that are quantized.
         calibration: how their ranges were found.
         search: what was measured to choose them; None: they were not searched for.
-        declined: why nothing is in 8 bits; the graph is in float32 then. Otherwise empty.
+        declined: why nothing is in 8 bits. Otherwise empty.
+        rest: the precision of all that is not in 8 bits.
+        lowered: what was done for that; None where it is float32.
     """
 
     products: int
-    int8_products: int
-    float32_products: dict[str, int]
+    quantized: int
+    kept: dict[str, int]
     tensors: int
     calibration: dict[str, Any] | None
     search: dict[str, Any] | None = None
     declined: str = ""
+    rest: str = "fp32"
+    lowered: Conversion | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -92,17 +100,34 @@ class INT8(Precision):
         found = {node.op_type for node in proto.graph.node}
         ops = sorted(op for op in found if op in _QUANTIZED or op.startswith(("QLinear", "QGemm")))
         if ops:
-            raise InputError(f"the graph is quantized already ({', '.join(ops)}); export it without --int8")
+            raise InputError(
+                f"the graph is quantized already ({', '.join(ops)}); export it without --{self.name}"
+            )
 
     def convert(self, proto, feeds=(), float32_operators=(), note=lambda line: None, quantization=None):
+        assert quantization is not None
+        proto, done = self._quantized(proto, quantization)
+        rest = quantization.rules.rest
+        if rest == "fp32":
+            return proto, done
+        proto, lowered = FP16().convert(proto, feeds, float32_operators, note)
+        return proto, replace(done, rest=rest, lowered=lowered)
+
+    def _quantized(
+        self, proto: onnx.ModelProto, quantization: Quantization
+    ) -> tuple[onnx.ModelProto, Quantized]:
+        """The graph with 8 bits where they are worth it, and float32 elsewhere."""
         from meta_deploy.graph.graph import normalized
-        from meta_deploy.graph.precision.lower import to_proto
+        from meta_deploy.graph.precision.lower import LOW_SCALES_OPSET, raise_opset, to_proto
         from meta_deploy.graph.precision.placement import place
         from meta_deploy.graph.precision.qdq import insert
 
-        assert quantization is not None
         rules = quantization.rules
-        model = normalized(_of_opset(proto))
+        if rules.rest == "fp32":
+            model = normalized(_of_opset(proto, _LEAST_OPSET))
+        else:
+            model = normalized(_of_opset(proto, _LEAST_LOW_OPSET))
+            raise_opset(model, LOW_SCALES_OPSET)
         placement = place(model.graph, rules, quantization.outputs)
         count = len(placement.products) + len(placement.declined)
         if not placement.products:
@@ -122,17 +147,19 @@ class INT8(Precision):
         return to_proto(model), done
 
     def describe(self, conversion):
-        calibration, reasons = conversion["calibration"], conversion["float32_products"]
+        calibration, reasons = conversion["calibration"], conversion["kept"]
         how = ", ".join(f"{n} by {name}" for name, n in calibration["methods"].items())
-        line = f"{conversion['int8_products']} of {conversion['products']} products in int8, ranges of "
+        line = f"{conversion['quantized']} of {conversion['products']} products in {self.name}, ranges of "
         line += f"{conversion['tensors']} tensors from {calibration['samples']} {calibration['noun']} ({how})"
-        why = "".join(f"\n  {n} in float32: {reason}" for reason, n in reasons.items())
+        rest = _TITLES[conversion["rest"]]
+        why = "".join(f"\n  {n} in {rest}: {reason}" for reason, n in reasons.items())
         return line + why + searched(conversion["search"])
 
 
 def declined(conversion: Mapping[str, Any]) -> str:
-    """Why a graph stayed in float32, for people."""
-    return f"in float32, as {conversion['declined']}{searched(conversion['search'])}"
+    """Why a graph has nothing in 8 bits, for people."""
+    rest = _TITLES[conversion["rest"]]
+    return f"in {rest}, as {conversion['declined']}{searched(conversion['search'])}"
 
 
 def searched(search: Mapping[str, Any] | None) -> str:
@@ -140,9 +167,10 @@ def searched(search: Mapping[str, Any] | None) -> str:
     if search is None:
         return ""
     alike: dict[tuple, list[dict[str, Any]]] = {}
-    for row in sorted(search["groups"], key=lambda row: -row["fp32_ms"]):
-        alike.setdefault((row["fp32_ms"], row["int8_ms"], row["error"], row["int8"]), []).append(row)
-    lines = [f"{'groups of products':<44}{'fp32 ms':>9}{'int8 ms':>9}{'error':>8}  int8"]
+    for row in sorted(search["groups"], key=lambda row: -row["rest_ms"]):
+        alike.setdefault((row["rest_ms"], row["low_ms"], row["error"], row["chosen"]), []).append(row)
+    title = "groups of products" if search["by"] == "time" else "groups of products (estimated)"
+    lines = [f"{title:<44}{'ms':>9}{'8 bits':>9}{'error':>8}  8 bits"]
     for (full, low, error, chosen), rows in list(alike.items())[:_ROWS]:
         name = rows[0]["group"] if len(rows[0]["group"]) < 30 else "…" + rows[0]["group"][-28:]
         more = f" and {len(rows) - 1} alike" if len(rows) > 1 else ""
@@ -155,8 +183,8 @@ def searched(search: Mapping[str, Any] | None) -> str:
     return "".join(f"\n  {line}" for line in lines)
 
 
-def _of_opset(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """The model at an opset that has per-channel scales.
+def _of_opset(proto: onnx.ModelProto, wanted: int) -> onnx.ModelProto:
+    """The model at an opset in which DequantizeLinear takes the scales that are wanted.
 
     Raises:
         InputError: an older one that ONNX cannot convert.
@@ -164,11 +192,11 @@ def _of_opset(proto: onnx.ModelProto) -> onnx.ModelProto:
     import onnx
 
     opset = next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 0)
-    if opset >= _LEAST_OPSET:
+    if opset >= wanted:
         return proto
     try:
-        return onnx.version_converter.convert_version(proto, _LEAST_OPSET)
+        return onnx.version_converter.convert_version(proto, wanted)
     except Exception as error:  # of a foreign file, anything
         raise InputError(
-            f"the graph is of opset {opset}, and 8 bits need {_LEAST_OPSET}; export it with a newer opset"
+            f"the graph is of opset {opset}, and 8 bits need {wanted}; export it with a newer opset"
         ) from error

@@ -30,8 +30,9 @@ from meta_deploy.graph.precision.values import (
     unholdable,
 )
 
-# Conv and others take bfloat16 from opset 22 on. Since 18 only types and choices were added, but for these.
-_UNCHANGED_SINCE, _BFLOAT16_OPSET = 18, 22
+# Conv and others take bfloat16 from opset 22 on, QuantizeLinear float16 and E4M3 from 19 on. Since 18 only
+# types and choices were added, but for these.
+_UNCHANGED_SINCE, _BFLOAT16_OPSET, LOW_SCALES_OPSET = 18, 22, 19
 _CHANGED = {"GridSample": 20, "GroupNormalization": 21}
 
 # What these decide turns on small differences: they, and what leads to them, are computed in float32. The
@@ -67,7 +68,7 @@ _FLOAT32 = frozenset(
     )
 )
 # Operators of ONNX Runtime's that a pass brings in; all their float tensors are of one type.
-_CONTRIBUTED = frozenset((("com.microsoft", "MultiHeadAttention"),))
+_CONTRIBUTED = frozenset((("com.microsoft", "MultiHeadAttention"), ("com.microsoft", "RotaryEmbedding")))
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def plan(
         float32_operators: operators that the target has in float32 alone.
     """
     if low == ir.DataType.BFLOAT16:
-        _raise_opset(model)
+        raise_opset(model, _BFLOAT16_OPSET)
     _name_types(model.graph)
     made = Plan(low, overflow=dict(overflow or {}))
     stays = _stays_float32(model.graph, low, set(made.overflow))
@@ -190,12 +191,13 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
 # --- which nodes stay ---------------------------------------------------------------------------------------
 
 
-def _raise_opset(model: ir.Model) -> None:
-    """To the first opset in which operators take bfloat16, where that changes no operator's meaning."""
+def raise_opset(model: ir.Model, wanted: int) -> None:
+    """To the opset in which operators take other types, where that changes no operator's meaning."""
     opset = model.opset_imports[""]
-    since = max((_CHANGED.get(n.op_type, _UNCHANGED_SINCE) for n in model.graph.all_nodes()), default=0)
-    if since <= opset < _BFLOAT16_OPSET:
-        model.opset_imports[""] = _BFLOAT16_OPSET
+    changes = [_CHANGED.get(node.op_type, _UNCHANGED_SINCE) for node in model.graph.all_nodes()]
+    since = max((_UNCHANGED_SINCE if change > wanted else change for change in changes), default=0)
+    if since <= opset < wanted:
+        model.opset_imports[""] = wanted
 
 
 def _name_types(graph: ir.Graph) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from meta_deploy.graph.precision.lower import deciding, leading_to
-from meta_deploy.graph.precision.rules import Int8Rules
+from meta_deploy.graph.precision.rules import EightBitRules
 from meta_deploy.graph.precision.values import FLOAT, is_constant, numbers_of
 
 # What an activation in 8 bits is measured anew by: products with weights, attention, norms.
@@ -91,7 +91,7 @@ class Placement:
         return Placement(products, declined, readers_of(products))
 
 
-def place(graph: ir.Graph, rules: Int8Rules, outputs: Collection[str] | None = None) -> Placement:
+def place(graph: ir.Graph, rules: EightBitRules, outputs: Collection[str] | None = None) -> Placement:
     """Decide what computes in 8 bits.
 
     In float32 stay: what the target has no 8-bit kernel for, or a slower one; the first convolution, which
@@ -119,6 +119,12 @@ def place(graph: ir.Graph, rules: Int8Rules, outputs: Collection[str] | None = N
     return made
 
 
+def is_product(node: ir.Node) -> bool:
+    """Whether a node is a convolution or a product of a computed tensor with constant weights."""
+    weights = node.inputs[1] if node.op_type in _PRODUCTS and len(node.inputs) > 1 else None
+    return weights is not None and is_constant(weights)
+
+
 def readers_of(products: Collection[Product]) -> dict[str, list[Product]]:
     """The tensors that are quantized for some products, by name, and which of these read each."""
     readers: dict[str, list[Product]] = {}
@@ -130,7 +136,7 @@ def readers_of(products: Collection[Product]) -> dict[str, list[Product]]:
     return readers
 
 
-def _product(node: ir.Node, rules: Int8Rules) -> Product | str:
+def _product(node: ir.Node, rules: EightBitRules) -> Product | str:
     """A node as a product with weights, or why it is none that has an 8-bit kernel."""
     if node.op_type == "ConvTranspose":
         return "transposed convolutions have no 8-bit kernel"
@@ -159,7 +165,7 @@ def _product(node: ir.Node, rules: Int8Rules) -> Product | str:
     return Product(node, axis, (node, 2) if _has_bias_of_its_own(node) else None, result)
 
 
-def _declines(graph: ir.Graph, product: Product, rules: Int8Rules, last: bool) -> str:
+def _declines(graph: ir.Graph, product: Product, rules: EightBitRules, last: bool) -> str:
     """Why a product stays in float32; empty if it does not."""
     node, weights = product.node, product.weights
     if last:

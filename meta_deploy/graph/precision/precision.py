@@ -70,7 +70,11 @@ class Precision(ABC):
         """
 
     def describe(self, conversion: Mapping[str, Any]) -> str:
-        """What a conversion left in float32, in one line."""
+        """What a conversion left in float32, in one line; or why 8 bits gave way to this precision."""
+        if "declined" in conversion:
+            from meta_deploy.graph.precision.int8 import declined
+
+            return declined(conversion)
         low, nodes = conversion["nodes"] - conversion["float32_nodes"], conversion["nodes"]
         line = f"{low} of {nodes} floating-point nodes in {self.name}"
         if not conversion["overflow"]:

@@ -15,6 +15,7 @@ NUMPY: dict[ir.DataType, Any] = {
     ir.DataType.BFLOAT16: ml_dtypes.bfloat16,
 }
 LOW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+EIGHT_BITS: dict[str, Any] = {"int8": np.int8, "fp8": ml_dtypes.float8_e4m3fn}
 
 
 def has_graphs(node: ir.Node) -> bool:

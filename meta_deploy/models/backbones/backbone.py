@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from meta_deploy.models.config import Config
 from meta_deploy.models.shapes import State
@@ -48,7 +48,9 @@ class Backbone:
         title: its name in messages.
         config: its configuration.
         model: configuration -> module.
-        sizes: name of a size -> settings of the configuration.
+        sizes: name of a size -> settings of the configuration; models are `<backbone>-<size>-<head>`.
+        settings: the same as a function, of a backbone with any number of sizes, whose models are
+            `<backbone>:<size>-<head>`; raises InputError for a name that is none.
         recognise: whether a state dict, complete or not, is of this backbone.
         width: `BackboneConfig.width` from a state dict.
         measure: configuration and state dict -> the settings that shapes tell.
@@ -56,7 +58,12 @@ class Backbone:
         normalization: `mean` and `std` of the input by a state dict, where its ViT was not pretrained on
             images normalized as ImageNet's usually are; empty where it was.
         vit: what stands before the names of a plain ViT inside of it, whose weights can then come from a
-            checkpoint of their own (the configuration has `layer_scale` for them); None where there is none.
+            file of their own; None where there is none. The configuration then has `embed_dim`, `depth`,
+            `mlp_ratio`, `pos_grid` and `layer_scale`.
+        vit_names: ends of timm's names of that ViT's tensors -> its own, where they differ.
+        fixed_size: whether it is exported for one input size only.
+        adopt: configuration and state dict of the same network as a classifier, from a file of its own -> the
+            backbone's; raises InputError where it is another. None: there is no such network, or a `vit`.
     """
 
     title: str
@@ -69,6 +76,10 @@ class Backbone:
     by_task: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     normalization: Callable[[State], dict[str, tuple[float, ...]]] = lambda state: {}
     vit: str | None = None
+    vit_names: Mapping[str, str] = field(default_factory=dict)
+    settings: Callable[[str], Mapping[str, Any]] | None = None
+    fixed_size: bool = False
+    adopt: Callable[[Any, State], dict[str, Tensor]] | None = None
 
     @property
     def name(self) -> str:
@@ -76,8 +87,9 @@ class Backbone:
         return str(self.config.__struct_config__.tag)
 
     def configure(self, size: str, task: str) -> BackboneConfig:
-        """The configuration of one of `sizes`."""
-        return self.config(**{**self.sizes[size], **self.by_task.get(task, {})})
+        """The configuration of one of `sizes`, or of what `settings` takes."""
+        own = self.settings(size) if self.settings else self.sizes[size]
+        return self.config(**{**own, **self.by_task.get(task, {})})
 
     def size_of_width(self, width: int | None) -> str | None:
         """The first of `sizes` that has this width."""
@@ -88,5 +100,5 @@ BACKBONES: dict[str, Backbone] = {}
 
 
 def register(backbone: Backbone) -> None:
-    """Make a backbone known under its name; models are called `<backbone>-<size>-<head>`."""
+    """Make a backbone known under its name."""
     BACKBONES[backbone.name] = backbone

@@ -182,13 +182,15 @@ def measure(config: METAConfig, state: State) -> dict[str, Any]:
 
 
 def embed_dim(state: State) -> int | None:
-    """The ViT's width D."""
-    return size_of(state, "vit.patch_embed.proj.weight", 0)
+    """The ViT's width D; of an adapter without its ViT, its own."""
+    return size_of(state, "vit.patch_embed.proj.weight", 0) or size_of(state, "level_embed", 1)
 
 
 def recognise(state: State) -> bool:
     """Whether these are tensors of META, complete or not."""
-    return embed_dim(state) is not None and any_starts_with("interactions.", "spatial_prior.")(state)
+    if "vit.patch_embed.proj.weight" in state and any_starts_with("interactions.")(state):
+        return True
+    return embed_dim(state) is not None and any_starts_with("spatial_prior.")(state)
 
 
 # The windows and the global attention of segmentation are those of the published ViT-Adapter configurations.

@@ -368,5 +368,7 @@ register(
         measure=measure,
         normalization=normalization,
         by_task={"semantic-segmentation": {"window": 0, "vit_feature": "each"}},
+        vit="",
+        vit_names={"ls1.gamma": "gamma1", "ls2.gamma": "gamma2"},
     )
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from meta_deploy.models.backbones.vit import pos_grid_of, resize_pos_embed
@@ -121,22 +120,3 @@ def fit_pos_embed(
         return state, []
     resized = resize_pos_embed(positions, (grid, grid)).flatten(2).transpose(1, 2).contiguous()
     return {**state, name: resized}, [name]
-
-
-def fuse_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Separate q, k, v projections (and BEiT's biases) to timm's `qkv`; LayerScale's older names too."""
-    fused = dict(state)
-    for name in state:
-        block, _, last = name.rpartition(".attn.")
-        attn = block + ".attn."
-        for kind in ("weight", "bias"):
-            parts = [attn + f"{part}.{kind}" for part in "qkv"]
-            if last == f"q.{kind}" and all(part in fused for part in parts):
-                fused[attn + f"qkv.{kind}"] = torch.cat([fused.pop(part) for part in parts])
-        if last == "q_bias" and attn + "v_bias" in fused:
-            q, v = fused.pop(attn + "q_bias"), fused.pop(attn + "v_bias")
-            fused[attn + "qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
-        for old, new in (("gamma_1", "ls1.gamma"), ("gamma_2", "ls2.gamma")):
-            if name.endswith("." + old):
-                fused[name.removesuffix(old) + new] = fused.pop(name)
-    return fused

@@ -76,6 +76,12 @@ def infer_config(checkpoint: Checkpoint) -> ModelConfig:
             f"holds a {backbone.title} backbone of width {width} without a head that we know; name the model "
             f"with --model and pass {ALLOW}",
         )
+    if backbone.settings is not None:
+        refuse(
+            path,
+            f"has a backbone of {backbone.title}, and which one can't be told from shapes; embed the "
+            f"configuration (save_checkpoint does) or name it with --model {backbone.name}:NAME-HEAD",
+        )
     if name is None:
         refuse(
             path,
@@ -156,8 +162,9 @@ def _named_config(checkpoint: Checkpoint, model_name: str, allow_partial: bool) 
 
 def _look(state: State, wanted: Backbone) -> str:
     backbone, head = find_backbone(state) or wanted, find_head(state)
+    width = width_of(state, backbone)
     return nearest_model(state, backbone) or (
-        f"a {backbone.title} model of width {width_of(state, backbone)} with head "
+        f"a {backbone.title} model{f' of width {width}' if width else ''} with head "
         f"{head.name if head else 'unknown'}"
     )
 
@@ -186,16 +193,3 @@ def _differ(old: ModelConfig, new: ModelConfig) -> list[str]:
         for key, value in flat[1].items()
         if key not in ("backbone", "name") and flat[0].get(key) != value
     ]
-
-
-def config_around_vit(checkpoint: Checkpoint, model_name: str | None, allow_partial: bool) -> ModelConfig:
-    """The named model's configuration, to be filled with a plain ViT and otherwise left at random.
-
-    Raises:
-        CheckpointError: no model is named, a partial load is not allowed, or this is no plain ViT.
-    """
-    if model_name is None or not allow_partial or backbone_of(get_config(model_name)).vit is None:
-        refuse_foreign(checkpoint)
-    config = get_config(model_name)
-    layer_scale = any(name.endswith((".ls1.gamma", ".gamma_1")) for name in checkpoint.state)
-    return replace(config, backbone=replace(config.backbone, layer_scale=layer_scale))

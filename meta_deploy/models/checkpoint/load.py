@@ -1,7 +1,8 @@
 """Checkpoints: read one, tell which model it is, load it. Only `CheckpointError` comes out.
 
 Nothing in a file is trusted or run. `load_model` is the order: read.py (file.py, unwrap.py), recognise.py
-(foreign.py), configure.py, adapt.py. Knows neither ONNX nor TensorRT.
+(foreign.py), configure.py, adapt.py; plain_vit.py (vit_names.py) for a ViT from a file of its own. Knows
+neither ONNX nor TensorRT.
 """
 
 from __future__ import annotations
@@ -10,35 +11,28 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from meta_deploy.errors import CheckpointError, InputError
-from meta_deploy.models.backbones.vit import VisionTransformer
 from meta_deploy.models.checkpoint.adapt import (
     COUNTER,
     HARMLESS_IN_MODEL,
-    HARMLESS_IN_VIT,
     LoadReport,
     compare,
     fit_pos_embed,
-    fuse_qkv,
 )
-from meta_deploy.models.checkpoint.configure import choose_config, config_around_vit
+from meta_deploy.models.checkpoint.configure import choose_config
 from meta_deploy.models.checkpoint.file import first_few, one_line, refuse, shown
 from meta_deploy.models.checkpoint.foreign import foreign_adapter
+from meta_deploy.models.checkpoint.plain_vit import Classifier, PlainViT, models_of_width, plain_vit
 from meta_deploy.models.checkpoint.read import Checkpoint, read_candidates, read_checkpoint
-from meta_deploy.models.checkpoint.recognise import (
-    ALLOW,
-    find_backbone,
-    models_of_width,
-    refuse_foreign,
-    vit_prefix,
-)
+from meta_deploy.models.checkpoint.recognise import ALLOW, find_backbone, refuse_foreign, width_of
+from meta_deploy.models.checkpoint.vit_names import width_of_vit
 from meta_deploy.models.heads.head import HEADS
 from meta_deploy.models.registry import ModelConfig, backbone_of, build_model, get_config
-from meta_deploy.models.shapes import without_prefix
 
 MAX_NAME = 200  # characters of a class name
 BACKGROUND = ("background", "bg")
@@ -55,35 +49,54 @@ class LoadedModel:
 
 
 def load_model(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None,
     model_name: str | None = None,
     allow_partial: bool = False,
     log: Callable[[str], None] = lambda message: None,
+    backbone_ckpt: str | os.PathLike[str] | None = None,
 ) -> LoadedModel:
     """A checkpoint's model, ready for inference.
 
     Args:
-        path: the file.
+        path: the file; None: a new model around what `backbone_ckpt` holds, the rest of it random.
         model_name: a model's name; its settings then go before embedded ones (unless those have the same
             name), but the number of classes and the position grid are the tensors'; without embedded ones
             all that shapes tell is.
         allow_partial: what is missing or does not fit stays at its initialization, what is unexpected is
             left out; otherwise either is an error. At least one tensor must fit.
         log: called with each note for the user, one line each.
+        backbone_ckpt: a file with a plain ViT, whose weights are taken where the checkpoint has none; without
+            a checkpoint also what timm publishes for a backbone of its own.
 
     Raises:
-        CheckpointError: the file cannot be read, or does not fit.
-        InputError: no model has this name.
+        CheckpointError: a file cannot be read, or does not fit.
+        InputError: no model has this name, or it has no plain ViT; nothing is given.
     """
     if model_name is not None:
-        get_config(model_name)  # an unknown name is refused before the file is read
+        get_config(model_name)  # an unknown name is refused before a file is read
+    if path is not None:
+        vit = None if backbone_ckpt is None else read_vit(backbone_ckpt)
+        loaded = _load_best(path, model_name, allow_partial, vit)
+    elif backbone_ckpt is not None:
+        loaded = _load_around(read_pretrained(backbone_ckpt, model_name), model_name)
+    else:
+        raise InputError("there is no checkpoint to load; give one, or one for the backbone")
+    for note in loaded.report.notes:
+        log(note)
+    return loaded
+
+
+def _load_best(
+    path: str | os.PathLike[str], model_name: str | None, allow_partial: bool, vit: PlainViT | None
+) -> LoadedModel:
+    """The first of a file's states that fits."""
     candidates = read_candidates(path)
     passed_over: list[str] = []
     # In part only if none fits whole: averaged weights without a head do not win over whole plain ones.
     for partial in (False, True) if allow_partial else (False,):
         for candidate in candidates:
             try:
-                loaded = _load(candidate.open(), model_name, partial)
+                loaded = _load(candidate.open(), model_name, partial, vit)
             except CheckpointError as error:
                 refusal = error
                 if not partial:
@@ -91,26 +104,28 @@ def load_model(
                 continue
             if not partial:
                 loaded.report.notes[:0] = passed_over
-            for note in loaded.report.notes:
-                log(note)
             return loaded
     raise refusal
 
 
-def _load(checkpoint: Checkpoint, model_name: str | None, allow_partial: bool) -> LoadedModel:
+def _load(
+    checkpoint: Checkpoint, model_name: str | None, allow_partial: bool, vit: PlainViT | None = None
+) -> LoadedModel:
     """`load_model` with one of a file's states."""
-    notes = list(checkpoint.notes)
-    if find_backbone(checkpoint.state):
-        config, decisions = choose_config(checkpoint, model_name, allow_partial)
-        notes += decisions
-        model, report = _load_all(checkpoint, config, allow_partial)
-    elif vit_prefix(checkpoint.state) is not None and not foreign_adapter(checkpoint.state):
-        config = config_around_vit(checkpoint, model_name, allow_partial)
-        model, report = _load_around_vit(checkpoint, config)
-    else:
+    state = checkpoint.state
+    if find_backbone(state) is None:
+        alone = allow_partial and model_name is not None and vit is None
+        if alone and width_of_vit(state) is not None and not foreign_adapter(state):
+            return _load_around(plain_vit(state, checkpoint.path, checkpoint.notes), model_name)
         refuse_foreign(checkpoint)
+    filled = checkpoint if vit is None else _named_alike(checkpoint, vit)
+    config, notes = choose_config(filled, model_name, allow_partial)
+    if vit is not None:
+        checkpoint, more = _completed(checkpoint, vit, config)
+        notes += more
+    model, report = _load_all(checkpoint, config, allow_partial)
     names, decisions = _class_names(checkpoint, config)
-    report.notes.extend(notes + decisions + _summary(report, model))
+    report.notes.extend([*checkpoint.notes, *notes, *decisions, *_summary(report, model)])
     return LoadedModel(model.eval(), config, names, report)
 
 
@@ -131,11 +146,14 @@ def _load_all(
     report = compare(model.state_dict(), state, HARMLESS_IN_MODEL, vit)
     report.resized.extend(resized)
     if report.problems() and not allow_partial:
-        refuse(
-            path,
-            f"does not fit {name}: {report.problems()}; name the right model with --model, or pass {ALLOW} "
-            "to load what fits",
-        )
+        vit_names = tuple(vit + start for start in ("patch_embed.", "pos_embed", "blocks."))
+        if report.problems() == LoadReport(missing=report.missing).problems() and all(
+            name.startswith(vit_names) for name in report.missing
+        ):
+            hint = "give the ViT that it was trained with by --backbone-ckpt"
+        else:
+            hint = "name the right model with --model"
+        refuse(path, f"does not fit {name}: {report.problems()}; {hint}, or pass {ALLOW} to load what fits")
     if not report.loaded:
         refuse(path, f"has nothing that fits {name}; name the right model with --model")
     values = {name: state[name].clone() for name in report.loaded}
@@ -147,6 +165,9 @@ def _load_all(
         if name not in values:
             values[name] = torch.zeros(value.shape, dtype=value.dtype)  # a batch norm's counter
     model.load_state_dict(values, assign=True)
+    if any(buffer.is_meta for buffer in model.buffers()):  # some are computed and not saved
+        model = _build(config, path)
+        model.load_state_dict(values)
     return model, report
 
 
@@ -157,58 +178,126 @@ def _build(config: ModelConfig, path: Path) -> nn.Module:
         refuse(path, f"embeds a configuration of which no model can be built: {one_line(error)}", error)
 
 
-def _load_around_vit(checkpoint: Checkpoint, config: ModelConfig) -> tuple[nn.Module, LoadReport]:
-    """A freshly initialized model with the checkpoint's ViT in it."""
-    model = build_model(config)
-    part = load_vit_weights(model, checkpoint)
-    vit = _vit_name(config)
-    loaded = {vit + name for name in part.loaded}
-    report = replace(
-        part,
-        loaded=sorted(loaded),
-        missing=[n for n in model.state_dict() if n not in loaded and not n.endswith(COUNTER)],
-        resized=[vit + name for name in part.resized],
-    )
-    return model, report
-
-
 def _vit_name(config: ModelConfig) -> str:
     """What stands before the names of the ViT inside of a model."""
     return f"backbone.{backbone_of(config).vit or ''}"
 
 
-def load_vit_weights(model: nn.Module, checkpoint: Checkpoint | str | os.PathLike[str]) -> LoadReport:
-    """Load plain ViT weights in timm's naming (DeiT, AugReg, DINO) into the ViT part of `model`, in place.
+# --- a pretrained backbone from a file of its own -----------------------------------------------------------
 
-    Class token, final norm and classifier are dropped, separate q, k and v are fused, and the position
-    embedding is resized to the model's grid.
+
+def read_pretrained(path: str | os.PathLike[str], model_name: str | None) -> PlainViT | Classifier:
+    """What a model's backbone can start from: a plain ViT, or a classifier of the library it is from.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds no such thing.
+    """
+    if model_name is None or backbone_of(get_config(model_name)).adopt is None:
+        return read_vit(path)
+    checkpoint = read_checkpoint(path)
+    return Classifier(checkpoint.path, checkpoint.state, checkpoint.notes)
+
+
+def read_vit(path: str | os.PathLike[str]) -> PlainViT:
+    """The plain ViT in a file: of timm, MAE, DINO, DINOv2 or transformers, or inside of a model of ours.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds no ViT that our backbones can take.
+    """
+    refusals = []
+    for candidate in read_candidates(path):
+        try:
+            checkpoint = candidate.open()
+            return plain_vit(checkpoint.state, checkpoint.path, checkpoint.notes)
+        except CheckpointError as error:
+            refusals.append(error)
+    raise refusals[0]
+
+
+def load_vit_weights(
+    model: nn.Module, pretrained: PlainViT | Classifier | str | os.PathLike[str]
+) -> LoadReport:
+    """Load a plain ViT, or what `read_pretrained` gave, into a model of ours, in place.
 
     Raises:
         CheckpointError: not a ViT, or one of other size or kind.
+        InputError: the model has none.
     """
-    if not isinstance(checkpoint, Checkpoint):
-        checkpoint = read_checkpoint(checkpoint)
-    vit = next((m for m in model.modules() if isinstance(m, VisionTransformer)), None)
-    if vit is None:
-        raise InputError(f"{type(model).__name__} has no ViT to load weights into; give a model with a ViT.")
-    prefix = vit_prefix(checkpoint.state)
-    if prefix is None:
-        refuse_foreign(checkpoint)
-    state = fuse_qkv(without_prefix(checkpoint.state, prefix))
-    state, resized = fit_pos_embed(state, vit.state_dict(), "")
-    report = compare(vit.state_dict(), state, HARMLESS_IN_VIT)
-    report.resized.extend(resized)
-    if report.problems():
-        width = state["patch_embed.proj.weight"].shape[0]
-        depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    if not isinstance(pretrained, (PlainViT, Classifier)):
+        pretrained = read_vit(pretrained)
+    config: Any = model.config
+    state, notes = pretrained.fitted(config)
+    model.load_state_dict(state, strict=False)
+    other_grid = isinstance(pretrained, PlainViT) and pretrained.grid != config.backbone.pos_grid
+    resized = [_vit_name(config) + "pos_embed"] if other_grid else []
+    return LoadReport(
+        loaded=sorted(state),
+        ignored=list(pretrained.left_out),
+        resized=resized,
+        notes=[*pretrained.notes, *notes],
+    )
+
+
+def _load_around(pretrained: PlainViT | Classifier, model_name: str | None) -> LoadedModel:
+    """A model of which only the ViT, or a backbone of another kind, has weights."""
+    if model_name is None:
+        assert isinstance(pretrained, PlainViT)
+        refuse(
+            pretrained.path,
+            f"holds a ViT of {pretrained.size} and no adapter and head; name the model around it with --model"
+            f"{models_of_width(pretrained.width)}",
+        )
+    config = pretrained.configure(get_config(model_name))
+    model = build_model(config)
+    part = load_vit_weights(model, pretrained)
+    state, loaded = model.state_dict(), set(part.loaded)
+    every = sum(p.numel() for p in model.parameters())
+    rest = every - sum(state[name].numel() for name in loaded)
+    names, _ = _class_names(Checkpoint({}, None, None, pretrained.path), config)
+    warning = (
+        f"warning: of {config.name} only {'the ViT' if isinstance(pretrained, PlainViT) else 'the backbone'} "
+        f"has weights; the rest, {rest / 1e6:.1f} of {every / 1e6:.1f} M parameters, is random, and what it "
+        "finds means nothing before it is trained"
+    )
+    missing = [name for name in state if name not in loaded and not name.endswith(COUNTER)]
+    report = replace(part, missing=missing, notes=[*part.notes, warning])
+    return LoadedModel(model.eval(), config, names, report)
+
+
+def _named_alike(checkpoint: Checkpoint, vit: PlainViT) -> Checkpoint:
+    """The checkpoint with the ViT's tensors where it has none, as they are: to tell the model by.
+
+    Raises:
+        CheckpointError: the ViT is of another width than the checkpoint's backbone.
+        InputError: there is no plain ViT in that.
+    """
+    backbone = backbone_of(checkpoint.config) if checkpoint.config else find_backbone(checkpoint.state)
+    assert backbone is not None
+    named, width = vit.named(backbone), width_of(checkpoint.state, backbone)
+    if width not in (None, vit.width):
+        refuse(
+            vit.path,
+            f"holds a ViT of {vit.size}, and '{shown(checkpoint.path, 300)}' is a {backbone.title} model of "
+            f"width {width}; give the ViT that it was trained with",
+        )
+    return replace(checkpoint, state={**named, **checkpoint.state})
+
+
+def _completed(checkpoint: Checkpoint, vit: PlainViT, config: ModelConfig) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint with the ViT's tensors where it has none, fitted to the model; and notes.
+
+    Raises:
+        CheckpointError: it has them all, or the ViT is of another size.
+    """
+    fitted, notes = vit.fitted(config)
+    taken = fitted.keys() - checkpoint.state.keys()
+    if not taken:
         refuse(
             checkpoint.path,
-            f"holds a ViT of width {width} and depth {depth}, which does not fit the model's (width "
-            f"{vit.pos_embed.shape[2]}, depth {len(vit.blocks)}): {report.problems()}; choose the model of "
-            f"that size{models_of_width(width)}",
+            "has the whole ViT, so that nothing is taken of another; leave out --backbone-ckpt",
         )
-    vit.load_state_dict({name: state[name] for name in report.loaded}, strict=False)
-    return report
+    notes = [*vit.notes, *notes, f"{len(taken)} of the ViT's {len(fitted)} tensors are taken from it"]
+    return replace(checkpoint, state={**fitted, **checkpoint.state}), notes
 
 
 def _class_names(checkpoint: Checkpoint, config: ModelConfig) -> tuple[list[str], list[str]]:

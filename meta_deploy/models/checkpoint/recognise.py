@@ -7,10 +7,12 @@ from typing import NoReturn
 from meta_deploy.models.backbones.backbone import BACKBONES, Backbone
 from meta_deploy.models.checkpoint.file import first_few, refuse
 from meta_deploy.models.checkpoint.foreign import describe, foreign_adapter, foreign_detector, head_title
+from meta_deploy.models.checkpoint.plain_vit import models_of_width
 from meta_deploy.models.checkpoint.read import Checkpoint
+from meta_deploy.models.checkpoint.vit_names import width_of_vit
 from meta_deploy.models.heads.head import HEADS, Head
 from meta_deploy.models.registry import NAMES_IN_SHORT
-from meta_deploy.models.shapes import State, size_of, without_prefix
+from meta_deploy.models.shapes import State, without_prefix
 
 ALLOW = "--allow-partial (allow_partial=True)"
 
@@ -38,23 +40,6 @@ def nearest_model(state: State, backbone: Backbone) -> str | None:
     return f"{backbone.name}-{size}-{head.name}" if head and size else None
 
 
-def vit_prefix(state: State) -> str | None:
-    """What stands before a ViT's names in timm's naming ("" for a plain one); None where there is no ViT."""
-    end = "patch_embed.proj.weight"
-    for name in sorted((n for n in state if n.endswith(end)), key=len):
-        prefix = name.removesuffix(end)
-        if any(n.startswith(prefix + "blocks.0.attn.") for n in state):
-            return prefix
-    return None
-
-
-def models_of_width(width: int | None) -> str:
-    """ " (meta-t-...)": the models whose backbone has this width; empty where none has."""
-    found = ((b.name, b.size_of_width(width)) for b in BACKBONES.values())
-    names = [f"{name}-{size}-..." for name, size in found if size]
-    return f" ({', '.join(names)})" if names else ""
-
-
 def refuse_foreign(checkpoint: Checkpoint) -> NoReturn:
     """Say what a checkpoint is that none of our models can take.
 
@@ -72,12 +57,11 @@ def refuse_foreign(checkpoint: Checkpoint) -> NoReturn:
             f"is {what}; not supported, give a {titles} model (of a plain ViT) with the head "
             f"{', '.join(sorted(HEADS))}",
         )
-    if (prefix := vit_prefix(state)) is not None:
-        width = size_of(state, prefix + "patch_embed.proj.weight", 0)
+    if (width := width_of_vit(state)) is not None:
         refuse(
             path,
-            f"holds a ViT backbone of width {width} without META's adapter and head; train the whole model"
-            f"{models_of_width(width)}, or name one with --model and pass {ALLOW} to leave the rest random",
+            f"holds a ViT of width {width} without an adapter and a head; give it as --backbone-ckpt, and "
+            f"name a model around it with --model{models_of_width(width)}",
         )
     refuse(
         path,

@@ -66,6 +66,7 @@ class Engine:
             generated_kernels=sum(layer.generated for layer in launched) if launched else None,
             fused_attention=sum(layer.attention for layer in launched) if launched else None,
             kernels=_by_kind(launched),
+            eight_bits=dict(Counter(layer.eight_bits for layer in launched if layer.eight_bits)),
             activation_mb=self.memory_mb.get("Activation"),
             weights_mb=self.memory_mb.get("Weights"),
             plan_mb=len(self.plan) / 1e6,
@@ -183,6 +184,11 @@ def gpu_targets(trt: Any) -> dict[str, Any]:
     return {
         f"{n[2:-1]}.{n[-1]}": getattr(trt.ComputeCapability, n) for n in names if re.fullmatch(r"SM\d+", n)
     }
+
+
+def has_fp8(compute_capability: str) -> bool:
+    """Whether GPUs of a compute capability, such as "8.9", multiply 8-bit floats."""
+    return tuple(map(int, compute_capability.split("."))) >= (8, 9)
 
 
 def check_gpus(library: str, wanted: Sequence[str]) -> str | None:

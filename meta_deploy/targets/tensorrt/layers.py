@@ -5,6 +5,7 @@ Knows the inspector's fields and TensorRT's names of kernels; must not know wher
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -15,6 +16,8 @@ from meta_deploy.errors import InputError
 
 # TensorRT's names of types, as ours are called.
 _TYPES = {"Half": "fp16", "Float": "fp32", "BFloat16": "bf16", "FP8": "fp8", "Int8": "int8"}
+_BITS = {"fp4": 4, "int4": 4, "fp8": 8, "int8": 8, "uint8": 8, "bool": 8}
+_BITS |= {"fp16": 16, "bf16": 16, "fp32": 32, "int32": 32, "int64": 64}
 _IN_WORDS = re.compile(r"\b(FP32|FP16|BF16|FP8|INT8|INT32|INT64|BOOL|UINT8)\b", re.IGNORECASE)
 _NODE = re.compile(r"\[ONNX Layer: (.*?)\](?=\[ONNX Layer: |[\x1e\x1f]|\s*$)", re.DOTALL)
 # Parts of a generated kernel's name that move, cut, join or convert, and compute nothing.
@@ -29,6 +32,14 @@ class LayerTensor(Struct, frozen=True, kw_only=True, omit_defaults=True):
     datatype: str = field(name="Datatype", default="")
     format: str = field(name="Format", default="")
     words: str = field(name="Format/Datatype", default="")
+
+    @property
+    def bytes(self) -> int | None:
+        """Its size; None where a dimension is open or the type unknown."""
+        bits = _BITS.get(self.type)
+        if bits is None or min(self.shape, default=0) < 0:
+            return None
+        return math.ceil(math.prod(self.shape) * bits / 8)
 
     @property
     def type(self) -> str:
@@ -85,6 +96,29 @@ class Layer(Struct, frozen=True, kw_only=True, omit_defaults=True):
     def attention(self) -> bool:
         """Both matrix products and the softmax between in one kernel."""
         return self.kernel.startswith("_gemm_mha")
+
+    @property
+    def eight_bits(self) -> str:
+        """int8 or fp8, where it is a product that reads both its sides so; otherwise empty."""
+        read = {tensor.type for tensor in self.inputs} & {tensor.type for tensor in self.constants}
+        return next((name for name in ("int8", "fp8") if name in read and not self.generated), "")
+
+    @property
+    def bytes(self) -> int:
+        """That it reads and writes, as far as it is known."""
+        return sum(tensor.bytes or 0 for tensor in (*self.inputs, *self.constants, *self.outputs))
+
+    @property
+    def macs(self) -> float:
+        """Multiply-adds with its weights: a convolution has as many outputs as rows of them, a product of
+        matrices as columns.
+        """
+        weights = max(self.constants, key=lambda tensor: math.prod(tensor.shape), default=None)
+        if weights is None or not self.outputs or len(weights.shape) < 2 or self.generated:
+            return 0.0
+        shape = self.outputs[0].shape
+        outputs = weights.shape[0] if len(weights.shape) == len(shape) > 3 else weights.shape[-1]
+        return math.prod(shape) * math.prod(weights.shape) / max(outputs, 1)
 
     @property
     def moves(self) -> bool:

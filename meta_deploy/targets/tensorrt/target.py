@@ -6,44 +6,62 @@ Says what is done; building and running are the other modules'. Imports no libra
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import msgspec
 
 from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.bundle.manifest import Engine, Profile, TensorRTEngine
 from meta_deploy.errors import BackendError, InputError
+from meta_deploy.graph.precision.rules import EightBitRules
 from meta_deploy.graph.prices import GPU
-from meta_deploy.targets.target import MODEL, Backend, BuildOptions, Built, Target, open_model_file
+from meta_deploy.targets.target import MODEL, Backend, BuildOptions, Built, Estimate, Target, open_model_file
 from meta_deploy.targets.tensorrt.library import Here, load
 
 ENGINE = "model.engine"
 LAYERS = "layers.json"  # what the engine consists of, for people and meta-report
 _MAX_WORKSPACE_MB = 2**43 - 1  # bytes are 63 bits and a sign
+_SPEEDUP = 2  # of an 8-bit product over one in float16
+_BYTES = 2  # of a number that GPU's prices are for
+_MACS_A_MS = 15e9  # that GPU's prices are in
+_INT8 = EightBitRules(
+    signed=True,
+    results=False,
+    biases=False,
+    speedup=_SPEEDUP,
+    value=GPU.value / 2,
+    node=GPU.node,
+    rest="fp16",
+    factors=True,
+)
 
 
 class TensorRT(Target):
     """Either library. Engines of `tensorrt` are bound to a GPU model; `tensorrt-rtx` builds without one."""
 
     passes = (
-        *("clean-up", "fuse-layer-norm", "share-norms", "fold-batch-norm", "merge-siblings"),
+        *("clean-up", "plain-attention", "fuse-layer-norm", "share-norms", "fold-batch-norm"),
+        "merge-siblings",
         *("slices-to-split", "collapse-chains", "move-linears", "collapse-chains"),
         *("fold-scales", "order-tokens", "stack-attention"),
         *("fold-branches", "distribute-sums", "flatten-concats", "collapse-chains"),
     )
     required_passes = ("clean-up",)  # the parser does not take all that PyTorch exports
     prices = GPU
-    precisions = ("fp32", "fp16", "bf16")
+    precisions = ("fp32", "fp16", "bf16", "int8", "fp8")
     # A map is sampled at coordinates of its own type, and float16 is too coarse for coordinates.
     float32_operators = {"fp16": ("GridSample",), "bf16": ("GridSample", "ConvTranspose")}  # noqa: RUF012
+    eight_bits = {"int8": _INT8, "fp8": replace(_INT8, number="fp8")}  # noqa: RUF012
     rounds_each_operator = True
     backends = ("tensorrt", "cuda", "onnxruntime", "openvino")
     automatic = ("tensorrt", "cuda", "onnxruntime")
-    builds = bounded = True
+    builds = bounded = estimates = True
     gpu_only = ("bf16",)
     last_resort = "on a CPU a bundle made for onnxruntime is several times faster"
 
-    def __init__(self, name: str, title: str, operators: tuple[str, ...]):
-        self.name, self.title, self.operators = name, title, operators
+    def __init__(self, name: str, title: str, operators: tuple[str, ...], doubtful: tuple[str, ...] = ()):
+        self.name, self.title, self.operators, self.doubtful = name, title, operators, doubtful
 
     def offer(self) -> tuple[bool, str]:
         try:
@@ -56,7 +74,7 @@ class TensorRT(Target):
             return False, f"{self.title} is installed, and no GPU can be used"
 
     def check(self, options: BuildOptions) -> None:
-        from meta_deploy.targets.tensorrt.build import check_gpus
+        from meta_deploy.targets.tensorrt.build import check_gpus, has_fp8
 
         try:
             load(self.name)
@@ -64,6 +82,12 @@ class TensorRT(Target):
             elsewhere = "" if self.name == "tensorrt-rtx" else "; --target tensorrt-rtx needs no GPU"
             raise BackendError(f"{error}{elsewhere}") from error
         check_gpus(self.name, options.gpus)
+        if options.precision == "fp8":
+            here = () if self.name == "tensorrt-rtx" else (Here.find(self.name).machine.compute_capability,)
+            if old := [gpu for gpu in options.gpus or here if not has_fp8(gpu)]:
+                raise InputError(
+                    f"fp8 needs compute capability 8.9 or more, not {old[0]}; use --int8 or --fp16"
+                )
         if options.workspace_mb is not None and not 1 <= options.workspace_mb <= _MAX_WORKSPACE_MB:
             raise InputError(
                 f"--workspace must be from 1 to {_MAX_WORKSPACE_MB} MB, not {options.workspace_mb}; "
@@ -84,7 +108,7 @@ class TensorRT(Target):
             model,
             self.name,
             profiles,
-            compute_capabilities=options.gpus,
+            compute_capabilities=self._gpus(options),
             workspace_mb=options.workspace_mb,
             progress=progress,
         )
@@ -94,16 +118,49 @@ class TensorRT(Target):
             files[LAYERS] = to_json(engine.layers)
         return Built(files, section)
 
+    def figures(self, section: Engine | None) -> dict[str, Any]:
+        assert isinstance(section, TensorRTEngine)
+        names = ("layers", "activation_mb", "plan_mb")
+        return {name: getattr(section, name) for name in names} if section.layers else {}
+
+    def _gpus(self, options: BuildOptions) -> Sequence[str]:
+        """The compute capabilities to build for; TensorRT-RTX would refuse fp8 for all that it knows."""
+        from meta_deploy.targets.tensorrt.build import gpu_targets, has_fp8
+
+        if options.gpus or options.precision != "fp8" or self.name != "tensorrt-rtx":
+            return options.gpus
+        return sorted(filter(has_fp8, gpu_targets(load(self.name))))
+
+    def estimate(self, model: bytes, profiles: Sequence[Profile], options: BuildOptions) -> Estimate:
+        from meta_deploy.targets.tensorrt.build import build_engine
+
+        engine = build_engine(model, self.name, profiles, compute_capabilities=self._gpus(options))
+        section = engine.section()
+        launched = [layer for layer in engine.layers if not layer.synchronizes]
+        if not launched:
+            raise InputError(f"{self.title}'s log does not tell what it builds; use --no-search")
+        macs = sum(layer.macs / (_SPEEDUP if layer.eight_bits else 1) for layer in launched)
+        moved = GPU.value * sum(layer.bytes for layer in launched) / _BYTES
+        return Estimate(
+            ms=(GPU.node * len(launched) + moved + macs) / _MACS_A_MS,
+            layers=len(launched),
+            fused_attention=section.fused_attention or 0,
+            eight_bits=sum(section.eight_bits.values()),
+            activation_mb=section.activation_mb,
+            weights_mb=section.weights_mb,
+        )
+
     def describe(self, section: Engine) -> str:
         assert isinstance(section, TensorRTEngine)
         gpus = section.gpu or ", ".join(section.compute_capabilities) or "all its GPUs"
         line = f"engine of {section.library} {section.version} for {gpus}: "
         if section.layers is None:
             return f"{line}{section.plan_mb:.1f} MB (its log does not tell what is inside)"
+        low = "".join(f"{n} products in {name}, " for name, n in section.eight_bits.items())
         return (
             f"{line}{section.layers} layers, {section.fused_attention} of {section.attention} attentions "
-            f"fused, {section.activation_mb:.0f} MB activations, {section.weights_mb:.0f} MB weights; it has "
-            "not run here"
+            f"fused, {low}{section.activation_mb:.0f} MB activations, {section.weights_mb:.0f} MB weights; "
+            "it has not run here"
         )
 
     def open(self, bundle: Bundle, backend: str, threads: int | None) -> Backend:
@@ -131,8 +188,11 @@ class TensorRT(Target):
 
 
 TARGETS = (
-    # The lowered form has static shapes, which a CUDA graph needs.
+    # The lowered form has static shapes, which a CUDA graph needs. Building takes minutes: none in doubt.
     TensorRT("tensorrt", "TensorRT", ("lowered", "native")),
     # It has no NonMaxSuppression, and its RoiAlign does not build without a GPU.
-    TensorRT("tensorrt-rtx", "TensorRT-RTX", ("lowered",)),
+    TensorRT(
+        *("tensorrt-rtx", "TensorRT-RTX", ("lowered",)),
+        doubtful=("move-linears", "merge-siblings", "fold-branches", "distribute-sums"),
+    ),
 )

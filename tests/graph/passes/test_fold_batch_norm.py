@@ -561,3 +561,90 @@ def norms(draw):
 @given(norms())
 def test_random_norms_are_folded_where_the_rule_says_so(norm):
     agree(norm.proto(), int(norm.folds()), shuffle=norm.shuffle)
+
+
+# --- moves between ---
+
+
+def moved(moves, channels=6, tokens=(2, 5), op="MatMul", bias=False, reader=""):
+    """A linear map over the last axis (axis 1 of a Conv), moves, and a norm."""
+    rng = np.random.default_rng(0)
+    shape = [*tokens, 4] if op == "MatMul" else [tokens[0], 4, *tokens[1:]]
+    weight = rng.standard_normal((4, channels) if op == "MatMul" else (channels, 4, *[1] * (len(shape) - 2)))
+    params = [*rng.standard_normal((3, channels)), rng.uniform(0.5, 2, channels)]
+    constants = {
+        "w": weight,
+        **{f"s{i}": p for i, p in enumerate(params)},
+        "b": rng.standard_normal(channels),
+    }
+    nodes, x = [node(op, ["x", "w"], ["h"])], "h"
+    if bias:
+        nodes.append(node("Add", ["h", "b"], ["h2"]))
+        x = "h2"
+    for i, (move, argument) in enumerate(moves):
+        if move == "Transpose":
+            nodes.append(node("Transpose", [x], [f"m{i}"], perm=argument))
+        else:
+            constants[f"t{i}"] = np.array(argument)
+            nodes.append(node("Reshape", [x, f"t{i}"], [f"m{i}"]))
+        x = f"m{i}"
+    nodes.append(node("BatchNormalization", [x, *(f"s{i}" for i in range(4))], ["z"]))
+    nodes.append(node("Relu", ["z"], ["y"]))
+    outputs = ["y"]
+    if reader:
+        nodes.append(node("Neg", [reader], ["read"]))
+        outputs.append("read")
+    initializers = [
+        numpy_helper.from_array(v if v.dtype == np.int64 else v.astype(np.float32), name)
+        for name, v in constants.items()
+        if name != "b" or bias
+    ]
+    return model(nodes, [value("x", shape)], outputs, initializers)
+
+
+@pytest.mark.parametrize(
+    ("moves", "folds", "more"),
+    [
+        ([("Reshape", [10, 6])], True, {}),  # PyTorch's BatchNorm1d over tokens, as LeViT writes it
+        ([("Reshape", [-1, 6])], True, {"bias": True}),
+        ([("Transpose", [0, 2, 1])], True, {}),
+        ([("Transpose", [0, 2, 1]), ("Reshape", [2, 6, 5, 1])], True, {}),
+        ([("Reshape", [2, 6, 5])], False, {}),  # cuts through tokens
+        ([("Reshape", [2, 6, 5])], True, {"op": "Conv", "tokens": (2, 5, 1)}),
+        ([("Transpose", [0, 2, 1])], False, {"op": "Conv", "channels": 5, "tokens": (2, 5)}),
+        ([("Reshape", [10, 6])], False, {"reader": "h"}),
+        ([("Reshape", [10, 6])], False, {"reader": "m0"}),
+        ([("Reshape", [10, 6]), ("Reshape", [5, 6, 2, 1])], False, {}),
+    ],
+)
+def test_moves_between_that_leave_the_channels_whole_are_no_obstacle(moves, folds, more):
+    proto = moved(moves, **more)
+    after, changes = rewriting.rewritten(fold_batch_norm, proto)
+    assert ("BatchNormalization" not in ops(after)) == bool(changes) == folds
+    same(proto, after, rewriting.feeds(proto))
+
+
+@settings(RANDOM, max_examples=60)
+@given(data=st.data())
+def test_random_moves_between_answer_as_before(data):
+    op = data.draw(st.sampled_from(("MatMul", "Conv")))
+    b, n, c = (data.draw(st.sampled_from((1, 2, 3, 4, 6))) for _ in range(3))
+    shape, moves = ([b, n, c] if op == "MatMul" else [b, c, n]), []
+    for _ in range(data.draw(st.integers(1, 3))):
+        if data.draw(st.booleans()):
+            perm = data.draw(st.permutations(range(len(shape))))
+            moves.append(("Transpose", perm))
+            shape = [shape[p] for p in perm]
+        else:
+            total, target = b * n * c, []
+            for _ in range(data.draw(st.integers(1, 3))):
+                divisors = [d for d in range(1, total + 1) if total % d == 0]
+                target.append(data.draw(st.sampled_from(divisors)))
+                total //= target[-1]
+            shape = [*target, total]
+            moves.append(("Reshape", shape))
+    if len(shape) < 2 or shape[1] != c:
+        return
+    proto = moved(moves, channels=c, tokens=(b, n), op=op)
+    after, _ = rewriting.rewritten(fold_batch_norm, proto)
+    same(proto, after, rewriting.feeds(proto))

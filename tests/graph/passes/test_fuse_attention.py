@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from meta_deploy.graph.passes.fuse_attention import DOMAIN, fuse_attention
+from meta_deploy.graph.graph import CONTRIBUTED
+from meta_deploy.graph.passes.fuse_attention import fuse_attention
 from tests.graph import rewriting
 from tests.graph.rewriting import RANDOM, TYPES, node, ops, same
 from tests.small_graphs import model, value
@@ -39,6 +40,9 @@ class Attention:
     swap_mask: bool = False  # the products are added to it
     hides: bool = False  # some of it is -inf
     computed_mask: bool = False
+    second: tuple | None = None  # the shapes between two Reshapes, and of what is added there
+    rank: int = 4
+    vary: bool = False  # constants that scale are of several numbers
     reader: str = ""  # another node reads this tensor
     output: str = ""  # this tensor is an output as well
     swapped: bool = False  # the weights are the right operand
@@ -53,7 +57,7 @@ class Attention:
 
     def shape(self, name):
         default = (self.b, self.heads, self.n if name == "q" else self.m, self.d)
-        return self.shapes.get(name, default)
+        return self.shapes.get(name, default if self.rank == 4 else default[1:])
 
     def n_(self, name):
         return self.prefix + name
@@ -66,7 +70,10 @@ class Attention:
             if scale is None:
                 return x
             op, number, shape, first = scale
-            initializers.append(numpy_helper.from_array(np.full(shape, number, dtype), n(f"c_{out}")))
+            numbers = np.full(shape, number, dtype)
+            if self.vary:
+                numbers *= 1 + np.arange(numbers.size, dtype=dtype).reshape(shape)
+            initializers.append(numpy_helper.from_array(numbers, n(f"c_{out}")))
             c = n("factor") if self.computed else initializers[-1].name
             nodes.append(node(op, [c, x] if first else [x, c], [n(out)]))
             return n(out)
@@ -92,6 +99,16 @@ class Attention:
             operands = [weights, n("mask")]
             nodes.append(node("Add", operands[::-1] if self.swap_mask else operands, [n("masked")]))
             weights = n("masked")
+        if self.second is not None:
+            shape, added = self.second
+            back = [self.shape("q")[0], self.heads, self.n, self.m]
+            numbers = np.random.default_rng(2).standard_normal(added).astype(dtype)
+            constants = {"shape": np.array(shape), "added": numbers, "back": np.array(back)}
+            initializers += [numpy_helper.from_array(v, n(name)) for name, v in constants.items()]
+            nodes.append(node("Reshape", [weights, n("shape")], [n("reshaped")]))
+            nodes.append(node("Add", [n("reshaped"), n("added")], [n("summed")]))
+            nodes.append(node("Reshape", [n("summed"), n("back")], [n("second")]))
+            weights = n("second")
         if self.between:
             nodes.append(node(self.between, [weights], [n("between")]))
             weights = n("between")
@@ -118,7 +135,8 @@ class Attention:
             inputs.append(value(n(f"{name}_in"), [self.batch or shape[0], *shape[1:]], TYPES[self.dtype]))
         if self.computed:
             inputs.append(value(n("factor"), [], TYPES[self.dtype]))
-            initializers = [i for i in initializers if i.name == n("mask")]
+            kept = {n("mask"), n("shape"), n("added"), n("back")}
+            initializers = [i for i in initializers if i.name in kept]
         imports = [helper.make_opsetid("", self.opset)]
         return model(nodes, inputs, outputs, initializers, opset_imports=imports)
 
@@ -164,7 +182,7 @@ def test_attention_becomes_one_operator():
     attributes = {a.name: helper.get_attribute_value(a) for a in fused.attribute}
     assert attributes["num_heads"] == 3
     assert attributes["scale"] == pytest.approx(0.4)
-    assert {o.domain: o.version for o in after.opset_import} == {"": 18, DOMAIN: 1}
+    assert {o.domain: o.version for o in after.opset_import} == {"": 18, CONTRIBUTED: 1}
 
 
 @pytest.mark.parametrize(
@@ -219,6 +237,33 @@ def test_attention_becomes_one_operator():
         Attention(mask=(5, 4), scale=("Mul", 0.5, (), False), q_scale=None),
         Attention(mask=(3, 5, 4), reader="mask"),
         Attention(n=70, m=33, d=20, mask=(3, 70, 33)),
+        Attention(mask=(1,)),
+        Attention(mask=(4,)),  # one for every key
+        # the mask of shifted windows: four windows of two images
+        Attention(b=8, second=((2, 4, 3, 5, 4), (1, 4, 1, 5, 4)), mask=(1, 3, 5, 4)),
+        Attention(
+            b=8, second=((2, 4, 3, 5, 4), (1, 4, 1, 5, 4)), q_scale=None, scale=("Mul", 0.5, (), False)
+        ),
+        Attention(b=8, second=((8, 3, 20), (8, 1, 20))),
+        Attention(
+            b=8, second=((8, 1, 3, 5, 4), (1, 3, 1, 4)), vary=True, scale=("Mul", 0.5, (3, 1, 1), False)
+        ),
+        # a scale for each head, and one that is the same for all
+        Attention(scale=("Mul", 0.5, (3, 1, 1), False), vary=True),
+        Attention(scale=("Div", 0.5, (1, 3, 1, 1), False), vary=True, mask=(5, 4)),
+        Attention(scale=("Mul", 0.5, (3, 5, 4), True)),
+        Attention(scale=("Add", 0.5, (), False)),
+        Attention(scale=("Sub", 0.5, (4,), False), vary=True),
+        Attention(shapes={"v": (2, 3, 4, 6)}),  # values of another width
+        Attention(shapes={"v": (2, 3, 4, 16)}, mask=(3, 5, 4)),
+        # one head, or heads in the batch
+        Attention(rank=3, perm=(0, 2, 1)),
+        Attention(rank=3, perm=(0, 2, 1), mask=(3, 5, 4), axis=2),
+        Attention(rank=3, perm=(0, 2, 1), mask=(5, 4), shapes={"v": (3, 4, 6)}),
+        Attention(rank=3, perm=(0, 1, 2), shapes={"k": (3, 8, 4)}),
+        Attention(rank=3, perm=(2, 1, 0), shapes={"k": (4, 8, 3)}),
+        Attention(mask=(5, 1)),
+        Attention(mask=(2, 1, 1, 4)),
     ],
     ids=str,
 )
@@ -240,25 +285,31 @@ def test_variants_become_one_operator(attention):
         Attention(axis=2, m=5),
         Attention(axis=-2),
         Attention(axis=1),
-        Attention(k_scale=("Mul", 0.5, (4,), False)),  # another scale for every key
+        Attention(k_scale=("Mul", 0.5, (4,), False), vary=True),  # another scale for every key
         Attention(between="Relu"),
         Attention(between="Identity"),
-        Attention(mask=(1,)),
         Attention(mask=(3, 5, 4), computed_mask=True),
         Attention(mask=(5, 4), computed_mask=True, swap_mask=True),
-        Attention(mask=(4,)),  # one for every key
-        Attention(mask=(5, 1)),
-        Attention(mask=(2, 1, 1, 4)),
         Attention(mask=(1, 1, 1, 5, 4)),
         Attention(mask=(5, 4), reader="product"),
         Attention(mask=(5, 4), reader="masked"),
         Attention(mask=(5, 4), output="masked"),
         Attention(mask=(5, 4), between="Relu"),
         Attention(mask=(5, 4), scale=("Mul", 0.5, (), False), reader="product_scaled"),
-        Attention(scale=("Mul", 0.5, (4,), False)),  # another scale for every key
-        Attention(scale=("Mul", 0.5, (3, 1, 1), False)),  # and for every head
+        Attention(scale=("Mul", 0.5, (4,), False), vary=True),  # another scale for every key
+        Attention(scale=("Mul", 0.5, (2, 1, 1, 1), False), vary=True),  # and for every image
+        Attention(scale=("Mul", 0.5, (5, 1), False), vary=True),
+        Attention(scale=("Mul", 0.5, (3, 5, 1), False), vary=True),
+        Attention(rank=3, perm=(0, 2, 1), scale=("Mul", 0.5, (3, 1, 1), False), vary=True),
+        Attention(rank=3, perm=(0, 2, 1), axis=1),
+        Attention(rank=3, perm=(0, 2, 1), shapes={"v": (1, 4, 8)}),
+        Attention(rank=3, perm=(0, 2, 1), mask=(1, 3, 5, 4)),
+        Attention(b=8, second=((2, 4, 3, 5, 4), (1, 4, 1, 5, 4)), reader="reshaped"),
+        Attention(b=8, second=((2, 4, 3, 5, 4), (1, 4, 1, 5, 4)), output="summed"),
+        Attention(b=8, batch="b", second=((-1, 4, 3, 5, 4), (1, 4, 1, 5, 4))),
+        Attention(b=8, second=((2, 4, 3, 5, 4), (1, 4, 1, 5, 4)), between="Relu"),
         Attention(scale=("Div", 0.5, (), True)),  # the inverse
-        Attention(scale=("Add", 0.5, (), False)),
+        Attention(scale=("Sub", 0.5, (), True)),
         Attention(scale=("Pow", 2.0, (), False)),
         Attention(q_scale=None, scale=("Mul", 0.0, (), False)),
         Attention(q_scale=("Mul", 0.4, (1, 1, 1, 1, 1), False)),  # q gets a fifth axis by it
@@ -268,7 +319,6 @@ def test_variants_become_one_operator(attention):
         Attention(shapes={"k": (1, 3, 4, 8)}),
         Attention(shapes={"k": (2, 1, 4, 8), "v": (2, 1, 4, 8)}),  # one head of keys for all
         Attention(shapes={"v": (1, 3, 4, 8)}),
-        Attention(shapes={"v": (2, 3, 4, 6)}),  # values of another length
         Attention(shapes={"q": (1, 3, 5, 8)}),
         Attention(shapes={"v": (4, 8)}),
         Attention(shapes={"q": (3, 5, 8)}),
@@ -318,9 +368,12 @@ def test_a_vector_on_q_or_k_stays_and_the_rest_is_fused(operand):
     assert "Mul" in ops(agree(Attention(q_scale=scale), 1))
 
 
-def test_half_precision_is_declined():
-    proto = Attention(dtype="float16").proto()
-    assert rewritten(proto)[1] == 0
+@pytest.mark.parametrize("mask", [None, (3, 5, 4)])
+def test_half_precision_stays_so(mask):
+    """ONNX Runtime's CPU computes it in float32, and rounds."""
+    attention = Attention(dtype="float16", mask=mask, b=1)
+    after = agree(attention, 1, tolerance=3e-3)
+    assert {tensor.data_type for tensor in after.graph.initializer} <= {TYPES["float16"], TYPES["int64"]}
 
 
 def test_a_softmax_of_before_opset_13_without_an_axis_is_declined():
@@ -336,18 +389,6 @@ def test_without_shapes_it_declines():
     for info in (*proto.graph.input, *proto.graph.output):
         info.type.tensor_type.ClearField("shape")
     del proto.graph.value_info[:]
-    assert rewritten(proto)[1] == 0
-
-
-def test_three_axes_are_declined():
-    """ViT-Det's heads are folded into the batch: there is nothing that tells them apart."""
-    nodes = [
-        node("Transpose", ["k"], ["kt"], perm=[0, 2, 1]),
-        node("MatMul", ["q", "kt"], ["product"]),
-        node("Softmax", ["product"], ["weights"], axis=-1),
-        node("MatMul", ["weights", "v"], ["y"]),
-    ]
-    proto = model(nodes, [value(name, [6, 5, 8]) for name in "qkv"])
     assert rewritten(proto)[1] == 0
 
 
@@ -407,9 +448,9 @@ def test_attention_that_ends_in_a_branch_is_left():
 
 def test_a_domain_already_there_is_named_once():
     proto = Attention().proto()
-    proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+    proto.opset_import.append(helper.make_opsetid(CONTRIBUTED, 1))
     after, _ = rewritten(proto)
-    assert [o.domain for o in after.opset_import].count(DOMAIN) == 1
+    assert [o.domain for o in after.opset_import].count(CONTRIBUTED) == 1
 
 
 # --- random attention ---
@@ -435,6 +476,12 @@ def attentions(draw):
         shape = [b, heads, n if name == "q" else m, d]
         shape[draw(st.integers(0, 1))] = 1
         shapes[name] = tuple(shape)
+    elif draw(st.booleans()):
+        shapes["v"] = (b, heads, m, draw(st.integers(1, 9)))  # of another width
+    scale = draw(SCALES)
+    if scale is not None and draw(st.booleans()):
+        scale = (*scale[:2], (heads, 1, 1), scale[3])
+    between = (1, b, heads, n, m), draw(st.sampled_from(((1, b, 1, n, m), (n, m), (b, heads, 1, m))))
     return Attention(
         b=b,
         heads=heads,
@@ -444,7 +491,9 @@ def attentions(draw):
         q_scale=draw(SCALES),
         k_before=draw(SCALES),
         k_scale=draw(SCALES),
-        scale=draw(SCALES),
+        scale=scale,
+        vary=draw(st.booleans()),
+        second=draw(st.sampled_from((None, None, between))) if shapes.keys() <= {"v"} else None,
         shapes=shapes,
         axis=draw(st.sampled_from((-1, -1, -1, 3, None, 2))),
         mask=draw(st.sampled_from((None, None, (n, m), (heads, n, m), (b, 1, n, m), (1, 1, 1, n, m)))),
@@ -458,7 +507,7 @@ def attentions(draw):
     )
 
 
-@settings(RANDOM, max_examples=250)
+@settings(RANDOM, max_examples=120)
 @given(attentions())
 def test_random_attention_answers_as_before(attention):
     inner = ("kt", "product", "weights")

@@ -1,0 +1,314 @@
+"""A run over many images on Ray: started here or elsewhere, its results in parts, gone on with if stopped.
+
+Knows the order of things; must not know how an image is read or what a result is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from meta_deploy.batch.dataset import ERROR, RESULT, Options, call_rows, staged
+from meta_deploy.batch.inputs import Group, Inputs, images_of
+from meta_deploy.batch.parts import Part, Parts
+from meta_deploy.batch.rows import result_type
+from meta_deploy.bundle.bundle import Bundle
+from meta_deploy.bundle.shipped import locate
+from meta_deploy.cpus import cpu_count
+from meta_deploy.errors import InputError, MetaDeployError
+from meta_deploy.targets import TARGETS
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+PART_SIZE = 1000
+MOST_FAULTS = 100  # calls that may fail by a fault in us or in a library before the run is given up
+FAULT = "an internal error, also when it was run alone; Ray's log says which"
+_PLACE, _COCO_ID = "place", "image_id"
+_ON_GPU = {"cuda", "tensorrt"}
+
+
+def open_parts(inputs: Inputs, out: Path, options: Options, part_size: int = PART_SIZE) -> Parts[pa.Table]:
+    """The parts of a run over `inputs` in the folder `out`, some of them perhaps there.
+
+    They are Parquet files with a row an image: `path`, `result` and `error`, as `predict_dataset` gives them;
+    or with `options.coco_ids` COCO results, a JSON array each.
+
+    Raises:
+        InputError: the folder holds another run's, or another process writes there.
+    """
+    coco = options.coco_ids is not None
+    run = {
+        "bundle": options.digest,
+        "backend": options.backend,
+        **options.processing,
+        "batch": options.batch,
+        "results": "coco" if coco else "rows",
+        "inputs": inputs.digest,
+    }
+    write, suffix = (_write_records, ".json") if coco else (_write_rows, ".parquet")
+    return Parts(out, run, len(inputs), part_size, suffix, write, _failure)
+
+
+def run(
+    inputs: Inputs,
+    parts: Parts[pa.Table],
+    options: Options,
+    workers: int | None = None,
+    finished: Callable[[Part], object] = lambda part: None,
+    done: Callable[[int], object] = lambda images: None,
+) -> None:
+    """Do what is not done; on the Ray cluster that this process is connected to.
+
+    `options.image` and `path` are set here. `finished` is told each part as it is written, `done` how many
+    images have come.
+
+    Raises:
+        InputError: the bundle cannot be opened or run there, or a part cannot be written.
+    """
+    if not parts.todo():
+        return
+    own = {"image": "image", "path": "path", "coco_ids": options.coco_ids and _COCO_ID}
+    options = Options(**{**vars(options), **own})
+    gpus = _gpus(options)
+    workers = workers or _workers(options, gpus)
+
+    def collect(spans: Sequence[range], rows: int) -> None:
+        for dataset in _datasets(inputs, spans, rows, options):
+            ready = staged(dataset, options, workers, gpus, rows=rows)
+            for table in ready.iter_batches(batch_size=None, batch_format="pyarrow"):
+                kept = table.select([_PLACE, "path", RESULT, ERROR]).take(pa.array(range(len(table))))
+                for i, place in enumerate(kept[_PLACE].to_pylist()):
+                    if (part := parts.add(place, kept.slice(i, 1))) is not None:
+                        finished(part)
+                done(len(kept))
+
+    with _quiet(), _told():
+        collect(parts.todo(), call_rows(options.batch))
+        # What shared a call with a picture that made it fail comes alone, and the picture does not come.
+        if missing := parts.missing():
+            collect([range(i, i + 1) for i in missing], 1)
+    kind = result_type(Bundle.open(locate(options.bundle)).task, options.coco_ids is not None)
+    for place in parts.missing():
+        error = f"'{inputs.names[place]}': {FAULT}"
+        row = pa.table(
+            {
+                _PLACE: [place],
+                "path": [inputs.names[place]],
+                RESULT: pa.nulls(1, kind),
+                ERROR: pa.array([error], pa.string()),
+            }
+        )
+        if (part := parts.add(place, row)) is not None:
+            finished(part)
+        done(1)
+
+
+# --- Ray --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """Ray: the cluster at an address, or one that is started on this machine and ended again.
+
+    Raises:
+        InputError: there is no cluster at the address.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its own notes go to standard error
+    import ray
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with _no_stderr():
+            if address is None:
+                # One more than there are: a model takes all of one, and the other stages need some.
+                ray.init("local", num_cpus=cpu_count() + 1, include_dashboard=False, **_SILENT)
+            else:
+                ray.init(address, **_SILENT)
+    except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
+        reason = " ".join(str(error).split())
+        where = f"on this machine: {reason}" if address is None else f"at '{address}': {reason}"
+        raise InputError(
+            f"there is no Ray {where}; check the address, and that its version is ours"
+        ) from error
+    finally:
+        for number, handler in handlers.items():  # Ray takes SIGTERM for itself
+            with contextlib.suppress(ValueError, TypeError):
+                signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+_SILENT: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+
+
+@contextlib.contextmanager
+def _no_stderr() -> Iterator[None]:
+    """Nothing on standard error of what libraries write there past Python."""
+    sys.stderr.flush()
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Ray Data without progress bars and notes of its own, going on where a call crashes."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    settings = {
+        "enable_progress_bars": False,
+        "print_on_execution_start": False,
+        "max_errored_blocks": MOST_FAULTS,
+    }
+    before = {name: getattr(context, name) for name in settings}
+    logger = logging.getLogger("ray.data")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        for name, value in settings.items():
+            setattr(context, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(context, name, value)
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """An error of ours that a worker raised, as itself."""
+    try:
+        yield
+    except Exception as error:
+        at: BaseException | None = error
+        while at is not None and not isinstance(at, MetaDeployError):
+            at = getattr(at, "cause", None) or at.__cause__
+        if at is None:
+            raise
+        raise at from error
+
+
+def _gpus(options: Options) -> int:
+    """GPUs that a model takes: one, where the cluster has some and the bundle can use it."""
+    import ray
+
+    target = Bundle.open(locate(options.bundle)).target
+    backends = TARGETS[target].automatic if options.backend == "auto" else (options.backend,)
+    return int(bool(_ON_GPU & set(backends)) and ray.cluster_resources().get("GPU", 0) >= 1)
+
+
+def _workers(options: Options, gpus: int) -> int:
+    """As many models as there are GPUs, or CPUs beside one for the other stages."""
+    import ray
+
+    resources = ray.cluster_resources()
+    if gpus:
+        return int(resources["GPU"])
+    return max(1, int(resources.get("CPU", 1) - 1) // options.threads)
+
+
+def _datasets(inputs: Inputs, spans: Sequence[range], rows: int, options: Options) -> Iterator[Dataset]:
+    """The images of `spans`: those that are files, and those in tables."""
+    import ray.data
+
+    ids = inputs.image_ids() if options.coco_ids else []
+
+    def table(places: Sequence[int], images: pa.Array) -> pa.Table:
+        columns = {
+            _PLACE: pa.array(places, pa.int64()),
+            "path": pa.array([inputs.names[i] for i in places], pa.string()),
+            "image": images,
+        }
+        if ids:
+            columns[_COCO_ID] = pa.array([ids[i] for i in places], pa.int64())
+        return pa.table(columns)
+
+    files = [table(places, pa.array(own, pa.string())) for places, own in inputs.files(spans, rows)]
+    if files:
+        yield ray.data.from_arrow(files)
+    groups = [
+        pa.table(
+            {
+                **{name: [value] for name, value in vars(group).items()},
+                "rows": pa.array([table(places, pa.nulls(len(places))).to_pylist()]),
+            }
+        )
+        for group, places in inputs.tables(spans)
+    ]
+    if groups:
+        yield ray.data.from_arrow(groups).map_batches(
+            _unpacked, fn_args=(rows,), batch_format="pyarrow", batch_size=1
+        )
+
+
+def _unpacked(table: pa.Table, count: int) -> Iterator[pa.Table]:
+    """Row groups to the images in them."""
+    for row in table.to_pylist():
+        known = {own[_PLACE]: own for own in row.pop("rows")}
+        for places, images in images_of(Group(**row), list(known), count):
+            columns = pa.Table.from_pylist([known[place] for place in places]).drop_columns(["image"])
+            yield columns.append_column("image", pa.array(images, pa.large_binary()))
+
+
+# --- files ------------------------------------------------------------------------------------------------
+
+
+def _failure(row: pa.Table) -> tuple[str, str] | None:
+    error = row[ERROR][0].as_py()
+    return None if error is None else (row["path"][0].as_py(), error)
+
+
+def _write_rows(path: Path, rows: Sequence[pa.Table]) -> None:
+    pq.write_table(pa.concat_tables(rows).drop_columns([_PLACE]).combine_chunks(), path, compression="zstd")
+
+
+def _write_records(path: Path, rows: Sequence[pa.Table]) -> None:
+    records = []
+    for row in rows:
+        name = {"file_name": PurePosixPath(row["path"][0].as_py()).name}
+        records += [json.dumps(record | name) for record in row[RESULT][0].as_py() or ()]
+    path.write_text("".join(array_of(records)) + "\n")
+
+
+def array_of(texts: Iterable[str]) -> Iterator[str]:
+    """The pieces of a JSON array of what is JSON already, one a line."""
+    before = "[\n"
+    for text in texts:
+        yield before + text
+        before = ",\n"
+    yield "[\n]" if before == "[\n" else "\n]"
+
+
+def entries(parts: Parts[pa.Table]) -> Iterator[Mapping[str, Any]]:
+    """The results of the finished parts, in order, as `Result.to_dict` gave them."""
+    for part in parts:
+        with pq.ParquetFile(parts.folder / part.file) as file:
+            for batch in file.iter_batches(64, columns=[RESULT]):
+                yield from (result for result in batch.column(0).to_pylist() if result is not None)
+
+
+def records(parts: Parts[pa.Table]) -> Iterator[str]:
+    """The COCO records of the finished parts, in order, each as JSON."""
+    for part in parts:
+        with (parts.folder / part.file).open() as file:
+            yield from (line.rstrip(",\n") for line in file if line.startswith("{"))

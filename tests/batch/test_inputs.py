@@ -1,0 +1,101 @@
+"""What a run is over: every kind of source names its images once, in order, and leads to their bytes."""
+
+import pytest
+
+pa = pytest.importorskip("pyarrow")
+import pyarrow.parquet as pq  # noqa: E402
+
+from meta_deploy.batch import remote  # noqa: E402
+from meta_deploy.batch.inputs import gather, images_of  # noqa: E402
+from meta_deploy.errors import ImageError, InputError  # noqa: E402
+
+
+@pytest.fixture
+def store(monkeypatch):
+    """A store of pyarrow's for tests, under mock://photos/."""
+    remote._opened.cache_clear()
+    system, _ = remote._opened("mock", "photos", "")
+    for name in ("b.jpg", "a.jpg", "a.txt", "c.png", "more/d.jpg"):
+        system.create_dir("more")
+        with system.open_output_stream(name) as stream:
+            stream.write(name.encode())
+    yield
+    remote._opened.cache_clear()
+
+
+def test_a_folder_and_a_pattern_of_a_store_are_its_images(store):
+    assert gather(["mock://photos/"]).names == [f"mock://photos/{n}" for n in ("a.jpg", "b.jpg", "c.png")]
+    assert gather(["mock://photos/*.jpg"]).names == ["mock://photos/a.jpg", "mock://photos/b.jpg"]
+    assert gather(["mock://photos/more"]).names == ["mock://photos/more/d.jpg"]
+    assert remote.content("mock://photos/more/d.jpg") == b"more/d.jpg"
+    with pytest.raises(ImageError, match=r"there is no file 'mock://photos/e\.jpg'"):
+        remote.content("mock://photos/e.jpg")
+    with pytest.raises(InputError, match=r"no image in 'mock://photos/\*.gif'"):
+        gather(["mock://photos/*.gif"])
+
+
+def test_a_file_uri_is_the_file(tmp_path):
+    (tmp_path / "a b.jpg").write_bytes(b"a b")
+    uri = f"file://{tmp_path}/a%20b.jpg"
+    assert remote.content(uri) == b"a b"
+    assert gather([f"file://{tmp_path}"]).names == [uri]
+
+
+def test_lists_folders_and_files_name_an_image_once(tmp_path, small_images, monkeypatch):
+    monkeypatch.chdir(small_images)
+    (tmp_path / "list.txt").write_text("220.png\ns3://far/x y.jpg\n\n220.png\n[odd].png\n")
+    inputs = gather([str(tmp_path / "list.txt"), str(small_images)])
+    assert inputs.names == ["220.png", "s3://far/x y.jpg", "[odd].png", str(small_images / "60.png")]
+    assert inputs.places[0] == str(small_images / "220.png")
+    assert inputs.image_ids() == [1, 2, 3, 4]
+    assert gather([str(small_images)]).image_ids() == [220, 60]
+
+
+def test_a_table_of_paths_is_a_list(tmp_path):
+    pq.write_table(pa.table({"id": [1, 2], "path": ["/a.jpg", "gs://b/c.jpg"]}), tmp_path / "t.parquet")
+    inputs = gather([str(tmp_path / "t.parquet")])
+    assert inputs.places == ["/a.jpg", "gs://b/c.jpg"]
+    assert not inputs.groups
+
+
+@pytest.mark.parametrize("struct", [False, True])
+def test_images_in_a_table_are_found_by_their_places(tmp_path, struct):
+    contents = [f"image {i}".encode() for i in range(10)]
+    images = [{"bytes": c, "path": None} for c in contents] if struct else contents
+    table = pa.table({"image": images, "file_name": [f"{i}.jpg" for i in range(9)] + [None]})
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=4)
+    inputs = gather(["/first.jpg", str(tmp_path / "*.parquet"), "/last.jpg"])
+    unnamed = f"{tmp_path / 't.parquet'}#9"
+    assert inputs.names == ["/first.jpg", *(f"{i}.jpg" for i in range(9)), unnamed, "/last.jpg"]
+    assert [places for places, _ in inputs.files([range(12)], 5)] == [[0], [11]]
+    spans = [range(2, 4), range(6, 12)]
+    found = {
+        place: image
+        for group, places in inputs.tables(spans)
+        for own, images in images_of(group, places, 3)
+        for place, image in zip(own, images, strict=True)
+    }
+    assert found == {place: contents[place - 1] for place in (2, 3, 6, 7, 8, 9, 10)}
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("clip.mp4", "'clip.mp4' is a video; with --ray only images are run"),
+        ("x.npz", "'x.npz' is arrays"),
+        ("none.txt", "cannot read the list 'none.txt'"),
+        ("none.parquet", "cannot read the Parquet file 'none.parquet'"),
+        ("nope://x/y/", "Unrecognized filesystem type"),
+        ("a\udcff.jpg", "is not UTF-8"),
+    ],
+)
+def test_what_cannot_be_a_source_is_told(tmp_path, monkeypatch, name, told):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=told):
+        gather([name])
+
+
+def test_other_inputs_or_another_order_have_another_digest(small_images):
+    digests = [gather(arguments).digest for arguments in (["/a", "/b"], ["/b", "/a"], ["/a"], ["/a", "/b"])]
+    assert len(set(digests)) == 3
+    assert digests[0] == digests[3]
