@@ -165,7 +165,7 @@ def _load_all(
         if name not in values:
             values[name] = torch.zeros(value.shape, dtype=value.dtype)  # a batch norm's counter
     model.load_state_dict(values, assign=True)
-    if any(buffer.is_meta for buffer in model.buffers()):  # some are computed and not saved
+    if any(name not in values for name, _ in model.named_buffers()):  # some are computed and not saved
         model = _build(config, path)
         model.load_state_dict(values)
     return model, report
