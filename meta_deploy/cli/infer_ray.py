@@ -50,7 +50,15 @@ def infer_on_ray(args: Namespace) -> int:
             if parts.todo():
                 # Ray prints on standard output what befalls its processes.
                 with redirect_stdout(sys.stderr), connected(None if args.ray == THIS_MACHINE else args.ray):
-                    run(inputs, parts, options, args.workers, progress.finished, progress.done)
+                    run(
+                        inputs,
+                        parts,
+                        options,
+                        args.workers,
+                        lambda runs_on: _note(f"runs on {runs_on}"),
+                        progress.finished,
+                        progress.done,
+                    )
         if args.coco_json:
             _join(parts, args.coco_json)
         if args.json:
