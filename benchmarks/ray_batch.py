@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -69,6 +70,8 @@ def main() -> None:
     print()
     print(table([speed]))
     save(args.json, machine=machine(), worker_killed=killed_worker, run_killed=killed_run, speed=speed)
+    if killed_worker["killed_at"] is None:
+        sys.exit("no worker was killed: the run was over too soon; take a larger --count")
     if killed_worker["wrong"] or killed_run["wrong"]:
         sys.exit("an image is missing, there twice, or has another result")
 
@@ -144,18 +147,18 @@ class Command:
         """A whole run, of which a model's worker is killed after a third."""
         process, began = self._start(out), time.perf_counter()
         memory: list[tuple[int, int, int]] = []
-        pid = None
+        killed_at = None
         while process.poll() is None:
             done = images_done(out)
             memory.append((done, *resident(process.pid)))
-            if pid is None and done >= self._count // 3:
-                pid = models()[0]
-                os.kill(pid, signal.SIGKILL)
+            if killed_at is None and done >= self._count // 3 and (running := models()):
+                killed_at = done
+                os.kill(running[0], signal.SIGKILL)
             time.sleep(1)
         return {
             "exit_code": process.returncode,
             "seconds": time.perf_counter() - began,
-            "killed_at": None if pid is None else self._count // 3,
+            "killed_at": killed_at,
             "memory": memory,
         }
 
@@ -192,7 +195,7 @@ def images_done(out: Path) -> int:
 
 def models() -> list[int]:
     """The processes that have a model, of this user's Ray nodes."""
-    return [pid for pid, name in processes() if name.startswith("ray::MapWorker(MapBatches(Model))")]
+    return [pid for pid, name in processes() if re.match(r"ray::\S*Model", name)]
 
 
 def resident(driver: int) -> tuple[int, int]:
