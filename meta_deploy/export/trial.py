@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 from msgspec import to_builtins
 
@@ -67,10 +68,10 @@ class OutputsTrial(Trial):
         return opened(self.target, self._ships(self.full), self.source.profiles, "fp32")
 
     def price(self, proto: onnx.ModelProto) -> dict[str, Any]:
+        graph = of_shapes(self._ships(proto), self.feed) if self._is_whole(proto) else proto
         float32_operators = self.target.float32_operators.get("fp16", ())
-        lowered, _ = PRECISIONS["fp16"].convert(self._ships(proto), (), float32_operators)
-        profiles = self.source.profiles if self._is_whole(proto) else ()
-        return to_builtins(self.target.estimate(lowered.SerializeToString(), profiles, self.options))
+        lowered, _ = PRECISIONS["fp16"].convert(graph, (), float32_operators)
+        return to_builtins(self.target.estimate(lowered.SerializeToString(), self.options))
 
     def open(self, proto: onnx.ModelProto) -> Run:
         return opened(self.target, self._ships(proto), self.source.profiles, "int8")
@@ -180,6 +181,20 @@ def _points(found: Mapping[Path, Any], truth: Annotations) -> dict[str, float]:
     if any(math.isnan(score) for score in scores.values()):
         raise InputError(f"'{truth.path}' has nothing of the model's classes on these images")
     return {name: 100 * score for name, score in scores.items()}
+
+
+def of_shapes(proto: onnx.ModelProto, feed: Mapping[str, np.ndarray]) -> onnx.ModelProto:
+    """A copy of a graph for inputs of the shapes that these have, as bytes of an open one are not known."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    del copy.graph.value_info[:]
+    for output in copy.graph.output:
+        output.type.tensor_type.ClearField("shape")
+    for given in copy.graph.input:
+        sizes = zip(given.type.tensor_type.shape.dim, feed[given.name].shape, strict=True)
+        for dim, size in sizes:
+            dim.dim_value = size
+    return copy
 
 
 def lost(stages: Mapping[str, Mapping[str, Any]]) -> float:

@@ -184,8 +184,8 @@ class Target(ABC):
         """
         return Built({MODEL: model})
 
-    def estimate(self, model: bytes, profiles: Sequence[Profile], options: BuildOptions) -> Estimate:
-        """What a graph costs, by an engine that is built for it; where the target `estimates`.
+    def estimate(self, model: bytes, options: BuildOptions) -> Estimate:
+        """What a graph of known shapes costs, by an engine built for it; where the target `estimates`.
 
         Raises:
             EngineError: the library refuses the graph.

@@ -14,7 +14,7 @@ from meta_deploy.cli.export import summary
 from meta_deploy.errors import InputError
 from meta_deploy.export import Progress, export, samples, speed, trial
 from meta_deploy.export.verify import OnnxRun
-from tests.small_graphs import model, run, value
+from tests.small_graphs import model, run, value, without_size
 
 node = helper.make_node
 SIDE = 24
@@ -242,6 +242,23 @@ def test_an_engine_in_8_bits_is_built_read_back_and_compared(here, precision, se
     with Predictor(bundle, backend="onnxruntime") as predictor:
         expected, actual = run(wide(), **feed)["y"], predictor.run(feed)["y"]
     assert 0 < np.linalg.norm(actual - expected) < 0.15 * np.linalg.norm(expected)
+
+
+def test_an_engine_for_any_batch_is_priced_for_the_usual_one(here):
+    pytest.importorskip("tensorrt_rtx")
+    onnx.save(without_size(wide(), 0), "wide.onnx")
+    bundle = quantize(
+        "wide.onnx",
+        target="tensorrt-rtx",
+        search=True,
+        dynamic_batch=(1, 2, 4),
+        calib_images=inputs(here / "in", 2),
+        check=False,
+    )
+    speed = bundle.manifest.conversion["search"]["speed"]
+    assert 0.5 < speed["ratio"] < 0.97
+    assert 0.03 < speed["engine"]["ms"] < speed["rest_engine"]["ms"]
+    assert bundle.manifest.inputs[0].max[0] == 4
 
 
 @pytest.mark.parametrize("search", [False, True])

@@ -131,10 +131,10 @@ class TensorRT(Target):
             return options.gpus
         return sorted(filter(has_fp8, gpu_targets(load(self.name))))
 
-    def estimate(self, model: bytes, profiles: Sequence[Profile], options: BuildOptions) -> Estimate:
+    def estimate(self, model: bytes, options: BuildOptions) -> Estimate:
         from meta_deploy.targets.tensorrt.build import build_engine
 
-        engine = build_engine(model, self.name, profiles, compute_capabilities=self._gpus(options))
+        engine = build_engine(model, self.name, (), compute_capabilities=self._gpus(options))
         section = engine.section()
         launched = [layer for layer in engine.layers if not layer.synchronizes]
         if not launched:
