@@ -58,11 +58,12 @@ from tools.training_data import evenly_chosen
 
 FOLDER = WORK / "int8"
 _FRESH = """
-import resource, sys
+import sys
 from meta_deploy.runtime.predictor import Predictor
 with Predictor(sys.argv[1], sys.argv[2], threads=int(sys.argv[3]), tile=0) as predictor:
     predictor(sys.argv[4])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)
+with open("/proc/self/status") as status:
+    print(next(int(line.split()[1]) / 1e3 for line in status if line.startswith("VmHWM")))
 """
 
 
@@ -253,7 +254,7 @@ def timed(rows: Sequence[Row], picture: Path, rounds: int, threads: int) -> dict
 
 
 def memory(row: Row, threads: int, picture: Path) -> float:
-    """Peak resident memory in MB of a process that runs one picture as a whole."""
+    """Peak resident memory in MB of a process that runs one picture as a whole; on Linux."""
     command = [sys.executable, "-c", _FRESH, row.bundle, row.backend, threads, picture]
     done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
     return float(done.stdout)

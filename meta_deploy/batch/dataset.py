@@ -45,6 +45,7 @@ class Options:
 
     bundle: str
     digest: str  # of its manifest
+    bytes: int  # of its files
     backend: str = "auto"
     score_threshold: float | None = None
     depth: int | None = None
@@ -151,7 +152,7 @@ def options_of(bundle: str | os.PathLike[str] | None, **settings: Any) -> Option
     """Options for a bundle, a folder or the name of one in the package; to be `checked`."""
     place = os.fspath(bundle) if bundle is not None else SHIPPED[0]
     named = place in SHIPPED and not os.path.lexists(place)
-    return Options(bundle=place if named else os.path.abspath(place), digest="", **settings)
+    return Options(bundle=place if named else os.path.abspath(place), digest="", bytes=0, **settings)
 
 
 def checked(options: Options, batch: int | None) -> Options:
@@ -165,7 +166,9 @@ def checked(options: Options, batch: int | None) -> Options:
     most = opened.input.batch.max
     if batch is not None and not 1 <= batch <= most:
         raise InputError(f"the batch must be from 1 to {most}, as the bundle takes, not {batch}")
-    return replace(options, digest=digest_of(opened.path), batch=batch or opened.input.batch.opt)
+    size = sum(entry.bytes for entry in opened.manifest.files.values())
+    batch = batch or opened.input.batch.opt
+    return replace(options, digest=digest_of(opened.path), bytes=size, batch=batch)
 
 
 def staged(
@@ -200,6 +203,7 @@ def staged(
         compute=ActorPoolStrategy(min_size=least, max_size=most),
         num_cpus=options.threads,
         num_gpus=gpus or None,
+        memory=options.bytes,  # other than what a task needs, or Ray would decode in the model's process
     )
     return each(ds, finish, finishers)
 

@@ -26,6 +26,7 @@ from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.bundle.shipped import locate
 from meta_deploy.cpus import cpu_count
 from meta_deploy.errors import InputError, MetaDeployError
+from meta_deploy.runtime.predictor import Predictor
 from meta_deploy.targets import TARGETS
 
 if TYPE_CHECKING:
@@ -65,23 +66,29 @@ def run(
     parts: Parts[pa.Table],
     options: Options,
     workers: int | None = None,
+    started: Callable[[str], object] = lambda runs_on: None,
     finished: Callable[[Part], object] = lambda part: None,
     done: Callable[[int], object] = lambda images: None,
 ) -> None:
     """Do what is not done; on the Ray cluster that this process is connected to.
 
-    `options.image` and `path` are set here. `finished` is told each part as it is written, `done` how many
-    images have come.
+    `options.image` and `path` are set here. `started` is told what runs the model, `finished` each part as it
+    is written, `done` how many images have come.
 
     Raises:
         InputError: the bundle cannot be opened or run there, or a part cannot be written.
     """
     if not parts.todo():
         return
+    import ray
+
     own = {"image": "image", "path": "path", "coco_ids": options.coco_ids and _COCO_ID}
     options = Options(**{**vars(options), **own})
     gpus = _gpus(options)
     workers = workers or _workers(options, gpus)
+    with _told():
+        runs_on = ray.remote(num_cpus=options.threads, num_gpus=gpus)(_tried).remote(options)
+        started(f"{ray.get(runs_on)}; models: {workers}")
 
     def collect(spans: Sequence[range], rows: int) -> None:
         for dataset in _datasets(inputs, spans, rows, options):
@@ -93,7 +100,7 @@ def run(
                         finished(part)
                 done(len(kept))
 
-    with _quiet(), _told():
+    with _quiet():
         collect(parts.todo(), call_rows(options.batch))
         # What shared a call with a picture that made it fail comes alone, and the picture does not come.
         if missing := parts.missing():
@@ -200,12 +207,18 @@ def _told() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        at: BaseException | None = error
-        while at is not None and not isinstance(at, MetaDeployError):
-            at = getattr(at, "cause", None) or at.__cause__
-        if at is None:
-            raise
-        raise at from error
+        cause = getattr(error, "cause", None)  # Ray's own is of both classes, and its text a traceback
+        if isinstance(cause, MetaDeployError):
+            raise cause from error
+        raise
+
+
+def _tried(options: Options) -> str:
+    """What runs the model, on a worker; where it cannot be run, that is told before there are many."""
+    with Predictor(
+        options.open(), options.backend, threads=options.threads, **options.processing
+    ) as predictor:
+        return predictor.runs_on
 
 
 def _gpus(options: Options) -> int:

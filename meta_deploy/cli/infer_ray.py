@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,8 +48,17 @@ def infer_on_ray(args: Namespace) -> int:
         progress = _Progress(parts, args)
         with progress:
             if parts.todo():
-                with connected(None if args.ray == THIS_MACHINE else args.ray):
-                    run(inputs, parts, options, args.workers, progress.finished, progress.done)
+                # Ray prints on standard output what befalls its processes.
+                with redirect_stdout(sys.stderr), connected(None if args.ray == THIS_MACHINE else args.ray):
+                    run(
+                        inputs,
+                        parts,
+                        options,
+                        args.workers,
+                        lambda runs_on: _note(f"runs on {runs_on}"),
+                        progress.finished,
+                        progress.done,
+                    )
         if args.coco_json:
             _join(parts, args.coco_json)
         if args.json:
@@ -112,7 +122,8 @@ class _Progress:
     """A bar, a line for each part and for the first failures; a context manager."""
 
     def __init__(self, parts: Parts, args: Namespace):
-        self._parts, self._args, self._failed = parts, args, 0
+        self._parts, self._failed = parts, 0
+        self._lines = sys.stderr if args.json else sys.stdout
         self._bar = tqdm(total=parts.images, initial=parts.resumed, unit="image", disable=None, leave=False)
         if parts.resumed:
             tell(f"meta-infer: {parts.resumed} of {parts.images} images are done already in {parts.folder}")
@@ -125,8 +136,7 @@ class _Progress:
 
     def finished(self, part: Part) -> None:
         failed = f", {len(part.failed)} failed" if part.failed else ""
-        if not self._args.json:
-            say(f"{part.file}: {part.images} images{failed}")
+        say(f"{part.file}: {part.images} images{failed}", self._lines)
         self._count(part)
 
     def _count(self, part: Part) -> None:
@@ -137,9 +147,8 @@ class _Progress:
 
     def finish(self) -> int:
         """The last line; the exit code."""
-        parts, stream = self._parts, sys.stderr if self._args.json else sys.stdout
-        count = len(parts.done)
-        say(f"{parts.images - self._failed} images in {count} parts in {parts.folder}", stream)
+        parts, done = self._parts, self._parts.images - self._failed
+        say(f"{done} images in {len(parts.done)} parts in {parts.folder}", self._lines)
         if self._failed:
             more = f" ({self._failed - TOLD} more than the lines above)" if self._failed > TOLD else ""
             tell(f"meta-infer: {self._failed} failed{more}; {parts.folder / 'manifest.jsonl'} says why")

@@ -1,4 +1,4 @@
-"""NMS, RoIAlign over a pyramid and sampling in plain arithmetic, for runtimes that lack or mistake them.
+"""NMS, RoIAlign over a pyramid and sampling in simpler operators, for runtimes that lack or mistake them.
 
 All shapes are known in advance: nothing waits for a count, so a GPU runs the whole model without a stop.
 Knows the operators' signatures in `models/`, and no model.
@@ -72,7 +72,7 @@ def nms(boxes, scores, iou_threshold, score_threshold, max_output):
 
 
 def pyramid_roi_align(features, rois, batch_index, strides, output_size):
-    """`meta_deploy::pyramid_roi_align` as gathers from a canvas that holds every level of every image.
+    """`meta_deploy::pyramid_roi_align` as one GridSample on a canvas that holds every level of every image.
 
     The coarser levels stand beside the finest, one above the other; the images below one another. Sample
     points are held inside their own level's map, which changes nothing for boxes inside the image: half a
@@ -92,7 +92,8 @@ def pyramid_roi_align(features, rois, batch_index, strides, output_size):
     images = op.Shape(canvas, start=0, end=1)
     rows, columns = op.Shape(canvas, start=2, end=3), op.Shape(canvas, start=3, end=4)
     channels = op.Shape(features[0], start=1, end=2)
-    source = op.Reshape(op.Transpose(canvas, perm=[0, 2, 3, 1]), op.Concat(_ints(-1), channels, axis=0))
+    canvas = op.Transpose(canvas, perm=[1, 0, 2, 3])  # (C, B, rows, columns)
+    canvas = op.Reshape(canvas, op.Concat(_ints(1), channels, _ints(-1), columns, axis=0))
 
     tables = {
         "scale": op.Constant(value_floats=[1.0 / stride for stride in strides]),
@@ -114,9 +115,9 @@ def pyramid_roi_align(features, rois, batch_index, strides, output_size):
     x, x_weights = _samples(x1, x_size, own["last_x"], x_number, P, K)  # (R, P, taps on the axis)
     y, y_weights = _samples(y1, y_size, own["last_y"], y_number, P, K)
     image_top = _float(op.Mul(batch_index, op.Squeeze(rows, _ints(0))))
-    x = op.Add(x, op.Unsqueeze(own["left"], _ints(2)))
+    x = _normalized(op.Add(x, op.Unsqueeze(own["left"], _ints(2))), columns)
     top = op.Add(op.Unsqueeze(own["top"], _ints(2)), op.Unsqueeze(image_top, _ints(1, 2)))
-    y = op.Add(y, top)
+    y = _normalized(op.Add(y, top), op.Mul(rows, images))
 
     # A bin's samples by number: along x first. Those beyond the RoI's grid weigh nothing.
     at_y = op.Floor(op.Div(op.Add(_row(np.arange(K)), half), x_number))  # (R, K)
@@ -125,19 +126,20 @@ def pyramid_roi_align(features, rois, batch_index, strides, output_size):
     x, x_weights = (op.Unsqueeze(_pick(values, at_x, P), _ints(1)) for values in (x, x_weights))
     y, y_weights = (op.Unsqueeze(_pick(values, at_y, P), _ints(2)) for values in (y, y_weights))
     weights = op.Mul(op.Mul(x_weights, y_weights), op.Unsqueeze(used, _ints(1, 2)))  # (R, P, P, K)
-    last = op.Sub(op.Concat(columns, op.Mul(rows, images), axis=0), _ints(2))
-    corners = _corners(x, y, columns, *op.Split(_float(last), num_outputs=2, axis=0))
-    # One by one, not all in a row and a sum over these: TensorRT makes one kernel of it all, which keeps no
+    x, y = op.Expand(x, _ints(1, P, 1, 1)), op.Expand(y, _ints(1, 1, P, 1))
+    grid = op.Concat(op.Unsqueeze(x, _ints(4)), op.Unsqueeze(y, _ints(4)), axis=4)
+    grid = op.Reshape(grid, _ints(1, -1, P, K, 2))
+    weights = op.Reshape(weights, _ints(1, 1, -1, P, K))
+    # One by one, not K in a row and a sum over these: TensorRT makes one kernel of it all, which keeps no
     # sample in memory.
     pooled = None
-    for pixels, parts in corners:
-        pixels = op.Split(op.Reshape(pixels, _ints(-1, K)), num_outputs=K, axis=1)  # (R * P * P, 1) each
-        parts = op.Split(op.Reshape(op.Mul(parts, weights), _ints(-1, K, 1)), num_outputs=K, axis=1)
-        for pixel, part in zip(pixels, parts, strict=True):
-            weighted = op.Mul(op.Gather(source, pixel), part)  # (R * P * P, 1, C)
-            pooled = weighted if pooled is None else op.Add(pooled, weighted)
-    pooled = op.Reshape(pooled, op.Concat(_ints(-1, P, P), channels, axis=0))
-    return op.Transpose(pooled, perm=[0, 3, 1, 2])
+    for k in range(K):
+        points = op.Gather(grid, op.Constant(value_int=k), axis=3)
+        sampled = op.GridSample(canvas, points, align_corners=1, mode="bilinear", padding_mode="border")
+        weighted = op.Mul(sampled, op.Gather(weights, op.Constant(value_int=k), axis=4))  # (1, C, R * P, P)
+        pooled = weighted if pooled is None else op.Add(pooled, weighted)
+    pooled = op.Reshape(pooled, op.Concat(channels, _ints(-1, P, P), axis=0))
+    return op.Transpose(pooled, perm=[1, 0, 2, 3])
 
 
 def grid_sample(x, grid, interpolation_mode, padding_mode, align_corners):
@@ -156,49 +158,33 @@ def grid_sample(x, grid, interpolation_mode, padding_mode, align_corners):
     # From -1 .. 1 to pixels; the rim's corner is at (0, 0).
     scale = op.Mul(op.Sub(size, one) if align_corners else size, half)
     shift = op.Add(scale, one if align_corners else half)
-    at = op.Add(op.Mul(op.Reshape(grid, _ints(0, -1, 2)), scale), shift)
+    at = op.Add(op.Mul(op.Reshape(grid, _ints(0, -1, 2)), scale), shift)  # (maps, points, 2)
     low, high = (one, size) if padding_mode else (op.Constant(value_float=0.0), op.Add(size, one))
-    at = op.Split(op.Min(op.Max(at, low), high), num_outputs=2, axis=2)  # (maps, points, 1) each
-    rimmed = op.Pad(x, _ints(0, 0, 1, 1, 0, 0, 1, 1), mode="edge" if padding_mode else "constant")
-    table = op.Reshape(op.Transpose(rimmed, perm=[0, 2, 3, 1]), op.Concat(_ints(-1), channels, axis=0))
-    columns, pixels = op.Add(columns, _ints(2)), op.Mul(op.Add(columns, _ints(2)), op.Add(rows, _ints(2)))
+    at = op.Min(op.Max(at, low), high)
+    # The four pixels around each point, and how near they are.
+    pixel = op.Min(op.Floor(at), size)
+    far = op.Sub(at, pixel)
+    (x_far, y_far), (x_near, y_near) = (
+        op.Split(part, num_outputs=2, axis=2) for part in (far, op.Sub(one, far))
+    )
+    left, top = op.Split(_int(pixel), num_outputs=2, axis=2)
+    columns, rows = op.Add(columns, _ints(2)), op.Add(rows, _ints(2))
     count = op.Squeeze(op.Shape(x, start=0, end=1))
     maps = op.Range(op.Constant(value_int=0), count, op.Constant(value_int=1))
-    first = _int(op.Unsqueeze(op.Mul(maps, pixels), _ints(1, 2)))  # of each map in the table
-    sampled = None
-    for pixel, part in _corners(*at, columns, *op.Split(size, num_outputs=2, axis=0)):
-        values = op.Gather(table, op.Squeeze(op.Add(pixel, first), _ints(2)))
-        weighted = op.Mul(values, part)
-        sampled = weighted if sampled is None else op.Add(sampled, weighted)
+    first = op.Unsqueeze(op.Mul(maps, op.Mul(columns, rows)), _ints(1, 2))  # of each map in the table
+    corner = op.Squeeze(op.Add(op.Add(op.Mul(top, _int(columns)), left), _int(first)), _ints(2))
+    rimmed = op.Pad(x, _ints(0, 0, 1, 1, 0, 0, 1, 1), mode="edge" if padding_mode else "constant")
+    table = op.Reshape(op.Transpose(rimmed, perm=[0, 2, 3, 1]), op.Concat(_ints(-1), channels, axis=0))
+    right, below = _int(_ints(1)), _int(columns)
+    sampled = op.Mul(op.Gather(table, corner), op.Mul(x_near, y_near))  # (maps, points, C)
+    for step, part in (
+        (right, op.Mul(x_far, y_near)),
+        (below, op.Mul(x_near, y_far)),
+        (op.Add(right, below), op.Mul(x_far, y_far)),
+    ):
+        sampled = op.Add(sampled, op.Mul(op.Gather(table, op.Add(corner, step)), part))
     sampled = op.Reshape(sampled, op.Concat(_ints(0), op.Shape(grid, start=1, end=3), channels, axis=0))
     return op.Transpose(sampled, perm=[0, 3, 1, 2])
-
-
-def _corners(x, y, columns, last_x, last_y):
-    """The four pixels around each point, and how near they are: what a bilinear sample is made of.
-
-    Args:
-        x, y: in pixels, from 0 to the last pixel; their shapes broadcast.
-        columns: (1,) int64, of the map.
-        last_x, last_y: (1,) float, the last pixels but one.
-
-    Returns:
-        Four pairs: the pixels' numbers, row by row, int32, and their weights.
-    """
-    sides = []
-    for at, last in ((x, last_x), (y, last_y)):
-        pixel = op.Min(op.Floor(at), last)
-        far = op.Sub(at, pixel)
-        sides.append((_int(pixel), op.Sub(op.Constant(value_float=1.0), far), far))
-    (left, x_near, x_far), (top, y_near, y_far) = sides
-    columns, right = _int(columns), _int(_ints(1))
-    pixel = op.Add(op.Mul(top, columns), left)
-    return (
-        (pixel, op.Mul(x_near, y_near)),
-        (op.Add(pixel, right), op.Mul(x_far, y_near)),
-        (op.Add(pixel, columns), op.Mul(x_near, y_far)),
-        (op.Add(pixel, op.Add(columns, right)), op.Mul(x_far, y_far)),
-    )
 
 
 def _taps(bins):
@@ -290,6 +276,12 @@ def _pick(values, index, bins):
     index = op.Min(op.Cast(index, to=onnx.TensorProto.INT64), most)
     index = op.Expand(op.Unsqueeze(index, _ints(1)), _ints(1, bins, 1))
     return op.GatherElements(values, index, axis=2)
+
+
+def _normalized(at, size):
+    """Pixels of the canvas as GridSample counts them with align_corners: -1 to 1."""
+    last = _float(op.Sub(size, _ints(1)))
+    return op.Sub(op.Mul(at, op.Div(op.Constant(value_float=2.0), last)), op.Constant(value_float=1.0))
 
 
 def _canvas(features, heights, widths):

@@ -23,7 +23,8 @@ def batch_norm(x, weight, bias, mean, variance, training, momentum, epsilon, cud
 
 Table = dict[Callable[..., Any], Callable[..., Any]]
 aten, own = torch.ops.aten, torch.ops.meta_deploy
-# "native": by ONNX's NonMaxSuppression, RoiAlign and GridSample; "lowered": by plain arithmetic.
+# "native": by ONNX's NonMaxSuppression, RoiAlign and GridSample; "lowered": without these, but for RoIAlign,
+# which is one GridSample of many points then.
 TRANSLATIONS: dict[str, Table] = {
     "native": {
         aten.batch_norm.default: batch_norm,

@@ -77,7 +77,7 @@ def planned(path: str | Path, options: Options) -> Plan:
     needed = options.check or (lowers and precision.measures)
     most = MOST_CALIBRATION if precision.calibrates else MOST
     files = find_files(options.calib_images, most) if needed or options.calib_images is not None else []
-    model = options.model if path == options.backbone_ckpt else Path(path).stem
+    model = str(options.model).replace(":", "-") if path == options.backbone_ckpt else Path(path).stem
     rules = target.eight_bits.get(precision.name)
     outcomes = (precision.name, rules.rest) if rules else (precision.name,)
     named: dict[str, str | Path] = {outcome: f"{model}-{target.name}-{outcome}" for outcome in outcomes}

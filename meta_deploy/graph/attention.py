@@ -153,7 +153,8 @@ def _scores(graph: gs.Graph, tensor: gs.Tensor, fusing: bool) -> _Scores | str:
         bias = np.broadcast_to(addend, (*addend.shape[:-2], *shape[-2:]))
         if bias.size > MOST:
             return f"the bias on {shown(found.start)} is too large to be written out"
-        bias = bias.reshape(bias.shape[0], *bias.shape[1:-2] or (1,), *bias.shape[-2:]).astype(np.float32)
+        with np.errstate(over="ignore"):  # two masks of the least number are -inf together
+            bias = bias.reshape(bias.shape[0], *bias.shape[1:-2] or (1,), *bias.shape[-2:]).astype(np.float32)
     if factor.size == 1:
         return _Scores(found.start, float(factor.item()), None, bias)
     return _Scores(found.start, 1.0, factor.reshape(-1).astype(np.float32), bias)

@@ -23,6 +23,7 @@ from meta_deploy.errors import InputError
 # Its remarks go to standard output, which is the commands' own; what is an error it raises as well.
 G_LOGGER.severity = G_LOGGER.CRITICAL + 1
 logging.getLogger("onnx_ir").setLevel(logging.CRITICAL)  # shape inference that fails, with a traceback
+logging.getLogger("onnxscript").setLevel(logging.CRITICAL)  # constants that it does not fold
 
 _MAKE_SEQUENCES = (
     *("SplitToSequence", "SequenceConstruct", "SequenceEmpty"),

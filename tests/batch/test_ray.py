@@ -124,6 +124,6 @@ def test_a_killed_worker_costs_no_image_and_a_fault_only_its_own(infer, photos, 
 
 
 def test_a_fault_of_the_bundle_on_a_worker_is_one_line(infer, photos, tmp_path):
-    code, _, err = infer(photos, "--ray", "--backend", "openvino", "--out", tmp_path / "found")
+    code, _, err = infer(photos, "--ray", "--backend", "tensorrt", "--out", tmp_path / "found")
     assert code == 2
-    assert "which openvino does not run" in err.splitlines()[-1]
+    assert "has no TensorRT" in err.splitlines()[-1]

@@ -68,7 +68,7 @@ def fuse_rotary(graph: gs.Graph) -> int:
     """
     fresh, inside = fresh_names(graph), own_nodes(graph)
     places = node_places(graph)
-    tables: dict[tuple, gs.Constant] = {}
+    tables: dict[tuple, gs.Tensor] = {}
     changes = 0
     for node in list(graph.nodes):
         if node.op != "MultiHeadAttention" or node.domain != CONTRIBUTED or node not in inside:
@@ -267,14 +267,14 @@ def _write(
     graph: gs.Graph,
     found: Rotation,
     joined: gs.Tensor,
-    tables: dict[tuple, gs.Constant],
+    tables: dict[tuple, gs.Tensor],
     fresh: Callable[[str], str],
 ) -> gs.Tensor:
-    """The operator on the start with its heads joined; what it makes. Equal `tables` are written once."""
+    """The operator on the start with its heads joined; what it makes. Equal `tables` are there once."""
     b, n, h, d = (found.start.shape[axis] for axis in found.order)
     x, name, dtype = found.start, joined.name, joined.dtype
 
-    def table(values: np.ndarray) -> gs.Constant:
+    def table(values: np.ndarray) -> gs.Tensor:
         array = np.ascontiguousarray(values, dtype)
         key = array.dtype, array.shape, array.tobytes()
         return tables.setdefault(key, gs.Constant(fresh(f"{name}/table"), array))
@@ -286,10 +286,32 @@ def _write(
     plain = gs.Variable(fresh(f"{name}/plain"), dtype, [b, n, h * d])
     add_move(graph, "Reshape", [b, n, h * d], x, plain, fresh)
     rotated = gs.Variable(fresh(f"{name}/rotated"), dtype, [b, n, h * d])
-    first = gs.Constant(fresh(f"{name}/first"), np.zeros(1, np.int64))  # positions are counted from 0
-    inputs = [plain, first, table(found.cos), table(found.sin)]
+    if (b, n) not in tables:  # OpenVINO mistakes the shorter form, where one number stands for all
+        tables[b, n] = _positions(graph, plain, fresh)
+    inputs = [plain, tables[b, n], table(found.cos), table(found.sin)]
     attributes = {"interleaved": int(found.interleaved), "num_heads": h}
     graph.nodes.append(
         gs.Node("RotaryEmbedding", rotated.name, attributes, inputs, [rotated], domain=CONTRIBUTED)
     )
     return rotated
+
+
+def _positions(graph: gs.Graph, x: gs.Tensor, fresh: Callable[[str], str]) -> gs.Tensor:
+    """Of each token its place, (B, N), for x of (B, N, ...); computed where the batch is not known."""
+    b, n = x.shape[:2]
+    places, name = np.arange(n)[None], f"{x.name}/positions"
+    if not is_batch(b):
+        return gs.Constant(fresh(name), np.repeat(places, b, 0))
+    known = {"places": places, "start": np.array([0]), "end": np.array([1]), "tokens": np.array([n])}
+    constants = {key: gs.Constant(fresh(f"{name}/{key}"), array) for key, array in known.items()}
+    sizes, batch, shape = (
+        gs.Variable(fresh(f"{name}/{i}"), np.int64, [size]) for i, size in enumerate((3, 1, 2))
+    )
+    positions = gs.Variable(fresh(name), np.int64, [b, n])
+    graph.nodes += [
+        gs.Node("Shape", sizes.name, {}, [x], [sizes]),
+        gs.Node("Slice", batch.name, {}, [sizes, constants["start"], constants["end"]], [batch]),
+        gs.Node("Concat", shape.name, {"axis": 0}, [batch, constants["tokens"]], [shape]),
+        gs.Node("Expand", positions.name, {}, [constants["places"], shape], [positions]),
+    ]
+    return positions

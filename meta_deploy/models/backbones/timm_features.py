@@ -19,6 +19,8 @@ from meta_deploy.errors import InputError
 from meta_deploy.models.backbones.backbone import Backbone, BackboneConfig, BackboneModule, register
 from meta_deploy.models.shapes import State, any_starts_with
 
+# Nothing else: timm takes names of folders, and of repositories that it downloads, for models too.
+_NAME = re.compile(r"\w+(\.\w+)?", re.ASCII)
 STRIDES = (4, 8, 16, 32)
 Side = Annotated[int, msgspec.Meta(gt=0, le=8192)]
 _INSTALL = "pip install 'meta-deploy[timm]'"
@@ -39,9 +41,8 @@ class TimmConfig(BackboneConfig, frozen=True, tag="timm"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # Nothing else: timm takes names of files and of repositories, which it downloads, for models too.
-        known = re.fullmatch(r"\w+(\.\w+)?", self.model, re.ASCII)
-        self.require(known is not None, f"model {self.model!r} is no name of a timm model")
+        named = _NAME.fullmatch(self.model) is not None
+        self.require(named, f"model {self.model!r} is no name of a timm model")
 
     @property
     def width(self) -> int:
@@ -83,7 +84,7 @@ def settings(name: str) -> Mapping[str, Any]:
     Raises:
         InputError: timm is not installed, or has no model of this name.
     """
-    if re.fullmatch(r"\w+(\.\w+)?", name, re.ASCII) is None or not import_timm().is_model(name):
+    if _NAME.fullmatch(name) is None or not import_timm().is_model(name):
         raise InputError(
             f"timm has no model '{name}'; choose one of timm.list_models(), such as convnext_tiny"
         )

@@ -165,7 +165,7 @@ def _load_all(
         if name not in values:
             values[name] = torch.zeros(value.shape, dtype=value.dtype)  # a batch norm's counter
     model.load_state_dict(values, assign=True)
-    if any(buffer.is_meta for buffer in model.buffers()):  # some are computed and not saved
+    if any(name not in values for name, _ in model.named_buffers()):  # some are computed and not saved
         model = _build(config, path)
         model.load_state_dict(values)
     return model, report
@@ -250,16 +250,15 @@ def _load_around(pretrained: PlainViT | Classifier, model_name: str | None) -> L
     config = pretrained.configure(get_config(model_name))
     model = build_model(config)
     part = load_vit_weights(model, pretrained)
-    state, loaded = model.state_dict(), set(part.loaded)
-    every = sum(p.numel() for p in model.parameters())
-    rest = every - sum(state[name].numel() for name in loaded)
+    loaded, sizes = set(part.loaded), {name: p.numel() for name, p in model.named_parameters()}
+    every, rest = sum(sizes.values()), sum(size for name, size in sizes.items() if name not in loaded)
     names, _ = _class_names(Checkpoint({}, None, None, pretrained.path), config)
     warning = (
         f"warning: of {config.name} only {'the ViT' if isinstance(pretrained, PlainViT) else 'the backbone'} "
         f"has weights; the rest, {rest / 1e6:.1f} of {every / 1e6:.1f} M parameters, is random, and what it "
         "finds means nothing before it is trained"
     )
-    missing = [name for name in state if name not in loaded and not name.endswith(COUNTER)]
+    missing = [name for name in model.state_dict() if name not in loaded and not name.endswith(COUNTER)]
     report = replace(part, missing=missing, notes=[*part.notes, warning])
     return LoadedModel(model.eval(), config, names, report)
 

@@ -66,5 +66,5 @@ def refuse_foreign(checkpoint: Checkpoint) -> NoReturn:
     refuse(
         path,
         f"is of no supported model: it holds {len(state)} tensors ({first_few(list(state))}); supported are "
-        f"{NAMES_IN_SHORT}, and plain ViTs in timm's naming",
+        f"{NAMES_IN_SHORT}; what is pretrained alone is given by --backbone-ckpt",
     )

@@ -339,8 +339,8 @@ def _check_sampling(trt: Any, builder: Any, network: Any) -> None:
         trt.OnnxParser(probe, logger(trt)).parse(_LINEAR)
         if nearest in _sampling_modes(trt, probe):
             raise EngineError(
-                f"TensorRT {trt.__version__} reads GridSample's mode 'linear' as 'nearest'; install 11.2 or "
-                "newer, or export with --operators lowered"
+                f"TensorRT {trt.__version__} reads GridSample's mode 'linear' as 'nearest'; "
+                "install 11.2 or newer"
             )
 
 
