@@ -9,6 +9,7 @@ one predictor alone, and both on a model that costs nothing, for what Ray costs 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -116,26 +117,21 @@ def wrong(out: Path, photos: Path, expected: Sequence[dict[str, Any]]) -> int:
     return sum(a != b for a, b in zip(found, right, strict=False)) + abs(len(found) - len(right))
 
 
-def cluster() -> Any:
-    """Two Ray nodes on this machine; a context manager of their address."""
-    import contextlib
+@contextlib.contextmanager
+def cluster() -> Iterator[str]:
+    """Two Ray nodes on this machine; their address."""
+    from ray.cluster_utils import Cluster
 
-    @contextlib.contextmanager
-    def started() -> Iterator[str]:
-        from ray.cluster_utils import Cluster
-
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        node = {"num_cpus": 2, "object_store_memory": 1 << 30, "include_dashboard": False}
-        two = Cluster(initialize_head=True, head_node_args=node)
-        try:
-            two.add_node(num_cpus=2, object_store_memory=1 << 30)
-            two.wait_for_nodes()
-            yield two.address
-        finally:
-            two.shutdown()
-
-    return started()
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    node = {"num_cpus": 2, "object_store_memory": 1 << 30, "include_dashboard": False}
+    two = Cluster(initialize_head=True, head_node_args=node)
+    try:
+        two.add_node(num_cpus=2, object_store_memory=1 << 30)
+        two.wait_for_nodes()
+        yield two.address
+    finally:
+        two.shutdown()
 
 
 # --- runs that are disturbed ------------------------------------------------------------------------------
