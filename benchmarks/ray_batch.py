@@ -1,6 +1,6 @@
 """Batch runs on Ray: every image once and as a predictor has it, whatever is killed; speed, overhead, memory.
 
-    python benchmarks/ray_batch.py [--count N] [--workers N] [--threads N] [--part-size N]
+    python benchmarks/ray_batch.py [--count N] [--model BUNDLE|free] [--timed N] [--workers N] [--threads N]
 
 Two Ray nodes on this machine (two raylets) run meta-infer on copies of the nuclei pictures in the package:
 once with a model's worker killed in the middle, and once killed itself in the middle and started again. Then
@@ -9,6 +9,7 @@ one predictor alone, and both on a model that costs nothing, for what Ray costs 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -44,6 +45,8 @@ SMALL = 384  # the bundle's tile: pictures up to it are one run of the model
 def main() -> None:
     p = parser(__doc__ or "", "ray_batch")
     p.add_argument("--count", type=int, default=2000, help="images (default: 2000)")
+    p.add_argument("--model", default="nuclei", help="of the disturbed runs; free: one that costs nothing")
+    p.add_argument("--timed", type=int, default=500, help="images of the runs for speed (default: 500)")
     p.add_argument("--workers", type=int, default=2, help="models (default: 2)")
     p.add_argument("--threads", type=int, default=1, help="CPU threads of each (default: 1)")
     p.add_argument("--part-size", type=int, default=100, help="images of a part (default: 100)")
@@ -51,14 +54,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="ray-batch-") as scratch:
         work = Path(scratch)
         photos, pictures = copies(work / "photos", args.count)
-        expected = alone(pictures)
+        free = work / "free"
+        write_bundle(free, manifest("instance-segmentation", (64, 64)), {"model.onnx": detector((64, 64))})
+        args.model = str(free) if args.model == "free" else args.model
+        expected = alone(pictures, args.model)
         with cluster() as address:
             command = Command(photos, address, args)
             killed_worker = command.with_a_worker_killed(work / "one")
             killed_run = command.killed_and_resumed(work / "two")
             for result, out in ((killed_worker, work / "one"), (killed_run, work / "two")):
                 result["wrong"] = wrong(out, photos, expected)
-            speed = rates(photos, work, args, address)
+            speed = rates(photos, work, args, address, str(free))
     print(
         table(
             [
@@ -88,9 +94,10 @@ def copies(folder: Path, count: int) -> tuple[Path, list[Path]]:
     return folder, pictures
 
 
-def alone(pictures: Sequence[Path]) -> list[dict[str, Any]]:
+def alone(pictures: Sequence[Path], model: str) -> list[dict[str, Any]]:
     """What meta-infer --json says of each picture."""
-    command = [sys.executable, "-m", "meta_deploy.cli.infer", *map(str, pictures), "--json", "--threads", "1"]
+    command = [sys.executable, "-m", "meta_deploy.cli.infer", *map(str, pictures), "--model", model]
+    command += ["--json", "--threads", "1"]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
     return [content(entry) for entry in json.loads(done.stdout)["images"]]
 
@@ -110,26 +117,21 @@ def wrong(out: Path, photos: Path, expected: Sequence[dict[str, Any]]) -> int:
     return sum(a != b for a, b in zip(found, right, strict=False)) + abs(len(found) - len(right))
 
 
-def cluster() -> Any:
-    """Two Ray nodes on this machine; a context manager of their address."""
-    import contextlib
+@contextlib.contextmanager
+def cluster() -> Iterator[str]:
+    """Two Ray nodes on this machine; their address."""
+    from ray.cluster_utils import Cluster
 
-    @contextlib.contextmanager
-    def started() -> Iterator[str]:
-        from ray.cluster_utils import Cluster
-
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        node = {"num_cpus": 2, "object_store_memory": 1 << 30, "include_dashboard": False}
-        two = Cluster(initialize_head=True, head_node_args=node)
-        try:
-            two.add_node(num_cpus=2, object_store_memory=1 << 30)
-            two.wait_for_nodes()
-            yield two.address
-        finally:
-            two.shutdown()
-
-    return started()
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    node = {"num_cpus": 2, "object_store_memory": 1 << 30, "include_dashboard": False}
+    two = Cluster(initialize_head=True, head_node_args=node)
+    try:
+        two.add_node(num_cpus=2, object_store_memory=1 << 30)
+        two.wait_for_nodes()
+        yield two.address
+    finally:
+        two.shutdown()
 
 
 # --- runs that are disturbed ------------------------------------------------------------------------------
@@ -140,7 +142,7 @@ class Command:
 
     def __init__(self, photos: Path, address: str, args: Any):
         self._photos, self._count = photos, args.count
-        self._options = ["--ray", address, "--part-size", args.part_size]
+        self._options = ["--ray", address, "--model", args.model, "--part-size", args.part_size]
         self._options += ["--workers", args.workers, "--threads", args.threads]
 
     def with_a_worker_killed(self, out: Path) -> dict[str, Any]:
@@ -226,15 +228,13 @@ def private(pid: int) -> int:
 # --- speed ------------------------------------------------------------------------------------------------
 
 
-def rates(photos: Path, work: Path, args: Any, address: str) -> dict[str, float]:
+def rates(photos: Path, work: Path, args: Any, address: str, free: str) -> dict[str, float]:
     """Images a second with the nuclei model, and with one that costs nothing; what Ray costs an image."""
-    size, free = (64, 64), work / "free"
-    write_bundle(free, manifest("instance-segmentation", size), {"model.onnx": detector(size)})
     found: dict[str, float] = {}
     with connected(address):
-        for name, bundle in (("nuclei", "nuclei"), ("free", str(free))):
-            found[f"{name}_predictor"] = one_predictor(photos, bundle, args.count // 4)
-            found[f"{name}_ray"] = on_ray(photos, bundle, work / f"out-{name}", args, args.count)
+        for name, bundle, count in (("nuclei", "nuclei", args.timed), ("free", free, args.count)):
+            found[f"{name}_predictor"] = one_predictor(photos, bundle, count)
+            found[f"{name}_ray"] = on_ray(photos, bundle, work / f"out-{name}", args, count)
     found["nuclei_gain"] = found["nuclei_ray"] / found["nuclei_predictor"]
     # All cores were busy in both.
     cores = os.cpu_count() or 1
@@ -257,7 +257,8 @@ def one_predictor(photos: Path, bundle: str, count: int) -> float:
 def on_ray(photos: Path, bundle: str, out: Path, args: Any, count: int) -> float:
     """Images a second of a run, from the first ones that came to the last."""
     out.mkdir()
-    inputs, times = gather([str(photos)]), list[tuple[float, int]]()
+    chosen = [str(path) for path in sorted(photos.iterdir())[:count]]
+    inputs, times = gather(chosen), list[tuple[float, int]]()
     options = checked(options_of(bundle, threads=args.threads), None)
     with open_parts(inputs, out, options, args.part_size) as parts:
         run(inputs, parts, options, args.workers, done=lambda n: times.append((time.perf_counter(), n)))

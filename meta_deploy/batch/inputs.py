@@ -10,7 +10,6 @@ import fnmatch
 import glob
 import hashlib
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -144,12 +143,14 @@ def _files_of(argument: str, note: Callable[[str], None]) -> list[str]:
         if _suffix(argument) in TABLES and not os.path.exists(argument) and glob.has_magic(argument):
             return sorted(glob.glob(argument, recursive=True)) or _nothing(argument)
         return [str(source.path) for source in expand([argument], note)]
-    folder, _, last = argument.rpartition("/")
-    if glob.has_magic(last) and not re.search(r"\?\w+=", last):
+    base, query = remote.split(argument)
+    folder, _, last = base.rpartition("/")
+    if glob.has_magic(last):
         wanted = {_suffix(last)} & set(TABLES) or IMAGE_SUFFIXES
-        found = remote.listed(folder) or []
-        found = [f for f in found if fnmatch.fnmatch(f.rpartition("/")[2], last) and _suffix(f) in wanted]
-        return found or _nothing(argument)
+        found = [file for file in remote.listed(folder + query) or [] if _suffix(file) in wanted]
+        return [
+            file for file in found if fnmatch.fnmatch(PurePosixPath(remote.split(file)[0]).name, last)
+        ] or _nothing(argument)
     if _suffix(argument) in {*IMAGE_SUFFIXES, *LISTS, *TABLES}:
         return [argument]  # without asking the store
     found_in = remote.listed(argument)
@@ -163,7 +164,7 @@ def _nothing(argument: str) -> list[str]:
 
 
 def _suffix(name: str) -> str:
-    return PurePosixPath(re.sub(r"\?\w+=.*", "", name) if remote.is_uri(name) else name).suffix.lower()
+    return PurePosixPath(remote.split(name)[0] if remote.is_uri(name) else name).suffix.lower()
 
 
 def _lines(name: str) -> list[str]:

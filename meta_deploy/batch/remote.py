@@ -12,12 +12,20 @@ from meta_deploy.errors import ImageError, InputError
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
-_URI = re.compile(r"([a-z][a-z0-9+.-]+)://([^/]*)(.*?)(\?\w+=.*)?", re.DOTALL | re.IGNORECASE)
+_URI = re.compile(r"([a-z][a-z0-9+.-]+)://([^/?]*)(.*?)(\?\w+=.*)?", re.DOTALL | re.IGNORECASE)
 
 
 def is_uri(name: str) -> bool:
     """Whether it is a URI, such as s3://bucket/key, and not a path."""
     return _URI.fullmatch(name) is not None
+
+
+def split(uri: str) -> tuple[str, str]:
+    """A URI without its query, and that."""
+    match = _URI.fullmatch(uri)
+    assert match is not None, uri
+    query = match[4] or ""
+    return uri[: len(uri) - len(query)], query
 
 
 def located(uri: str) -> tuple[FileSystem, str]:
@@ -69,10 +77,8 @@ def listed(uri: str) -> list[str] | None:
     """
     from pyarrow.fs import FileSelector, FileType
 
-    match = _URI.fullmatch(uri)
-    assert match is not None
-    query = match[4] or ""
-    base = uri[: len(uri) - len(query)].rstrip("/")
+    base, query = split(uri)
+    base = base.rstrip("/")
     try:
         system, path = located(uri)
         if system.get_file_info(path.rstrip("/") or "/").type != FileType.Directory:
@@ -81,7 +87,7 @@ def listed(uri: str) -> list[str] | None:
     except (OSError, ValueError) as error:
         raise InputError(f"cannot list '{uri}': {_reason(error)}; check the path and your access") from error
     names = sorted(info.base_name for info in infos if info.type == FileType.File)
-    return [f"{base}/{quote(name) if match[1].lower() == 'file' else name}{query}" for name in names]
+    return [f"{base}/{quote(name) if base.lower().startswith('file:') else name}{query}" for name in names]
 
 
 def _reason(error: Exception) -> str:

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -137,17 +138,19 @@ def connected(address: str | None) -> Iterator[None]:
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        if address is not None:
+            _reach(address)
         with _no_stderr():
             if address is None:
                 # One more than there are: a model takes all of one, and the other stages need some.
                 ray.init("local", num_cpus=cpu_count() + 1, include_dashboard=False, **_SILENT)
             else:
                 ray.init(address, **_SILENT)
-    except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
+    except (RuntimeError, ValueError, OSError, OverflowError) as error:
         reason = " ".join(str(error).split())
         where = f"on this machine: {reason}" if address is None else f"at '{address}': {reason}"
         raise InputError(
-            f"there is no Ray {where}; check the address, and that its version is ours"
+            f"there is no Ray {where}; check the address, and that Ray is of the same version there"
         ) from error
     finally:
         for number, handler in handlers.items():  # Ray takes SIGTERM for itself
@@ -157,6 +160,13 @@ def connected(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raise OSError where nothing listens at HOST:PORT, which Ray would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 _SILENT: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}

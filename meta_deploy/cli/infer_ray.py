@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,11 @@ def infer_on_ray(args: Namespace) -> int:
         with progress:
             if parts.todo():
                 # Ray prints on standard output what befalls its processes.
-                with redirect_stdout(sys.stderr), connected(None if args.ray == THIS_MACHINE else args.ray):
+                with (
+                    _as_it_was_heard(),
+                    redirect_stdout(sys.stderr),
+                    connected(None if args.ray == THIS_MACHINE else args.ray),
+                ):
                     run(
                         inputs,
                         parts,
@@ -64,6 +69,16 @@ def infer_on_ray(args: Namespace) -> int:
         if args.json:
             _print(parts, options)
         return progress.finish()
+
+
+@contextmanager
+def _as_it_was_heard() -> Iterator[None]:
+    """SIGTERM as that where Ray has made Ctrl-C of it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        check_signals()
+        raise
 
 
 def _is_there(module: str) -> bool:

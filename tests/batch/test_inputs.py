@@ -12,20 +12,20 @@ from meta_deploy.errors import ImageError, InputError  # noqa: E402
 
 @pytest.fixture
 def store(monkeypatch):
-    """A store of pyarrow's for tests, under mock://photos/."""
-    remote._opened.cache_clear()
-    system, _ = remote._opened("mock", "photos", "")
+    """A store of pyarrow's for tests, under mock://photos/, with whatever query."""
+    system, root = remote._opened("mock", "photos", "")
+    monkeypatch.setattr(remote, "_opened", lambda scheme, place, query: (system, root))
     for name in ("b.jpg", "a.jpg", "a.txt", "c.png", "more/d.jpg"):
         system.create_dir("more")
         with system.open_output_stream(name) as stream:
             stream.write(name.encode())
-    yield
-    remote._opened.cache_clear()
 
 
 def test_a_folder_and_a_pattern_of_a_store_are_its_images(store):
     assert gather(["mock://photos/"]).names == [f"mock://photos/{n}" for n in ("a.jpg", "b.jpg", "c.png")]
     assert gather(["mock://photos/*.jpg"]).names == ["mock://photos/a.jpg", "mock://photos/b.jpg"]
+    asked = "?endpoint_override=host:1&scheme=http"
+    assert gather([f"mock://photos/?.png{asked}"]).names == [f"mock://photos/c.png{asked}"]
     assert gather(["mock://photos/more"]).names == ["mock://photos/more/d.jpg"]
     assert remote.content("mock://photos/more/d.jpg") == b"more/d.jpg"
     with pytest.raises(ImageError, match=r"there is no file 'mock://photos/e\.jpg'"):
