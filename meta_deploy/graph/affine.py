@@ -8,7 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from meta_deploy.graph.graph import BATCH, constant_value, is_op, producer, sole_consumer, static_shape
+from meta_deploy.graph.graph import (
+    BATCH,
+    constant_value,
+    is_batch,
+    is_op,
+    producer,
+    sole_consumer,
+    static_shape,
+)
 
 MOST = 2**21  # numbers of a constant that is written out, 8 MB
 _RESHAPES = ("Reshape", "Squeeze", "Unsqueeze", "Flatten")
@@ -16,7 +24,10 @@ _RESHAPES = ("Reshape", "Squeeze", "Unsqueeze", "Flatten")
 
 @dataclass(frozen=True)
 class Affine:
-    """start * factor + addend, both of them as many axes as `start` and broadcast to its shape."""
+    """start * factor + addend, both of them as many axes as `start` and broadcast to its shape.
+
+    Where the batch is not known, they are for one image: with more, axis 0 repeats them.
+    """
 
     start: gs.Tensor
     factor: np.ndarray
@@ -44,7 +55,10 @@ def affine_before(graph: gs.Graph, tensor: gs.Tensor) -> Affine | None:
         if after is None:
             return None
         if is_op(node, *_RESHAPES):
-            reshaped = [_reshaped(array, current, after) for array in numbers]
+            if any(map(is_batch, current)) and not (is_batch(current[0]) and is_batch(after[0])):
+                return None
+            one = [[s // BATCH if is_batch(s) else s for s in sizes] for sizes in (current, after)]
+            reshaped = [_reshaped(array, *one) for array in numbers]
             if reshaped[0] is None or reshaped[1] is None:
                 return None
             numbers = reshaped[0], reshaped[1]
@@ -77,7 +91,7 @@ def _reshaped(array: np.ndarray, shape: list[int], after: list[int]) -> np.ndarr
     """A constant that is broadcast to `shape`, reshaped with it; None where that is too large."""
     if array.size == 1:
         return array.reshape((1,) * len(after))
-    if BATCH in shape or math.prod(shape) > MOST:
+    if math.prod(shape) > MOST:
         return None
     return np.broadcast_to(array, shape).reshape(after)
 

@@ -25,7 +25,8 @@ class Attention:
         last: the MatMul that makes the output (B, heads, N, d).
         k_transposed: k is (B, heads, d, N) instead, made by a Transpose of another order than that.
         head_scales: another factor on the products for each head, (heads); None where all are alike.
-        bias: what is added to the scaled products, (B or 1, heads or 1, N, N); None without one.
+        bias: what is added to the scaled products, (B or 1, heads or 1, N, N); None without one. Where the
+            batch is not known, B are the windows of one image, and each image has the same.
     """
 
     q: gs.Tensor

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from meta_deploy.graph.affine import MOST
 from meta_deploy.graph.attention import Attention, find_attention
 from meta_deploy.graph.explain import declined, shown
 from meta_deploy.graph.graph import (
@@ -47,6 +49,8 @@ def fuse_attention(graph: gs.Graph) -> int:
             declined(node, "it is used inside a branch or a loop")
         elif is_batch(found.q.shape[1]):
             declined(node, f"the number of heads of {shown(found.q)} is not known")
+        elif _too_large(found):
+            declined(node, f"{shown(found.q)} has windows without heads, or their biases are too large")
         else:
             _rewrite(graph, found, places, fresh)
             changes += 1
@@ -64,26 +68,63 @@ def _rewrite(graph: gs.Graph, found: Attention, places: dict[int, int], fresh: C
         swapped = gs.Variable(fresh(f"{out.name}/k/swapped"), k.dtype, [k.shape[axis] for axis in order])
         add_move(graph, "Transpose", order, k, swapped, fresh)
         k = swapped
-    inputs = [q, k, v]
+    inputs, windows, h = [q, k, v], _windows(found), heads[0] if heads else 1
     if heads:
         q, k, v = (transposed(graph, x, (0, 2, 1, 3), places, fresh) for x in inputs)
         q = q if found.head_scales is None else _scaled(graph, q, found.head_scales, fresh)
-        inputs = [_joined(graph, x, fresh) for x in (q, k, v)]
+        inputs = [_joined(graph, x, windows, fresh) for x in (q, k, v)]
     if found.bias is not None:  # in the place after those of a bias of q, k and v, and of a mask of keys
-        bias = gs.Constant(fresh(f"{out.name}/bias"), found.bias.astype(q.dtype))
-        inputs += [gs.Variable.empty(), gs.Variable.empty(), bias]
-    h = heads[0] if heads else 1
-    attributes = {"num_heads": h, "scale": found.scale}
+        bias = found.bias
+        if windows > 1:
+            bias = np.broadcast_to(bias, (windows, h, *bias.shape[2:])).reshape(1, -1, *bias.shape[2:])
+        constant = gs.Constant(fresh(f"{out.name}/bias"), bias.astype(q.dtype))
+        inputs += [gs.Variable.empty(), gs.Variable.empty(), constant]
+    attributes = {"num_heads": windows * h, "scale": found.scale}
     found.last.outputs.clear()
-    joined = gs.Variable(fresh(f"{out.name}/joined"), q.dtype, [b, n, h * width]) if heads else out
+    sizes = [b // windows, n, windows * h * width]
+    joined = gs.Variable(fresh(f"{out.name}/joined"), q.dtype, sizes) if heads else out
     graph.nodes.append(
         gs.Node("MultiHeadAttention", joined.name, attributes, inputs, [joined], domain=CONTRIBUTED)
     )
     out.shape = [b, *heads, n, width]
-    if heads:
-        split = gs.Variable(fresh(f"{out.name}/split"), q.dtype, [b, n, h, width])
-        add_move(graph, "Reshape", [b, n, h, width], joined, split, fresh)
-        add_move(graph, "Transpose", [0, 2, 1, 3], split, out, fresh)
+    if windows > 1:
+        _apart(graph, joined, [b // windows, n, windows, h, width], (0, 2, 3, 1, 4), out, fresh)
+    elif heads:
+        _apart(graph, joined, [b, n, h, width], (0, 2, 1, 3), out, fresh)
+
+
+def _windows(found: Attention) -> int:
+    """How many windows of an image count as so many times the heads.
+
+    A bias of each window has to be a constant for all images, however many there are.
+    """
+    return len(found.bias) if found.bias is not None and is_batch(found.q.shape[0]) else 1
+
+
+def _too_large(found: Attention) -> bool:
+    """Whether windows cannot count as heads."""
+    windows, bias = _windows(found), found.bias
+    if windows == 1 or bias is None:
+        return False
+    return len(found.q.shape) < 4 or windows * found.q.shape[1] * math.prod(bias.shape[2:]) > MOST
+
+
+def _apart(
+    graph: gs.Graph,
+    x: gs.Tensor,
+    shape: list[int],
+    perm: tuple[int, ...],
+    out: gs.Tensor,
+    fresh: Callable[[str], str],
+) -> None:
+    """Cut x into axes, and permute these; merged again where that is of more axes than `out`."""
+    split = gs.Variable(fresh(f"{out.name}/split"), out.dtype, shape)
+    add_move(graph, "Reshape", shape, x, split, fresh)
+    moved = out
+    if len(perm) > len(out.shape):
+        moved = gs.Variable(fresh(f"{out.name}/moved"), out.dtype, [shape[axis] for axis in perm])
+        add_move(graph, "Reshape", list(out.shape), moved, out, fresh)
+    add_move(graph, "Transpose", list(perm), split, moved, fresh)
 
 
 def _scaled(graph: gs.Graph, q: gs.Tensor, scales: np.ndarray, fresh: Callable[[str], str]) -> gs.Tensor:
@@ -94,9 +135,13 @@ def _scaled(graph: gs.Graph, q: gs.Tensor, scales: np.ndarray, fresh: Callable[[
     return scaled
 
 
-def _joined(graph: gs.Graph, x: gs.Tensor, fresh: Callable[[str], str]) -> gs.Tensor:
-    """(B, N, heads, d) -> (B, N, heads * d)."""
+def _joined(graph: gs.Graph, x: gs.Tensor, windows: int, fresh: Callable[[str], str]) -> gs.Tensor:
+    """(B * windows, N, heads, d) -> (B, N, windows * heads * d)."""
     b, n, h, d = x.shape
-    joined = gs.Variable(fresh(f"{x.name}/joined"), x.dtype, [b, n, h * d])
-    add_move(graph, "Reshape", [b, n, h * d], x, joined, fresh)
+    joined = gs.Variable(fresh(f"{x.name}/joined"), x.dtype, [b // windows, n, windows * h * d])
+    if windows > 1:
+        moved = gs.Variable(fresh(f"{x.name}/windows"), x.dtype, [b // windows, n, windows, h, d])
+        _apart(graph, x, [b // windows, windows, n, h, d], (0, 2, 1, 3, 4), moved, fresh)
+        x = moved
+    add_move(graph, "Reshape", list(joined.shape), x, joined, fresh)
     return joined

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from meta_deploy.graph.graph import CONTRIBUTED
+from meta_deploy.graph.graph import BATCH, CONTRIBUTED
 from meta_deploy.graph.passes.fuse_attention import fuse_attention
 from tests.graph import rewriting
 from tests.graph.rewriting import RANDOM, TYPES, node, ops, same
-from tests.small_graphs import model, value
+from tests.small_graphs import any_batch, model, value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,6 +340,30 @@ def test_a_near_miss_is_declined(attention):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_batch_of_any_size_is_fused(batch):
     agree(Attention(b=batch, batch="b"), 1)
+
+
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize(
+    "attention",
+    [
+        Attention(second=((BATCH, 4, 3, 5, 4), (1, 4, 1, 5, 4)), mask=(1, 3, 5, 4)),
+        Attention(
+            second=((BATCH, 4, 3, 5, 4), (1, 4, 3, 5, 4)), scale=("Mul", 0.5, (3, 1, 1), False), vary=True
+        ),
+        Attention(second=((BATCH, 4, 3, 5, 4), (3, 1, 4)), mask=(5, 4)),
+        Attention(second=((BATCH, 4, 3, 5, 4), (4, 1, 5, 4)), shapes={"v": (4 * BATCH, 3, 4, 7)}),
+    ],
+)
+def test_masks_of_windows_of_any_number_of_images(attention, images):
+    """Shifted windows: each image has the same masks, and its four windows count as heads."""
+    proto = dataclasses.replace(attention, b=4 * BATCH).proto()
+    proto.graph.input.insert(0, value("images", [BATCH]))  # what the size of a batch is known by
+    shapes = {name: (4 * images, *shape[1:]) for name, shape in attention.shapes.items()}
+    feeds = dataclasses.replace(attention, b=4 * images, shapes=shapes).feeds()
+    feeds["images"] = np.zeros(images, np.float32)
+    after = rewriting.agree(fuse_attention, any_batch(proto), feeds, 1, valid=False, floor=1e-12)
+    heads = next(n for n in after.graph.node if n.op_type == "MultiHeadAttention").attribute
+    assert next(a.i for a in heads if a.name == "num_heads") in (3, 12)
 
 
 @pytest.mark.parametrize("perm", [(0, 2, 1), (1, 2, 0), (0, 1, 2)])
