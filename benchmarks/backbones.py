@@ -117,7 +117,9 @@ def measured(cases: Sequence[Case], folder: Path, args: Any) -> tuple[list[Row],
     if args.no_time:
         return rows, [ratios(row, rows[0]) for row in rows]
     for row, own in zip(rows, contenders, strict=True):
+        print(f"{row['model']}: taking its memory", file=sys.stderr)
         row |= {f"{one.library} peak MB": peak_mb(one) for one in own}
+    print("timing all of them in turns", file=sys.stderr)
     times = timed(contenders, args.rounds)
     compared = [ratios(row, rows[0]) for row in rows]
     for row, over, own in zip(rows, compared, times, strict=True):
@@ -216,9 +218,9 @@ def engine(graph: Callable[[], tuple[onnx.ModelProto, Any]], subject: Subject) -
     if not available(ENGINES):
         print(f"{ENGINES} is not installed: no engines", file=sys.stderr)
         return {}
-    print(f"{subject.case}: building an engine", file=sys.stderr)
     feeds, stay = [{subject.spec.name: subject.images}], TARGETS[ENGINES].float32_operators["fp16"]
     shipped = subject.shipped(graph()[0])
+    print(f"{subject.case}: building an engine", file=sys.stderr)
     try:
         built = engine_measures(PRECISIONS["fp16"].convert(shipped, feeds, stay)[0])
         figures = {name: built[name] for name in figures}
