@@ -228,41 +228,58 @@ def private(pid: int) -> int:
 # --- speed ------------------------------------------------------------------------------------------------
 
 
-def rates(photos: Path, work: Path, args: Any, address: str, free: str) -> dict[str, float]:
-    """Images a second with the nuclei model, and with one that costs nothing; what Ray costs an image."""
+def rates(photos: Path, work: Path, args: Any, address: str | None, free: str) -> dict[str, float]:
+    """Images a second, and CPU milliseconds an image, of one predictor and on Ray, with either model.
+
+    What Ray costs an image is the difference with the model that costs nothing.
+    """
     found: dict[str, float] = {}
     with connected(address):
         for name, bundle, count in (("nuclei", "nuclei", args.timed), ("free", free, args.count)):
-            found[f"{name}_predictor"] = one_predictor(photos, bundle, count)
-            found[f"{name}_ray"] = on_ray(photos, bundle, work / f"out-{name}", args, count)
+            alone = one_predictor(photos, bundle, count)
+            on_ray = one_run(photos, bundle, work / f"out-{name}", args, count)
+            found |= {f"{name}_predictor": alone[0], f"{name}_ray": on_ray[0]}
+            found |= {f"{name}_predictor_cpu_ms": alone[1], f"{name}_ray_cpu_ms": on_ray[1]}
     found["nuclei_gain"] = found["nuclei_ray"] / found["nuclei_predictor"]
-    # All cores were busy in both.
-    cores = os.cpu_count() or 1
-    found["ray_ms_an_image"] = 1000 * (cores / found["free_ray"] - 1 / found["free_predictor"])
+    found["ray_cpu_ms_an_image"] = found["free_ray_cpu_ms"] - found["free_predictor_cpu_ms"]
     return found
 
 
-def one_predictor(photos: Path, bundle: str, count: int) -> float:
-    """Images a second of one predictor with all cores, as meta-infer has it."""
+def one_predictor(photos: Path, bundle: str, count: int) -> tuple[float, float]:
+    """Images a second and CPU milliseconds an image of one predictor with all cores, as meta-infer has it."""
     with Predictor(bundle) as predictor:
         sources = [Source(path) for path in sorted(photos.iterdir())]
         list(predict(predictor, sources[:4]))
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         for frame in predict(predictor, sources[:count]):
             assert frame.result is not None
             frame.result.to_dict()
-        return count / (time.perf_counter() - began)
+        took = time.perf_counter() - began
+        return count / took, 1000 * (time.process_time() - cpu) / count
 
 
-def on_ray(photos: Path, bundle: str, out: Path, args: Any, count: int) -> float:
-    """Images a second of a run, from the first ones that came to the last."""
+def one_run(photos: Path, bundle: str, out: Path, args: Any, count: int) -> tuple[float, float]:
+    """Images a second, from the first that came to the last, and CPU milliseconds an image, of a run."""
     out.mkdir()
     chosen = [str(path) for path in sorted(photos.iterdir())[:count]]
     inputs, times = gather(chosen), list[tuple[float, int]]()
     options = checked(options_of(bundle, threads=args.threads), None)
+    cpu = cpu_seconds()
     with open_parts(inputs, out, options, args.part_size) as parts:
         run(inputs, parts, options, args.workers, done=lambda n: times.append((time.perf_counter(), n)))
-    return sum(n for _, n in times[1:]) / (times[-1][0] - times[0][0])
+    rate = sum(n for _, n in times[1:]) / max(times[-1][0] - times[0][0], 1e-9)
+    return rate, 1000 * (cpu_seconds() - cpu) / count
+
+
+def cpu_seconds() -> float:
+    """Of this process and all of Ray's, those too that have ended."""
+    ticks = 0
+    for pid, name in processes():
+        if pid == os.getpid() or re.search(r"ray::|/ray/|raylet|gcs_server", name):
+            with contextlib.suppress(OSError):
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                ticks += sum(map(int, fields[11:15]))  # also of children that were waited for
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def told(result: dict[str, Any]) -> dict[str, Any]:
