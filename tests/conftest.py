@@ -22,10 +22,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(autouse=True)
 def signals():
-    """Commands take Ctrl-C and SIGTERM for themselves until their process ends; here it goes on."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Commands take Ctrl-C and SIGTERM for themselves until their process ends; here it goes on.
+
+    A fixture of a whole module may have run one before this.
+    """
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     yield
-    for number, handler in before.items():
+    for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
