@@ -13,11 +13,9 @@ from __future__ import annotations
 import gc
 import importlib
 import importlib.util
-import multiprocessing
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +28,18 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import Case, checkpoint, interleave, machine, parser, photos, ratio, save, table
+from benchmarks.common import (
+    Case,
+    checkpoint,
+    in_fresh_process,
+    interleave,
+    machine,
+    parser,
+    photos,
+    ratio,
+    save,
+    table,
+)
 from benchmarks.graph_surgery import engine_measures
 from meta_deploy.bundle.manifest import InputSpec
 from meta_deploy.errors import EngineError
@@ -43,6 +52,7 @@ from meta_deploy.imaging.images import read_image
 from meta_deploy.imaging.preprocess import Preprocessor
 from meta_deploy.models.checkpoint.load import load_model
 from meta_deploy.ort import onnxruntime
+from meta_deploy.report.subject import peak_memory_mb
 from meta_deploy.targets import TARGETS
 from meta_deploy.targets.onnxruntime import session_options
 from meta_deploy.targets.openvino import compile_model
@@ -271,29 +281,27 @@ def timed(groups: Sequence[Sequence[Contender]], rounds: int) -> list[dict[str, 
 
 def peak_mb(contender: Contender) -> float | None:
     """What a process takes to open a model and to run it twice; None where the system does not tell."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_taken, contender).result()
+    return in_fresh_process(_taken, contender)
 
 
 def _taken(contender: Contender) -> float | None:
     if contender.library in LIBRARIES:
         importlib.import_module(LIBRARIES[contender.library][0])  # the library itself is not counted
-    before = _status_mb("VmRSS")
+    before = _resident_mb()
     run = contender.open()
     for turn in range(2):
         run(turn)
-    after = _status_mb("VmHWM")
+    after = peak_memory_mb()
     return None if before is None or after is None else after - before
 
 
-def _status_mb(field: str) -> float | None:
-    """A figure of this process from Linux, in MB."""
+def _resident_mb() -> float | None:
+    """What this process holds now, from Linux."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(f"{field}:")), None)
+    return next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmRSS:")), None)
 
 
 if __name__ == "__main__":

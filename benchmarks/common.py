@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -147,6 +149,12 @@ def export(case: Case, *options: object) -> tuple[Path, Run]:
     """Export a case; returns the bundle's folder and the finished command."""
     out = WORK / Path(str(case)).name.removesuffix(".pth").replace("+", "-")
     return out, run_command("export", "--ckpt", checkpoint(case), *case.options, *options, "--out", out)
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a module's function returns in a process of its own, of whose memory nothing is taken before."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def open_session(proto: onnx.ModelProto, threads: int = 0) -> onnxruntime.InferenceSession:

@@ -13,7 +13,6 @@ against time.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +32,7 @@ from benchmarks.common import (
     WORK,
     Case,
     checkpoint,
+    in_fresh_process,
     interleave,
     machine,
     parser,
@@ -48,6 +48,7 @@ from meta_deploy.calib import METHOD_NAMES
 from meta_deploy.export.samples import ImageSamples, evenly
 from meta_deploy.graph.pipeline import run_passes
 from meta_deploy.imaging.sources import expand
+from meta_deploy.report.subject import peak_memory_mb
 from meta_deploy.runtime.predictor import Predictor
 from meta_deploy.targets import TARGETS, open_backend
 from meta_deploy.targets.model_file import read_model
@@ -57,14 +58,6 @@ from meta_deploy.tasks.detection import Detections
 from tools.training_data import evenly_chosen
 
 FOLDER = WORK / "int8"
-_FRESH = """
-import sys
-from meta_deploy.runtime.predictor import Predictor
-with Predictor(sys.argv[1], sys.argv[2], threads=int(sys.argv[3]), tile=0) as predictor:
-    predictor(sys.argv[4])
-with open("/proc/self/status") as status:
-    print(next(int(line.split()[1]) / 1e3 for line in status if line.startswith("VmHWM")))
-"""
 
 
 @dataclass(frozen=True)
@@ -113,7 +106,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "time / fp32": ratio(times[row.name], times[base.name]),
                 "ms": float(np.median(times[row.name])),
             }
-            | {"file / fp32": row.size() / whole, "memory, MB": memory(row, args.threads, pictures[0])}
+            | {
+                "file / fp32": row.size() / whole,
+                "memory, MB": in_fresh_process(memory, row, args.threads, pictures[0]),
+            }
         )
         print(table(cells), end="\n\n", flush=True)
     save(args.json, machine=machine(), pictures=len(truth["images"]), rows=cells)
@@ -253,11 +249,11 @@ def timed(rows: Sequence[Row], picture: Path, rounds: int, threads: int) -> dict
     return interleave(runs, rounds)
 
 
-def memory(row: Row, threads: int, picture: Path) -> float:
-    """Peak resident memory in MB of a process that runs one picture as a whole; on Linux."""
-    command = [sys.executable, "-c", _FRESH, row.bundle, row.backend, threads, picture]
-    done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
-    return float(done.stdout)
+def memory(row: Row, threads: int, picture: Path) -> float | None:
+    """Peak resident memory in MB of a process that runs one picture as a whole."""
+    with Predictor(row.bundle, row.backend, threads=threads, tile=0) as predictor:
+        predictor(picture)
+    return peak_memory_mb()
 
 
 if __name__ == "__main__":

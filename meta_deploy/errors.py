@@ -3,6 +3,8 @@
 The command line makes `InputError` exit code 2 and `VerificationError` 3; anything else is ours (1).
 """
 
+from typing import Any
+
 
 class MetaDeployError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -37,4 +39,13 @@ class EngineError(InputError):
 
 
 class VerificationError(MetaDeployError):
-    """An exported model does not agree with its PyTorch reference."""
+    """An exported model does not agree with its PyTorch reference.
+
+    Attributes:
+        reason: what is off.
+        figures: of the comparison; None where there was none.
+    """
+
+    def __init__(self, what: str, reason: str, figures: dict[str, Any] | None = None) -> None:
+        super().__init__(f"{what}: {reason}; no bundle was written")
+        self.reason, self.figures = reason, figures

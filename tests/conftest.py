@@ -26,12 +26,14 @@ def signals():
 
     A fixture of a whole module may have run one before this.
     """
-    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    _as_in_a_fresh_process()
     yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    _as_in_a_fresh_process()
+
+
+def _as_in_a_fresh_process() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

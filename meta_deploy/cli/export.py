@@ -84,7 +84,7 @@ def _add_target(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--operators",
         choices=("native", "lowered"),
-        help="NMS, RoIAlign, GridSample: ONNX operators or plain arithmetic (default: the target's choice)",
+        help="NMS, RoIAlign, GridSample: ONNX's own operators or simpler ones (default: the target's choice)",
     )
     group.add_argument(
         "--gpu",

@@ -385,9 +385,8 @@ def blamed(
                 break
         else:
             raise error
-    reason = str(error).split(": ", 1)[1].split("; no bundle")[0]
-    progress.note(f"warning: with the pass {name}, {reason}; it is left out")
-    return LeftOut(name=name, reason=reason)
+    progress.note(f"warning: with the pass {name}, {error.reason}; it is left out")
+    return LeftOut(name=name, reason=error.reason)
 
 
 def quantizes(source: Source, plan: Plan, progress: Progress) -> Quantization:

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 
 from meta_deploy.bundle.manifest import TriedPipeline, Tuning
-from meta_deploy.calib.search import PAYS
+from meta_deploy.calib.costs import PAYS
 from meta_deploy.calib.timing import Feed, Run, interleaved, is_sure
 from meta_deploy.errors import MetaDeployError
 from meta_deploy.export.plan import Plan

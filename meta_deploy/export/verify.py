@@ -68,12 +68,8 @@ def _failure(result: dict[str, Any]) -> VerificationError:
     name, stage = next((n, s) for n, s in result["stages"].items() if not s["passed"])
     figures = ", ".join(f"{k} {_short(v)}" for k, v in stage.items() if k not in ("passed", "tolerance"))
     limits = ", ".join(f"{k} {_short(v)}" for k, v in stage["tolerance"].items())
-    error = VerificationError(
-        f"the exported model does not match {result['original']} on {counted(result)}: "
-        f"{name} are off ({figures}; wanted: {limits}); no bundle was written"
-    )
-    error.figures = result  # type: ignore[attr-defined]
-    return error
+    what = f"the exported model does not match {result['original']} on {counted(result)}"
+    return VerificationError(what, f"{name} are off ({figures}; wanted: {limits})", result)
 
 
 def counted(result: Mapping[str, Any]) -> str:
@@ -156,6 +152,4 @@ def told(verb: str) -> Iterator[None]:
         yield
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise VerificationError(
-            f"ONNX Runtime cannot {verb} the exported graph: {reason}; no bundle was written"
-        ) from error
+        raise VerificationError(f"ONNX Runtime cannot {verb} the exported graph", reason) from error
