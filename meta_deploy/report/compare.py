@@ -26,7 +26,7 @@ from meta_deploy.imaging.sources import expand
 from meta_deploy.report import COUNT, RUNS, engines, gates, machine
 from meta_deploy.report.baseline import check_same, compared, read_baseline
 from meta_deploy.report.disagreement import Disagreements
-from meta_deploy.report.judge import judge, noted
+from meta_deploy.report.judge import Judge, noted
 from meta_deploy.report.schema import PARTS, Entry, Latency, Ratio, Report, Roofline, Settings, Throughput
 from meta_deploy.report.statistics import LEAST_ROUNDS, compare, drift, spread
 from meta_deploy.report.subject import PYTORCH, TENSORRT, about_bundle, kind_of
@@ -192,6 +192,14 @@ def _measured(
     progress: Progress,
 ) -> dict[str, dict[str, Any]]:
     """Fields of `Entry` by name, of the entries that run; why others do not goes into `errors`."""
+    judge = Judge(workers, settings.images, truth, errors, seen.see)
+    looked = range(min(settings.runs, len(settings.images)))
+
+    def after(turn: int) -> None:
+        if turn in looked:
+            judge.look(turn)
+        progress.count(turn + settings.warm_up + 1, settings.runs + settings.warm_up)
+
     with progress.stage("measure"):
         times = interleave(
             workers,
@@ -199,15 +207,18 @@ def _measured(
             settings.warm_up,
             settings.runs,
             errors,
-            progress.count,
+            after,
         )
-    running = {name: workers[name] for name in times}
+    with progress.stage("accuracy"):
+        for index in range(len(looked), len(settings.images)):
+            judge.look(index)
+            progress.count(index + 1, len(settings.images))
+    accuracies = judge.accuracies()
+    running = {name: workers[name] for name in times if name not in errors}
     facts: dict[str, dict[str, Any]] = {}
     for name, worker in running.items():
         with noted(errors, name):
             facts[name] = worker.call("facts")
-    with progress.stage("accuracy"):
-        accuracies = judge(running, settings.images, truth, errors, progress.count, seen.see)
     if settings.batches:
         with progress.stage("throughput"):
             rates = throughputs(running, settings, errors, progress.count)
@@ -220,7 +231,8 @@ def _measured(
                 if name not in errors:
                     facts[name] |= _told(worker, what)
                 progress.count(done + 1, len(running))
-    for name, latency in latencies({name: times[name] for name in times if name not in errors}).items():
+    kept = {name: times[name] for name in times if name not in errors}
+    for name, latency in latencies(kept, len(settings.images)).items():
         facts[name] |= {"latency": latency, "accuracy": accuracies.get(name)}
     return facts
 
@@ -258,27 +270,25 @@ def interleave(
     warm_up: int,
     rounds: int,
     errors: dict[str, str],
-    count: Callable[[int, int], None] = lambda done, total: None,
+    after: Callable[[int], None] = lambda turn: None,
 ) -> dict[str, np.ndarray]:
     """Times (rounds, 3) of the entries: preprocessing, model and postprocessing, in milliseconds.
 
     Every round runs each entry once on the same image, starting with another one than the round before, so
     that other work on the machine, and whoever came before, affect all alike. An entry that fails is out,
-    with its reason in `errors`.
+    with its reason in `errors`. `after` is called with each round's number, below 0 to warm up.
     """
-    running, times = dict(workers), {name: [] for name in workers}  # type: ignore[var-annotated]
+    times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in workers}
     for turn in range(-warm_up, rounds):
-        names = list(running)
+        names = [name for name in workers if name not in errors]
         first = turn % max(len(names), 1)
         for name in names[first:] + names[:first]:
             with noted(errors, name):
-                took = run(running[name], turn)
+                took = run(workers[name], turn)
                 if turn >= 0:
                     times[name].append((took.pre, took.model, took.post))  # type: ignore[attr-defined]
-            if name in errors:
-                del running[name]
-        count(turn + warm_up + 1, rounds + warm_up)
-    return {name: np.array(times[name]) for name in running}
+        after(turn)
+    return {name: np.array(times[name]) for name in workers if name not in errors}
 
 
 def throughputs(
@@ -312,8 +322,8 @@ def _throughput(size: int, times: np.ndarray | None, reason: str | None) -> Thro
     return Throughput(batch=size, images_per_second=1000 * size / took.median, ms=took)
 
 
-def latencies(times: Mapping[str, np.ndarray]) -> dict[str, Latency]:
-    """What the times of `interleave` say, relative to the first entry's."""
+def latencies(times: Mapping[str, np.ndarray], images: int) -> dict[str, Latency]:
+    """What the times of `interleave` say, relative to the first entry's; of rounds over so many images."""
     found = {}
     base: dict[str, np.ndarray] | None = None
     for name, rounds in times.items():
@@ -323,7 +333,7 @@ def latencies(times: Mapping[str, np.ndarray]) -> dict[str, Latency]:
             for part in ("total", "model")
         }
         spreads = {part: spread(values) for part, values in parts.items()}
-        found[name] = Latency(rounds=len(rounds), drift=drift(parts["model"]), **spreads, **ratios)  # type: ignore[arg-type]
+        found[name] = Latency(rounds=len(rounds), drift=drift(parts["model"], images), **spreads, **ratios)  # type: ignore[arg-type]
         base = base or parts
     return found
 

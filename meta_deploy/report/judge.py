@@ -9,6 +9,7 @@ import contextlib
 import math
 import os
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -37,49 +38,64 @@ def noted(errors: dict[str, str], name: str) -> Iterator[None]:
         errors[name] = str(error)
 
 
-def judge(
-    workers: Mapping[str, Worker],
-    images: Sequence[str],
-    truth: Annotations | None,
-    errors: dict[str, str],
-    count: Callable[[int, int], None] = lambda done, total: None,
-    see: Callable[[str, Mapping[str, Result]], None] = lambda image, results: None,
-) -> dict[str, Accuracy]:
-    """Run every entry on every image, and hold its results against the truth or the first entry's.
+class Judge:
+    """Runs every entry on images, and holds its results against the truth or the first entry's.
 
-    Entries whose results are of another kind than what they are held against have no accuracy. `see` is told
-    each image's results, the first entry's first.
+    Entries whose results are of another kind than what they are held against have no accuracy.
     """
-    scales: dict[str, Scale] = {}
-    near: dict[str, Nearness] = {name: Nearness() for name in workers}
-    running = dict(workers)
-    for done, image in enumerate(images):
+
+    def __init__(
+        self,
+        workers: Mapping[str, Worker],
+        images: Sequence[str],
+        truth: Annotations | None,
+        errors: dict[str, str],
+        see: Callable[[str, Mapping[str, Result]], None] = lambda image, results: None,
+    ) -> None:
+        """`errors` takes why an entry is out, by name, and those in it are; `see` is told each image's
+        results, the first entry's first.
+        """
+        self._workers, self._images, self._truth = workers, images, truth
+        self._errors, self._see = errors, see
+        self._scales: dict[str, Scale] = {}
+        self._near = {name: Nearness() for name in workers}
+
+    def look(self, index: int) -> None:
+        """Run image `index`; what an entry has just run is not run again."""
+        image = self._images[index]
         results: dict[str, Result] = {}
         logits: dict[str, np.ndarray | None] = {}
-        for name in list(running):
-            with noted(errors, name):
-                result = running[name].call("result", done)
-                if name not in scales:
-                    scales[name] = _scale(result, truth)
+        for name, worker in self._workers.items():
+            if name in self._errors:
+                continue
+            with noted(self._errors, name):
+                result = worker.call("result", index)
+                if name not in self._scales:
+                    self._scales[name] = _scale(result, self._truth)
                 first = next(iter(results.values()), None)
-                if truth is not None or first is not None:
-                    scales[name].add(image, result, first)
-                if isinstance(result, Segmentation) and done < LOGITS:
-                    logits[name] = running[name].call("logits", done)
+                if self._truth is not None or first is not None:
+                    self._scales[name].add(image, result, first)
+                if isinstance(result, Segmentation) and index < LOGITS:
+                    logits[name] = worker.call("logits", index)
                 if first is not None:
-                    near[name].add(first, result)
-                    near[name].add_logits(next(iter(logits.values()), None), logits.get(name))
+                    self._near[name].add(first, result)
+                    self._near[name].add_logits(next(iter(logits.values()), None), logits.get(name))
                 results[name] = result
-            if name in errors:
-                del running[name]
-        see(image, results)
-        count(done + 1, len(images))
-    found = {name: scales[name].accuracy(list(images), truth) for name in running if name in scales}
-    return {
-        name: replace(accuracy, **near[name].figures())
-        for name, accuracy in found.items()
-        if accuracy is not None
-    }
+        self._see(image, results)
+
+    def accuracies(self) -> dict[str, Accuracy]:
+        """The figures of the entries that are not out."""
+        images = list(self._images)
+        found = {
+            name: scale.accuracy(images, self._truth)
+            for name, scale in self._scales.items()
+            if name not in self._errors
+        }
+        return {
+            name: replace(accuracy, **self._near[name].figures())
+            for name, accuracy in found.items()
+            if accuracy is not None
+        }
 
 
 class Scale(ABC):
@@ -139,7 +155,9 @@ class DetectionScale(Scale):
             content, against = self._taken, "the first entry"
         else:
             return None
-        found = coco_ap(content, self._records)
+        # Of another model's detections all are to be found, not only as many as COCO counts.
+        most = max(Counter(record["image_id"] for record in self._records).values(), default=0)
+        found = coco_ap(content, self._records, *([] if truth else [max(most, 1)]))
         figures = {
             f"{kind}_{key.lower()}": _finite(found[kind][key])
             for kind in ("box", "mask")

@@ -47,7 +47,14 @@ def _verdict(low: float, high: float) -> Verdict:
     return "faster" if high < 1 else "slower"
 
 
-def drift(times: np.ndarray) -> float:
-    """The median of the last third of the rounds over that of the first third."""
+def drift(times: np.ndarray, images: int) -> float:
+    """The median of the last third of the rounds over that of the first third.
+
+    Args:
+        times: (rounds,), of which each was taken on the next of so many images, and after the last on the
+            first again. A round counts by its image's median, as images differ.
+    """
+    places = np.arange(len(times)) % images
+    usual = np.array([np.median(times[places == place]) for place in places])
     third = max(1, len(times) // 3)
-    return float(np.median(times[-third:]) / np.median(times[:third]))
+    return float(np.median((times / usual)[-third:]) / np.median((times / usual)[:third]))

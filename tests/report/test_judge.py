@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from meta_deploy.errors import InputError
-from meta_deploy.report.judge import judge
+from meta_deploy.report.judge import Judge
 from meta_deploy.report.worker import Failed
 from meta_deploy.tasks.annotations import CocoAnnotations, LabelImages, open_annotations
 from meta_deploy.tasks.detection import Detections
@@ -48,6 +48,14 @@ def boxes(found, scores=None, labels=None, classes=CLASSES):
 
 def maps(*rows):
     return Segmentation(np.array(rows, np.int16), CLASSES)
+
+
+def judge(workers, images, truth, errors):
+    """What entries make of all images, held against the truth."""
+    found = Judge(workers, images, truth, errors)
+    for index in range(len(images)):
+        found.look(index)
+    return found.accuracies()
 
 
 @pytest.fixture
@@ -93,6 +101,14 @@ def test_classes_without_a_category_of_their_name_go_by_number(coco):
 def test_only_the_images_that_were_run_count(coco):
     found = judge({"a": Says(boxes(BOXES))}, IMAGES[:1], open_annotations(coco), {})
     assert (found["a"].images, found["a"].box_ap) == (1, pytest.approx(1))
+
+
+def test_all_that_the_first_entry_found_is_to_be_found_again():
+    corners = [(x, y) for x in range(0, 60, 4) for y in range(0, 60, 4)]
+    many = boxes([(x, y, x + 3, y + 3) for x, y in corners], labels=[0] * len(corners))
+    assert len(corners) > 100  # as many as COCO counts
+    found = judge({"first": Says(many), "same": Says(many)}, IMAGES[:1], None, {})
+    assert found["same"].box_ap == pytest.approx(1)
 
 
 def test_without_annotations_the_first_entry_is_right_where_it_is_sure():

@@ -58,5 +58,12 @@ def test_the_spread_is_of_percentiles():
 
 
 def test_drift_is_the_last_third_over_the_first():
-    assert drift(np.array([1.0, 1, 9, 9, 2, 2])) == 2
-    assert drift(np.ones(10)) == 1
+    assert drift(np.array([1.0, 1, 9, 9, 2, 2]), 1) == 2
+    assert drift(np.ones(10), 1) == 1
+
+
+def test_images_that_take_longer_are_no_drift():
+    images = np.array([1.0, 5, 9, 20])
+    assert drift(np.resize(images, 30), 4) == 1
+    assert drift(np.resize(images, 30) * np.repeat([1, 1, 1.2], 10), 4) == pytest.approx(1.2)
+    assert drift(np.arange(1.0, 13), 12) == 1  # each but once: it cannot be told
