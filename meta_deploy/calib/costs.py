@@ -43,11 +43,13 @@ class Trial(ABC):
 
     Attributes:
         full: the graph of `begin`.
+        rest: the precision of what is not in 8 bits.
         feed: one run's inputs, to time with.
         facts: what times and verdicts depend on beside the graph: machine, library, inputs.
     """
 
     full: onnx.ModelProto
+    rest: str
     feed: Mapping[str, np.ndarray]
     facts: Sequence[str]
 
@@ -71,7 +73,7 @@ class Trial(ABC):
 
     @abstractmethod
     def baseline(self) -> Run:
-        """The graph of `begin` as it would ship in float32."""
+        """The graph of `begin` as it would ship without 8 bits."""
 
     @abstractmethod
     def quick(self, proto: onnx.ModelProto) -> float:

@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from meta_deploy.calib.calibrate import graph_digest
 from meta_deploy.calib.costs import PAYS, Costs, Kept, Row, Verdict
+from meta_deploy.graph.precision.int8 import TITLES
 from meta_deploy.graph.precision.lower import to_proto
 from meta_deploy.graph.precision.placement import Placement, Product
 from meta_deploy.graph.precision.qdq import insert
@@ -20,7 +21,7 @@ from meta_deploy.graph.precision.quantize import Range
 from meta_deploy.targets import cache
 
 INACCURATE = "its error is not worth its time"
-_VERSION = 3
+_VERSION = 4
 
 
 def by_worth(rows: Sequence[Row]) -> list[Row]:
@@ -83,8 +84,8 @@ class Search:
             chosen, facts["speed"] = self._fastest(chosen, rows)
             facts["drop"] = round(self._judged(chosen).drop, 3)
             if facts["speed"]["ratio"] > PAYS:
-                without = "float32" if self.rules.rest == "fp32" else "float16"
-                why = f"8 bits take {facts['speed']['ratio']:.2f} of {without}'s time {self.costs.where}"
+                rest = TITLES[self.trial.rest]
+                why = f"8 bits take {facts['speed']['ratio']:.2f} of {rest}'s time {self.costs.where}"
                 chosen = []
         names = {row.group.name for row in chosen}
         facts["declined"] = why

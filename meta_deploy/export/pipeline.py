@@ -261,7 +261,7 @@ def tell(source: Source, plan: Plan, progress: Progress) -> None:
 
 @dataclass(frozen=True)
 class Lowered:
-    """A graph in the precision that ships; where that is 8 bits and float32, the float32 one as well."""
+    """A graph in the precision that ships; where that is 8 bits and can be timed, in float32 as well."""
 
     graph: onnx.ModelProto
     full: onnx.ModelProto | None
@@ -277,7 +277,7 @@ def lower(
     quantization: Quantization | None,
     progress: Progress,
 ) -> Lowered:
-    """The graph in the precision that was asked for; in float32 where 8 bits are not worth it.
+    """The graph in the precision that was asked for; in that of the rest where 8 bits are not worth it.
 
     Raises:
         InputError: the graph cannot be converted; nothing is worth it, and that was to be an error.
@@ -291,15 +291,14 @@ def lower(
         )
         inherit_modules(full.graph, graph.graph)
     if not isinstance(conversion, Quantized) or not conversion.declined:
-        kept = (
-            full if plan.precision.calibrates and plan.rest == "fp32" else None
-        )  # a large model's holds gigabytes
+        timed = plan.precision.calibrates and not plan.target.estimates
+        kept = full if timed else None  # a large model's holds gigabytes
         return Lowered(graph, kept, plan.precision, conversion)
     if plan.options.strict:
         table = searched(conversion.search)
         if table:
             progress.note(table.lstrip("\n"))
-        raise InputError(f"{conversion.declined}; use --fp16 or --fp32, or leave out --strict")
+        raise InputError(f"{conversion.declined}; use --{conversion.rest}, or leave out --strict")
     rest = PRECISIONS[conversion.rest]
     progress.note(f"warning: {conversion.declined}; the bundle is in {rest.title}")
     return Lowered(graph, None, rest, conversion)
@@ -308,7 +307,7 @@ def lower(
 def compare(
     source: Source, made: Made, samples: Samples, plan: Plan, progress: Progress
 ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """Compare what ships with the original, and time 8 bits against float32.
+    """Compare what ships with the original, and time 8 bits against what would ship without them.
 
     Returns:
         The figures, and the shapes that the outputs had; (None, {}) where nothing is to be compared.
@@ -336,9 +335,9 @@ def compare(
             with progress.stage("speed"):
                 graphs = shipped, drop_outputs(lowered.full, source.outputs)
                 feed = next(iter(samples))
-                speed = measured(plan.target, shipped_run, graphs, source.profiles, feed)
+                speed = measured(plan.target, shipped_run, graphs, source.profiles, feed, plan.rest)
         verification["speed"] = speed
-        progress.note(verdict(speed, precision.name))
+        progress.note(verdict(speed, precision.name, plan.rest))
     return verification, recorded.shapes
 
 
@@ -411,7 +410,7 @@ def quantizes(source: Source, plan: Plan, progress: Progress) -> Quantization:
     if options.search:
         costs = Estimated if plan.target.estimates else Timed
         search = Search(costs(trial_of(source, plan), rules, progress.note, progress.count), options.max_drop)
-    return Quantization(rules, calibrate, source.outputs, search)
+    return Quantization(rules, calibrate, source.outputs, search, plan.rest)
 
 
 def trial_of(source: Source, plan: Plan) -> OutputsTrial:

@@ -50,8 +50,7 @@ class Plan:
     @property
     def rest(self) -> str:
         """The precision of what is not in 8 bits: the bundle's own, unless that is 8 bits."""
-        rules = self.target.eight_bits.get(self.precision.name)
-        return rules.rest if rules else self.precision.name
+        return self.target.rest(self.precision.name)
 
     def reads(self, source: str | Path) -> list[Path]:
         """The files that the bundle must not replace."""
@@ -78,8 +77,7 @@ def planned(path: str | Path, options: Options) -> Plan:
     most = MOST_CALIBRATION if precision.calibrates else MOST
     files = find_files(options.calib_images, most) if needed or options.calib_images is not None else []
     model = str(options.model).replace(":", "-") if path == options.backbone_ckpt else Path(path).stem
-    rules = target.eight_bits.get(precision.name)
-    outcomes = (precision.name, rules.rest) if rules else (precision.name,)
+    outcomes = dict.fromkeys((precision.name, target.rest(precision.name)))
     named: dict[str, str | Path] = {outcome: f"{model}-{target.name}-{outcome}" for outcome in outcomes}
     folders = named if options.out is None else dict.fromkeys(outcomes, options.out)
     truth = None

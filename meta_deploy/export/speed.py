@@ -1,4 +1,4 @@
-"""Is what ships faster than float32, on this machine, in the library that runs it? Knows runs and clocks."""
+"""Is a graph faster in 8 bits, on this machine, in the library that runs it? Knows runs and clocks."""
 
 from __future__ import annotations
 
@@ -21,21 +21,23 @@ def measured(
     graphs: tuple[onnx.ModelProto, onnx.ModelProto],
     profiles: Sequence[Profile],
     feed: Mapping[str, np.ndarray],
+    rest: str,
 ) -> dict[str, float]:
-    """Time a graph in a low precision and the float32 graph that it was made of, in turns.
+    """Time a graph in 8 bits and the float32 graph that it was made of, as either would ship, in turns.
 
     Args:
         target: whose library runs both.
-        shipped: what runs the low one as built; None where what ships is the graph.
-        graphs: the low one and the float32 one, each with the outputs that ship.
+        shipped: what runs the first as built; None where what ships is the graph.
+        graphs: both, each with the outputs that ship.
         profiles: of the inputs.
         feed: one run's inputs.
+        rest: the precision that the second would ship in.
 
     Returns:
-        ratio: the median over rounds of the low one's time by float32's; fp32_ms, ms: the medians of both.
+        ratio: the median over rounds of the first one's time by the other's; ms, rest_ms: both medians.
     """
     low, full = graphs
-    runs = [shipped or OnnxRun(low, arena=True), opened(target, full, profiles, "fp32")]
+    runs = [shipped or OnnxRun(low, arena=True), opened(target, full, profiles, rest)]
     return facts_of(interleaved(runs, feed))
 
 
@@ -47,9 +49,9 @@ def opened(target: Target, graph: onnx.ModelProto, profiles: Sequence[Profile], 
     return target.runner(built.files, profiles, precision) or OnnxRun(graph, arena=True)
 
 
-def verdict(facts: Mapping[str, Any], precision: str) -> str:
+def verdict(facts: Mapping[str, Any], precision: str, rest: str) -> str:
     """What was measured, in a line."""
-    line = f"takes {facts['ratio']:.2f} of fp32's time on this machine ({facts['ms']:.1f} ms)"
+    line = f"takes {facts['ratio']:.2f} of {rest}'s time on this machine ({facts['ms']:.1f} ms)"
     if facts["ratio"] > PAYS:
-        return f"warning: {precision} {line}, so it gains none; use --fp32 unless its size is what you want"
+        return f"warning: {precision} {line}, so it gains none; use --{rest} unless its size is what you want"
     return f"{precision} {line}"

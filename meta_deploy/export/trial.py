@@ -54,9 +54,10 @@ class OutputsTrial(Trial):
         options: BuildOptions,
     ) -> None:
         self.source, self.target, self.tolerance, self.options = source, target, tolerance, options
+        self.rest = target.rest(options.precision)
         self.feeds = [feed for _, feed in zip(range(JUDGED), samples, strict=False)]
         self.feed = self.feeds[0]
-        what = target.name, str(options), str(sorted(tolerance.items()))
+        what = target.name, str(options), self.rest, str(sorted(tolerance.items()))
         self.facts = [*samples.digests()[:JUDGED], *what, *_machine()]
 
     def begin(self, proto: onnx.ModelProto) -> None:
@@ -65,7 +66,7 @@ class OutputsTrial(Trial):
         self._expected = [run(feed) for feed in self.feeds]
 
     def baseline(self) -> Run:
-        return opened(self.target, self._ships(self.full), self.source.profiles, "fp32")
+        return self._opened(self.full, self.rest)
 
     def price(self, proto: onnx.ModelProto) -> dict[str, Any]:
         graph = of_shapes(self._ships(proto), self.feed) if self._is_whole(proto) else proto
@@ -74,7 +75,7 @@ class OutputsTrial(Trial):
         return to_builtins(self.target.estimate(lowered.SerializeToString(), self.options))
 
     def open(self, proto: onnx.ModelProto) -> Run:
-        return opened(self.target, self._ships(proto), self.source.profiles, "int8")
+        return self._opened(proto, "int8")
 
     def quick(self, proto: onnx.ModelProto) -> float:
         return self._verdict(self._simulated(proto), QUICK).error
@@ -82,6 +83,9 @@ class OutputsTrial(Trial):
     def judge(self, proto: onnx.ModelProto) -> Verdict:
         shipped, whole = self.open(proto), self._simulated(proto)
         return self._verdict(whole if isinstance(shipped, OnnxRun) else WithStages(shipped, whole), JUDGED)
+
+    def _opened(self, proto: onnx.ModelProto, precision: str) -> Run:
+        return opened(self.target, self._ships(proto), self.source.profiles, precision)
 
     def _simulated(self, proto: onnx.ModelProto) -> OnnxRun:
         """A graph for its numbers; for a library that is not ONNX Runtime, as it is written."""
@@ -134,7 +138,7 @@ class AnnotatedTrial(OutputsTrial):
 
     def begin(self, proto: onnx.ModelProto) -> None:
         super().begin(proto)
-        self._best = self._points(self.baseline())
+        self._best = self._points(self._opened(proto, "fp32"))
 
     def judge(self, proto: onnx.ModelProto) -> Verdict:
         points = self._points(self.open(proto))

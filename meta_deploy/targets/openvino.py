@@ -89,6 +89,9 @@ class OpenVINO(Target):
         )
         return Built(files, section)
 
+    def rest(self, precision: str) -> str:
+        return "bf16" if precision == "int8" and _has_bfloat16(_core()) else super().rest(precision)
+
     def runner(self, files: Mapping[str, bytes], profiles: Sequence[Profile], precision: str) -> Runner:
         hint = _hint(_core(), precision)
         with _told("load the model that it made", "use --target onnxruntime", EngineError):
@@ -231,9 +234,7 @@ def _told(what: str, remedy: str, error_type: type[InputError] = BackendError) -
 
 def _hint(core: Any, precision: str) -> Any:
     """What a precision computes in on this processor; int8, what is not in 8 bits."""
-    if precision == "int8":
-        return "bf16" if _has_bfloat16(core) else "f32"
-    return _HINTS[precision]
+    return _HINTS[("bf16" if _has_bfloat16(core) else "fp32") if precision == "int8" else precision]
 
 
 def _has_bfloat16(core: Any) -> bool:

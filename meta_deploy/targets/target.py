@@ -203,6 +203,14 @@ class Target(ABC):
         """
         return None
 
+    def rest(self, precision: str) -> str:
+        """The precision of what 8 bits leave, and of the bundle where they are not worth it.
+
+        Others are their own.
+        """
+        rules = self.eight_bits.get(precision)
+        return rules.rest if rules else precision
+
     def figures(self, section: Engine | None) -> dict[str, Any]:
         """Fields of `TriedPipeline` from the manifest's `engine` section, where the target `estimates`."""
         return {}

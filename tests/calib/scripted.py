@@ -42,7 +42,7 @@ def placed(proto, rules=RULES):
 class Scripted(Trial):
     """Times and errors by the names of products; errors of several add up in squares."""
 
-    feed, facts = FEED, ("here",)
+    rest, feed, facts = "fp32", FEED, ("here",)
 
     def __init__(self, times, errors, drops=None, monkeypatch=None):
         self.times, self.errors = times, errors

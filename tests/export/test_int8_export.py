@@ -13,7 +13,10 @@ from meta_deploy.calib import timed, timing
 from meta_deploy.cli.export import summary
 from meta_deploy.errors import InputError
 from meta_deploy.export import Progress, export, samples, speed, trial
+from meta_deploy.export.options import Options
+from meta_deploy.export.plan import planned
 from meta_deploy.export.verify import OnnxRun
+from meta_deploy.targets import choose_target
 from tests.small_graphs import model, run, value, without_size
 
 node = helper.make_node
@@ -82,7 +85,8 @@ def test_a_bundle_in_8_bits_is_smaller_and_answers_nearly_as_the_file(here, targ
     assert manifest.verification["images"] == 8
     ratio = manifest.verification["speed"]["ratio"]
     assert ratio > 0
-    assert f"int8 takes {ratio:.2f} of fp32's time on this machine" in lines[-1]
+    rest = choose_target(target, "int8")[0].rest("int8")
+    assert f"int8 takes {ratio:.2f} of {rest}'s time on this machine" in lines[-1]
     done = manifest.conversion
     assert (done["products"], done["quantized"]) == (4, 2)
     assert done["calibration"]["samples"] == 40
@@ -104,9 +108,11 @@ def test_both_are_timed_in_turns_and_no_gain_is_told():
     runs = [lambda feed: calls.append("low"), lambda feed: calls.append("full")]
     assert np.shape(timing.interleaved(runs, {}, rounds=6)) == (6, 2)
     assert calls == ["low", "full"] * 7
-    slower, faster = ({"ratio": ratio, "ms": 12.0, "fp32_ms": 10.0} for ratio in (1.2, 0.5))
-    assert speed.verdict(slower, "int8").startswith("warning: int8 takes 1.20 of fp32's time on this machine")
-    assert speed.verdict(faster, "int8") == "int8 takes 0.50 of fp32's time on this machine (12.0 ms)"
+    slower, faster = ({"ratio": ratio, "ms": 12.0, "rest_ms": 10.0} for ratio in (1.2, 0.5))
+    assert speed.verdict(slower, "int8", "fp32").startswith(
+        "warning: int8 takes 1.20 of fp32's time on this machine"
+    )
+    assert speed.verdict(faster, "int8", "bf16") == "int8 takes 0.50 of bf16's time on this machine (12.0 ms)"
 
 
 def test_the_method_is_the_one_asked_for(here):
@@ -150,7 +156,7 @@ def test_what_gains_time_and_loses_little_is_in_8_bits_and_told_with_its_table(h
     (group,) = done["search"]["groups"]  # the second reads what the first makes
     assert (group["products"], group["chosen"], group["rest_ms"], group["low_ms"]) == (2, True, 2000, 1000)
     assert 0 < done["search"]["drop"] < 5
-    assert bundle.manifest.verification["speed"] == {"ratio": 0.5, "ms": 1000, "fp32_ms": 2000}
+    assert bundle.manifest.verification["speed"] == {"ratio": 0.5, "ms": 1000, "rest_ms": 2000}
     assert "ms   8 bits" in summary(bundle, 1)
 
 
@@ -162,6 +168,28 @@ def test_groups_are_timed_in_the_library_that_runs_the_bundle(here, target):
     assert all(min(group["rest_ms"], group["low_ms"]) > 0 for group in done["search"]["groups"])
     assert sum(group["products"] for group in done["search"]["groups"]) == 2
     assert (bundle.precision == "int8") == (done["quantized"] > 0) == (not done["declined"])
+
+
+def test_where_openvino_gains_nothing_what_8_bits_left_is_what_ships(here, monkeypatch):
+    openvino = pytest.importorskip("openvino")
+    monkeypatch.setattr(timed, "interleaved", lambda runs, *_: [[1.0, 3.0]] * 5)
+    bundle = quantize(target="openvino", search=True, calib_images=inputs(here / "in", 2), out=None)
+    has = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    precision, hint, title = ("bf16", "bf16", "bfloat16") if has else ("fp32", "f32", "float32")
+    assert (bundle.precision, bundle.manifest.engine.precision_hint) == (precision, hint)
+    assert bundle.path.name == f"net-openvino-{precision}"
+    assert f"in {title}, as no group" in summary(bundle, 1)
+
+
+def test_8_bits_on_openvino_are_held_against_bfloat16_where_the_processor_has_it(here, monkeypatch):
+    pytest.importorskip("openvino")
+    from meta_deploy.targets import openvino as target
+
+    for has, rest in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(target, "_has_bfloat16", lambda core, has=has: has)
+        plan = planned("net.onnx", Options(precision="int8", target="openvino"))
+        assert (plan.rest, set(plan.folders)) == (rest, {"int8", rest})
+        assert planned("net.onnx", Options(precision="fp32", target="openvino")).rest == "fp32"
 
 
 @pytest.mark.parametrize(
@@ -184,7 +212,7 @@ def test_where_8_bits_do_not_pay_float32_ships_and_says_why(here, monkeypatch, l
         np.testing.assert_allclose(
             predictor.run(feed)["y"], run(network(), **feed)["y"], rtol=1e-4, atol=1e-6
         )
-    with pytest.raises(InputError, match=f"^{why}; use --fp16 or --fp32, or leave out --strict"):
+    with pytest.raises(InputError, match=f"^{why}; use --fp32, or leave out --strict"):
         quantize(**given, strict=True, out="strict", progress=Progress(note=lines.append))
     assert not (here / "strict").exists()
     assert any("groups of products" in line for line in lines)

@@ -27,7 +27,7 @@ _QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Ma
 _ROWS = 12  # of a search's table that are printed
 # DequantizeLinear with a scale for each channel; what float16 scales can be had from (`raise_opset`).
 _LEAST_OPSET, _LEAST_LOW_OPSET = 13, 18
-_TITLES = {"fp32": "float32", "fp16": "float16"}
+TITLES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Quantization:
         outputs: names of the outputs that ship; None: all.
         search: from the same and the ranges to what of it is worth it, and the facts for people, of which
             `declined` is why nothing is, or empty. None: all that the rules let is quantized.
+        rest: the precision of what is not in 8 bits: one that the library computes in what is float32 in the
+            graph. None: that of the rules.
     """
 
     rules: EightBitRules
@@ -49,6 +51,7 @@ class Quantization:
     search: Callable[[ir.Model, Placement, Mapping[str, Range]], tuple[Placement, dict[str, Any]]] | None = (
         None
     )
+    rest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Quantized:
         search: what was measured to choose them; None: they were not searched for.
         declined: why nothing is in 8 bits. Otherwise empty.
         rest: the precision of all that is not in 8 bits.
-        lowered: what was done for that; None where it is float32.
+        lowered: what was done to the graph for that; None where it is float32 there.
     """
 
     products: int
@@ -107,11 +110,11 @@ class INT8(Precision):
     def convert(self, proto, feeds=(), float32_operators=(), note=lambda line: None, quantization=None):
         assert quantization is not None
         proto, done = self._quantized(proto, quantization)
-        rest = quantization.rules.rest
-        if rest == "fp32":
+        done = replace(done, rest=quantization.rest or quantization.rules.rest)
+        if quantization.rules.rest == "fp32":
             return proto, done
         proto, lowered = FP16().convert(proto, feeds, float32_operators, note)
-        return proto, replace(done, rest=rest, lowered=lowered)
+        return proto, replace(done, lowered=lowered)
 
     def _quantized(
         self, proto: onnx.ModelProto, quantization: Quantization
@@ -151,14 +154,14 @@ class INT8(Precision):
         how = ", ".join(f"{n} by {name}" for name, n in calibration["methods"].items())
         line = f"{conversion['quantized']} of {conversion['products']} products in {self.name}, ranges of "
         line += f"{conversion['tensors']} tensors from {calibration['samples']} {calibration['noun']} ({how})"
-        rest = _TITLES[conversion["rest"]]
+        rest = TITLES[conversion["rest"]]
         why = "".join(f"\n  {n} in {rest}: {reason}" for reason, n in reasons.items())
         return line + why + searched(conversion["search"])
 
 
 def declined(conversion: Mapping[str, Any]) -> str:
     """Why a graph has nothing in 8 bits, for people."""
-    rest = _TITLES[conversion["rest"]]
+    rest = TITLES[conversion["rest"]]
     return f"in {rest}, as {conversion['declined']}{searched(conversion['search'])}"
 
 

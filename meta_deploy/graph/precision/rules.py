@@ -20,7 +20,7 @@ class EightBitRules:
         node: the price of the nodes that a product gets around it, likewise.
         channels: the least input and output channels of a product.
         number: what 8 bits hold: whole numbers, or floats of 4 bits of exponent and 3 of mantissa (E4M3).
-        rest: the precision of all else, whose type scales have.
+        rest: the type of all else in the graph, which scales have.
         factors: weights are restored by one scale, and a Mul behind the product has each channel's share of
             it; the Mul is left out behind a convolution whose weights one scale holds well. Otherwise they
             are restored by a scale a channel.
