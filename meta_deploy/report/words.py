@@ -28,9 +28,11 @@ ACCURACIES = {
     "max_score_difference": "largest score difference",
     "logit_error": "logit error",
 }
+_SCORES = ("box_ap", "mask_ap", "mean_iou")
 _ERRORS = ("max_relative_error", "mean_score_difference", "max_score_difference", "logit_error")
 
 _LEAST_SHARE = 0.01
+_NAMED = 3  # entries in a title
 _SPEEDS = {"faster": "fast", "slower": "slow"}
 
 
@@ -102,6 +104,12 @@ def accuracies(found: Accuracy | None) -> list[str]:
 def accuracy(found: Accuracy | None) -> str:
     """The figures in one line."""
     return ", ".join(accuracies(found))
+
+
+def title(report: Report) -> str:
+    """What is compared, by the entries' names; of many the first alone."""
+    names = [entry.name for entry in report.entries if entry.error is None]
+    return ", ".join(names) if len(names) <= _NAMED else f"{names[0]} and {len(names) - 1} others"
 
 
 def verdicts(report: Report) -> list[str]:
@@ -228,7 +236,13 @@ def _verdict(entry: Entry, base: Entry) -> str:
         factor = max(found.value, 1 / found.value)
         shown = f"{factor:.2f}" if factor < 10 else f"{factor:,.0f}"
         text = f"{entry.name} is {shown} times as {_SPEEDS[found.verdict]} as {base.name}"
-    told = accuracy(entry.accuracy)
-    if entry.accuracy is not None and entry.accuracy.against == "the first entry":
-        text += f"; agreement with its results: {told}"
-    return f"{text}."
+    if entry.accuracy is None:
+        return f"{text}."
+    if entry.accuracy.against == "the first entry":
+        return f"{text}; agreement with its results: {accuracy(entry.accuracy)}."
+    scores = [
+        f"{ACCURACIES[key]} {getattr(entry.accuracy, key):.3f} against {getattr(base.accuracy, key):.3f}"
+        for key in _SCORES
+        if base.accuracy is not None and None not in (getattr(one.accuracy, key) for one in (entry, base))
+    ]
+    return f"{text}; {', '.join(scores)}." if scores else f"{text}."

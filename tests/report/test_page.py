@@ -154,6 +154,22 @@ def test_verdicts_say_what_the_intervals_say(made):
     ]
 
 
+def test_verdicts_tell_what_was_scored_against_annotations(made):
+    first, second, *_ = made.entries
+    scored = [
+        replace(entry, accuracy=Accuracy(against="annotations", images=2, box_ap=box, mask_ap=mask))
+        for entry, box, mask in ((first, 0.5, None), (second, 0.25, 0.1))
+    ]
+    assert words.verdicts(replace(made, entries=tuple(scored))) == [
+        "second is 2.00 times as fast as first; box AP 0.250 against 0.500."
+    ]
+
+
+def test_a_title_names_what_runs_and_of_many_the_first(made):
+    assert words.title(made) == f"first, second, {EVIL}"
+    assert words.title(replace(made, entries=made.entries * 2)) == "first and 5 others"
+
+
 def test_numbers_are_short():
     assert [words.ms(x) for x in (0.01234, 1.234, 12.34, 1234.5)] == ["0.012", "1.23", "12.3", "1,234"]
     assert [words.size(x) for x in (0, 999, 1500, 17_300_000, 2.5e9)] == [
