@@ -150,7 +150,8 @@ def _serve(args: Namespace) -> int:
 
     cards = cards_of(args.bundles or [DEFAULT])
     options = _options(args, cards)
-    _check_address(args.host, args.port)
+    if args.ray is None:
+        _check_address(args.host, args.port)
     tell(
         "meta-serve: starting Ray and the models …"
         if args.ray is None
@@ -160,8 +161,9 @@ def _serve(args: Namespace) -> int:
 
     # Ray prints on standard output what befalls its processes.
     with redirect_stdout(sys.stderr), running(cards, options, args.ray) as server:
-        _reach(args.host, args.port)
-        _introduce(cards, options, server)
+        if args.ray is None:
+            _reach(args.host, args.port)
+        _introduce(cards, options, server, args.ray)
         return _wait(server, options.limits.seconds)
 
 
@@ -230,12 +232,15 @@ def _reachable(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
-def _introduce(cards: Sequence[Card], options: Options, server: Running) -> None:
+def _introduce(cards: Sequence[Card], options: Options, server: Running, cluster: str | None) -> None:
     for card, runs_on in zip(cards, server.runs_on(), strict=True):
         batch = min(options.batch or card.batch, card.batch)
         how = f"batches of up to {batch}" if batch > 1 else "one image a run, as its bundle takes"
         times = f"{options.replicas} x " if options.replicas > 1 else ""
         tell(f"meta-serve: {card}: {times}{runs_on}; {how if card.takes_images else 'tensors only'}")
+    if cluster is not None:
+        tell(f"meta-serve: ready at port {options.port} of each machine with a model; Ctrl-C stops")
+        return
     host = _reachable(options.host)
     address = f"http://{f'[{host}]' if ':' in host else host}:{options.port}"
     say(

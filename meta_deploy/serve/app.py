@@ -10,7 +10,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
@@ -80,6 +80,7 @@ class Service:
         limits: of requests.
         ready: tells which models answer now, by name and version; None: all do.
         metrics: what is counted.
+        open: requests of any kind whose answers have not been sent.
         closing: no more requests are taken.
     """
 
@@ -87,17 +88,13 @@ class Service:
     limits: Limits = field(default_factory=Limits)
     ready: Callable[[], Awaitable[dict[tuple[str, str], bool]]] | None = None
     metrics: Metrics = field(default_factory=Metrics)
+    open: int = 0
     closing: bool = False
 
     def __post_init__(self) -> None:
         for one in self.served:
             inside = functools.partial(getattr, one, "inside")
             self.metrics.watch(one.card.name, one.card.version, inside, one.most)
-
-    @property
-    def inside(self) -> int:
-        """Requests that wait or are worked on."""
-        return sum(one.inside for one in self.served)
 
     def versions(self, name: str) -> list[Served]:
         """All of a model, the latest last."""
@@ -250,6 +247,7 @@ def _add_predict(app: FastAPI, service: Service) -> None:
             image, name = await _image(request, body)
             return await one.model.predict(Query(image, name, settings, overlay, seconds))
 
+        _check_parameters(request, settings, one.card)
         if not one.card.takes_images:
             path = f"/v2/models/{one.card.name}/infer"
             raise Refused(422, f"model '{one.card.name}' takes arrays and not images; use {path}")
@@ -273,6 +271,17 @@ def _add_predict(app: FastAPI, service: Service) -> None:
         return await predict(request, settings, service.find(model, version))
 
 
+def _check_parameters(request: Request, settings: Settings, card: Card) -> None:
+    """Refuse what would be ignored. Raises Refused."""
+    known = [field.name for field in fields(Settings)]
+    if odd := [name for name in request.query_params if name not in known]:
+        raise Refused(422, f"there is no parameter '{odd[0][:100]}'; there are {', '.join(known)}")
+    if settings.score_threshold is not None and card.score_threshold is None:
+        raise Refused(
+            422, f"score_threshold is for detections, and model '{card.name}' gives none; leave it out"
+        )
+
+
 async def _image(request: Request, body: bytes) -> tuple[bytes, str | None]:
     """The image's bytes and its name, where it has one. Raises Refused."""
     kind = request.headers.get("content-type", "")
@@ -284,7 +293,7 @@ async def _image(request: Request, body: bytes) -> tuple[bytes, str | None]:
 
     parser = MultiPartParser(request.headers, stream(), max_files=1, max_fields=16)
     # In memory, as it is already, and not in a file.
-    parser.spool_max_size = parser.max_file_size = len(body) + 1
+    parser.spool_max_size = len(body) + 1
     try:
         form = await parser.parse()
     except (MultiPartException, KeyError, ValueError, LookupError) as error:
@@ -432,6 +441,14 @@ def _whole_number(text: str | None, name: str) -> int | None:
     return int(text)
 
 
+def too_long(scope: Scope) -> Response | None:
+    """The refusal of a request whose headers are longer than the limit; None: they are not."""
+    length = sum(len(name) + len(value) for name, value in scope["headers"])
+    if length + len(scope.get("raw_path") or b"") + len(scope["query_string"]) <= MOST_HEADERS:
+        return None
+    return JSONResponse({"error": f"the headers are longer than {MOST_HEADERS} bytes; send fewer"}, 431)
+
+
 async def _refuse(request: Request, error: HTTPException) -> Response:
     told = {404: "there is no such page; see /docs", 405: "this page is not for that method; see /docs"}
     why = error.detail if isinstance(error, Refused) else told.get(error.status_code, str(error.detail))
@@ -455,6 +472,7 @@ class _Guard:
             await self._app(scope, receive, send)
             return
         began, code = perf_counter(), 0
+        self._service.open += 1
 
         async def sent(message: Message) -> None:
             nonlocal code
@@ -463,10 +481,8 @@ class _Guard:
             await send(message)
 
         try:
-            length = sum(len(name) + len(value) for name, value in scope["headers"])
-            if length + len(scope.get("raw_path") or b"") + len(scope["query_string"]) > MOST_HEADERS:
-                why = f"the headers are longer than {MOST_HEADERS} bytes; send fewer"
-                await JSONResponse({"error": why}, 431)(scope, receive, sent)
+            if (refused := too_long(scope)) is not None:
+                await refused(scope, receive, sent)
             else:
                 await self._app(scope, receive, sent)
         except Exception:
@@ -476,6 +492,7 @@ class _Guard:
             why = "internal error; the server's log says which"
             await JSONResponse({"error": why}, 500)(scope, receive, sent)
         finally:
+            self._service.open -= 1
             self._count(scope, code, perf_counter() - began)
 
     def _count(self, scope: Scope, code: int, seconds: float) -> None:

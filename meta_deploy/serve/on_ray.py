@@ -26,8 +26,14 @@ if TYPE_CHECKING:
     from ray.serve import Application
 
 APP = "meta-serve"
+_RAY = {  # settings of a Ray that is started here, which it reads from the environment
+    "RAY_worker_niceness": "0",  # its own is the lowest priority; somebody waits for what these do
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "meta_deploy.serve.gate.middlewares",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",  # a proxy that died is missed after three of them
+}
 _PATIENCE = 60.0  # seconds for the proxy to answer, once everything else is there
 _PAUSE = 0.1
+_LAST = 0.5  # seconds for the last answers to leave the proxy
 _GRACE = 2.0  # seconds that Ray's own clean-up may take
 _FRESH = 1.0  # seconds that a state that was asked for is taken for the present one
 
@@ -135,7 +141,7 @@ class Ingress:
     async def close(self) -> int:
         """Take no more requests; how many there still are."""
         self.app.state.service.closing = True
-        return self.app.state.service.inside
+        return self.app.state.service.open
 
 
 class _States:
@@ -156,7 +162,8 @@ class _States:
         app = serve.status().applications.get(APP)
         there = {} if app is None else app.deployments
         return {
-            model: name in there and there[name].replica_states.get("RUNNING", 0) > 0
+            model: name in there
+            and any(count for state, count in there[name].replica_states.items() if state == "RUNNING")
             for model, name in self._deployments.items()
         }
 
@@ -172,7 +179,7 @@ def application(cards: Sequence[Card], options: Options) -> Application:
 
     seconds = options.limits.seconds
     names = _names(cards)
-    common = {"health_check_period_s": 2, "graceful_shutdown_timeout_s": seconds}
+    common: dict[str, Any] = {"health_check_period_s": 2, "graceful_shutdown_timeout_s": seconds}
 
     def build() -> Any:
         """In the replica of the ingress."""
@@ -185,7 +192,6 @@ def application(cards: Sequence[Card], options: Options) -> Application:
 
     models = [
         serve.deployment(
-            Replica,
             name=names[card.name, card.version],
             num_replicas=options.replicas,
             # What waits beyond that waits as it came, and not decoded.
@@ -196,16 +202,15 @@ def application(cards: Sequence[Card], options: Options) -> Application:
             },
             max_constructor_retry_count=2,
             **common,
-        ).bind(card, options)
+        )(Replica).bind(card, options)
         for card in cards
     ]
     ingress = serve.deployment(
-        serve.ingress(build)(Ingress),
         name="http",
         max_ongoing_requests=len(cards) * options.limits.queue + 200,  # which are refused there, in words
         ray_actor_options={"num_cpus": 0},
         **common,
-    )
+    )(serve.ingress(build)(Ingress))
     return ingress.bind(*models)
 
 
@@ -228,7 +233,7 @@ class Running:
         while True:
             left = self._handle.close.remote().result(timeout_s=max(_GRACE, end - time.monotonic()))
             if not left or time.monotonic() >= end:
-                time.sleep(_PAUSE)  # for the last answer to leave the proxy
+                time.sleep(_LAST)
                 return left
             time.sleep(_PAUSE)
 
@@ -238,14 +243,20 @@ def running(cards: Sequence[Card], options: Options, address: str | None = None)
     """Serve the models: on the Ray cluster at an address, or (None) on one started here and ended again.
 
     Raises:
-        InputError: there is no such cluster, it is too small, or a model cannot be opened there.
+        InputError: there is no such cluster, it is too small or serves already, or a model cannot be opened
+            there.
     """
-    # Ray runs its processes at the lowest priorities; somebody waits for what these do.
-    os.environ.setdefault("RAY_worker_niceness", "0")
+    for name, value in _RAY.items():
+        os.environ.setdefault(name, value)
     with connected(address, _cpus(cards, options)):
         from ray import serve
 
         _check_room(cards, options)
+        if address is not None and serve.status().proxies:
+            raise InputError(
+                f"Ray Serve runs at '{address}' already, with its own port; end it with 'serve shutdown', or "
+                "take another cluster"
+            )
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         where = "HeadOnly" if address is None else "EveryNode"
         serve.start(
@@ -257,7 +268,7 @@ def running(cards: Sequence[Card], options: Options, address: str | None = None)
         finally:
             if address is not None:  # else all of it ends with Ray
                 with contextlib.suppress(Exception):  # which may have gone before
-                    serve.delete(APP)
+                    serve.shutdown()
 
 
 def _deployed(cards: Sequence[Card], options: Options) -> Any:

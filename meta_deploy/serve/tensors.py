@@ -80,6 +80,11 @@ class Request:
             request = msgspec.json.decode(body[:json_bytes], type=_Request)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise InputError(f"the body is not an inference request: {error}; see the v2 protocol") from error
+        for parameters in [
+            request.parameters,
+            *(one.parameters for one in request.inputs + (request.outputs or [])),
+        ]:
+            _check_parameters(parameters)
         self.id = request.id
         self.arrays = _arrays(request.inputs, memoryview(body)[json_bytes:])
         self._binary = request.parameters.get("binary_data_output") is True
@@ -115,6 +120,15 @@ class Request:
             document["id"] = self.id
         text = msgspec.json.encode(document)
         return (b"".join([text, *blobs]), len(text)) if blobs else (text, None)
+
+
+def _check_parameters(parameters: Mapping[str, Any]) -> None:
+    """Refuse extensions that change what is asked for; hints, which others send too, are not needed."""
+    for name in parameters:
+        if name.startswith(("shared_memory", "sequence_", "classification")):
+            raise InputError(
+                f"the parameter '{name[:100]}' is of an extension that is not here; leave it out"
+            )
 
 
 def _arrays(inputs: Sequence[_Input], rest: memoryview) -> dict[str, np.ndarray]:

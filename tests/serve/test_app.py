@@ -153,6 +153,8 @@ def test_the_form_of_the_answer_is_negotiated(client, picture, accept, kind):
         ("/predict?slide=true", 422, "sliding windows are for class maps"),
         ("/predict?depth=99", 422, "depth"),
         ("/predict/raw", 422, "use /v2/models/raw/infer"),
+        ("/predict?score=1", 422, "there is no parameter 'score'; there are score_threshold, tile"),
+        ("/predict/segmenter?score_threshold=0.5", 422, "is for detections"),
         ("/elsewhere", 404, "see /docs"),
     ],
 )
@@ -250,7 +252,7 @@ def test_whatever_is_sent_nothing_is_a_500(service, listening, picture):
         host, _, port = address.partition(":")
         statuses = set(pool.map(lambda request: send(host, int(port), *request), made))
         assert httpx.post(f"http://{address}/predict", content=picture).status_code == 200
-    assert service.inside == 0
+    assert service.open == 0
     assert statuses <= {"closed", "200", "400", "404", "405", "406", "413", "415", "422", "429", "431"}
     assert {"200", "400", "404", "405", "406", "415", "422", "431"} <= statuses
 
@@ -303,7 +305,7 @@ def test_more_than_the_queue_holds_is_refused_and_the_rest_answered(service):
     assert sorted(one.status_code for one in found) == [200] * 3 + [429] * 5
     assert {one.headers["retry-after"] for one in found if one.status_code == 429} == {"1"}
     assert 'meta_serve_in_progress{model="detector",version="1"} 3.0' in shown
-    assert service.inside == 0
+    assert service.open == 0
 
 
 def test_what_takes_too_long_is_given_up(service):
@@ -312,7 +314,7 @@ def test_what_takes_too_long_is_given_up(service):
     found = calls(service, lambda client: client.post("/predict", content=b"x"))
     assert found.status_code == 504
     assert "0.1 s" in one_line(found)
-    assert service.inside == 0
+    assert service.open == 0
 
 
 def test_a_body_that_does_not_come_is_given_up(service):
@@ -436,6 +438,7 @@ X = np.ones((1, 3))
         (v2("x", X, "BYTES"), "it may be BOOL"),
         (v2("x", np.ones((9, 3))), "(1, 3) to (4, 3)"),
         (v2("x", X, outputs=[{"name": "z"}]), "there is no output 'z'"),
+        (v2("x", X, outputs=[{"name": "a/y", "parameters": {"classification": 1}}]), "'classification'"),
         ({"inputs": [{"name": "x", "shape": [1, 3], "datatype": "FP32", "data": [1, 2]}]}, "send 3"),
         (
             {"inputs": [{"name": "x", "shape": [1, 3], "datatype": "FP32", "data": [[1, 2], [3]]}]},

@@ -19,6 +19,7 @@ from PIL import Image
 pytest.importorskip("ray.serve", reason="Ray Serve is not installed (pip install 'meta-deploy[serve]')")
 pytest.importorskip("fastapi_offline", reason="the extra [serve] is not installed")
 
+from meta_deploy.bundle.bundle import Bundle, write_bundle
 from meta_deploy.cli.infer import main as infer
 
 pytestmark = pytest.mark.slow
@@ -139,10 +140,7 @@ def test_the_server_answers_survives_a_killed_replica_and_drains(bundles, pictur
 
 def test_a_bundle_that_cannot_be_run_is_one_line(bundles, tmp_path):
     broken = tmp_path / "broken"
-    broken.mkdir()
-    manifest = json.loads((bundles / "detector" / "manifest.json").read_text())
-    manifest["files"] = {}
-    (broken / "manifest.json").write_text(json.dumps(manifest))
+    write_bundle(broken, Bundle.open(bundles / "detector").manifest, {"model.onnx": b"no model"})
     command = [sys.executable, "-m", "meta_deploy.cli.serve", str(broken), "--threads", "1"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
