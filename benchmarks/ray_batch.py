@@ -29,10 +29,11 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from benchmarks.common import ASSETS, ROOT, machine, parser, save, table
+from meta_deploy.batch.cluster import connected
 from meta_deploy.batch.dataset import checked, options_of
 from meta_deploy.batch.inputs import gather
 from meta_deploy.batch.parts import MANIFEST
-from meta_deploy.batch.run import connected, open_parts, run
+from meta_deploy.batch.run import open_parts, run
 from meta_deploy.bundle.bundle import write_bundle
 from meta_deploy.imaging.sources import Source
 from meta_deploy.runtime.predictor import Predictor

@@ -18,6 +18,7 @@ ALLOWED = {
     "targets": {"targets", "tasks", "graph", "bundle"},
     "runtime": {"runtime", "targets", "tasks", "imaging", "bundle"},
     "batch": {"batch", "runtime", "targets", "tasks", "imaging", "bundle"},
+    "serve": {"serve", "batch", "runtime", "targets", "tasks", "imaging", "bundle"},
     "export": {"export", "models", "calib", "graph", "targets", "tasks", "imaging", "bundle"},
     "report": {"report", "export", "runtime", "models", "graph", "targets", "tasks", "imaging", "bundle"},
 }
@@ -26,7 +27,7 @@ ALLOWED["cli"] = EVERYTHING
 TORCH = {"torch", "torchvision", "safetensors"}
 ONNX = {"onnx", "onnxscript", "onnx_graphsurgeon", "onnx_ir", "onnxslim", "polygraphy"}
 FORBIDDEN = {
-    **dict.fromkeys(("bundle", "imaging", "tasks", "runtime", "batch"), TORCH | ONNX),
+    **dict.fromkeys(("bundle", "imaging", "tasks", "runtime", "batch", "serve"), TORCH | ONNX),
     "graph": TORCH,
     "calib": TORCH,
     "targets": TORCH,
@@ -115,7 +116,7 @@ def test_the_whole_runtime_loads_without_torch_and_onnx():
     assert "cv2" in loaded  # or this test looks at nothing
 
 
-@pytest.mark.parametrize("command", ["infer", "report"])
+@pytest.mark.parametrize("command", ["infer", "report", "serve"])
 def test_help_loads_nothing_heavy(command):
     code = f"from meta_deploy.cli.{command} import main"
     code += "\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass"

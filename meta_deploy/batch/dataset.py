@@ -7,7 +7,6 @@ becomes of the results.
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -16,18 +15,16 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 
 from meta_deploy.batch import remote
 from meta_deploy.batch.rows import TASKS, result_type, with_columns
-from meta_deploy.bundle.bundle import Bundle
-from meta_deploy.bundle.manifest import MANIFEST, Size
+from meta_deploy.bundle.bundle import Bundle, digest_of
 from meta_deploy.bundle.shipped import SHIPPED, locate
 from meta_deploy.errors import BundleError, ImageError, InputError
 from meta_deploy.imaging.image_file import content
 from meta_deploy.runtime.predictor import Predictor
-from meta_deploy.runtime.processor import Processor
+from meta_deploy.runtime.processor import Prepared, Processor
 from meta_deploy.tasks.results import ImageResult, Timings
 
 if TYPE_CHECKING:
@@ -73,17 +70,6 @@ class Options:
         """The options of a `Processor`."""
         names = ("score_threshold", "depth", "tile", "tile_overlap", "slide")
         return {name: getattr(self, name) for name in names}
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """An image on its way: its size, and its pieces or the outputs of each, with the time they took."""
-
-    size: Size
-    depth: int | None
-    timings: Timings
-    pieces: Sequence[np.ndarray] = ()
-    outputs: Sequence[dict[str, np.ndarray]] = ()
 
 
 def predict_dataset(
@@ -237,11 +223,8 @@ def prepare(table: pa.Table, options: Options) -> pa.Table:
     """Bytes and arrays to the pieces that the model sees."""
     steps = _processor(options)
 
-    def one(image: Any, name: str | None) -> _Prepared:
-        picture = steps.read(image, name)
-        began = perf_counter()
-        pieces = [np.ascontiguousarray(piece) for piece in steps.pieces(picture)]
-        return _Prepared(picture.size, picture.depth, Timings(pre=1000 * (perf_counter() - began)), pieces)
+    def one(image: Any, name: str | None) -> Prepared:
+        return steps.prepare(steps.read(image, name))
 
     return _next(table, list(map(_caught(one), _states(table), _names(table, options))))
 
@@ -266,7 +249,7 @@ class Model:
             done = map(_caught(lambda image: self._run([image])[0]), images)
         return _next(table, [state if isinstance(state, Exception) else next(done) for state in states])
 
-    def _run(self, images: Sequence[_Prepared]) -> list[_Prepared]:
+    def _run(self, images: Sequence[Prepared]) -> list[Prepared]:
         sizes = [size for image in images for size in self._predictor.sizes(image.size)]
         began = perf_counter()
         outputs = self._predictor.outputs(
@@ -290,11 +273,8 @@ def finish(table: pa.Table, options: Options) -> pa.Table:
     steps = _processor(options)
     ids = table[options.coco_ids].to_pylist() if options.coco_ids else [None] * len(table)
 
-    def one(image: _Prepared, name: str | None, coco_id: int | None) -> Any:
-        began = perf_counter()
-        result = steps.result(image.size, image.outputs)
-        timings = image.timings + Timings(post=1000 * (perf_counter() - began))
-        result = replace(result, path=name, depth=image.depth, timings=timings)
+    def one(image: Prepared, name: str | None, coco_id: int | None) -> Any:
+        result = steps.finish(image, name)
         if coco_id is None:
             return result.to_dict()
         assert isinstance(result, ImageResult)
@@ -356,9 +336,3 @@ def _processor(options: Options) -> Processor:
 
     cv2.setNumThreads(1)  # there are as many processes as CPUs
     return Processor(options.open(), **options.processing)
-
-
-def digest_of(bundle: str | os.PathLike[str]) -> str:
-    """What tells a bundle from others: the sha256 of its manifest, which has those of its files."""
-    with open(os.path.join(bundle, MANIFEST), "rb") as stream:
-        return hashlib.sha256(stream.read()).hexdigest()

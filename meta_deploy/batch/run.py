@@ -8,10 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
-import signal
-import socket
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -19,16 +15,14 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from meta_deploy.batch.cluster import gpus_of, told
 from meta_deploy.batch.dataset import ERROR, RESULT, Options, call_rows, staged
 from meta_deploy.batch.inputs import Group, Inputs, images_of
 from meta_deploy.batch.parts import Part, Parts
 from meta_deploy.batch.rows import result_type
 from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.bundle.shipped import locate
-from meta_deploy.cpus import cpu_count
-from meta_deploy.errors import InputError, MetaDeployError
 from meta_deploy.runtime.predictor import Predictor
-from meta_deploy.targets import TARGETS
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -37,7 +31,6 @@ PART_SIZE = 1000
 MOST_FAULTS = 100  # calls that may fail by a fault in us or in a library before the run is given up
 FAULT = "an internal error, also when it was run alone; Ray's log says which"
 _PLACE, _COCO_ID = "place", "image_id"
-_ON_GPU = {"cuda", "tensorrt"}
 
 
 def open_parts(inputs: Inputs, out: Path, options: Options, part_size: int = PART_SIZE) -> Parts[pa.Table]:
@@ -85,9 +78,9 @@ def run(
 
     own = {"image": "image", "path": "path", "coco_ids": options.coco_ids and _COCO_ID}
     options = Options(**{**vars(options), **own})
-    gpus = _gpus(options)
+    gpus = gpus_of(Bundle.open(locate(options.bundle)).target, options.backend)
     workers = workers or _workers(options, gpus)
-    with _told():
+    with told():
         runs_on = ray.remote(num_cpus=options.threads, num_gpus=gpus)(_tried).remote(options)
         started(f"{ray.get(runs_on)}; models: {workers}")
 
@@ -126,67 +119,6 @@ def run(
 
 
 @contextlib.contextmanager
-def connected(address: str | None) -> Iterator[None]:
-    """Ray: the cluster at an address, or one that is started on this machine and ended again.
-
-    Raises:
-        InputError: there is no cluster at the address.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its own notes go to standard error
-    import ray
-
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        if address is not None:
-            _reach(address)
-        with _no_stderr():
-            if address is None:
-                # One more than there are: a model takes all of one, and the other stages need some.
-                ray.init("local", num_cpus=cpu_count() + 1, include_dashboard=False, **_SILENT)
-            else:
-                ray.init(address, **_SILENT)
-    except (RuntimeError, ValueError, OSError, OverflowError) as error:
-        reason = " ".join(str(error).split())
-        where = f"on this machine: {reason}" if address is None else f"at '{address}': {reason}"
-        raise InputError(
-            f"there is no Ray {where}; check the address, and that Ray is of the same version there"
-        ) from error
-    finally:
-        for number, handler in handlers.items():  # Ray takes SIGTERM for itself
-            with contextlib.suppress(ValueError, TypeError):
-                signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _reach(address: str) -> None:
-    """Raise OSError where nothing listens at HOST:PORT, which Ray would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-
-
-_SILENT: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-
-
-@contextlib.contextmanager
-def _no_stderr() -> Iterator[None]:
-    """Nothing on standard error of what libraries write there past Python."""
-    sys.stderr.flush()
-    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(null, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(null)
-
-
-@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Ray Data without progress bars and notes of its own, going on where a call crashes."""
     from ray.data import DataContext
@@ -211,33 +143,12 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """An error of ours that a worker raised, as itself."""
-    try:
-        yield
-    except Exception as error:
-        cause = getattr(error, "cause", None)  # Ray's own is of both classes, and its text a traceback
-        if isinstance(cause, MetaDeployError):
-            raise cause from error
-        raise
-
-
 def _tried(options: Options) -> str:
     """What runs the model, on a worker; where it cannot be run, that is told before there are many."""
     with Predictor(
         options.open(), options.backend, threads=options.threads, **options.processing
     ) as predictor:
         return predictor.runs_on
-
-
-def _gpus(options: Options) -> int:
-    """GPUs that a model takes: one, where the cluster has some and the bundle can use it."""
-    import ray
-
-    target = Bundle.open(locate(options.bundle)).target
-    backends = TARGETS[target].automatic if options.backend == "auto" else (options.backend,)
-    return int(bool(_ON_GPU & set(backends)) and ray.cluster_resources().get("GPU", 0) >= 1)
 
 
 def _workers(options: Options, gpus: int) -> int:

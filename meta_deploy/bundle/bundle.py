@@ -209,6 +209,11 @@ def _replaced(path: Path) -> BundleReplaced:
     return BundleReplaced(f"bundle '{path}' is replaced by another while it is read; open it again")
 
 
+def digest_of(path: str | os.PathLike[str]) -> str:
+    """What tells a bundle from others: the sha256 of its manifest, which has those of its files."""
+    return hashlib.sha256((Path(path) / MANIFEST).read_bytes()).hexdigest()
+
+
 def write_bundle(
     out_dir: str | os.PathLike[str],
     manifest: Manifest,

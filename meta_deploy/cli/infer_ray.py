@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -37,8 +37,9 @@ def infer_on_ray(args: Namespace) -> int:
     for module in ("ray", "pyarrow"):  # without importing Ray, which takes seconds
         if not _is_there(module):
             raise InputError(f"--ray needs {module}, which is not installed; pip install 'meta-deploy[ray]'")
+    from meta_deploy.batch.cluster import connected
     from meta_deploy.batch.inputs import gather
-    from meta_deploy.batch.run import PART_SIZE, connected, open_parts, run
+    from meta_deploy.batch.run import PART_SIZE, open_parts, run
 
     inputs, options, out = gather(args.inputs, _note), _options(args), args.out or OUT
     claims_of(args, (place for place in inputs.places if place and "://" not in place), out)
@@ -190,18 +191,12 @@ def _join(parts: Parts, path: str) -> None:
 def _print(parts: Parts, options: Options) -> None:
     """The document of meta-infer --json, from the parts."""
     from meta_deploy.batch.run import array_of, entries
-    from meta_deploy.bundle.shipped import locate
+    from meta_deploy.runtime import document
 
     bundle = options.open()
-    head: dict[str, Any] = {
-        "bundle": str(locate(options.bundle)),
-        "model": bundle.model_name,
-        "task": bundle.task,
-        "backend": options.backend,
-        "score_threshold": bundle.shown_score if options.score_threshold is None else options.score_threshold,
-    }
+    head = document.head(bundle, options.backend, options.score_threshold)
     print(json.dumps(head)[:-1] + ', "images": ', end="")
-    for piece in array_of(json.dumps({**entry, "overlay": None}) for entry in entries(parts)):
+    for piece in array_of(json.dumps(document.entry(entry)) for entry in entries(parts)):
         print(piece, end="")
     errors = [{"path": name, "error": why} for part in parts for name, why in part.failed]
     print(f', "errors": {json.dumps(errors)}}}')

@@ -30,6 +30,7 @@ from meta_deploy.errors import InputError
 from meta_deploy.imaging.depth import Note
 from meta_deploy.imaging.sources import Source
 from meta_deploy.imaging.video import VideoWriter
+from meta_deploy.runtime import document
 from meta_deploy.runtime.predictor import Predictor
 from meta_deploy.runtime.stream import Frame
 from meta_deploy.tasks.detection import Detections
@@ -369,11 +370,11 @@ class Report:
         if isinstance(found, Detections) and isinstance(shown, Detections):
             self._covered += len(found) - len(shown)
         if self._json:
-            entry = shown.to_dict()
+            fields = shown.to_dict()
             if frame.index is not None:
-                entry["frame"] = frame.index
-                entry["time"] = round(float(frame.time or 0), 6)
-            entry["file" if isinstance(shown, Arrays) else "overlay"] = str(overlay) if overlay else None
+                fields["frame"] = frame.index
+                fields["time"] = round(float(frame.time or 0), 6)
+            entry = document.entry(fields, str(overlay) if overlay else None)
             if labels is not None:
                 entry["labels"] = str(labels)
             self._entries.append(json.dumps(entry))
@@ -398,13 +399,7 @@ class Report:
         """The last line, or the document. `files` says in words what was written."""
         done = len(self._times["model"])
         if self._json:
-            head = {
-                "bundle": str(predictor.bundle.path),
-                "model": predictor.bundle.model_name,
-                "task": predictor.bundle.task,
-                "backend": predictor.backend,
-                "score_threshold": threshold,
-            }
+            head = document.head(predictor.bundle, predictor.backend, threshold)
             text = json.dumps(head)[:-1] + ', "images": [' + ",\n".join(self._entries)
             print(text + f'], "errors": {json.dumps(self._errors)}}}')
         if done:

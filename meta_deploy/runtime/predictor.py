@@ -140,24 +140,30 @@ class Predictor(Processor):
     def outputs(
         self, pieces: Sequence[np.ndarray], sizes: Sequence[Size] | None = None, batch: int | None = None
     ) -> list[dict[str, np.ndarray]]:
-        """The graph's outputs for each piece, by name, without the batch's dimension.
+        """The graph's outputs for each piece, by name, without the batch dimension (raw bundles: with it).
 
         `pieces` are RGB uint8 (h, w, 3), of images or parts of `sizes` (height, width) before they were
         resized; None: they were not. They are run `batch` at a time (None: as many as the bundle takes),
-        only those together that have the same size in the input, so that none depends on its neighbours.
+        only those together that have the same size in the input, so that none depends on its neighbours; by
+        a raw bundle one by one.
 
         Raises:
             BackendError: the back end fails.
         """
+        batch = 1 if self._whole_runs else batch or self.bundle.input.batch.max
         sizes = [(piece.shape[0], piece.shape[1]) for piece in pieces] if sizes is None else sizes
-        padded = [self._preprocess.padded_size([self._preprocess.place(*size)]) for size in sizes]
+        padded = [self.input_size(size) for size in sizes]
         found: dict[int, dict[str, np.ndarray]] = {}
         for _, alike in groupby(sorted(range(len(pieces)), key=padded.__getitem__), padded.__getitem__):
-            for group in _groups(alike, batch or self.bundle.input.batch.max):
+            for group in _groups(alike, batch):
                 arrays, *_ = self._outputs([pieces[i] for i in group], [sizes[i] for i in group])
                 for place, i in enumerate(group):
-                    found[i] = {name: array[place] for name, array in arrays.items()}
+                    found[i] = arrays if self._whole_runs else {n: a[place] for n, a in arrays.items()}
         return [found[i] for i in range(len(pieces))]
+
+    def input_size(self, size: Size) -> Size:
+        """The (height, width) of the input that an image, or piece of one, of this size is run in."""
+        return self._preprocess.padded_size([self._preprocess.place(*size)])
 
     def _tiled(self, images: Sequence[ImageLike | Picture]) -> Iterator[Result]:
         """Images that one tile holds together, as wholes; the others each in its tiles."""
@@ -191,7 +197,7 @@ class Predictor(Processor):
 
     def _as_wholes(self, images: Iterable[ImageLike | Picture], threshold: float) -> list[Result]:
         results: list[Result] = []
-        size = 1 if self.bundle.task == "raw" else self.bundle.input.batch.max
+        size = 1 if self._whole_runs else self.bundle.input.batch.max
         for group in _groups(images, size):
             results.extend(self._group(group, threshold))
         return results

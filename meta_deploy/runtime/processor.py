@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -18,8 +20,19 @@ from meta_deploy.imaging.depth import check_depth
 from meta_deploy.imaging.images import ImageLike, Picture, load
 from meta_deploy.imaging.preprocess import Placement, Preprocessor, covering, resized
 from meta_deploy.tasks import get_task
-from meta_deploy.tasks.results import Result
+from meta_deploy.tasks.results import Result, Timings
 from meta_deploy.tasks.tiles import Tile, tiles_of, windows_of
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An image on its way: its size, and its pieces or the outputs of each, with the time they took."""
+
+    size: Size
+    depth: int | None
+    timings: Timings
+    pieces: Sequence[np.ndarray] = ()
+    outputs: Sequence[Mapping[str, np.ndarray]] = ()
 
 
 class Processor:
@@ -91,6 +104,19 @@ class Processor:
         places = self._places(picture.size)
         return [resized(pixels, p.resized) for pixels, p in zip(self._cut(picture), places, strict=True)]
 
+    def prepare(self, picture: Picture) -> Prepared:
+        """`pieces` with what `finish` needs beside their outputs. Raises as `pieces`."""
+        began = perf_counter()
+        pieces = [np.ascontiguousarray(piece) for piece in self.pieces(picture)]
+        return Prepared(picture.size, picture.depth, Timings(pre=1000 * (perf_counter() - began)), pieces)
+
+    def finish(self, image: Prepared, name: str | None = None) -> Result:
+        """`result` of an image whose `outputs` are there, with times and `name`. Raises as `result`."""
+        began = perf_counter()
+        result = self.result(image.size, image.outputs)
+        timings = image.timings + Timings(post=1000 * (perf_counter() - began))
+        return replace(result, path=name, depth=image.depth, timings=timings)
+
     def sizes(self, size: Size) -> list[Size]:
         """(height, width) of each piece of an image of this size, before it was resized to the input's."""
         areas = self._areas(size)
@@ -109,7 +135,7 @@ class Processor:
         results = [
             self._task.decode(
                 self.bundle,
-                {name: array[None] for name, array in own.items()},
+                own if self._whole_runs else {name: array[None] for name, array in own.items()},
                 0,
                 place,
                 self._preprocess.padded_size([place]),
@@ -139,6 +165,11 @@ class Processor:
         if self.slide is not None:
             pixels = resized(pixels, covering(picture.size, self._window))
         return [area.of(pixels) for area in areas]
+
+    @property
+    def _whole_runs(self) -> bool:
+        """Whether outputs are those of whole runs: of a raw bundle nobody knows which is of which image."""
+        return self.bundle.task == "raw"
 
     @property
     def _joined_threshold(self) -> float:

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def cluster():
     """Ray on this machine, for all tests: its start takes seconds."""
-    from meta_deploy.batch.run import connected
+    from meta_deploy.batch.cluster import connected
 
     with connected(None):
         import ray

@@ -1,0 +1,1 @@
+"""Bundles over HTTP: an application of models, each batched in replicas; Ray Serve runs it."""

@@ -1,0 +1,61 @@
+"""What stands before Ray's proxy: headers that it can read, and its errors in the application's form."""
+
+import asyncio
+
+import pytest
+
+pytest.importorskip("fastapi", reason="FastAPI is not installed (pip install 'meta-deploy[serve]')")
+
+from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.testclient import TestClient
+
+from meta_deploy.serve.gate import Gate
+
+
+def behind(response):
+    """A client of what answers with that, and the headers that came to it."""
+    seen = []
+
+    async def proxy(scope, receive, send):
+        seen.append(dict(scope["headers"]))
+        await response(scope, receive, send)
+
+    return TestClient(Gate(proxy)), seen
+
+
+def test_headers_are_those_that_ray_can_decode_and_none_that_it_obeys():
+    given = {
+        b"x": b"\xff",
+        b"y": "é".encode(),
+        b"X-Session-Id": b"1",
+        b"serve-multiplexed-model-id": b"\xff",
+        b"x-request-timeout-seconds": b"1",
+    }
+    seen = []
+
+    async def proxy(scope, receive, send):
+        seen.extend(scope["headers"])
+
+    scope = {"type": "http", "headers": list(given.items()), "query_string": b""}
+    asyncio.run(Gate(proxy)(scope, None, None))
+    assert seen == [(b"x", "ÿ".encode()), (b"y", "é".encode())]
+
+
+def test_headers_over_the_limit_come_to_nobody():
+    client, seen = behind(PlainTextResponse("ok"))
+    assert client.get("/", headers={"X": "x" * 40_000}).status_code == 431
+    assert seen == []
+
+
+@pytest.mark.parametrize(
+    ("response", "status", "body"),
+    [
+        (PlainTextResponse("Internal Server Error", 500), 503, "the process that answers died; try again"),
+        (JSONResponse({"error": "a fault"}, 500), 500, "a fault"),
+        (JSONResponse({"error": "full"}, 429), 429, "full"),
+    ],
+)
+def test_an_error_of_ray_is_told_as_the_applications_are(response, status, body):
+    client, _ = behind(response)
+    found = client.get("/")
+    assert (found.status_code, found.json()) == (status, {"error": body})

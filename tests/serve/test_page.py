@@ -1,0 +1,118 @@
+"""The page for people, in a browser where there is one: a picture is dropped, what was found is seen."""
+
+import base64
+import html
+import io
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("fastapi", reason="FastAPI is not installed (pip install 'meta-deploy[serve]')")
+
+from starlette.responses import HTMLResponse
+
+from meta_deploy import Predictor
+from meta_deploy.serve.app import Served, Service, application
+from meta_deploy.serve.models import cards_of
+from meta_deploy.serve.worker import Worker
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not shutil.which("chromium"), reason="there is no chromium"),
+]
+
+STEPS = """<script>
+const settled = async (old) => { for (let i = 0; i < 200; i++) {
+  await new Promise((next) => setTimeout(next, 50));
+  if (!/^(|Looking.*)$/.test($("status").textContent) && $("status").textContent !== old) return;
+} };
+const dropped = (bytes, name) => {
+  const data = new DataTransfer();
+  data.items.add(new File([bytes], name));
+  dispatchEvent(new DragEvent("drop", {dataTransfer: data}));
+};
+(async () => {
+  const found = {};
+  while (!models.length) await new Promise((next) => setTimeout(next, 20));
+  found.names = [...$("model").options].map((option) => option.text);
+  dropped(Uint8Array.from(atob("PICTURE"), (c) => c.charCodeAt(0)), "a.png");
+  await settled("");
+  await $("overlay").decode();
+  found.summary = $("status").textContent;
+  found.drawn = [$("overlay").naturalWidth, $("overlay").naturalHeight];
+  found.fits = document.documentElement.scrollWidth <= innerWidth;
+  $("score").value = 0.7; $("score").dispatchEvent(new Event("change"));
+  await settled(found.summary);
+  found.fewer = $("status").textContent;
+  $("model").selectedIndex = 2; $("model").dispatchEvent(new Event("change"));
+  await settled(found.fewer);
+  found.other = $("status").textContent;
+  found.score = !$("least").hidden;
+  dropped(new TextEncoder().encode("no picture"), "<b>.png");
+  await settled(found.other);
+  found.error = [$("status").textContent, $("status").className, $("result").hidden];
+  document.body.innerHTML = "<pre>" + JSON.stringify(found).replaceAll("<", "\\\\u003c") + "</pre>";
+})();
+</script>"""
+
+
+@pytest.fixture(scope="module")
+def picture():
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 200, (64, 96, 3), np.uint8)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def address(bundles, picture, listening):
+    """A server of two versions of a detector, a segmenter, and raw bundles; /steps is its page, used."""
+    given = ["cells={}/detector", "cells:2={}/detector-dynamic", "{}/segmenter", "{}/raw", "{}/raw-image"]
+    cards = cards_of([text.replace("{}", str(bundles)) for text in given])
+    workers = [Worker(card.path, card.name, card.version, threads=1) for card in cards]
+    app = application(Service([Served(card, one, 9) for card, one in zip(cards, workers, strict=True)]))
+
+    @app.get("/steps")
+    async def steps():
+        page = next(route for route in app.routes if route.path == "/")
+        text = (await page.endpoint()).body.decode()
+        return HTMLResponse(
+            text.replace("</body>", STEPS.replace("PICTURE", base64.b64encode(picture).decode()))
+        )
+
+    with listening(app) as place:
+        yield f"http://{place}"
+    for worker in workers:
+        worker.close()
+
+
+@pytest.mark.parametrize("width", [500, 1280])
+def test_a_dropped_picture_shows_what_was_found(address, picture, bundles, tmp_path, width):
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900"]
+    options = [
+        "--enable-logging=stderr",
+        "--virtual-time-budget=20000",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    page = f"{address}/steps"
+    done = subprocess.run(
+        [*command, *options, "--dump-dom", page], capture_output=True, text=True, timeout=120
+    )
+    found = json.loads(html.unescape(re.search("<pre>(.*?)</pre>", done.stdout)[1]))
+    with Predictor(bundles / "detector") as predictor:
+        result = predictor(picture)
+    height, wide, _ = result.draw(picture).shape
+    assert found["names"] == ["cells, version 1", "cells, version 2", "segmenter"]
+    assert (found["summary"], found["drawn"]) == (repr(result), [wide, height])
+    assert found["fewer"] == repr(result.filter(0.7)) != repr(result)
+    with Predictor(bundles / "segmenter") as predictor:
+        assert (found["other"], found["score"]) == (repr(predictor(picture)), False)
+    told = "the given data is not an image that can be read; give a JPEG, PNG, WebP, TIFF, BMP or GIF file"
+    assert found["error"] == [told, "bad", True]
+    assert found["fits"]
+    told = [line for line in done.stderr.splitlines() if "CONSOLE" in line and "status of 422" not in line]
+    assert told == []
