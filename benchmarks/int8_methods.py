@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(table(cells), end="\n\n", flush=True)
     save(args.json, machine=machine(), pictures=len(truth["images"]), rows=cells)
     if args.plot:
-        plot(cells, args.plot)
+        plot({"": cells}, args.plot)
 
 
 def contenders(args: Any) -> Iterator[Row]:
@@ -222,19 +222,29 @@ def accuracy(truth: dict[str, Any], found: dict[int, Any]) -> dict[str, float]:
     return {key: whole[key] for key in keys}
 
 
-def plot(cells: Sequence[dict[str, Any]], path: Path) -> None:
-    """The last figure of accuracy against time, both as changes from the first row; areas are file sizes."""
+def plot(tables: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> None:
+    """Accuracy against time, as changes from each table's first row, a table a panel.
+
+    Of the figures of accuracy the one that loses most. Areas are file sizes. Within one point the scale is
+    linear, beyond it logarithmic.
+    """
     from matplotlib import pyplot
 
-    figure = list(cells[0])[list(cells[0]).index("time / fp32") - 1]
-    fig, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
-    for cell in cells:
-        x, y = cell["time / fp32"], 100 * (cell[figure] - cells[0][figure])
-        points = axes.scatter(x, y, s=300 * cell["file / fp32"], alpha=0.5)
-        axes.annotate(cell[""], (x, y), fontsize=7, color=points.get_facecolor()[0, :3])
-    axes.axhline(0, color="grey", linewidth=0.5)
-    axes.set(xlabel="time / float32 on ONNX Runtime", ylabel=f"{figure}, points from float32's")
-    fig.savefig(path, dpi=120)
+    fig, panels = pyplot.subplots(len(tables), figsize=(9, 4.5 * len(tables)), layout="constrained")
+    for axes, (title, cells) in zip(np.atleast_1d(panels), tables.items(), strict=True):
+        keys = list(cells[0])
+        figures = keys[keys.index("back end") + 1 : keys.index("time / fp32")]
+        for cell, colour in zip(cells, pyplot.get_cmap("tab20").colors, strict=False):
+            x = cell["time / fp32"]
+            y = 100 * min(cell[figure] - cells[0][figure] for figure in figures)
+            axes.scatter(x, y, s=250 * cell["file / fp32"], color=colour, alpha=0.7, label=cell[""])
+        axes.axhline(0, color="grey", linewidth=0.5)
+        axes.set_yscale("symlog", linthresh=1)
+        axes.set(title=title, xlabel="time / float32 on ONNX Runtime", ylabel="points from float32")
+        legend = axes.legend(bbox_to_anchor=(1.01, 1), loc="upper left", fontsize=8, frameon=False)
+        for handle in legend.legend_handles:
+            handle.set_sizes([40])
+    fig.savefig(path, dpi=110)
 
 
 def timed(rows: Sequence[Row], picture: Path, rounds: int, threads: int) -> dict[str, list[float]]:
