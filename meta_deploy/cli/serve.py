@@ -142,9 +142,7 @@ def _serve(args: Namespace) -> int:
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     for module in NEEDED:
         if not _is_there(module):
-            raise InputError(
-                f"meta-serve needs {module}, which is not installed; pip install 'meta-deploy[serve]'"
-            )
+            raise InputError(f"this needs {module}, which is not installed; pip install 'meta-deploy[serve]'")
     from meta_deploy.bundle.shipped import DEFAULT
     from meta_deploy.serve.models import cards_of
 

@@ -31,10 +31,10 @@ _RAY = {  # settings of a Ray that is started here, which it reads from the envi
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "meta_deploy.serve.gate.middlewares",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",  # a proxy that died is missed after three of them
 }
-_PATIENCE = 60.0  # seconds for the proxy to answer, once everything else is there
+_PATIENCE = 60.0  # seconds for a model to say what runs it
 _PAUSE = 0.1
 _LAST = 0.5  # seconds for the last answers to leave the proxy
-_GRACE = 2.0  # seconds that Ray's own clean-up may take
+_GRACE = 2.0  # seconds at least for the application to say how many requests there are
 _FRESH = 1.0  # seconds that a state that was asked for is taken for the present one
 
 
@@ -228,10 +228,21 @@ class Running:
         return [handle.runs_on.remote().result(timeout_s=_PATIENCE) for handle in handles]
 
     def drain(self, seconds: float) -> int:
-        """Take no more requests, and wait for what is in progress; how many are left after that time."""
+        """Take no more requests, and wait for what is in progress; how many are left after that time.
+
+        Raises:
+            InputError: the application cannot be reached.
+        """
+        from ray.exceptions import RayError
+
         end = time.monotonic() + seconds
         while True:
-            left = self._handle.close.remote().result(timeout_s=max(_GRACE, end - time.monotonic()))
+            try:
+                left = self._handle.close.remote().result(timeout_s=max(_GRACE, end - time.monotonic()))
+            except (RayError, TimeoutError) as error:
+                raise InputError(
+                    "what was in progress is lost: its process died or does not answer"
+                ) from error
             if not left or time.monotonic() >= end:
                 time.sleep(_LAST)
                 return left

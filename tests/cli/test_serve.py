@@ -121,7 +121,7 @@ def test_a_missing_extra_is_one_line(monkeypatch, capfd):
     monkeypatch.setitem(serve.sys.modules, "ray", None)
     assert serve.main([]) == 2
     assert capfd.readouterr().err == (
-        "meta-serve: meta-serve needs ray, which is not installed; pip install 'meta-deploy[serve]'\n"
+        "meta-serve: this needs ray, which is not installed; pip install 'meta-deploy[serve]'\n"
     )
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 pytest.importorskip("ray.serve", reason="Ray Serve is not installed (pip install 'meta-deploy[serve]')")
 pytest.importorskip("fastapi_offline", reason="the extra [serve] is not installed")
 
+from meta_deploy.batch.cluster import connected
 from meta_deploy.bundle.bundle import Bundle, write_bundle
 from meta_deploy.cli.infer import main as infer
 
@@ -29,18 +30,18 @@ ROOT = Path(__file__).resolve().parents[2]
 class Server:
     """meta-serve over two versions of a detector in two replicas, and what takes tensors."""
 
-    def __init__(self, bundles, log):
+    def __init__(self, bundles, log, *options):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         models = [f"cells={bundles}/detector", f"cells:2={bundles}/detector-dynamic", f"{bundles}/raw"]
         command = [sys.executable, "-m", "meta_deploy.cli.serve", *models, "--port", str(self.port)]
-        command += ["--threads", "1", "--timeout", "20"]
+        command += ["--threads", "1", "--timeout", "20", *options]
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         self._log = log.open("w")
         self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=self._log, stderr=self._log)
         end = time.monotonic() + 120
-        while "ready at" not in log.read_text():
+        while " ready at " not in log.read_text():
             assert self.process.poll() is None, log.read_text()
             assert time.monotonic() < end, log.read_text()
             time.sleep(0.1)
@@ -108,6 +109,8 @@ def test_the_server_answers_survives_a_killed_replica_and_drains(bundles, pictur
         status, answer = server.ask("POST", "/v2/models/raw/infer", json.dumps(request))
         assert (status, json.loads(answer)["outputs"][0]["data"]) == (200, [2, 4, 6])
         assert server.ask("POST", "/predict", b"no picture")[0] == 422
+        assert server.ask("POST", "/predict", body, **{"X-Session-Id": "\xff"})[0] == 200
+        assert server.ask("GET", "/healthz", X="x" * 40_000)[0] == 431
         assert server.ask("GET", "/readyz")[0] == server.ask("GET", "/v2/models/cells/ready")[0] == 200
 
         (victim,) = server.replicas("cells-1")
@@ -136,6 +139,30 @@ def test_the_server_answers_survives_a_killed_replica_and_drains(bundles, pictur
         assert "Traceback" not in log.read_text()
     finally:
         server.close()
+
+
+def test_a_cluster_that_is_there_is_used_and_left(bundles, picture, tmp_path):
+    import ray
+
+    with connected(None, cpus=4):
+        log = tmp_path / "log"
+        server = Server(bundles, log, "--ray", ray.get_runtime_context().gcs_address)
+        try:
+            assert server.ask("POST", "/predict", picture.read_bytes())[0] == 200
+            second = [
+                sys.executable,
+                "-m",
+                "meta_deploy.cli.serve",
+                "--ray",
+                ray.get_runtime_context().gcs_address,
+            ]
+            done = subprocess.run(second, cwd=ROOT, capture_output=True, text=True, timeout=120)
+            assert (done.returncode, "Ray Serve runs at" in done.stderr) == (2, True), done.stderr
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(60) == 0
+        finally:
+            server.close()
+        assert ray.cluster_resources()["CPU"] >= 4
 
 
 def test_a_bundle_that_cannot_be_run_is_one_line(bundles, tmp_path):
