@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -42,6 +41,7 @@ from benchmarks.common import (
     save,
     table,
 )
+from benchmarks.optimizers import ort_basic
 from meta_deploy.export.options import Options
 from meta_deploy.export.sources.checkpoint import input_spec, preprocess_rules
 from meta_deploy.export.trace import drop_outputs, export_onnx
@@ -51,7 +51,6 @@ from meta_deploy.graph.precision import PRECISIONS
 from meta_deploy.imaging.images import read_image
 from meta_deploy.imaging.preprocess import Preprocessor
 from meta_deploy.models.checkpoint.load import load_model
-from meta_deploy.ort import onnxruntime
 from meta_deploy.targets import TARGETS
 from meta_deploy.tasks import get_task
 
@@ -98,15 +97,6 @@ def onnxslim(proto: onnx.ModelProto) -> onnx.ModelProto:
     import onnxslim
 
     return onnxslim.slim(ir.to_proto(lifted(proto)))
-
-
-def ort_basic(proto: onnx.ModelProto) -> onnx.ModelProto:
-    with tempfile.TemporaryDirectory() as folder:
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        options.optimized_model_filepath = f"{folder}/model.onnx"
-        onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        return onnx.load(options.optimized_model_filepath)
 
 
 ROUTES: dict[str, Callable[[onnx.ModelProto], onnx.ModelProto]] = {

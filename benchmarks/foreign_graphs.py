@@ -1,24 +1,29 @@
-"""Graphs of models that are not ours, as exported and after each optimizer: nodes, moves, layers, agreement.
+"""Graphs of models that are not ours, as exported and after each optimizer: nodes, engines, times, agreement.
 
     pip install -e '.[bench]'
-    python benchmarks/foreign_graphs.py [--models NAME ...] [--exporters dynamo torchscript] [--no-engines]
+    python benchmarks/foreign_graphs.py [--models NAME ...] [--exporters dynamo torchscript]
+        [--only graphs engines times polygraphy] [--again] [--seconds N]
 
 Models of timm and transformers with random weights, nothing is downloaded; NAME+batch leaves the batch open.
-Optimizers: onnxslim, onnxscript's, ONNX Runtime's own (basic, offline), and our passes for ONNX Runtime and
-TensorRT. Layers are those of TensorRT-RTX engines in float16, which need no GPU to build. Exit code 1 if ours
-gives other results, leaves more nodes than the best of the others, or more layers than there are as exported.
+Optimizers: onnxslim, onnxscript's, ONNX Runtime's own (basic, offline), and our passes for each target; each
+runs in a process of its own. Engines are TensorRT-RTX's in float16, which need no GPU to build; for ours it
+is the one that an export without a limit of time would choose. Times are those of ten models, on two threads.
+
+What is measured is in the JSON file at once, and not measured again without `--again`: so a run that was
+stopped, or that stops by itself after `--seconds`, goes on when it is started again. The whole table is
+printed at the end. Exit code 1 if ours gives other results, leaves more nodes or layers than the best of the
+others, more activation memory than there is as exported, or takes longer.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import importlib.util
-import io
-import math
+import argparse
+import json
+import re
+import shutil
+import subprocess
 import sys
-import tempfile
-import warnings
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,249 +33,429 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import onnx
-import torch
-from onnxscript import optimizer
-from torch import Tensor, nn
 
-from benchmarks.cleanup_routes import ort_basic
-from benchmarks.common import machine, open_session, parser, save, table
-from benchmarks.graph_surgery import clocked, counted, engine_measures, standard
-from meta_deploy.errors import EngineError, InputError
-from meta_deploy.export.trace import quiet
+from benchmarks.common import WORK, interleave, machine, open_session, parser, ratio, table
+from benchmarks.optimizers import OURS, STOCK, names, optimized, ort_optimized
+from meta_deploy.bundle.files import atomic_write
+from meta_deploy.bundle.manifest import Profile
+from meta_deploy.errors import EngineError
+from meta_deploy.export.speed import opened
+from meta_deploy.export.tune import by_build, by_time, candidates, pipelines, weight
+from meta_deploy.graph.attention import attention_count
+from meta_deploy.graph.graph import to_graph
 from meta_deploy.graph.pipeline import run_passes
-from meta_deploy.graph.precision import PRECISIONS
-from meta_deploy.models.backbones.timm_features import import_timm
+from meta_deploy.graph.traffic import bytes_moved
 from meta_deploy.targets import TARGETS
-from meta_deploy.targets.tensorrt.build import available
+from meta_deploy.targets.openvino import compile_model
+from meta_deploy.targets.tensorrt.build import available, build_engine
 
-STOCK = "as exported"
-OURS = {"ours: ONNX Runtime": "onnxruntime", "ours: TensorRT": "tensorrt"}
+STEPS = ("graphs", "engines", "times", "polygraphy")
 EXPORTERS = ("dynamo", "torchscript")
-BATCH = "+batch"
+BATCH = "+batch"  # after a name: the batch is left open
+MODELS = (
+    *("vit", "deit", "beit", "eva02", "dinov3", "swin", "swinv2", "sam", "davit", "maxvit", "mvitv2"),
+    *("pvtv2", "xcit", "levit", "mobilevit", "edgenext", "efficientvit", "convnext", "cvt", "segformer"),
+    *("dinov2", "sam-small", "vitpose", "dpt", "mask2former", "rtdetr"),
+    *("vit+batch", "deit+batch", "swin+batch", "pvtv2+batch", "segformer+batch", "dinov2+batch"),
+)
+TIMED = ("vit", "beit", "eva02", "swin", "swinv2", "xcit", "levit", "convnext", "segformer", "mask2former")
+QUERIES = ("rtdetr",)  # its queries are the best of many, and random ones all but tie
+TENSORRT = "ours: TensorRT"
+ENGINES = "tensorrt-rtx"
+THREADS, ROUNDS, TUNING = 2, 15, 10.0
 TOLERANCE = 1e-5
-TORCHSCRIPT_OPSET = 17  # the newest that it writes layer norms for
+SLOWER = 1.02  # than the best of the others, at most
 
-Made = tuple[nn.Module, tuple[int, ...]]  # a model and its input's shape
-
-
-def timm_model(name: str, side: int = 224, **settings: Any) -> Made:
-    """One of timm's models by its name."""
-    import timm
-
-    return timm.create_model(name, **settings), (1, 3, side, side)
-
-
-class Outputs(nn.Module):
-    """A model of transformers that returns some of its outputs, as tensors."""
-
-    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        super().__init__()
-        self.model, self.names = model, names
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        outputs = self.model(images)
-        return tuple(getattr(outputs, name) for name in self.names)
-
-
-def transformers_model(
-    model: str, config: str, outputs: Sequence[str], side: int = 224, **settings: Any
-) -> Made:
-    """One of transformers' models by the names of its class and its configuration's."""
-    import transformers
-
-    made = getattr(transformers, model)(getattr(transformers, config)(**settings))
-    return Outputs(made, outputs), (1, 3, side, side)
-
-
-_SMALL = {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3}
-MODELS: dict[str, Callable[[], Made]] = {
-    "vit": partial(timm_model, "vit_tiny_patch16_224"),
-    "deit": partial(timm_model, "deit_tiny_distilled_patch16_224"),
-    "beit": partial(timm_model, "beit_base_patch16_224", depth=3),
-    "eva02": partial(timm_model, "eva02_tiny_patch14_224", depth=4),
-    "dinov3": partial(timm_model, "vit_small_patch16_dinov3", 256, depth=4),
-    "swin": partial(timm_model, "swin_tiny_patch4_window7_224"),
-    "swinv2": partial(timm_model, "swinv2_tiny_window8_256", 256, depths=(2, 2, 2, 2)),
-    "sam": partial(timm_model, "samvit_base_patch16", 256, depth=3, img_size=256),
-    "davit": partial(timm_model, "davit_tiny", depths=(1, 1, 2, 1)),
-    "maxvit": partial(timm_model, "maxvit_tiny_tf_224"),
-    "mvitv2": partial(timm_model, "mvitv2_tiny"),
-    "pvtv2": partial(timm_model, "pvt_v2_b1"),
-    "xcit": partial(timm_model, "xcit_nano_12_p16_224"),
-    "levit": partial(timm_model, "levit_128s"),
-    "mobilevit": partial(timm_model, "mobilevit_s", 256),
-    "edgenext": partial(timm_model, "edgenext_x_small", 256),
-    "efficientvit": partial(timm_model, "efficientvit_m2"),
-    "convnext": partial(timm_model, "convnext_tiny", depths=(2, 2, 3, 2)),
-    "cvt": partial(transformers_model, "CvtModel", "CvtConfig", ["last_hidden_state"], depth=[1, 2, 3]),
-    "segformer": partial(
-        *(transformers_model, "SegformerForSemanticSegmentation", "SegformerConfig", ["logits"], 256),
-        depths=[1, 1, 1, 1],
-    ),
-    "dinov2": partial(
-        transformers_model, "Dinov2Model", "Dinov2Config", ["last_hidden_state"], image_size=224, **_SMALL
-    ),
-    "sam-small": partial(
-        *(transformers_model, "SamVisionModel", "SamVisionConfig", ["last_hidden_state"], 256),
-        **_SMALL,
-        image_size=256,
-        window_size=7,
-        global_attn_indexes=[1, 3],
-        output_channels=64,
-    ),
-    "vitpose": partial(
-        *(transformers_model, "VitPoseBackbone", "VitPoseBackboneConfig", ["feature_maps"]),
-        **_SMALL,
-        image_size=[224, 224],
-        out_features=["stage4"],
-    ),
-    "dpt": partial(
-        *(transformers_model, "DPTForDepthEstimation", "DPTConfig", ["predicted_depth"]),
-        **_SMALL,
-        image_size=224,
-        intermediate_size=768,
-        backbone_out_indices=[0, 1, 2, 3],
-        neck_hidden_sizes=[32, 64, 128, 128],
-        fusion_hidden_size=64,
-    ),
-}
+Row = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     p = parser(__doc__ or "", "foreign_graphs")
     p.add_argument("--models", nargs="+", metavar="NAME", default=list(MODELS), help="default: all")
     p.add_argument("--exporters", nargs="+", choices=EXPORTERS, default=list(EXPORTERS))
-    p.add_argument("--no-engines", action="store_true", help="build no engines")
+    p.add_argument("--forms", nargs="+", choices=[STOCK, *names()], help="default: all")
+    p.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS), help="what to measure")
+    p.add_argument("--again", action="store_true", help="measure what has been measured before, too")
+    p.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing new after so many")
     args = p.parse_args(argv)
-    if unknown := {name.removesuffix(BATCH) for name in args.models} - set(MODELS):
-        p.error(f"unknown models: {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
-    here, rows, missed = machine(), [], []
-    try:
-        import_timm()  # beside any torchvision, which transformers imports too
-    except InputError as error:
-        print(f"models of timm are left out: {error}", file=sys.stderr)
+    records, end = Records(args.json), time.monotonic() + args.seconds
+    if args.again:
+        records.forget(args)
     for name in args.models:
         for exporter in args.exporters:
-            case = f"{name}, {exporter}"
-            try:
-                proto, images = exported(name, exporter)
-            except Exception as error:  # of a model or exporter that is not ours, anything
-                print(f"{case}: not exported: {str(error).splitlines()[0][:150]}", file=sys.stderr)
+            case = Case(name, exporter, args.forms or [STOCK, *names()], records)
+            for step in filter(args.only.__contains__, STEPS):
+                if not case.measure(step, end):
+                    print("stopped: run it again to go on", file=sys.stderr)
+                    return 2
+    return tell(records)
+
+
+class Records:
+    """Rows of what was measured, in a file that is written after each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        self.machine, self.rows = kept.get("machine") or machine(), kept.get("rows", [])
+
+    def row(self, case: str, form: str) -> Row:
+        """The row of a form of a case, a new one if there is none."""
+        found = next((row for row in self.rows if (row["model"], row["graph"]) == (case, form)), None)
+        if found is None:
+            found = {"model": case, "graph": form}
+            self.rows.append(found)
+        return found
+
+    def forget(self, args: argparse.Namespace) -> None:
+        """What is to be measured again."""
+        cases = [f"{name}, {exporter}" for name in args.models for exporter in args.exporters]
+        for row in self.rows:
+            if row["model"] in cases and (args.forms is None or row["graph"] in args.forms):
+                for step in args.only:
+                    row.pop(step, None)
+
+    def keep(self) -> None:
+        whole = {"machine": self.machine, "rows": self.rows, "missed": misses(self.rows)}
+        with atomic_write(self.path) as stream:
+            stream.write(json.dumps(whole, indent=1, default=float).encode() + b"\n")
+
+
+class Case:
+    """A model by one exporter: its graph in all forms, which are files, and what is measured of them."""
+
+    def __init__(self, name: str, exporter: str, forms: Sequence[str], records: Records) -> None:
+        self.name, self.exporter, self.forms, self.records = name, exporter, forms, records
+        self.title = f"{name}, {exporter}"
+        self.folder = WORK / "foreign" / f"{name}-{exporter}"
+
+    def measure(self, step: str, end: float) -> bool:
+        """Measure what is missing of one step; False where the time is over before that."""
+        if step == "times" and self.name not in TIMED:
+            return True
+        measure: Callable[[str], dict[str, Row]] = getattr(self, step)
+        for form in self.forms:
+            if step in self.records.row(self.title, form):
                 continue
-            measured = [{"model": case, **row} for row in measures(proto, images, not args.no_engines)]
-            print(table(measured), flush=True)
-            rows += measured
-            missed += [f"{case}: {line}" for line in misses(measured)]
-            gc.collect()
+            if time.monotonic() > end:
+                return False
+            try:
+                self.export()
+                measured = measure(form)
+            except Exception as error:  # of models, exporters and tools that are not ours, anything
+                reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
+                measured = {each: {"failed": reason} for each in (self.forms if self.lacks() else [form])}
+            for each, values in measured.items():
+                self.records.row(self.title, each)[step] = values
+                print(f"{self.title}, {each}: {json.dumps(values, default=float)}", file=sys.stderr)
+            self.records.keep()
+        return True
+
+    # --- graphs -----------------------------------------------------------------------------------------
+
+    def file(self, form: str) -> Path:
+        return self.folder / f"{re.sub('[^a-z]+', '-', form.lower())}.onnx"
+
+    def export(self) -> None:
+        """Write the graph as exported and images for it, if they are missing."""
+        if self.lacks():
+            from benchmarks.foreign_models import exported  # which imports PyTorch
+
+            proto, images = exported(self.name, self.exporter)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            np.save(self.folder / "images.npy", images)
+            onnx.save(proto, self.file(STOCK))
+
+    def lacks(self) -> bool:
+        return not self.file(STOCK).exists()
+
+    def images(self) -> np.ndarray:
+        return np.load(self.folder / "images.npy")
+
+    def graphs(self, form: str) -> dict[str, Row]:
+        """Nodes, bytes and agreement of a form; what it takes to make it."""
+        file, costs = self.file(form), {"seconds": None, "peak MB": None}
+        if form != STOCK:
+            costs = optimized(form, self.file(STOCK), file)
+        proto, feed = onnx.load(file), {"x": self.images()}
+        found = open_session(proto, 1).run(None, feed)
+        expected = open_session(onnx.load(self.file(STOCK)), 1).run(None, feed)
+        if self.name in QUERIES:
+            found = in_order(found, expected)
+        pairs = zip(found, expected, strict=True)
+        differences = [np.abs(a - b).max() / np.abs(b).max() for a, b in pairs]
+        runs = len(ort_optimized(proto).graph.node)
+        return {form: {**costs, **counted(proto), "run": runs, "difference": float(max(differences))}}
+
+    # --- engines ----------------------------------------------------------------------------------------
+
+    def engines(self, form: str) -> dict[str, Row]:
+        """The engine of a form; of ours, the one that tuning would take of those that it tries."""
+        runs_elsewhere = form in OURS and form != TENSORRT
+        if self.name.endswith(BATCH) or runs_elsewhere or not available(ENGINES):
+            return {form: {}}
+        target = TARGETS[ENGINES]
+        if form != TENSORRT:
+            proto = onnx.load(self.file(form))
+            if not standard(proto):
+                return {form: {}}
+            ((_, low),) = candidates({form: []}, proto, proto, target, "fp16")
+            return {form: engine_of(low)}
+        built: list[Row] = []
+
+        def figures(graph: onnx.ModelProto) -> Row:
+            built.append(engine_of(graph))
+            return {key: built[-1][key] for key in ("layers", "activation_mb", "plan_mb")}
+
+        tuning = by_build(self.candidates(ENGINES), figures, float("inf"))
+        if tuning is None:
+            return {form: built[0]}
+        best = tuning.tried.index(min(tuning.tried, key=weight))
+        tried = {each.name: row for each, row in zip(tuning.tried, built, strict=True)}
+        return {form: {**built[best], "chosen": tuning.chosen, "tried": tried}}
+
+    def candidates(self, target: str) -> Iterator[tuple[str, onnx.ModelProto]]:
+        """What tuning tries, as graphs."""
+        stock, of = onnx.load(self.file(STOCK)), TARGETS[target]
+        full, rows = run_passes(stock, list(of.passes), of.prices)
+        cleaned = run_passes(stock, ["clean-up"], of.prices)[0]
+        precision = "fp16" if target == ENGINES else "fp32"
+        return candidates(pipelines(rows, of.doubtful), full, cleaned, of, precision)
+
+    # --- times ------------------------------------------------------------------------------------------
+
+    def times(self, form: str) -> dict[str, Row]:
+        """Of all forms, in turns, on ONNX Runtime and OpenVINO; ours as tuned for each."""
+        runs: dict[str, Callable[[int], Any]] = {}
+        chosen: dict[str, str] = {}
+        for each in (each for each in (STOCK, *names()) if each not in OURS):
+            try:
+                proto = onnx.load(self.file(each))
+                runs[f"{each}: ORT"] = on_onnxruntime(proto, self.images())
+                runs[f"{each}: OpenVINO"] = on_openvino(proto, self.images())
+            except Exception as error:  # of other tools' graphs, anything
+                print(f"{self.title}, {each}: {str(error).splitlines()[0][:150]}", file=sys.stderr)
+        for where, each, start in (
+            ("ORT", "ours: ONNX Runtime", on_onnxruntime),
+            ("OpenVINO", "ours: OpenVINO", on_openvino),
+        ):
+            chosen[each], proto = self.tuned(OURS[each])
+            runs[f"{each}: {where}"] = start(proto, self.images())
+        interleave(runs, 2)  # to warm up
+        times = interleave(runs, ROUNDS)
+        rows: dict[str, Row] = {each: {} for each in self.forms}
+        for run, own in times.items():
+            each, _, where = run.rpartition(": ")
+            base = times[f"{STOCK}: {where}"]
+            measured = {f"{where} ms": float(np.median(own)), where: ratio(own, base)}
+            rows.setdefault(each, {}).update(measured | ({"chosen": chosen[each]} if each in chosen else {}))
+        return rows
+
+    def tuned(self, target: str) -> tuple[str, onnx.ModelProto]:
+        """The pipeline that an export would choose for a CPU, and its graph."""
+        images = self.images()
+        profile = Profile("x", images.shape, images.shape, images.shape)
+        graphs = dict(self.candidates(target))
+        if len(graphs) == 1:
+            return next(iter(graphs.items()))
+        start = partial(opened, TARGETS[target], profiles=[profile], precision="fp32")
+        tuning = by_time(iter(graphs.items()), lambda graph: start(graph=graph), {"x": images}, TUNING)
+        chosen = next(iter(graphs)) if tuning is None else tuning.chosen
+        return chosen, graphs[chosen]
+
+    # --- from outside -----------------------------------------------------------------------------------
+
+    def polygraphy(self, form: str) -> dict[str, Row]:
+        """Whether Polygraphy finds the outputs of ours equal to those as exported, on inputs of its own."""
+        if form not in OURS or self.name in QUERIES or shutil.which("polygraphy") is None:
+            return {form: {}}
+        outputs = self.folder / "outputs.json"
+        shape = "x:[{}]".format(",".join(map(str, self.images().shape)))
+        common = ["--onnxrt", "--input-shapes", shape, "--val-range", "[-1,1]"]
+        if not outputs.exists():
+            polygraphy("run", self.file(STOCK), *common, "--save-outputs", outputs)
+        bounds = ["--atol", "1e-3", "--rtol", "1e-3", "--check-error-stat", "max"]
+        passed = polygraphy("run", self.file(form), *common, "--load-outputs", outputs, *bounds)
+        return {form: {"passed": passed}}
+
+
+def polygraphy(*arguments: object) -> bool:
+    """Run Polygraphy's command; whether it succeeds."""
+    return subprocess.run(["polygraphy", *map(str, arguments)], capture_output=True).returncode == 0
+
+
+def in_order(found: list[np.ndarray], expected: list[np.ndarray]) -> list[np.ndarray]:
+    """Outputs of queries (1, N, …) in the order of those expected: each where the first output is nearest."""
+    distances = np.abs(expected[0][0][:, None] - found[0][0][None]).max(-1)
+    return [output[:, distances.argmin(1)] for output in found]
+
+
+def counted(proto: onnx.ModelProto) -> Row:
+    """Nodes (functions inlined, constants not counted), the bytes they move, and attentions as one node."""
+    graph = to_graph(proto)
+    moved = bytes_moved(graph)
+    return {
+        "nodes": len(graph.nodes),
+        "moves": sum(node.op in ("Transpose", "Reshape") for node in graph.nodes),
+        "MB moved": None if moved is None else moved / 1e6,
+        "attentions": attention_count(proto),
+        "fused": sum(node.op in ("Attention", "MultiHeadAttention") for node in graph.nodes),
+    }
+
+
+def standard(proto: onnx.ModelProto) -> bool:
+    """Whether all operators are standard ONNX."""
+    return all(node.domain in ("", "ai.onnx") for node in proto.graph.node)
+
+
+def engine_of(proto: onnx.ModelProto) -> Row:
+    """Layers and memory of a TensorRT-RTX engine. Raises EngineError."""
+    section = build_engine(proto.SerializeToString(), ENGINES, ()).section()
+    if not section.layers:
+        raise EngineError("its build does not tell what is inside")
+    return {
+        "layers": section.layers,
+        "attention": section.fused_attention,
+        "activation_mb": section.activation_mb,
+        "plan_mb": section.plan_mb,
+    }
+
+
+def on_onnxruntime(proto: onnx.ModelProto, images: np.ndarray) -> Callable[[int], Any]:
+    session = open_session(proto, THREADS)
+    return lambda turn: session.run(None, {"x": images})
+
+
+def on_openvino(proto: onnx.ModelProto, images: np.ndarray) -> Callable[[int], Any]:
+    request = compile_model(proto.SerializeToString(), b"", "f32", THREADS).create_infer_request()
+    return lambda turn: request.infer([images])
+
+
+# --- telling ------------------------------------------------------------------------------------------------
+
+OTHERS = ("onnxslim", "onnxscript", "ONNX Runtime, offline")
+BEST = "best of the others"
+# What a row of the table shows, of which step, in which forms.
+COLUMNS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "nodes: exported, onnxslim, onnxscript, ORT": ("graphs", "nodes", (STOCK, *OTHERS)),
+    "ours: ORT, OpenVINO, TensorRT": ("graphs", "nodes", tuple(OURS)),
+    "moves: exported, ours": ("graphs", "moves", (STOCK, "ours: ONNX Runtime")),
+    "MB moved": ("graphs", "MB moved", (STOCK, "ours: ONNX Runtime")),
+    "difference": ("graphs", "difference", ("ours: ONNX Runtime",)),
+    "seconds: onnxslim, ours": ("graphs", "seconds", ("onnxslim", "ours: ONNX Runtime")),
+    "peak MB": ("graphs", "peak MB", ("onnxslim", "ours: ONNX Runtime")),
+    "layers: exported, onnxslim, best, ours": ("engines", "layers", (STOCK, "onnxslim", BEST, TENSORRT)),
+    "fused attention": ("engines", "attention", (STOCK, "onnxslim", TENSORRT)),
+    "activation MB": ("engines", "activation_mb", (STOCK, "onnxslim", TENSORRT)),
+    "ORT: best, ours": ("times", "ORT", (BEST, "ours: ONNX Runtime")),
+    "OpenVINO: best, ours": ("times", "OpenVINO", (BEST, "ours: OpenVINO")),
+    "Polygraphy": ("polygraphy", "passed", ("ours: ONNX Runtime",)),
+}
+
+
+def value(row: Row, step: str, key: str) -> Any:
+    return (row.get(step) or {}).get(key)
+
+
+def cases(rows: list[Row]) -> Iterator[tuple[str, dict[str, Row]]]:
+    """Each model by each exporter, and its rows by form."""
+    for case in dict.fromkeys(row["model"] for row in rows):
+        yield case, {row["graph"]: row for row in rows if row["model"] == case}
+
+
+def best(forms: dict[str, Row], step: str, key: str) -> Any:
+    """The least that a graph has that is not ours."""
+    values = [value(row, step, key) for form, row in forms.items() if form not in OURS]
+    return min((each for each in values if each is not None), default=None)
+
+
+def tell(records: Records) -> int:
+    """Print the table and what is missed; the exit code."""
+    rows = [
+        {"model": case, **{name: _cells(forms, *column) for name, column in COLUMNS.items()}}
+        for case, forms in cases(records.rows)
+        if value(forms.get(STOCK, {}), "graphs", "nodes") is not None
+    ]
+    missed = misses(records.rows)
+    if rows:
+        print(table(rows))
+    for name, mean in means(records.rows).items():
+        print(f"{name}: {mean:.3f}")
     print(*(f"missed: {line}" for line in missed), sep="\n")
-    save(args.json, machine=here, rows=rows, missed=missed)
+    records.keep()
     return int(bool(missed))
 
 
-def exported(name: str, exporter: str) -> tuple[onnx.ModelProto, np.ndarray]:
-    """A model's graph as PyTorch writes it, and random images for it; two where the batch is open."""
-    torch.manual_seed(0)
-    model, shape = MODELS[name.removesuffix(BATCH)]()
-    enlivened(model.eval())
-    any_batch = name.endswith(BATCH)
-    images = torch.randn(1 + any_batch, *shape[1:])
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), quiet(), silent():
-        file = str(Path(folder) / "model.onnx")
-        if exporter == "dynamo":
-            sizes = ({0: torch.export.Dim("batch", min=1, max=8)},) if any_batch else None
-            torch.onnx.export(
-                model, (images,), file, dynamo=True, input_names=["x"], dynamic_shapes=sizes, verbose=False
-            )
-        else:
-            axes = {"x": {0: "batch"}} if any_batch else None
-            torch.onnx.export(
-                *(model, (images,), file),
-                dynamo=False,
-                opset_version=TORCHSCRIPT_OPSET,
-                input_names=["x"],
-                dynamic_axes=axes,
-            )
-        return onnx.load(file), images.numpy()
+def _cells(forms: dict[str, Row], step: str, key: str, names: Sequence[str]) -> str:
+    """A figure of several forms, in one cell; a dash for what is not known."""
+    found = [best(forms, step, key) if n == BEST else value(forms.get(n, {}), step, key) for n in names]
+    return "" if all(each is None for each in found) else " / ".join(map(_shown, found))
 
 
-def enlivened(model: nn.Module) -> None:
-    """Random weights that keep values of order one, so that every path counts; many start as zero or one."""
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim >= 2:
-                fan = max(weight[0].numel(), 1)
-                weight.copy_(torch.randn(weight.shape) / math.sqrt(fan))
-            elif weight.numel() > 1:
-                weight.copy_(weight.mean().round() * ("bias" not in name) + 0.2 * torch.randn(weight.shape))
+def _shown(number: Any) -> str:
+    if number is None or isinstance(number, bool):
+        return {None: "-", True: "passed", False: "failed"}[number]
+    if isinstance(number, int):
+        return f"{number:,}"
+    return f"{number:.1e}" if 0 < number < 1e-3 else f"{number:.3g}"
 
 
-@contextlib.contextmanager
-def silent() -> Iterator[None]:
-    """Keep the exporters' remarks away."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
+def means(rows: list[Row]) -> dict[str, float]:
+    """Ours over others, the mean over all models: layers, and times on both libraries."""
+    ratios: dict[str, list[float]] = {}
+    for _, forms in cases(rows):
+        for name, step, key, mine, other in (
+            ("layers over onnxslim's", "engines", "layers", TENSORRT, "onnxslim"),
+            ("time on ONNX Runtime, over the best of the others", "times", "ORT", "ours: ONNX Runtime", BEST),
+            ("time on OpenVINO, over the best of the others", "times", "OpenVINO", "ours: OpenVINO", BEST),
+        ):
+            own = value(forms.get(mine, {}), step, key)
+            limit = best(forms, step, key) if other == BEST else value(forms.get(other, {}), step, key)
+            if own and limit:
+                ratios.setdefault(name, []).append(own / limit)
+    return {name: float(np.mean(values)) for name, values in ratios.items()}
 
 
-def optimizers() -> dict[str, Callable[[onnx.ModelProto], onnx.ModelProto]]:
-    """What makes a graph of a graph, by name."""
-    routes: dict[str, Callable[[onnx.ModelProto], onnx.ModelProto]] = {STOCK: lambda proto: proto}
-    if importlib.util.find_spec("onnxslim") is not None:
-        import onnxslim
-
-        routes["onnxslim"] = onnxslim.slim
-    routes |= {"onnxscript": optimizer.optimize, "ONNX Runtime, offline": ort_basic}
-    for name, target in OURS.items():
-        passes, prices = list(TARGETS[target].passes), TARGETS[target].prices
-        routes[name] = lambda proto, passes=passes, prices=prices: run_passes(proto, passes, prices)[0]
-    return routes
-
-
-def measures(proto: onnx.ModelProto, images: np.ndarray, engines: bool) -> Iterator[dict[str, Any]]:
-    """A row for each optimizer."""
-    expected = open_session(proto, 1).run(None, {"x": images})
-    for name, route in optimizers().items():
-        copy = onnx.ModelProto()
-        copy.CopyFrom(proto)
-        row: dict[str, Any] = {"graph": name}
-        try:
-            made, seconds = clocked(partial(route, copy))
-            outputs = open_session(made, 1).run(None, {"x": images})
-        except Exception as error:  # other tools raise anything
-            print(f"{name}: {str(error).splitlines()[0][:150]}", file=sys.stderr)
-            continue
-        differences = [np.abs(a - b).max() / np.abs(b).max() for a, b in zip(outputs, expected, strict=True)]
-        row |= {"seconds": seconds, **counted(made), "difference": float(max(differences))}
-        yield row | layers(made, engines and len(images) == 1)
-
-
-def layers(proto: onnx.ModelProto, wanted: bool) -> dict[str, Any]:
-    """Layers and activation memory of the engine in float16; nothing known of graphs that are not ONNX's."""
-    result: dict[str, Any] = dict.fromkeys(("layers", "attention", "activation MB"))
-    if wanted and available("tensorrt-rtx") and standard(proto):
-        stay = TARGETS["tensorrt"].float32_operators["fp16"]
-        try:
-            engine = engine_measures(PRECISIONS["fp16"].convert(proto, (), stay)[0])
-        except EngineError as error:
-            print(f"no engine: {error}", file=sys.stderr)
-        else:
-            result |= {key: engine[key] for key in result}
-    return result
-
-
-def misses(rows: list[dict[str, Any]]) -> list[str]:
+def misses(rows: list[Row]) -> list[str]:
     """Where ours is wrong, or behind."""
-    lines = []
-    others = [row for row in rows if row["graph"] not in OURS]
-    for row in (row for row in rows if row["graph"] in OURS):
-        name, fewest = row["graph"], min(other["nodes"] for other in others)
-        if not row["difference"] <= TOLERANCE:  # nor is nan
-            lines.append(f"{name}: largest difference {row['difference']:.1e}")
-        if row["nodes"] > fewest:
-            lines.append(f"{name}: {row['nodes']} nodes, the best of the others has {fewest}")
-        if row["layers"] and others[0]["layers"] and row["layers"] > others[0]["layers"]:
-            lines.append(f"{name}: {row['layers']} layers, as exported {others[0]['layers']}")
-    return lines
+    return [
+        f"{case}: {name}: {line}"
+        for case, forms in cases(rows)
+        for name in OURS
+        if name in forms
+        for line in behind(name, forms)
+    ]
+
+
+def behind(name: str, forms: dict[str, Row]) -> Iterator[str]:
+    """Where one of ours is wrong, or behind the best of the others or the graph as exported."""
+    mine, stock = forms[name], forms.get(STOCK, {})
+    for step in STEPS:
+        if value(mine, step, "failed") and not value(stock, step, "failed"):
+            yield f"{step}: {value(mine, step, 'failed')}"
+    difference = value(mine, "graphs", "difference")
+    if difference is not None and not difference <= TOLERANCE:  # nor is nan
+        yield f"largest difference {difference:.1e}"
+    limits = [
+        ("nodes", "graphs", "nodes", best(forms, "graphs", "nodes"), 1.0),
+        ("seconds", "graphs", "seconds", value(forms.get("onnxslim", {}), "graphs", "seconds"), 1.0),
+        ("layers", "engines", "layers", best(forms, "engines", "layers"), 1.0),
+        ("MB of activations", "engines", "activation_mb", value(stock, "engines", "activation_mb"), 1.0),
+        ("of the time as exported on ONNX Runtime", "times", "ORT", best(forms, "times", "ORT"), SLOWER),
+        (
+            "of the time as exported on OpenVINO",
+            "times",
+            "OpenVINO",
+            best(forms, "times", "OpenVINO"),
+            SLOWER,
+        ),
+    ]
+    for what, step, key, limit, slack in limits:
+        own = value(mine, step, key)
+        if own is not None and limit is not None and own > slack * limit:
+            yield f"{own:.4g} {what}, and {limit:.4g} is the best of the others or as exported"
+    if value(mine, "polygraphy", "passed") is False:
+        yield "polygraphy finds other outputs"
 
 
 if __name__ == "__main__":

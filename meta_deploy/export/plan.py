@@ -69,6 +69,8 @@ def planned(path: str | Path, options: Options) -> Plan:
     build_options = BuildOptions(precision.name, tuple(options.gpus), options.workspace_mb)
     form = target.choose_operators(options.operators)
     passes = choose_passes(options.passes, target)
+    if precision.calibrates:
+        passes = [name for name in passes if name not in target.hiding]
     check_options(path, options)
     target.check(build_options)
     check_int8_options(options)

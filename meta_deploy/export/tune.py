@@ -28,7 +28,7 @@ from meta_deploy.export.trace import drop_outputs
 from meta_deploy.graph.modules import inherit_modules
 from meta_deploy.graph.pipeline import PassResult, run_passes
 from meta_deploy.graph.precision import PRECISIONS
-from meta_deploy.targets.target import Built
+from meta_deploy.targets.target import Built, Target
 
 SECONDS, SHARE = 10.0, 0.5  # that measuring may take; or this share of the export so far, where that is more
 ROUNDS, FEWEST = 15, 3
@@ -63,28 +63,17 @@ def tune(
     feed = next(iter(samples), None)
     if len(found) < 2 or (feed is None and not plan.target.estimates):
         return None
-    rest = PRECISIONS[plan.rest]
-    float32_operators = plan.target.float32_operators.get(rest.name, ())
-
-    def candidates() -> Candidates:
-        for i, (name, passes) in enumerate(found.items()):
-            left = [each for each in passes if each != CLEANS]
-            graph = full if i == 0 else cleaned
-            if i and left:
-                graph = run_passes(cleaned, left, plan.target.prices)[0]
-            if rest.name not in ("fp32", *plan.target.lowered_by_build):
-                low, _ = rest.convert(graph, (), float32_operators)
-                inherit_modules(graph.graph, low.graph)
-                graph = low
-            yield name, drop_outputs(graph, source.outputs)
-
+    graphs = (
+        (name, drop_outputs(graph, source.outputs))
+        for name, graph in candidates(found, full, cleaned, plan.target, plan.rest)
+    )
     seconds = budget(progress.seconds)
     if feed is not None and not plan.target.estimates:
         tuning = by_time(
-            candidates(), lambda graph: opened(plan.target, graph, source.profiles, rest.name), feed, seconds
+            graphs, lambda graph: opened(plan.target, graph, source.profiles, plan.rest), feed, seconds
         )
     else:
-        tuning = by_build(candidates(), lambda graph: plan.target.figures(build(graph).engine), seconds)
+        tuning = by_build(graphs, lambda graph: plan.target.figures(build(graph).engine), seconds)
     if tuning is None:
         progress.note(f"no pipeline was tried but the target's own: {seconds:.0f} s are too few for another")
         return None
@@ -111,6 +100,32 @@ def pipelines(rows: Sequence[PassResult], doubtful: Sequence[str]) -> dict[str, 
         if doubt in changed and len(changed) > 1:
             found[f"without {doubt}"] = [name for name in names if name != doubt]
     return found
+
+
+def candidates(
+    found: Mapping[str, Sequence[str]],
+    full: onnx.ModelProto,
+    cleaned: onnx.ModelProto,
+    target: Target,
+    precision: str,
+) -> Candidates:
+    """The graph of each pipeline, in a precision, one after another.
+
+    Args:
+        found: passes by name; the first are those that `full` has been through.
+        full, cleaned: the graph after them, and after the clean-up alone.
+    """
+    low, float32_operators = PRECISIONS[precision], target.float32_operators.get(precision, ())
+    for i, (name, passes) in enumerate(found.items()):
+        left = [each for each in passes if each != CLEANS]
+        graph = full if i == 0 else cleaned
+        if i and left:
+            graph = run_passes(cleaned, left, target.prices)[0]
+        if precision not in ("fp32", *target.lowered_by_build):
+            lowered, _ = low.convert(graph, (), float32_operators)
+            inherit_modules(graph.graph, lowered.graph)
+            graph = lowered
+        yield name, graph
 
 
 def by_time(

@@ -19,7 +19,7 @@ from meta_deploy.graph.graph import (
 )
 
 MOST = 2**21  # numbers of a constant that is written out, 8 MB
-_RESHAPES = ("Reshape", "Squeeze", "Unsqueeze", "Flatten")
+RESHAPES = ("Reshape", "Squeeze", "Unsqueeze", "Flatten")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def affine_before(graph: gs.Graph, tensor: gs.Tensor) -> Affine | None:
         after = static_shape(node.outputs[0])
         if after is None:
             return None
-        if is_op(node, *_RESHAPES):
+        if is_op(node, *RESHAPES):
             if any(map(is_batch, current)) and not (is_batch(current[0]) and is_batch(after[0])):
                 return None
             one = [[s // BATCH if is_batch(s) else s for s in sizes] for sizes in (current, after)]
@@ -77,7 +77,7 @@ def _step(graph: gs.Graph, tensor: gs.Tensor) -> tuple[gs.Node, int] | None:
     node = producer(tensor)
     if node is None or not sole_consumer(graph, tensor):
         return None
-    if is_op(node, *_RESHAPES):
+    if is_op(node, *RESHAPES):
         return node, 0
     if is_op(node, "Add", "Mul", "Sub", "Div"):
         for place in (0, 1) if node.op in ("Add", "Mul") else (0,):

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from meta_deploy.graph.affine import MOST, affine_before
+from meta_deploy.graph.affine import MOST, RESHAPES, affine_before
 from meta_deploy.graph.explain import declined, made_by, read_elsewhere, shown
 from meta_deploy.graph.graph import constant_value, is_op, producer, sole_consumer, static_shape
 from meta_deploy.graph.moves import Factors, chain_before, follow
@@ -17,7 +17,7 @@ from meta_deploy.graph.moves import Factors, chain_before, follow
 
 @dataclass(frozen=True)
 class Attention:
-    """softmax(q k^T * scale + bias) v.
+    """softmax(q k^T * scale + bias + added) v.
 
     Attributes:
         q, k, v: (B, heads, N, d), before any scaling and transposing.
@@ -27,6 +27,8 @@ class Attention:
         head_scales: another factor on the products for each head, (heads); None where all are alike.
         bias: what is added to the scaled products, (B or 1, heads or 1, N, N); None without one. Where the
             batch is not known, B are the windows of one image, and each image has the same.
+        added: computed tensors, whose sum is added to the scaled products reshaped to it: of all their
+            elements, or, without a Reshape, (B or 1, heads or 1, N, N).
     """
 
     q: gs.Tensor
@@ -37,15 +39,16 @@ class Attention:
     k_transposed: bool = False
     head_scales: np.ndarray | None = None
     bias: np.ndarray | None = None
+    added: tuple[gs.Tensor, ...] = ()
 
 
 def find_attention(graph: gs.Graph, softmax: gs.Node, fusing: bool = False) -> Attention | None:
     """The attention around a Softmax; tells why not where a MatMul reads it and there is none.
 
     Pattern: q, k and v (B, heads, N, d), the scale a constant on q, k or their product, or none. With
-    `fusing`, what a fused operator takes as well: constants added to the products (a bias, a mask, both with
-    a Reshape between), a scale for each head, values of another width than the keys, float16, and q, k and v
-    of three axes, (B, N, d), where there is one head.
+    `fusing`, what a fused operator takes as well: what is added to the products (a bias, a mask, with a
+    Reshape between; constants or computed), a scale for each head, values of another width than the keys,
+    float16, and q, k and v of three axes, (B, N, d), where there is one head.
     Check: nothing else reads what lies between, the softmax goes over the keys, sizes
     but the batch are known.
     """
@@ -100,7 +103,9 @@ def _attention(graph: gs.Graph, softmax: gs.Node, last: gs.Node, fusing: bool) -
         return f"the scale is {scale}"
     if scores.bias is not None and scores.bias.shape[-2:] != (n, m):
         return f"the bias {list(scores.bias.shape)} is not one for each query and key"
-    return Attention(q, k, v, scale, last, untransposed is None, scores.head_scales, scores.bias)
+    return Attention(
+        q, k, v, scale, last, untransposed is None, scores.head_scales, scores.bias, scores.added
+    )
 
 
 def packed_input(graph: gs.Graph, found: Attention) -> gs.Node | None:
@@ -127,21 +132,25 @@ def attention_count(proto: onnx.ModelProto) -> int:
 
 @dataclass(frozen=True)
 class _Scores:
-    """What the softmax reads: product * scale * head_scales + bias, as in `Attention`."""
+    """What the softmax reads: product * scale * head_scales + bias + added, as in `Attention`."""
 
     product: gs.Tensor
     scale: float
     head_scales: np.ndarray | None = None
     bias: np.ndarray | None = None
+    added: tuple[gs.Tensor, ...] = ()
 
 
 def _scores(graph: gs.Graph, tensor: gs.Tensor, fusing: bool) -> _Scores | str:
     """What a tensor is of the product of q and k, or why it is not told."""
     if not fusing:
         return _Scores(*_unscaled(graph, tensor))
+    whole, (tensor, added) = tensor, _sum_before(graph, tensor)
     found = affine_before(graph, tensor)
-    if found is None:
+    if found is None or (added and static_shape(found.start) != static_shape(whole)):
         return f"{made_by(tensor)}, and is not the product of q and k with constants of a known size"
+    if added and found.addend.any():
+        return f"to {shown(found.start)} both a constant and {shown(added[-1])} are added"
     shape = found.start.shape
     factor, addend = (_narrowed(array) for array in (found.factor, found.addend))
     if np.isnan(addend).any() or not np.isfinite(factor).all():
@@ -157,8 +166,60 @@ def _scores(graph: gs.Graph, tensor: gs.Tensor, fusing: bool) -> _Scores | str:
         with np.errstate(over="ignore"):  # two masks of the least number are -inf together
             bias = bias.reshape(bias.shape[0], *bias.shape[1:-2] or (1,), *bias.shape[-2:]).astype(np.float32)
     if factor.size == 1:
-        return _Scores(found.start, float(factor.item()), None, bias)
-    return _Scores(found.start, 1.0, factor.reshape(-1).astype(np.float32), bias)
+        return _Scores(found.start, float(factor.item()), None, bias, added)
+    return _Scores(found.start, 1.0, factor.reshape(-1).astype(np.float32), bias, added)
+
+
+def _sum_before(graph: gs.Graph, tensor: gs.Tensor) -> tuple[gs.Tensor, tuple[gs.Tensor, ...]]:
+    """The scaled product that a sum is of, and what is added to it, at least one computed; else the tensor.
+
+    The sum may be of another shape than the product, by Reshapes before and after; then it takes all of its
+    elements from what is added. Relative positions of Segment Anything are written so.
+    """
+    summed = _unreshaped(graph, tensor)
+    shape, x, added = static_shape(summed), summed, list[gs.Tensor]()
+    while (node := producer(x, "Add")) is not None and sole_consumer(graph, x):
+        pairs = (node.inputs, node.inputs[::-1])
+        found = next(
+            (pair for pair in pairs if static_shape(pair[0]) == shape and _is_product(graph, pair[0])), None
+        )
+        if found is None:
+            break
+        x, other = found
+        added.append(other)
+    shapes = [static_shape(other) for other in added]
+    if not shape or None in shapes or all(isinstance(other, gs.Constant) for other in added):
+        return tensor, ()
+    product = _unreshaped(graph, x)
+    whole = list(np.broadcast_shapes((1,) * len(shape), *map(tuple, shapes)))  # type: ignore[arg-type]
+    if static_shape(product) == shape:
+        fits = whole[-2:] == shape[-2:] and all(a in (1, b) for a, b in zip(whole, shape, strict=True))
+    else:
+        fits = whole == shape
+    return (product, tuple(added)) if fits else (tensor, ())
+
+
+def _unreshaped(graph: gs.Graph, tensor: gs.Tensor) -> gs.Tensor:
+    """What a tensor is before Reshapes, each read by the next alone."""
+    while (node := producer(tensor)) is not None and is_op(node, *RESHAPES) and sole_consumer(graph, tensor):
+        tensor = node.inputs[0]
+    return tensor
+
+
+def _is_product(graph: gs.Graph, tensor: gs.Tensor, depth: int = 8) -> bool:
+    """Whether a tensor is a product of two computed ones, but for scales, sums and Reshapes."""
+    node = producer(tensor)
+    if node is None or not depth:
+        return False
+    if is_op(node, "MatMul"):
+        return not any(isinstance(x, gs.Constant) for x in node.inputs)
+    if is_op(node, *RESHAPES):
+        return _is_product(graph, node.inputs[0], depth - 1)
+    if not is_op(node, "Add", "Mul", "Div"):
+        return False
+    shape = static_shape(tensor)
+    alike = [x for x in node.inputs if not isinstance(x, gs.Constant) and static_shape(x) == shape]
+    return any(_is_product(graph, x, depth - 1) for x in alike)
 
 
 def _narrowed(array: np.ndarray) -> np.ndarray:

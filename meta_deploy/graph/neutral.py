@@ -13,8 +13,8 @@ _NEUTRAL = {"Add": 0, "Sub": 0, "Mul": 1, "Div": 1}
 def drop_neutral(graph: gs.Graph) -> None:
     """Let nothing read an Add or Sub of 0, a Mul or Div of 1, a Pad of width zero, or a Concat of one tensor;
 
-    nor a Slice or an Expand to the shape that was there already. Let Convs do the padding before them, and
-    sums and products the broadcasting.
+    nor a Slice, an Expand or a Resize to the shape that was there already. Let Convs do the padding before
+    them, and sums and products the broadcasting.
 
     What is left without readers is not removed yet. The sum of -0 and 0 is 0 and becomes -0, which is equal.
     """
@@ -41,12 +41,25 @@ def _unchanged(node: gs.Node) -> gs.Tensor | None:
         forward = steps is not None and bool((steps == 1).all())
         shape = static_shape(node.outputs[0])
         return node.inputs[0] if forward and shape and shape == static_shape(node.inputs[0]) else None
+    if is_op(node, "Resize"):
+        shape = static_shape(node.outputs[0])
+        return node.inputs[0] if _samples_in_place(node) and shape == static_shape(node.inputs[0]) else None
     if not is_op(node, *_NEUTRAL):
         return None
     a, b = node.inputs
     pairs = [(a, b)] if node.op in ("Sub", "Div") else [(a, b), (b, a)]
     number = _NEUTRAL[node.op]
     return next((x for x, other in pairs if _is_all(other, number) and _keeps_shape(x, other)), None)
+
+
+def _samples_in_place(resize: gs.Node) -> bool:
+    """Whether a Resize of opset 11 or later takes each number from its own place if the size stays."""
+    if len(resize.inputs) < 3 or resize.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize":
+        return False
+    if resize.inputs[2].is_empty():  # by size
+        return len(resize.inputs) > 3 and static_shape(resize.outputs[0]) is not None
+    scales = constant_value(resize.inputs[2])
+    return scales is not None and bool((scales == 1).all()) and static_shape(resize.outputs[0]) is not None
 
 
 def _read_unexpanded(node: gs.Node) -> None:

@@ -27,10 +27,13 @@ from meta_deploy.graph.passes.fold_scales import fold_scales
 from meta_deploy.graph.passes.fuse_attention import fuse_attention
 from meta_deploy.graph.passes.fuse_layer_norm import fuse_layer_norm
 from meta_deploy.graph.passes.fuse_rotary import fuse_rotary
+from meta_deploy.graph.passes.gather_rows import gather_rows
 from meta_deploy.graph.passes.merge_siblings import merge_siblings
 from meta_deploy.graph.passes.move_linears import move_linears
 from meta_deploy.graph.passes.order_tokens import order_tokens
+from meta_deploy.graph.passes.pack_attention import pack_attention
 from meta_deploy.graph.passes.plain_attention import plain_attention
+from meta_deploy.graph.passes.plain_einsum import plain_einsum
 from meta_deploy.graph.passes.share_norms import share_norms
 from meta_deploy.graph.passes.slices_to_split import slices_to_split
 from meta_deploy.graph.passes.stack_attention import stack_attention
@@ -40,11 +43,13 @@ from meta_deploy.graph.traffic import bytes_known
 PASSES: dict[str, Callable[[gs.Graph], int]] = {
     "clean-up": clean_up,
     "plain-attention": plain_attention,
+    "plain-einsum": plain_einsum,
     "fuse-layer-norm": fuse_layer_norm,
     "share-norms": share_norms,
     "fold-batch-norm": fold_batch_norm,
     "fold-scales": fold_scales,
     "merge-siblings": merge_siblings,
+    "gather-rows": gather_rows,
     "fuse-attention": fuse_attention,
     "fuse-rotary": fuse_rotary,
     "slices-to-split": slices_to_split,
@@ -56,6 +61,7 @@ PASSES: dict[str, Callable[[gs.Graph], int]] = {
     "distribute-sums": distribute_sums,
     "flatten-concats": flatten_concats,
     "discarded-rows": discarded_rows,
+    "pack-attention": pack_attention,
 }
 # These choose between forms by what they cost on the target.
 PRICED: dict[str, Callable[[gs.Graph, Cost], int]] = {

@@ -281,10 +281,10 @@ def _attention(call: Call) -> int:
     if call.op == "Attention" and "num_heads" in call.attributes:  # ONNX Runtime's, with projections
         x, weights = _input(call, 0), _input(call, 1)
         batch, tokens, _ = x.shape
-        width = weights.shape[1] // 3
+        width, _, values = call.attributes.get("qkv_hidden_sizes") or [weights.shape[1] // 3] * 3
         heads = call.attributes["num_heads"]
         projections = batch * tokens * weights.shape[1] * (2 * weights.shape[0] + _has(call, 2))
-        return projections + _softmax_products(batch, heads, tokens, tokens, width, width)
+        return projections + _softmax_products(batch, heads, tokens, tokens, width, values)
     q = _input(call, 0)
     heads = call.attributes.get("num_heads") or call.attributes.get("q_num_heads")
     if len(q.shape) == 5:

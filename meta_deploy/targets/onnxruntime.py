@@ -37,12 +37,17 @@ class OnnxRuntime(Target):
     name = "onnxruntime"
     title = "ONNX Runtime"
     passes = (
-        *("clean-up", "plain-attention", "fuse-layer-norm", "share-norms", "fold-batch-norm"),
-        "merge-siblings",
-        *("fuse-attention", "fuse-rotary", "move-linears", "slices-to-split", "collapse-chains"),
-        *("fold-branches", "distribute-sums", "fold-scales", "discarded-rows"),
+        *("clean-up", "plain-attention", "plain-einsum", "fuse-layer-norm", "share-norms"),
+        *("fold-batch-norm", "merge-siblings", "gather-rows"),
+        *("fuse-attention", "fuse-rotary", "slices-to-split", "collapse-chains"),
+        *("move-linears", "collapse-chains"),
+        *("fold-branches", "distribute-sums", "fold-scales", "discarded-rows", "pack-attention"),
     )
-    doubtful = ("fuse-attention", "move-linears", "merge-siblings", "distribute-sums", "fold-branches")
+    doubtful = (
+        *("fuse-attention", "move-linears", "gather-rows", "pack-attention"),
+        *("merge-siblings", "distribute-sums", "fold-branches"),
+    )
+    hiding = ("pack-attention",)
     prices = CPU
     operators = ("native", "lowered")
     compacts = True

@@ -45,11 +45,11 @@ class OpenVINO(Target):
     name = "openvino"
     title = "OpenVINO"
     passes = (
-        *("clean-up", "fuse-layer-norm", "share-norms", "fold-batch-norm", "merge-siblings"),
-        *("move-linears", "slices-to-split", "collapse-chains"),
+        *("clean-up", "plain-einsum", "fuse-layer-norm", "share-norms", "fold-batch-norm", "merge-siblings"),
+        *("gather-rows", "slices-to-split", "collapse-chains", "move-linears", "collapse-chains"),
         *("fold-branches", "distribute-sums", "fold-scales", "discarded-rows"),
     )
-    doubtful = ("move-linears", "merge-siblings", "distribute-sums", "fold-branches")
+    doubtful = ("move-linears", "gather-rows", "merge-siblings", "distribute-sums", "fold-branches")
     prices = CPU
     operators = ("native", "lowered")
     precisions = ("fp32", "fp16", "bf16", "int8")

@@ -109,6 +109,7 @@ class Target(ABC):
         passes: graph passes in the order in which they run (keys of `graph.pipeline.PASSES`).
         required_passes: those of them that run even with `--passes none`.
         doubtful: those of them that do not pay on every model: an export that tunes tries without each.
+        hiding: those of them that put products into operators that are not quantized: not run for 8 bits.
         prices: of the machine, by which passes choose between forms.
         operators: forms of NMS, RoIAlign and sampling that it runs (keys of `export.operators.TRANSLATIONS`),
             the one that is taken unless asked otherwise first.
@@ -135,6 +136,7 @@ class Target(ABC):
     passes: tuple[str, ...]
     required_passes: tuple[str, ...] = ()
     doubtful: tuple[str, ...] = ()
+    hiding: tuple[str, ...] = ()
     prices: Cost
     operators: tuple[str, ...]
     precisions: tuple[str, ...]

@@ -257,7 +257,6 @@ def test_a_near_miss_is_explained(name, proto, op, reason):
     [
         ("fuse-attention", Map((Stripes(),)).proto()),
         ("fuse-layer-norm", layer_norm()),
-        ("share-norms", two_norms("MatMul", "Relu")),
         ("fold-batch-norm", after_conv([norm("h", "y")])),
         ("fold-scales", after_conv([node("Mul", ["h", "one"], ["y"])])),
         ("fold-branches", after_conv([node("Conv", ["h", "w"], ["y"])])),
@@ -269,6 +268,11 @@ def test_a_place_that_is_rewritten_is_no_near_miss(name, proto):
     _, (result,) = run_passes(proto, [name], FREE, explain=True)
     assert result.changes
     assert result.declined == []
+
+
+def test_the_norm_that_is_left_is_said_to_be_alone():
+    _, (result,) = run_passes(two_norms("MatMul", "Relu"), ["share-norms"], FREE, explain=True)
+    assert [place.reason for place in result.declined] == ["it is the only norm of 'x' (2, 3, 8)"]
 
 
 def test_far_from_the_pattern_there_is_nothing_to_say():

@@ -138,3 +138,36 @@ def test_what_broadcasts_itself_reads_no_expand(op, other, stays, swap):
     else:
         del constants["c"]
     assert ("Expand" in cleaned(nodes, constants, [3, 4], [3, 4])) == stays
+
+
+@pytest.mark.parametrize("by", ["sizes", "scales"])
+@pytest.mark.parametrize("mode", ["nearest", "linear", "cubic"])
+@pytest.mark.parametrize("place", ["half_pixel", "align_corners", "asymmetric", "pytorch_half_pixel"])
+def test_a_resize_to_the_size_that_is_there_goes(mode, place, by):
+    resize = node(
+        *("Resize", ["a", "", "s"] if by == "scales" else ["a", "", "", "s"], ["b"]),
+        mode=mode,
+        coordinate_transformation_mode=place,
+    )
+    nodes = [node("Relu", ["x"], ["a"]), resize, node("Exp", ["b"], ["y"])]
+    sizes = np.ones(4, np.float32) if by == "scales" else np.array([1, 2, 4, 5])
+    assert cleaned(nodes, {"s": sizes}, [1, 2, 4, 5], [1, 2, 4, 5]) == ["Relu", "Exp"]
+
+
+@pytest.mark.parametrize(
+    ("constants", "attributes", "out"),
+    [
+        ({"s": np.array([1, 1, 1.05, 1], np.float32)}, {}, [1, 2, 4, 5]),  # other places, as many
+        ({"s": np.array([1, 1, 1, 2], np.float32)}, {}, [1, 2, 4, 10]),
+        (
+            {"r": np.array([0, 0, 0, 0, 1, 1, 0.5, 1], np.float32), "s": np.ones(4, np.float32)},
+            {"coordinate_transformation_mode": "tf_crop_and_resize"},
+            [1, 2, 2, 5],
+        ),
+    ],
+    ids=range(3),
+)
+def test_a_resize_to_other_places_stays(constants, attributes, out):
+    resize = node("Resize", ["a", "r" if "r" in constants else "", "s"], ["b"], mode="linear", **attributes)
+    nodes = [node("Relu", ["x"], ["a"]), resize, node("Exp", ["b"], ["y"])]
+    assert "Resize" in cleaned(nodes, constants, [1, 2, 4, 5], None)

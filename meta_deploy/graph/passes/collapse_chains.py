@@ -10,15 +10,26 @@ from collections.abc import Callable
 
 import onnx_graphsurgeon as gs
 
-from meta_deploy.graph.explain import declined, shown
-from meta_deploy.graph.graph import is_op, is_output, replace, sole_consumer, static_shape, until_done
-from meta_deploy.graph.moves import MOVES, add_move, chain_before, fewest, moves_of
+from meta_deploy.graph.explain import declined, made_by, shown
+from meta_deploy.graph.graph import (
+    is_op,
+    is_output,
+    producer,
+    replace,
+    sole_consumer,
+    static_shape,
+    until_done,
+)
+from meta_deploy.graph.moves import MOVES, Move, add_move, chain_before, fewest, moves_of
+
+_FURTHER = 6  # moves before a chain that are looked at
 
 
 def collapse_chains(graph: gs.Graph) -> int:
     """Replace every chain of moves by the fewest that do the same, where that is fewer.
 
-    Pattern: moves in a row, each read by the next alone.
+    Pattern: moves in a row, each read by the next alone; or that begin earlier, with moves that others read
+    too, which stay.
     Check: all sizes are known, but for the batch, and none is zero.
 
     Returns:
@@ -49,9 +60,10 @@ def _collapse(graph: gs.Graph, last: gs.Node, fresh: Callable[[str], str]) -> in
             unknown = (t for t in (start, *(node.outputs[0] for node in chain)) if not static_shape(t))
             declined(last, f"{shown(next(unknown, end))} is not of known shape, or without elements")
         return 0
-    plan = fewest(static_shape(start) or [], moves)
+    start, plan = _from_further(start, chain, fewest(static_shape(start) or [], moves))
     left = len(plan) or int(is_output(graph, end))  # an Identity keeps the name
     if left >= len(chain):
+        declined(last, _fewest_there(graph, start, end, len(chain)))
         return 0
     last.outputs.clear()
     tensor = start
@@ -62,3 +74,28 @@ def _collapse(graph: gs.Graph, last: gs.Node, fresh: Callable[[str], str]) -> in
     if not plan:
         replace(graph, end, start)
     return len(chain) - left
+
+
+def _from_further(start: gs.Tensor, chain: list[gs.Node], plan: list[Move]) -> tuple[gs.Tensor, list[Move]]:
+    """A plan for the chain, or a shorter one from before moves that lead to its start and others read."""
+    x, longer = start, chain
+    while len(longer) < len(chain) + _FURTHER:
+        maker = producer(x)
+        if maker is None or not is_op(maker, *MOVES):
+            break
+        x, longer = maker.inputs[0], [maker, *longer]
+        if (moves := moves_of(x, longer)) is None:
+            break
+        other = fewest(static_shape(x) or [], moves)
+        if len(other) < len(plan):
+            start, plan = x, other
+    return start, plan
+
+
+def _fewest_there(graph: gs.Graph, start: gs.Tensor, end: gs.Tensor, count: int) -> str:
+    """That a chain of so many moves cannot be shorter, and between what it is."""
+    maker = producer(start)
+    first = made_by(start) if maker is None else shown(maker)
+    last = "an output of the graph" if is_output(graph, end) else shown(end.outputs[0])
+    others = f" and {len(end.outputs) - 1} more" if len(end.outputs) > 1 else ""
+    return f"no fewer than {count} lead from {first} to {last}{others}"

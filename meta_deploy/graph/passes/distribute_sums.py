@@ -1,13 +1,14 @@
 """A 1x1 convolution of a sum becomes the sum of 1x1 convolutions, which fold into what makes each term.
 
 What a pyramid's lateral convolution reads is such a sum: of a convolution, a transposed one and resized maps.
+So is a Concat of maps, such as those of a SegFormer's head, each of which meets its columns of the kernel.
 The convolution then runs before the resizing, on the smaller map. All sizes but the batch must be known.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,9 +28,12 @@ from meta_deploy.graph.graph import (
     tidy,
 )
 from meta_deploy.graph.linear import Linear, has_input, linear_from, linear_of, representable
+from meta_deploy.graph.moves import MOVES, add_move, chain_before
+from meta_deploy.graph.places import parts_of
 from meta_deploy.graph.prices import CPU, Cost
 
 MOST_TERMS = 16
+_MOST = 1 << 24  # numbers of tokens that are followed
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,15 @@ class Term:
 
     Attributes:
         x: the term.
+        kernel: the convolution of it, (out, in).
         price: of the nodes that come, less that of those that go.
-        linear: the convolution that it folds into, if it does.
+        linear: the linear map that it folds into, if it does: a convolution, or a product over tokens that
+            become the pixels of x in their order.
         resize: the Resize that it goes before, if it does.
     """
 
     x: gs.Tensor
+    kernel: np.ndarray
     price: float
     linear: Linear | None = None
     resize: gs.Node | None = None
@@ -52,7 +59,8 @@ class Term:
 def distribute_sums(graph: gs.Graph, cost: Cost = CPU) -> int:
     """Take a 1x1 convolution into the terms of the sum that it reads, if that is cheaper.
 
-    Pattern: Conv 1x1 over a tree of Adds of tensors of one shape.
+    Pattern: Conv 1x1 over a tree of Adds of tensors of one shape, and of Concats of channels; or over tokens
+    of a product.
     Check: nothing else reads the sums; a term that folds is read by its Add alone. Resize keeps batch and
     channels, and does not extrapolate: its weights then add up to one (ONNX Resize), so the bias may pass it.
     Rewrite: kernels multiply, the bias goes to the first term.
@@ -85,75 +93,119 @@ def _distribute_all(graph: gs.Graph, cost: Cost) -> int:
 def _terms(graph: gs.Graph, fuse: Linear, cost: Cost) -> list[Term] | None:
     """The terms of the sum that a convolution reads, if it is worth taking it into them."""
     shape, out = static_shape(fuse.x), static_shape(fuse.y)
-    if producer(fuse.x, "Add") is None:
+    maker = producer(fuse.x)
+    if maker is None or not is_op(maker, "Add", "Concat", *MOVES):
         return None
     if shape is None or out is None or 0 in shape:
         declined(fuse.node, f"{shown(fuse.x if not shape or 0 in shape else fuse.y)} is not of known shape")
         return None
-    inside = own_nodes(graph)
-    if fuse.add is not None and fuse.add not in inside:
+    if fuse.add is not None and fuse.add not in own_nodes(graph):
         return None
-    tensors, stack = [], [fuse.x]
-    while stack:
-        x = stack.pop()
-        add = producer(x, "Add")
-        whole = add is not None and sole_consumer(graph, x) and linear_from(graph, x) is None
-        if add is not None and whole and all(static_shape(t) == shape for t in add.inputs):
-            stack.extend(add.inputs[::-1])
-        else:
-            tensors.append(x)
-    if not 1 < len(tensors) <= MOST_TERMS or len(IdentitySet(tensors)) < len(tensors):
-        if linear_from(graph, fuse.x) is None:
-            declined(fuse.node, _no_terms(graph, fuse, tensors))
+    parts, gone = _parts(graph, fuse, cost)
+    if len(parts) == 1 and (is_op(maker, "Add", "Concat") or _of_tokens(graph, fuse.x) is None):
+        if is_op(maker, "Add") and linear_from(graph, fuse.x) is None:
+            declined(fuse.node, _no_terms(graph, fuse, parts))
         return None
-    terms = [_cheapest(graph, x, fuse, cost) for x in tensors]
+    if len(parts) > MOST_TERMS or len(IdentitySet(x for x, _ in parts)) < len(parts):
+        declined(fuse.node, _no_terms(graph, fuse, parts))
+        return None
+    terms = [_cheapest(graph, x, kernel, fuse, cost) for x, kernel in parts]
     shape, out = _one_image(fuse.x), _one_image(fuse.y)
-    adds = (len(terms) - 1) * (cost.of(0, out, out, out) - cost.of(0, shape, shape, shape))
-    saved = _conv_price(fuse, shape, out, cost) + _add_price(fuse, cost)
+    adds = (len(terms) - 1) * cost.of(0, out, out, out) - gone
+    saved = _conv_price(shape, out, cost) + _add_price(fuse, cost)
     if (price := sum(term.price for term in terms) + adds) >= saved:
         declined(fuse.node, f"taken apart it costs {price:.3g} multiply-adds, and as it is {saved:.3g}")
         return None
-    kernel = fuse.weight[:, :, 0, 0].astype(np.float64)
-    folded = [_folded(kernel, term.linear) for term in terms if term.linear is not None]
+    folded = [_folded(term.kernel, term.linear) for term in terms if term.linear is not None]
     if not all(representable(fuse, *weights) for weights in folded):
         declined(fuse.node, "folded weights would overflow")
         return None
     return terms
 
 
-def _no_terms(graph: gs.Graph, fuse: Linear, tensors: list[gs.Tensor]) -> str:
+def _parts(graph: gs.Graph, fuse: Linear, cost: Cost) -> tuple[list[tuple[gs.Tensor, np.ndarray]], float]:
+    """What a convolution reads, apart, each with its kernel; and the price of what puts them together."""
+    parts: list[tuple[gs.Tensor, np.ndarray]] = []
+    stack, gone = [(fuse.x, fuse.weight[:, :, 0, 0].astype(np.float64))], 0.0
+    while stack:
+        x, kernel = stack.pop()
+        node, shape = producer(x), static_shape(x)
+        whole = node is not None and sole_consumer(graph, x) and linear_from(graph, x) is None
+        sizes = [static_shape(tensor) for tensor in node.inputs] if whole and node is not None else []
+        if whole and node is not None and is_op(node, "Add") and all(size == shape for size in sizes):
+            stack += [(tensor, kernel) for tensor in node.inputs[::-1]]
+        elif whole and node is not None and _joins_channels(node, shape, sizes):
+            ends = np.cumsum([size[1] for size in sizes if size])[:-1]
+            stack += list(zip(node.inputs, np.split(kernel, ends, 1), strict=True))[::-1]
+        else:
+            parts.append((x, kernel))
+            continue
+        gone += cost.of(0, _one_image(x), *map(_one_image, node.inputs))
+    return parts, gone
+
+
+def _joins_channels(node: gs.Node, shape: list[int] | None, sizes: list[list[int] | None]) -> bool:
+    """Whether a node is a Concat of maps of known sizes along their channels."""
+    if shape is None or not is_op(node, "Concat") or None in sizes:
+        return False
+    return node.attrs["axis"] % len(shape) == 1 and not any(isinstance(x, gs.Constant) for x in node.inputs)
+
+
+def _no_terms(graph: gs.Graph, fuse: Linear, parts: Sequence[object]) -> str:
     """Why a sum is not taken apart into these."""
-    if len(tensors) > MOST_TERMS:
-        return f"the sum has {len(tensors)} terms, more than {MOST_TERMS}"
-    if len(tensors) > 1:
+    if len(parts) > MOST_TERMS:
+        return f"the sum has {len(parts)} terms, more than {MOST_TERMS}"
+    if len(parts) > 1:
         return "a term is in the sum twice"
     if not sole_consumer(graph, fuse.x):
         return read_elsewhere(graph, fuse.x, fuse.node)
     return f"the terms of {shown(fuse.x)} are not all of its shape"
 
 
-def _cheapest(graph: gs.Graph, x: gs.Tensor, fuse: Linear, cost: Cost) -> Term:
+def _cheapest(graph: gs.Graph, x: gs.Tensor, kernel: np.ndarray, fuse: Linear, cost: Cost) -> Term:
     """How the convolution gets past one term."""
     shape, out = _one_image(x), _one_image(fuse.y)
-    ways = [Term(x, _conv_price(fuse, shape, out, cost))]
+    ways = [Term(x, kernel, _conv_price(shape, out, cost))]
     if not sole_consumer(graph, x):
         return ways[0]
     resize = producer(x, "Resize")
     if resize is not None and _keeps_constants(resize) and _same_maps(resize):
         small = _one_image(resize.inputs[0])
         moved = [small[0], out[1], *small[2:]]
-        price = _conv_price(fuse, small, moved, cost) + cost.of(0, moved, out) - cost.of(0, small, shape)
-        ways.append(Term(x, price, resize=resize))
-    linear = linear_from(graph, x)
-    if linear is not None and linear.is_conv and linear.group == 1:
+        price = _conv_price(small, moved, cost) + cost.of(0, moved, out) - cost.of(0, small, shape)
+        ways.append(Term(x, kernel, price, resize=resize))
+    linear = linear_from(graph, x) or _of_tokens(graph, x)
+    if linear is not None and (not linear.is_conv or linear.group == 1):
         source = static_shape(linear.x, batch=1)
         if source is not None:
             # Each output, or input for the transposed one, meets the whole kernel.
-            places = math.prod((shape if linear.node.op == "Conv" else source)[2:]) * shape[0]
+            places = math.prod((source if linear.node.op == "ConvTranspose" else shape)[2:]) * shape[0]
             macs = places * linear.weight.size
             price = cost.of(macs // shape[1] * out[1], source, out) - cost.of(macs, source, shape)
-            ways.append(Term(x, price - _add_price(linear, cost), linear))
+            if linear.is_conv:  # else its Add stays one
+                price -= _add_price(linear, cost)
+            ways.append(Term(x, kernel, price, linear))
     return min(ways, key=lambda term: term.price)
+
+
+def _of_tokens(graph: gs.Graph, x: gs.Tensor) -> Linear | None:
+    """The product over tokens (B, N, C) that moves alone make a map x (B, C, H, W) of, in their order."""
+    tokens, chain = chain_before(graph, x)
+    before, after = static_shape(tokens, batch=1), static_shape(x, batch=1)
+    if not chain or not sole_consumer(graph, tokens) or not before or not after or len(before) != 3:
+        return None
+    linear = linear_from(graph, tokens)
+    if linear is None or linear.node.op != "MatMul" or math.prod(before) > _MOST or len(after) != 4:
+        return None
+    if after[:2] != [before[0], before[2]] or is_batch(x.shape[0]) != is_batch(tokens.shape[0]):
+        return None
+    places = np.arange(math.prod(before), dtype=np.int32).reshape(before)
+    found = places
+    for move in chain:
+        if (moved := parts_of(move, found)) is None:
+            return None
+        found = moved[0]
+    return linear if np.array_equal(found, places.transpose(0, 2, 1).reshape(after)) else None
 
 
 def _add_price(linear: Linear, cost: Cost) -> float:
@@ -162,8 +214,8 @@ def _add_price(linear: Linear, cost: Cost) -> float:
     return 0.0 if linear.add is None or y is None else cost.of(0, y, y)
 
 
-def _conv_price(fuse: Linear, shape: list[int], out: list[int], cost: Cost) -> float:
-    return cost.of(math.prod(out) * fuse.weight.shape[1], shape, out)
+def _conv_price(shape: list[int], out: list[int], cost: Cost) -> float:
+    return cost.of(math.prod(out) * shape[1], shape, out)
 
 
 def _one_image(x: gs.Tensor) -> list[int]:
@@ -194,7 +246,6 @@ def _keeps_constants(node: gs.Node) -> bool:
 
 def _rewrite(graph: gs.Graph, fuse: Linear, terms: list[Term], fresh: Callable[[str], str]) -> None:
     y, dtype = fuse.y, fuse.weight.dtype
-    kernel = fuse.weight[:, :, 0, 0].astype(np.float64)
     bias = None if fuse.bias is None else fuse.bias.astype(np.float64)
     y.inputs.clear()
     # A convolution adds in passing what is there already, so it comes last.
@@ -202,23 +253,22 @@ def _rewrite(graph: gs.Graph, fuse: Linear, terms: list[Term], fresh: Callable[[
     total: gs.Tensor | None = None
     for i, term in enumerate(terms):
         # The bias of the whole comes with the first term.
-        out = _term(graph, fuse, term, kernel, bias if i == 0 else None, fresh)
+        out = _term(graph, fuse, term, bias if i == 0 else None, fresh)
         if total is not None:
             result = y if i == len(terms) - 1 else gs.Variable(fresh(f"{y.name}/sum"), dtype, y.shape)
             graph.nodes.append(gs.Node("Add", fresh(f"{y.name}/add"), {}, [total, out], [result]))
             out = result
         total = out
+    if len(terms) == 1 and total is not None:
+        maker = total.inputs[0]
+        maker.outputs = [y]
 
 
 def _term(
-    graph: gs.Graph,
-    fuse: Linear,
-    term: Term,
-    kernel: np.ndarray,
-    bias: np.ndarray | None,
-    fresh: Callable[[str], str],
+    graph: gs.Graph, fuse: Linear, term: Term, bias: np.ndarray | None, fresh: Callable[[str], str]
 ) -> gs.Tensor:
     """The convolution of one term."""
+    kernel = term.kernel
     if term.resize is not None:
         return _before_resize(graph, fuse, term.resize, kernel, bias, fresh)
     if term.linear is None:
@@ -229,19 +279,49 @@ def _term(
     linear = term.linear
     folded, inner = _folded(kernel, linear)
     bias = inner if bias is None else bias if inner is None else bias + inner
+    if not linear.is_conv:
+        return _over_tokens(graph, fuse, term, folded, bias, fresh)
     attrs, shape = dict(linear.node.attrs), list(fuse.y.shape)
     return _conv(graph, fuse, linear.x, folded, bias, shape, attrs, fresh, linear.node.op)
 
 
 def _folded(kernel: np.ndarray, linear: Linear) -> tuple[np.ndarray, np.ndarray | None]:
     """The weights and the bias, in float64, of a convolution with a 1x1 kernel (out, in) behind it."""
-    axis = 0 if linear.node.op == "Conv" else 1
+    axis = 1 if linear.node.op == "ConvTranspose" else 0
     weight = np.moveaxis(np.tensordot(kernel, linear.weight.astype(np.float64), ([1], [axis])), 0, axis)
     return weight, None if linear.bias is None else kernel @ linear.bias.astype(np.float64)
 
 
 def _is_conv(term: Term) -> bool:
     return term.resize is None and (term.linear is None or term.linear.node.op == "Conv")
+
+
+def _over_tokens(
+    graph: gs.Graph,
+    fuse: Linear,
+    term: Term,
+    weight: np.ndarray,
+    bias: np.ndarray | None,
+    fresh: Callable[[str], str],
+) -> gs.Tensor:
+    """The product over the tokens with another weight (out, in), as a map."""
+    assert term.linear is not None
+    x, name, dtype = term.linear.x, fuse.y.name, fuse.weight.dtype
+    shape = [*term.linear.y.shape[:2], len(weight)]
+
+    def made(kind: str, op: str, read: gs.Tensor, values: np.ndarray) -> gs.Tensor:
+        out = gs.Variable(fresh(f"{name}/{kind}"), dtype, shape)
+        constant = gs.Constant(fresh(f"{out.name}/values"), np.ascontiguousarray(values, dtype))
+        graph.nodes.append(gs.Node(op, out.name, {}, [read, constant], [out]))
+        return out
+
+    tokens = made("product", "MatMul", x, weight.T)
+    tokens = tokens if bias is None else made("tokens", "Add", tokens, bias)
+    channels = gs.Variable(fresh(f"{name}/channels"), dtype, [shape[0], shape[2], shape[1]])
+    add_move(graph, "Transpose", [0, 2, 1], tokens, channels, fresh)
+    out = gs.Variable(fresh(f"{name}/term"), dtype, [term.x.shape[0], len(weight), *term.x.shape[2:]])
+    add_move(graph, "Reshape", list(out.shape), channels, out, fresh)
+    return out
 
 
 def _before_resize(

@@ -15,7 +15,6 @@ from meta_deploy.graph.explain import declined, read_elsewhere, shown
 from meta_deploy.graph.graph import (
     IdentitySet,
     constant_value,
-    is_batch,
     is_op,
     is_output,
     own_nodes,
@@ -30,18 +29,16 @@ from meta_deploy.graph.linear import (
     Linear,
     by_output,
     channel_axis,
-    has_input,
     linear_from,
     per_channel,
     representable,
     set_weights,
 )
-from meta_deploy.graph.moves import MOVES
+from meta_deploy.graph.places import NOWHERE, is_move, parts_of
 
 MAX_MOVES = 12  # from a linear map to its scale
 MAX_READERS = 64  # that are followed to see where else its channels go
 MAX_ELEMENTS = 1 << 26  # of a linear map's output whose channels are followed
-NO_CHANNEL = -1  # the number of zeros that were put in: scaled they are the same
 
 
 def fold_scales(graph: gs.Graph) -> int:
@@ -156,7 +153,7 @@ def _moved_from(
     What has one of these channels and is not x must not be read but by moves that lead to x.
     """
     path = [x]
-    while (node := producer(path[-1])) is not None and _is_move(node):
+    while (node := producer(path[-1])) is not None and is_move(node):
         path.append(node.inputs[0])
         if len(path) > MAX_MOVES + 1:
             return None
@@ -170,7 +167,7 @@ def _moved_from(
         return None
     chosen = np.zeros(linear.out_channels + 1, bool)
     chosen[_distinct(reached)] = True
-    chosen[NO_CHANNEL] = False
+    chosen[NOWHERE] = False
     if not _reach_only(graph, linear.y, channels, x, chosen, inside):
         declined(node, f"the channels of {shown(linear.y)} that are in {shown(x)} go elsewhere, too")
         return None
@@ -181,7 +178,7 @@ def _along(path: list[gs.Tensor], array: np.ndarray) -> np.ndarray | None:
     """What is left of an array after the moves that make these tensors, one of another."""
     for tensor in path:
         move = tensor.inputs[0]
-        parts = _parts(move, array)
+        parts = parts_of(move, array)
         if parts is None:
             return None
         array = next(part for part, t in zip(parts, move.outputs, strict=True) if t is tensor)
@@ -213,9 +210,9 @@ def _reach_only(
         if is_output(graph, tensor) or followed > MAX_READERS:
             return False
         for reader in tensor.outputs:
-            if reader not in inside or not _is_move(reader):
+            if reader not in inside or not is_move(reader):
                 return False
-            parts = _parts(reader, held)
+            parts = parts_of(reader, held)
             if parts is None:
                 return False
             stack += zip(reader.outputs, parts, strict=True)
@@ -225,71 +222,6 @@ def _reach_only(
 def _distinct(array: np.ndarray) -> np.ndarray:
     """An array without the repetitions that broadcasting made."""
     return array[tuple(slice(None) if stride else slice(1) for stride in array.strides)]
-
-
-def _is_move(node: gs.Node) -> bool:
-    return is_op(node, *MOVES, "Split", "Slice", "Pad")
-
-
-def _parts(move: gs.Node, array: np.ndarray) -> list[np.ndarray] | None:
-    """What a data movement makes of an array of channels; None where the graph does not tell."""
-    shapes = [static_shape(tensor, batch=1) for tensor in move.outputs]
-    if any(shape is None for shape in shapes) or not _moves_images_alike(move):
-        return None
-    if move.op == "Transpose":
-        parts = [array.transpose(move.attrs.get("perm"))]
-    elif move.op == "Slice":
-        parts = _sliced(move, array)
-    elif move.op == "Pad":
-        parts = _padded(move, array)
-    elif move.op == "Split":
-        axis = move.attrs.get("axis", 0)
-        ends = np.cumsum([shape[axis] for shape in shapes])  # type: ignore[index]
-        parts = np.split(array, ends[:-1], axis)
-    else:
-        parts = [array.reshape(shapes[0])] if math.prod(shapes[0]) == array.size else []  # type: ignore
-    return parts if [list(part.shape) for part in parts] == shapes else None
-
-
-def _moves_images_alike(move: gs.Node) -> bool:
-    """Whether a data movement of known shapes leaves an unknown batch as it is, if there is one.
-
-    On an axis that is longer than the batch the images come one after another, and do so afterwards.
-    """
-    before, *after = (static_shape(tensor) or [] for tensor in (move.inputs[0], *move.outputs))
-    axis = next((axis for axis, size in enumerate(before) if is_batch(size)), None)
-    if axis is None or move.op == "Transpose":
-        return True
-    if is_op(move, "Split", "Slice", "Pad"):
-        return all(shape[axis] == before[axis] for shape in after)
-    place = next((place for place, size in enumerate(after[0]) if is_batch(size)), 0)
-    return math.prod(after[0][:place]) == math.prod(before[:axis])
-
-
-def _sliced(move: gs.Node, array: np.ndarray) -> list[np.ndarray]:
-    values = [constant_value(tensor) for tensor in move.inputs[1:]]
-    if len(values) < 2 or any(value is None for value in values):
-        return []
-    starts, ends, *rest = (value.tolist() for value in values if value is not None)
-    axes = rest[0] if rest else range(len(starts))
-    steps = rest[1] if len(rest) > 1 else [1] * len(starts)
-    index = [slice(None)] * array.ndim
-    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        index[axis] = slice(start, end, step)
-    return [array[tuple(index)]]
-
-
-def _padded(move: gs.Node, array: np.ndarray) -> list[np.ndarray]:
-    pads = constant_value(move.inputs[1]) if has_input(move, 1) else None
-    fill = constant_value(move.inputs[2]) if has_input(move, 2) else np.zeros(1)
-    axes = constant_value(move.inputs[3]) if has_input(move, 3) else np.arange(array.ndim)
-    if move.attrs.get("mode", "constant") != "constant" or pads is None or fill is None or axes is None:
-        return []
-    if fill.any() or (pads < 0).any():
-        return []
-    widths = np.zeros((array.ndim, 2), np.int64)
-    widths[axes] = pads.reshape(2, -1).T
-    return [np.pad(array, widths, constant_values=NO_CHANNEL)]
 
 
 def _channelwise(value: np.ndarray, linear: Linear) -> np.ndarray | None:

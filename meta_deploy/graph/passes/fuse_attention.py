@@ -73,12 +73,9 @@ def _rewrite(graph: gs.Graph, found: Attention, places: dict[int, int], fresh: C
         q, k, v = (transposed(graph, x, (0, 2, 1, 3), places, fresh) for x in inputs)
         q = q if found.head_scales is None else _scaled(graph, q, found.head_scales, fresh)
         inputs = [_joined(graph, x, windows, fresh) for x in (q, k, v)]
-    if found.bias is not None:  # in the place after those of a bias of q, k and v, and of a mask of keys
-        bias = found.bias
-        if windows > 1:
-            bias = np.broadcast_to(bias, (windows, h, *bias.shape[2:])).reshape(1, -1, *bias.shape[2:])
-        constant = gs.Constant(fresh(f"{out.name}/bias"), bias.astype(q.dtype))
-        inputs += [gs.Variable.empty(), gs.Variable.empty(), constant]
+    bias = _bias(graph, found, windows, fresh)
+    if bias is not None:  # in the place after those of a bias of q, k and v, and of a mask of keys
+        inputs += [gs.Variable.empty(), gs.Variable.empty(), bias]
     attributes = {"num_heads": windows * h, "scale": found.scale}
     found.last.outputs.clear()
     sizes = [b // windows, n, windows * h * width]
@@ -91,6 +88,39 @@ def _rewrite(graph: gs.Graph, found: Attention, places: dict[int, int], fresh: C
         _apart(graph, joined, [b // windows, n, windows, h, width], (0, 2, 3, 1, 4), out, fresh)
     elif heads:
         _apart(graph, joined, [b, n, h, width], (0, 2, 1, 3), out, fresh)
+
+
+def _bias(graph: gs.Graph, found: Attention, windows: int, fresh: Callable[[str], str]) -> gs.Tensor | None:
+    """What is added to the products, (B or 1, heads or 1, N, M); None where nothing is."""
+    name, dtype, bias = f"{found.last.outputs[0].name}/bias", found.q.dtype, found.bias
+    if bias is not None:
+        if windows > 1:
+            heads = found.q.shape[1]
+            bias = np.broadcast_to(bias, (windows, heads, *bias.shape[2:])).reshape(1, -1, *bias.shape[2:])
+        return gs.Constant(fresh(name), bias.astype(dtype))
+    if not found.added:
+        return None
+    total, *others = found.added
+    for other in others:
+        shape = list(np.broadcast_shapes(tuple(total.shape), tuple(other.shape)))
+        out = gs.Variable(fresh(f"{name}/sum"), dtype, shape)
+        graph.nodes.append(gs.Node("Add", out.name, {}, [total, other], [out]))
+        total = out
+    b, heads, n, m = _four(found, total)
+    if list(total.shape) == [b, heads, n, m]:
+        return total
+    out = gs.Variable(fresh(name), dtype, [b, heads, n, m])
+    add_move(graph, "Reshape", list(out.shape), total, out, fresh)
+    return out
+
+
+def _four(found: Attention, total: gs.Tensor) -> list[int]:
+    """The shape of what is added as the operator takes it, of four axes."""
+    weights = list(found.last.inputs[0].shape)
+    rank, shape = len(weights), list(total.shape)
+    if math.prod(shape) != math.prod(weights):  # it is broadcast over the batch or the heads
+        weights = [1] * (rank - len(shape)) + shape
+    return weights if rank == 4 else [weights[0], 1, *weights[1:]]
 
 
 def _windows(found: Attention) -> int:

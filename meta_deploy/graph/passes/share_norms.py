@@ -110,9 +110,10 @@ def _groups(x: gs.Tensor, inside: IdentitySet) -> list[list[Norm]]:
         axis = node.attrs.get("axis", -1) % len(x.shape)
         key = (axis, node.attrs.get("epsilon", 1e-5), node.attrs.get("stash_type", 1))
         groups.setdefault(key, []).append(Norm(node, *_affine(node)))
-    for norms in groups.values() if len(groups) > 1 else ():
+    for norms in groups.values():
         if len(norms) == 1:
-            declined(norms[0].node, f"no other norm of {shown(x)} has its axis, epsilon and type")
+            alone = f"no other norm of {shown(x)} has its axis, epsilon and type"
+            declined(norms[0].node, alone if len(groups) > 1 else f"it is the only norm of {shown(x)}")
     return [norms for norms in groups.values() if len(norms) > 1]
 
 

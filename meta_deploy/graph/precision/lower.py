@@ -68,7 +68,9 @@ _FLOAT32 = frozenset(
     )
 )
 # Operators of ONNX Runtime's that a pass brings in; all their float tensors are of one type.
-_CONTRIBUTED = frozenset((("com.microsoft", "MultiHeadAttention"), ("com.microsoft", "RotaryEmbedding")))
+_CONTRIBUTED = frozenset(
+    ("com.microsoft", name) for name in ("Attention", "MultiHeadAttention", "RotaryEmbedding")
+)
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,8 @@ class TensorRT(Target):
     """Either library. Engines of `tensorrt` are bound to a GPU model; `tensorrt-rtx` builds without one."""
 
     passes = (
-        *("clean-up", "plain-attention", "fuse-layer-norm", "share-norms", "fold-batch-norm"),
-        "merge-siblings",
+        *("clean-up", "plain-attention", "plain-einsum", "fuse-layer-norm", "share-norms"),
+        *("fold-batch-norm", "merge-siblings", "gather-rows"),
         *("slices-to-split", "collapse-chains", "move-linears", "collapse-chains"),
         *("fold-scales", "order-tokens", "stack-attention"),
         *("fold-branches", "distribute-sums", "flatten-concats", "collapse-chains"),
@@ -193,6 +193,6 @@ TARGETS = (
     # It has no NonMaxSuppression, and its RoiAlign does not build without a GPU.
     TensorRT(
         *("tensorrt-rtx", "TensorRT-RTX", ("lowered",)),
-        doubtful=("move-linears", "merge-siblings", "fold-branches", "distribute-sums"),
+        doubtful=("move-linears", "gather-rows", "merge-siblings", "fold-branches", "distribute-sums"),
     ),
 )

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from meta_deploy.graph.explain import explaining
 from meta_deploy.graph.graph import BATCH
 from meta_deploy.graph.passes.collapse_chains import MOVES, collapse_chains
 from tests.graph import rewriting
@@ -180,21 +181,36 @@ def test_a_reshape_across_axes_ends_a_part_and_the_rest_collapses():
     assert moves(after) == 3
 
 
-def test_what_another_node_reads_stays():
+def test_what_another_node_reads_stays_and_what_undoes_it_goes():
     chain = Chain((2, 3, 4)).transpose(0, 2, 1).also_read().transpose(0, 2, 1)
-    assert moves(chain.unharmed()) == 2
+    assert moves(chain.unharmed()) == 1
 
 
-def test_what_another_move_reads_stays():
+def test_what_another_move_reads_is_joined_to_it_once_it_alone_does():
     chain = Chain((2, 3, 4)).transpose(0, 2, 1).also_read("Transpose").transpose(0, 2, 1)
-    assert moves(chain.unharmed()) == 3
+    assert moves(chain.unharmed()) == 1
+
+
+def test_moves_beyond_one_that_others_read_are_joined_if_that_is_fewer():
+    chain = Chain((2, 12)).reshape(2, 3, 4).also_read().transpose(0, 2, 1).reshape(8, 3)
+    assert moves(chain.unharmed()) == 3  # by itself the chain is as short as from the start
+    chain = Chain((2, 12)).reshape(2, 3, 4).also_read().transpose(0, 2, 1).also_read().transpose(0, 2, 1)
+    assert moves(chain.reshape(24).unharmed()) == 3
 
 
 def test_an_output_in_the_middle_stays():
     chain = Chain((2, 3, 4)).transpose(0, 2, 1).also_output().transpose(0, 2, 1)
     after = chain.unharmed()
-    assert moves(after) == 2
+    assert moves(after) == 1
     assert [o.name for o in after.graph.output] == ["t2", "y"]
+
+
+def test_what_stays_says_between_what():
+    with explaining() as told:
+        collapsed(Chain((2, 3, 4)).transpose(0, 2, 1).also_read().proto())
+    (place,) = told
+    assert place.op == "Transpose"
+    assert place.reason == "no fewer than 1 lead from Identity 't1' to Identity 'read_2' and 1 more"
 
 
 def test_parts_before_and_after_an_output_collapse():

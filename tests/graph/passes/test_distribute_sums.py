@@ -744,6 +744,85 @@ def test_weights_too_large_for_their_type_are_not_made(name):
 # --- random sums ---
 
 
+# --- the parts of a Concat ---
+
+
+def levels(sizes, channels=(3, 5), out=4, order="raster", bias=True, axis=1, reader="", to=(4, 6)):
+    """Maps of tokens of several levels, each a product, resized alike, joined and convolved, as in SegFormer.
+
+    `order` of the tokens in the map; `reader` is another reader of this tensor.
+    """
+    rng = np.random.default_rng(0)
+    nodes, inputs, constants, parts = [], [], {"size": np.array([1, 8, *to])}, []
+    for i, (height, width) in enumerate(sizes):
+        inputs.append(value(f"x{i}", [1, height * width, channels[i]]))
+        constants[f"w{i}"] = rng.standard_normal((channels[i], 8)).astype(np.float32)
+        constants[f"b{i}"] = rng.standard_normal(8).astype(np.float32)
+        constants[f"shape{i}"] = np.array([1, 8, height, width])
+        nodes += [node("MatMul", [f"x{i}", f"w{i}"], [f"p{i}"]), node("Add", [f"p{i}", f"b{i}"], [f"t{i}"])]
+        if order == "raster":
+            nodes.append(node("Transpose", [f"t{i}"], [f"c{i}"], perm=[0, 2, 1]))
+            nodes.append(node("Reshape", [f"c{i}", f"shape{i}"], [f"m{i}"]))
+        else:  # columns first
+            constants[f"shape{i}"] = np.array([1, width, height, 8])
+            nodes.append(node("Reshape", [f"t{i}", f"shape{i}"], [f"c{i}"]))
+            nodes.append(node("Transpose", [f"c{i}"], [f"m{i}"], perm=[0, 3, 2, 1]))
+        parts.append(f"m{i}")
+        if (height, width) != to:
+            nodes.append(node("Resize", [f"m{i}", "", "", "size"], [f"r{i}"], mode="linear"))
+            parts[-1] = f"r{i}"
+    nodes.append(node("Concat", parts, ["joined"], axis=axis))
+    width = 8 * (len(parts) if axis == 1 else 1)
+    constants["kernel"] = rng.standard_normal((out, width, 1, 1)).astype(np.float32)
+    constants["bias"] = rng.standard_normal(out).astype(np.float32)
+    nodes.append(node("Conv", ["joined", "kernel", *(["bias"] if bias else [])], ["y"], kernel_shape=[1, 1]))
+    outputs = ["y"]
+    if reader:
+        nodes.append(node("Neg", [reader], ["read"]))
+        outputs.append("read")
+    initializers = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    return model(nodes, inputs, outputs, initializers)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("sizes", [[(4, 6), (2, 3)], [(2, 3), (4, 3)], [(2, 2), (4, 6), (1, 1)]])
+def test_levels_of_tokens_meet_the_kernel_before_they_are_resized(sizes, bias):
+    after = agree(levels(sizes, (3, 5, 2)[: len(sizes)], bias=bias), FREE, None)
+    assert not {"Conv", "Concat"} & set(ops(after))
+    assert ops(after).count("MatMul") == len(sizes)
+    assert ops(after).count("Resize") == len([size for size in sizes if size != (4, 6)])
+
+
+def test_tokens_in_another_order_are_convolved_before_they_are_resized():
+    after = agree(levels([(2, 3), (3, 2)], order="columns"), FREE, None)
+    assert ops(after).count("Conv") == 2
+    assert "Concat" not in ops(after)
+
+
+@pytest.mark.parametrize("reader", ["joined", "r1", "t1"])
+def test_levels_that_something_else_reads(reader):
+    """What is read elsewhere stays, and the others go on."""
+    after = agree(levels([(2, 3), (1, 2)], reader=reader), FREE, None)
+    assert ("Concat" in ops(after)) == (reader == "joined")
+    assert ("Conv" in ops(after)) == (reader in ("joined", "r1", "t1"))
+
+
+def test_what_is_joined_along_the_height_is_left():
+    assert "Concat" in ops(agree(levels([(2, 3), (4, 3)], axis=2), FREE, 0))
+
+
+def test_parts_of_one_size_are_left_where_nodes_are_dear():
+    nodes = [
+        node("Relu", ["x"], ["a"]),
+        node("Neg", ["x"], ["b"]),
+        node("Concat", ["a", "b"], ["c"], axis=1),
+        node("Conv", ["c", "w"], ["y"], kernel_shape=[1, 1]),
+    ]
+    weights = numpy_helper.from_array(np.ones((3, 8, 1, 1), np.float32), "w")
+    proto = model(nodes, [value("x", [1, 4, 5, 6])], initializers=[weights])
+    assert ops(agree(proto, CPU, 0)) == ["Relu", "Neg", "Concat", "Conv"]
+
+
 def small(low, high):
     return st.tuples(st.integers(low, high), st.integers(low, high))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ class Attention:
     mask: tuple | None = None  # the shape of what is added to the product
     swap_mask: bool = False  # the products are added to it
     hides: bool = False  # some of it is -inf
-    computed_mask: bool = False
+    computed_mask: bool = False  # what is added, also between two Reshapes, is computed
     second: tuple | None = None  # the shapes between two Reshapes, and of what is added there
     rank: int = 4
     vary: bool = False  # constants that scale are of several numbers
@@ -80,6 +81,8 @@ class Attention:
 
         for name in "qkv":
             nodes.append(node("Identity", [n(f"{name}_in")], [n(name)]))
+        if self.computed_mask and (self.mask or self.second):
+            nodes.append(node("ReduceMean", [n("q_in")], [n("q_mean")], keepdims=0))
         q = scaled(n("q"), self.q_scale, "q_scaled")
         k = scaled(n("k"), self.k_before, "k_before")
         nodes.append(node("Transpose", [k], [n("kt")], perm=self.perm))
@@ -95,18 +98,20 @@ class Attention:
             )
             if self.computed_mask:
                 nodes.append(node("Mul", [n("mask_in"), n("q_mean")], [n("mask")]))
-                nodes.insert(0, node("ReduceMean", [n("q_in")], [n("q_mean")], keepdims=0))
             operands = [weights, n("mask")]
             nodes.append(node("Add", operands[::-1] if self.swap_mask else operands, [n("masked")]))
             weights = n("masked")
         if self.second is not None:
-            shape, added = self.second
+            shape, size = self.second
             back = [self.shape("q")[0], self.heads, self.n, self.m]
-            numbers = np.random.default_rng(2).standard_normal(added).astype(dtype)
+            numbers = np.random.default_rng(2).standard_normal(size).astype(dtype)
             constants = {"shape": np.array(shape), "added": numbers, "back": np.array(back)}
             initializers += [numpy_helper.from_array(v, n(name)) for name, v in constants.items()]
             nodes.append(node("Reshape", [weights, n("shape")], [n("reshaped")]))
-            nodes.append(node("Add", [n("reshaped"), n("added")], [n("summed")]))
+            if self.computed_mask:
+                nodes.append(node("Mul", [n("added"), n("q_mean")], [n("added_now")]))
+            added = n("added_now" if self.computed_mask else "added")
+            nodes.append(node("Add", [n("reshaped"), added], [n("summed")]))
             nodes.append(node("Reshape", [n("summed"), n("back")], [n("second")]))
             weights = n("second")
         if self.between:
@@ -264,6 +269,13 @@ def test_attention_becomes_one_operator():
         Attention(rank=3, perm=(2, 1, 0), shapes={"k": (4, 8, 3)}),
         Attention(mask=(5, 1)),
         Attention(mask=(2, 1, 1, 4)),
+        Attention(mask=(2, 3, 5, 4), computed_mask=True),
+        Attention(mask=(3, 5, 4), computed_mask=True),
+        Attention(mask=(5, 4), computed_mask=True, swap_mask=True, scale=("Mul", 0.5, (), False)),
+        Attention(mask=(2, 1, 5, 4), computed_mask=True, dtype="float32"),
+        Attention(rank=3, perm=(0, 2, 1), mask=(3, 5, 4), computed_mask=True),
+        Attention(rank=3, perm=(0, 2, 1), mask=(1, 5, 4), computed_mask=True),
+        Attention(n=6, second=((2, 3, 2, 3, 4), (2, 3, 2, 3, 4)), computed_mask=True),
     ],
     ids=str,
 )
@@ -288,8 +300,13 @@ def test_variants_become_one_operator(attention):
         Attention(k_scale=("Mul", 0.5, (4,), False), vary=True),  # another scale for every key
         Attention(between="Relu"),
         Attention(between="Identity"),
-        Attention(mask=(3, 5, 4), computed_mask=True),
-        Attention(mask=(5, 4), computed_mask=True, swap_mask=True),
+        Attention(mask=(4,), computed_mask=True),  # the operator wants one for each query
+        Attention(mask=(2, 1, 1, 4), computed_mask=True),
+        Attention(mask=(1, 1, 1, 5, 4), computed_mask=True),
+        Attention(mask=(5, 4), computed_mask=True, between="Relu"),
+        Attention(mask=(5, 4), computed_mask=True, reader="product"),
+        Attention(n=6, second=((2, 3, 2, 3, 4), (2, 3, 2, 1, 4)), computed_mask=True),
+        Attention(rank=3, perm=(0, 2, 1), mask=(1, 5, 4), computed_mask=True, reader="masked"),
         Attention(mask=(1, 1, 1, 5, 4)),
         Attention(mask=(5, 4), reader="product"),
         Attention(mask=(5, 4), reader="masked"),
@@ -521,6 +538,7 @@ def attentions(draw):
         shapes=shapes,
         axis=draw(st.sampled_from((-1, -1, -1, 3, None, 2))),
         mask=draw(st.sampled_from((None, None, (n, m), (heads, n, m), (b, 1, n, m), (1, 1, 1, n, m)))),
+        computed_mask=draw(st.booleans()),
         between=draw(st.sampled_from(("",) * 6 + ("Relu",))),
         reader=draw(st.sampled_from(tensors)),
         output=draw(st.sampled_from(tensors)),
@@ -541,4 +559,62 @@ def test_random_attention_answers_as_before(attention):
     inverse = any(scale is not None and scale[0] == "Div" and scale[3] for scale in scales)
     heads = (attention.b, attention.heads)
     whole = all(tuple(shape[:2]) == heads for shape in attention.shapes.values())
+    if attention.computed_mask and attention.second is not None:
+        # Only what is computed for all elements may be reshaped, and no constants are added before.
+        elements = attention.b * attention.heads * attention.n * attention.m
+        whole = whole and math.prod(attention.second[1]) == elements and attention.mask is None
     agree(attention, int(alone and plain and not inverse and whole))
+
+
+def with_relative_positions(five):
+    """As in Segment Anything: the rows' and columns' positions are products with q, added as maps of five
+    axes, either to the products, reshaped so, or reshaped together.
+    """
+    b, height, width, d = 2, 3, 4, 8
+    n = height * width
+    rng = np.random.default_rng(0)
+    constants = {
+        "scale": np.float32(0.3),
+        "rows": rng.standard_normal((d, height)).astype(np.float32),
+        "columns": rng.standard_normal((d, width)).astype(np.float32),
+        "map": np.array([b, height, width, d]),
+        "five": np.array([b, height, width, height, width]),
+        "back": np.array([b, n, n]),
+        "last": np.array([-1]),
+        "before": np.array([-2]),
+    }
+    nodes = [
+        node("Mul", ["q", "scale"], ["scaled"]),
+        node("Transpose", ["k"], ["kt"], perm=[0, 2, 1]),
+        node("MatMul", ["scaled", "kt"], ["product"]),
+        node("Reshape", ["q", "map"], ["q_map"]),
+        node("MatMul", ["q_map", "rows"], ["of_rows"]),
+        node("Unsqueeze", ["of_rows", "last"], ["by_row"]),
+        node("MatMul", ["q_map", "columns"], ["of_columns"]),
+        node("Unsqueeze", ["of_columns", "before"], ["by_column"]),
+    ]
+    if five:
+        nodes += [
+            node("Reshape", ["product", "five"], ["apart"]),
+            node("Add", ["apart", "by_row"], ["one"]),
+            node("Add", ["one", "by_column"], ["both"]),
+            node("Reshape", ["both", "back"], ["sum"]),
+        ]
+    else:
+        nodes += [
+            node("Add", ["by_row", "by_column"], ["both"]),
+            node("Reshape", ["both", "back"], ["bias"]),
+            node("Add", ["product", "bias"], ["sum"]),
+        ]
+    nodes += [node("Softmax", ["sum"], ["weights"], axis=-1), node("MatMul", ["weights", "v"], ["y"])]
+    initializers = [numpy_helper.from_array(np.asarray(v), name) for name, v in constants.items()]
+    return model(nodes, [value(name, [b, n, d]) for name in "qkv"], initializers=initializers)
+
+
+@pytest.mark.parametrize("five", [True, False])
+def test_relative_positions_of_segment_anything_are_a_bias(five):
+    proto = with_relative_positions(five)
+    after, changes = rewritten(proto)
+    assert changes == 1
+    assert "Softmax" not in ops(after)
+    same(proto, after)

@@ -1,0 +1,174 @@
+"""pack_attention: the same attention with its projection in one operator; near-misses declined."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import helper, numpy_helper
+
+from meta_deploy.graph.explain import explaining
+from meta_deploy.graph.graph import BATCH
+from meta_deploy.graph.passes.pack_attention import pack_attention
+from meta_deploy.targets.openvino import compile_model
+from tests.graph.rewriting import RANDOM, node, ops, rewritten, same
+from tests.small_graphs import any_batch, model, run, value
+
+MICROSOFT = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """MatMul, Add, Split and MultiHeadAttention, to vary."""
+
+    b: int = 2
+    n: int = 5
+    c: int = 6
+    heads: int = 2
+    d: int = 4
+    width: int = 4  # of a head's values
+    bias: bool = True
+    order: tuple = (0, 1, 2)  # of q, k and v among the parts
+    added: tuple | None = None  # the shape of what is added to the products
+    reader: str = ""  # another node reads this tensor
+    between: str = ""  # an operator between the parts and the attention
+    masked: bool = False
+    computed: bool = False  # the weight is an input
+    scale: float | None = 0.3
+
+    def proto(self):
+        rng = np.random.default_rng(0)
+        sizes = [0, 0, 0]
+        for part, size in zip(self.order, (self.d, self.d, self.width), strict=True):
+            sizes[part] = self.heads * size
+        constants = {"w": rng.standard_normal((self.c, sum(sizes))).astype(np.float32)}
+        nodes = [node("MatMul", ["x", "w"], ["p"])]
+        if self.bias:
+            constants["b"] = rng.standard_normal(sum(sizes)).astype(np.float32)
+            nodes.append(node("Add", ["p", "b"], ["packed"]))
+        parts = [f"part{i}" for i in self.order]
+        constants["sizes"] = np.array(sizes)
+        split = node("Split", ["packed" if self.bias else "p", "sizes"], ["part0", "part1", "part2"], axis=2)
+        nodes.append(split)
+        if self.between:
+            nodes.append(node(self.between, [parts[0]], ["q"]))
+            parts[0] = "q"
+        if self.added is not None:
+            constants["added"] = rng.standard_normal(self.added).astype(np.float32)
+            parts += ["", "", "added"]
+        if self.masked:
+            constants["lengths"] = np.full(self.b, self.n, np.int32)
+            parts = [*parts[:3], "", "lengths", *parts[5:]]
+        attributes = {} if self.scale is None else {"scale": self.scale}
+        nodes.append(
+            node(
+                *("MultiHeadAttention", parts, ["a"]),
+                domain="com.microsoft",
+                num_heads=self.heads,
+                **attributes,
+            )
+        )
+        nodes.append(node("Neg", ["a"], ["y"]))
+        outputs = ["y"]
+        if self.reader:
+            nodes.append(node("Neg", [self.reader], ["read"]))
+            outputs.append("read")
+        inputs = [value("x", [self.b, self.n, self.c])]
+        if self.computed:
+            inputs.append(value("w", list(constants.pop("w").shape)))
+        initializers = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+        return model(nodes, inputs, [value(name) for name in outputs], initializers, opset_imports=MICROSOFT)
+
+
+def agree(packed, changes):
+    proto = packed.proto()
+    with explaining() as told:
+        after, made = rewritten(pack_attention, proto)
+    assert made == changes
+    assert bool(told) != bool(changes)
+    assert ops(after).count("Attention") == changes
+    same(proto, after)
+    return after
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        Packed(),
+        Packed(bias=False),
+        Packed(order=(2, 0, 1)),
+        Packed(width=7),
+        Packed(width=3, order=(1, 2, 0)),
+        Packed(added=(2, 2, 5, 5)),
+        Packed(added=(1, 2, 5, 5)),
+        Packed(added=(1, 1, 5, 5), bias=False),
+        Packed(b=1, heads=1),
+        Packed(scale=0.5),  # the operator's own
+        Packed(scale=None),
+        Packed(scale=-0.7, bias=False, order=(1, 0, 2)),
+    ],
+    ids=str,
+)
+def test_projection_and_attention_are_one_operator(packed):
+    assert ops(agree(packed, 1)) == ["Attention", "Neg"]
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        Packed(reader="packed"),
+        Packed(reader="part1"),
+        Packed(between="Relu"),
+        Packed(masked=True),
+        Packed(computed=True),
+    ],
+    ids=str,
+)
+def test_a_near_miss_is_declined(packed):
+    assert "MultiHeadAttention" in ops(agree(packed, 0))
+
+
+def test_a_product_that_something_else_reads_stays():
+    after = agree(Packed(reader="p"), 0)
+    assert "MultiHeadAttention" in ops(after)
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_any_number_of_images(images):
+    proto = any_batch(Packed(b=BATCH).proto())
+    after, changes = rewritten(pack_attention, proto)
+    assert changes == 1
+    x = np.random.default_rng(0).standard_normal((images, 5, 6)).astype(np.float32)
+    same(proto, after, {"x": x})
+
+
+@pytest.mark.parametrize("added", [None, (1, 2, 5, 5), (2, 2, 5, 5)])
+def test_openvino_answers_alike(added):
+    pytest.importorskip("openvino")
+    proto = Packed(added=added).proto()
+    after, _ = rewritten(pack_attention, proto)
+    x = np.random.default_rng(0).standard_normal((2, 5, 6)).astype(np.float32)
+    compiled = compile_model(after.SerializeToString(), b"", "f32", 1)
+    actual = compiled([x])[0]
+    expected = run(proto, x=x)["y"]
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@settings(RANDOM, max_examples=30)
+@given(
+    st.builds(
+        Packed,
+        b=st.integers(1, 3),
+        n=st.integers(1, 6),
+        c=st.integers(1, 9),
+        heads=st.integers(1, 4),
+        d=st.integers(1, 9),
+        width=st.integers(1, 9),
+        bias=st.booleans(),
+        order=st.permutations((0, 1, 2)).map(tuple),
+        reader=st.sampled_from(("", "", "part0", "p", "a")),
+    )
+)
+def test_random_attention_answers_as_before(packed):
+    agree(packed, int(packed.reader in ("", "a")))
