@@ -22,8 +22,8 @@ def middlewares() -> list[Middleware]:
 
 
 class Gate:
-    """Refuses what is too long before it is handed on, keeps headers to what Ray can decode, and says 503 in
-    the application's form where Ray says 500: the application's process died.
+    """Refuses what is too long before it is handed on, keeps headers to what Ray can decode, and says 503
+    where Ray says nothing, of which its HTTP server would make a 500: the application's process died.
     """
 
     def __init__(self, app: ASGIApp):
@@ -37,22 +37,17 @@ class Gate:
             await refused(scope, receive, send)
             return
         headers = [(name, _in_utf8(value)) for name, value in scope["headers"] if not _is_rays(name)]
-        died = False
+        begun = False
 
         async def sent(message: Message) -> None:
-            nonlocal died
-            if message["type"] == "http.response.start" and message["status"] == 500:
-                kinds = [
-                    value for name, value in message.get("headers", ()) if name.lower() == b"content-type"
-                ]
-                died = kinds != [b"application/json"]
-                if died:
-                    why = "the process that answers died; try again"
-                    await JSONResponse({"error": why}, 503)(scope, receive, send)
-            if not died:
-                await send(message)
+            nonlocal begun
+            begun = True
+            await send(message)
 
         await self._app({**scope, "headers": headers}, receive, sent)
+        if not begun:
+            why = "the process that answers died; try again"
+            await JSONResponse({"error": why}, 503)(scope, receive, send)
 
 
 def _is_rays(name: bytes) -> bool:

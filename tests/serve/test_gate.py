@@ -1,4 +1,4 @@
-"""What stands before Ray's proxy: headers that it can read, and its errors in the application's form."""
+"""What stands before Ray's proxy: headers that it can read, and an answer where it has none."""
 
 import asyncio
 
@@ -35,9 +35,13 @@ def test_headers_are_those_that_ray_can_decode_and_none_that_it_obeys():
 
     async def proxy(scope, receive, send):
         seen.extend(scope["headers"])
+        await send({"type": "http.response.start"})
+
+    async def send(message):
+        pass
 
     scope = {"type": "http", "headers": list(given.items()), "query_string": b""}
-    asyncio.run(Gate(proxy)(scope, None, None))
+    asyncio.run(Gate(proxy)(scope, None, send))
     assert seen == [(b"x", "ÿ".encode()), (b"y", "é".encode())]
 
 
@@ -50,12 +54,12 @@ def test_headers_over_the_limit_come_to_nobody():
 @pytest.mark.parametrize(
     ("response", "status", "body"),
     [
-        (PlainTextResponse("Internal Server Error", 500), 503, "the process that answers died; try again"),
         (JSONResponse({"error": "a fault"}, 500), 500, "a fault"),
         (JSONResponse({"error": "full"}, 429), 429, "full"),
+        (lambda scope, receive, send: asyncio.sleep(0), 503, "the process that answers died; try again"),
     ],
 )
-def test_an_error_of_ray_is_told_as_the_applications_are(response, status, body):
+def test_no_answer_is_told_as_an_error_and_an_answer_kept(response, status, body):
     client, _ = behind(response)
     found = client.get("/")
     assert (found.status_code, found.json()) == (status, {"error": body})
