@@ -18,6 +18,7 @@ ALLOWED = {
     "targets": {"targets", "tasks", "graph", "bundle"},
     "runtime": {"runtime", "targets", "tasks", "imaging", "bundle"},
     "batch": {"batch", "runtime", "targets", "tasks", "imaging", "bundle"},
+    "triton": {"triton", "runtime", "targets", "bundle"},
     "export": {"export", "models", "calib", "graph", "targets", "tasks", "imaging", "bundle"},
     "report": {"report", "export", "runtime", "models", "graph", "targets", "tasks", "imaging", "bundle"},
 }
@@ -26,7 +27,7 @@ ALLOWED["cli"] = EVERYTHING
 TORCH = {"torch", "torchvision", "safetensors"}
 ONNX = {"onnx", "onnxscript", "onnx_graphsurgeon", "onnx_ir", "onnxslim", "polygraphy"}
 FORBIDDEN = {
-    **dict.fromkeys(("bundle", "imaging", "tasks", "runtime", "batch"), TORCH | ONNX),
+    **dict.fromkeys(("bundle", "imaging", "tasks", "runtime", "batch", "triton"), TORCH | ONNX),
     "graph": TORCH,
     "calib": TORCH,
     "targets": TORCH,
