@@ -48,13 +48,15 @@ def check_triton(args: argparse.Namespace, parser: Callable[[], argparse.Argumen
                 f"--{option.replace('_', '-')} is for --triton; give that the repository's folder"
             )
         return
-    from meta_deploy.triton.repository import check_place
+    from meta_deploy.triton.repository import check_name, check_place
 
     if args.bundle is not None:
         _check_alone(args, parser())
     name = args.triton_name
     if name is None and args.out is not None:
         name = os.path.basename(os.path.realpath(args.out))
+    elif name is None and (source := args.ckpt or args.onnx):
+        check_name(Path(source).stem)  # with which the bundle's name begins
     check_place(args.triton, name, None if args.target == "auto" else args.target)
 
 

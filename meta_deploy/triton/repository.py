@@ -85,11 +85,8 @@ def check_place(repository: str | os.PathLike[str], name: str | None, target: st
     for file, what in ((MANIFEST, "a bundle"), (CONFIG, "one model of Triton's")):
         if os.path.exists(os.path.join(shown, file)):
             raise InputError(f"'{shown}' is {what}, and not a repository; name a folder of models")
-    if name is not None and not re.fullmatch(_NAME, name):
-        raise InputError(
-            f"'{name}' is no name for a model of Triton's; give another by --triton-name, of at most 100 "
-            "letters, digits, dots, dashes and underscores"
-        )
+    if name is not None:
+        check_name(name)
     if target is not None:
         backend_of(target)
     with _told(repository):
@@ -99,6 +96,15 @@ def check_place(repository: str | os.PathLike[str], name: str | None, target: st
             raise InputError(f"'{there}' is not a folder that can be written to; choose another for --triton")
         if name is not None:
             _newest(root / name)
+
+
+def check_name(name: str) -> None:
+    """Raise InputError where a model of Triton's cannot be called so: it is a folder and a part of URLs."""
+    if not re.fullmatch(_NAME, name):
+        raise InputError(
+            f"'{name}' is no name for a model of Triton's; give another by --triton-name, of at most 100 "
+            "letters, digits, dots, dashes and underscores"
+        )
 
 
 def _newest(folder: Path) -> int:

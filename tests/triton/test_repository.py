@@ -13,7 +13,7 @@ from meta_deploy.cli.export import main
 from meta_deploy.errors import BundleError, InputError
 from meta_deploy.triton import repository
 from meta_deploy.triton.repository import write_models
-from tests.bundles_by_hand import ENGINE
+from tests.bundles_by_hand import ENGINE, raw_model
 
 
 def tree(folder):
@@ -181,6 +181,7 @@ def test_the_command_refuses_what_has_no_effect_or_no_place(made, tmp_path, caps
         (["--bundle", str(tmp_path / "rtx"), "--triton", models], "Triton has no backend"),
         (["--ckpt", "x.pth", "--triton", models, "--target", "tensorrt-rtx"], "Triton has no backend"),
         (["--ckpt", "x.pth", "--triton", models, "--out", "a b"], "'a b' is no name for a model"),
+        (["--onnx", "my model.onnx", "--triton", models], "'my model' is no name for a model"),
         (["--bundle", detector, "--triton", detector], "is a bundle, and not a repository"),
         (["--bundle", detector, "--triton", str(tmp_path / "file")], "is not a folder that can be"),
         (["--bundle", detector, "--triton", "s3://bucket/models"], "is not a folder"),
@@ -194,3 +195,18 @@ def test_the_command_refuses_what_has_no_effect_or_no_place(made, tmp_path, caps
         assert (code, out, err.count("\n")) == (2, "", 1), arguments
         assert reason in err
     assert not os.path.exists(models)
+
+
+def test_an_export_ends_in_the_repository(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "doubler.onnx").write_bytes(raw_model())
+    quick = ["--target", "onnxruntime", "--no-verify", "--passes", "none"]
+    assert main(["--onnx", "doubler.onnx", "--triton", "models", *quick]) == 0
+    out = capsys.readouterr().out
+    assert "next: meta-infer INPUTS.npz --model doubler-onnxruntime-fp32\n" in out
+    assert "Triton: version 1 of doubler-onnxruntime-fp32\n" in out
+    bundle, version = (
+        Bundle.open("doubler-onnxruntime-fp32"),
+        Bundle.open("models/doubler-onnxruntime-fp32/1"),
+    )
+    assert bundle.manifest == version.manifest
