@@ -19,6 +19,7 @@ ALLOWED = {
     "runtime": {"runtime", "targets", "tasks", "imaging", "bundle"},
     "batch": {"batch", "runtime", "targets", "tasks", "imaging", "bundle"},
     "serve": {"serve", "batch", "runtime", "targets", "tasks", "imaging", "bundle"},
+    "triton": {"triton", "runtime", "targets", "bundle"},
     "export": {"export", "models", "calib", "graph", "targets", "tasks", "imaging", "bundle"},
     "report": {"report", "export", "runtime", "models", "graph", "targets", "tasks", "imaging", "bundle"},
 }
@@ -27,7 +28,7 @@ ALLOWED["cli"] = EVERYTHING
 TORCH = {"torch", "torchvision", "safetensors"}
 ONNX = {"onnx", "onnxscript", "onnx_graphsurgeon", "onnx_ir", "onnxslim", "polygraphy"}
 FORBIDDEN = {
-    **dict.fromkeys(("bundle", "imaging", "tasks", "runtime", "batch", "serve"), TORCH | ONNX),
+    **dict.fromkeys(("bundle", "imaging", "tasks", "runtime", "batch", "serve", "triton"), TORCH | ONNX),
     "graph": TORCH,
     "calib": TORCH,
     "targets": TORCH,

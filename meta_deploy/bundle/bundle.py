@@ -294,11 +294,11 @@ class Reserved:
         """
         path, new = Path(self._out_dir), self._replacement.new
         with _told(path):
-            entries = {name: _store(source, new, name) for name, source in files.items()}
+            entries = {name: store_file(source, new, name) for name, source in files.items()}
             # Through its JSON, as Structs check types when they are read and not when they are made.
             content = msgspec.to_builtins(msgspec.structs.replace(manifest, files=entries))
             manifest = from_dict(content, path)
-            _store(to_json(manifest).encode(), new, MANIFEST)
+            store_file(to_json(manifest).encode(), new, MANIFEST)
             _check_place(self._replacement.out, path)  # again: the work took its time
             self._replacement.commit(written)
         return Bundle(path, manifest)
@@ -351,8 +351,8 @@ def _digest(stream: BinaryIO, copy_to: BinaryIO | None = None) -> tuple[str, int
     return sha.hexdigest(), size
 
 
-def _store(source: str | os.PathLike[str] | bytes, folder: Path, name: str) -> FileEntry:
-    """Write one file and make it durable; returns its manifest entry."""
+def store_file(source: str | os.PathLike[str] | bytes, folder: Path, name: str) -> FileEntry:
+    """Write a path's content or bytes to a new file and make it durable; returns its manifest entry."""
     with open(folder / name, "xb") as out:
         if isinstance(source, bytes):
             sha256, size = hashlib.sha256(source).hexdigest(), out.write(source)

@@ -11,8 +11,14 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from meta_deploy.cli.common import Parser, check_signals, done, number, path, positive_int, run
+from meta_deploy.cli.export_triton import (
+    add_triton,
+    check_triton,
+    triton_document,
+    triton_summary,
+    write_triton,
+)
 from meta_deploy.cli.terminal import tell
-from meta_deploy.errors import InputError
 from meta_deploy.text import escaped
 
 if TYPE_CHECKING:
@@ -24,6 +30,7 @@ examples:
   meta-export --ckpt model.pth --fp16
   meta-export --onnx model.onnx --target openvino
   meta-export --onnx model.onnx --scale 0.00392157 --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225
+  meta-export --bundle my-bundle --triton models
 
 Exit code 0: done; 2: bad input or usage; 3: the export does not match the original; 1: internal error.
 """
@@ -53,6 +60,9 @@ def _add_source(group: argparse._ArgumentGroup) -> None:
     source = group.add_mutually_exclusive_group()
     source.add_argument("--ckpt", type=path, metavar="PATH", help="checkpoint: .pth, .pt or .safetensors")
     source.add_argument("--onnx", type=path, metavar="PATH", help="any ONNX file")
+    source.add_argument(
+        "--bundle", type=path, metavar="DIR", help="a bundle that is there already, for --triton"
+    )
     group.add_argument(
         "--backbone-ckpt",
         type=path,
@@ -214,6 +224,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--no-verify", action="store_true", help="skip the comparison with the original")
     group.add_argument("--out", type=path, metavar="DIR", help="the bundle (default: NAME-TARGET-PRECISION)")
+    add_triton(group)
     group.add_argument("--json", action="store_true", help="print one JSON document instead of text")
 
 
@@ -248,28 +259,42 @@ def capabilities(text: str) -> tuple[str, ...]:
 
 
 def export_command(args: argparse.Namespace) -> int:
-    from meta_deploy.export import Progress, export
-    from meta_deploy.graph.pipeline import PASSES
-
-    if args.explain not in (None, "all", *PASSES):
-        raise InputError(f"'{args.explain}' is not a graph pass; choose all, or one of {', '.join(PASSES)}")
+    check_triton(args, parser)
     started = time.perf_counter()
+    bundle = exported(args) if args.bundle is None else opened(args.bundle)
+    if args.bundle is None and not args.json:
+        print(summary(bundle, time.perf_counter() - started), flush=True)
+    written = write_triton(args, bundle)
+    if args.json:
+        print(json.dumps(document(bundle) | {"triton": triton_document(written)}))
+    elif written is not None:
+        print(triton_summary(written), flush=True)
+    if args.explain is not None:
+        print(explanation(document(bundle)["passes"], args.explain), file=sys.stderr)
+    return 0
+
+
+def exported(args: argparse.Namespace) -> Bundle:
+    """The bundle of a checkpoint or an ONNX file."""
+    from meta_deploy.export import Progress, export
+
     display = StageDisplay()
     try:
-        bundle = export(
+        return export(
             source_of(args),
             progress=Progress(display.note, display.start, display.end, display.count, done),
             **options_of(args),
         )
     finally:
         display.close()
-    if args.json:
-        print(json.dumps(document(bundle)))
-    else:
-        print(summary(bundle, time.perf_counter() - started), flush=True)
-    if args.explain is not None:
-        print(explanation(document(bundle)["passes"], args.explain), file=sys.stderr)
-    return 0
+
+
+def opened(path: str) -> Bundle:
+    """A bundle that is there, by its folder or the name of one in the package."""
+    from meta_deploy.bundle.bundle import Bundle
+    from meta_deploy.bundle.shipped import locate
+
+    return Bundle.open(locate(path))
 
 
 def source_of(args: argparse.Namespace) -> str:
@@ -293,7 +318,7 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
     from meta_deploy.graph.pipeline import PASSES
 
     if args.explain not in (None, "all", *PASSES):
-        raise InputError(f"--explain '{args.explain}' is not a graph pass; choose from {', '.join(PASSES)}")
+        raise InputError(f"'{args.explain}' is not a graph pass; choose all, or one of {', '.join(PASSES)}")
     same = (
         "model",
         "target",

@@ -335,7 +335,8 @@ def _silence() -> None:
 
     import cv2
 
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    # OpenCV 4 has it at its top, 5 does not. 0 is silent.
+    (cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel)(0)
     # Pillow has no setting for libtiff, which prints what it finds wrong.
     with contextlib.suppress(OSError, AttributeError):  # where libtiff is not to be seen from outside
         library = ctypes.CDLL(Image.core.__file__)

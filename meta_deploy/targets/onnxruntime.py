@@ -17,7 +17,7 @@ from meta_deploy.graph.prices import CPU
 from meta_deploy.targets.cache import make_folder
 from meta_deploy.targets.contract import Contract, Value
 from meta_deploy.targets.model_file import read_model
-from meta_deploy.targets.target import MODEL, Arrays, Backend, Target, open_model_file
+from meta_deploy.targets.target import MODEL, Arrays, Backend, Target, TritonBackend, open_model_file
 
 _FATAL = 4
 # What has to be there for each name.
@@ -59,6 +59,7 @@ class OnnxRuntime(Target):
     }
     backends = ("onnxruntime", "openvino", "cuda", "tensorrt")
     automatic = ("cuda", "onnxruntime")
+    triton = TritonBackend("onnxruntime", MODEL, "KIND_AUTO")
 
     def open(self, bundle: Bundle, backend: str, threads: int | None) -> Backend:
         return open_model_file(bundle, backend, threads)

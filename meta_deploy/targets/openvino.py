@@ -27,7 +27,16 @@ from meta_deploy.interrupts import interruptible
 from meta_deploy.targets import cache
 from meta_deploy.targets.contract import Contract, Value
 from meta_deploy.targets.model_file import read_model
-from meta_deploy.targets.target import MODEL, Arrays, Backend, BuildOptions, Built, Runner, Target
+from meta_deploy.targets.target import (
+    MODEL,
+    Arrays,
+    Backend,
+    BuildOptions,
+    Built,
+    Runner,
+    Target,
+    TritonBackend,
+)
 
 XML, WEIGHTS = "model.xml", "model.bin"
 DEVICE = "CPU"
@@ -59,6 +68,9 @@ class OpenVINO(Target):
     }
     backends = ("openvino",)
     automatic = ("openvino",)
+    triton = TritonBackend(
+        "openvino", XML, "KIND_CPU", batches=False
+    )  # it would pad each batch to the largest
     builds = True
 
     def check(self, options: BuildOptions) -> None:

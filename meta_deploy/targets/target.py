@@ -49,6 +49,23 @@ class Built:
     engine: Engine | None = None
 
 
+@dataclass(frozen=True)
+class TritonBackend:
+    """How NVIDIA Triton runs the bundles of a target.
+
+    Attributes:
+        name: of Triton's backend.
+        file: of the bundle, that it loads.
+        kind: of its instances, as in config.pbtxt.
+        batches: it takes several requests as one batch, of any size up to the model's.
+    """
+
+    name: str
+    file: str
+    kind: str
+    batches: bool = True
+
+
 class Estimate(Struct, frozen=True, kw_only=True):
     """What a graph costs as an engine that was built and not run.
 
@@ -128,6 +145,7 @@ class Target(ABC):
         backends: what `--backend` can name for its bundles.
         automatic: those of them that `--backend auto` tries, the best first.
         gpu_only: precisions that only a GPU runs.
+        triton: what runs its bundles in NVIDIA Triton; None: nothing there does.
         last_resort: what is said where `auto` comes to the last of several.
     """
 
@@ -151,6 +169,7 @@ class Target(ABC):
     backends: tuple[str, ...]
     automatic: tuple[str, ...]
     gpu_only: tuple[str, ...] = ()
+    triton: TritonBackend | None = None
     last_resort: str = ""
 
     def offer(self) -> tuple[bool, str]:

@@ -28,7 +28,7 @@ from tests.tiny_models import detector, exported, lively
 CONFIG = detector()
 KEYS = {
     *("bundle", "model", "target", "precision", "parameters", "nodes", "passes", "verification", "seconds"),
-    *("peak_rss_mb", "engine", "operators", "conversion", "task", "tuning", "left_out"),
+    *("peak_rss_mb", "engine", "operators", "conversion", "task", "tuning", "left_out", "triton"),
 }
 STAGES = [
     "loading the model",

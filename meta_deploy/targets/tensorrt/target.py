@@ -16,7 +16,16 @@ from meta_deploy.bundle.manifest import Engine, Profile, TensorRTEngine
 from meta_deploy.errors import BackendError, InputError
 from meta_deploy.graph.precision.rules import EightBitRules
 from meta_deploy.graph.prices import GPU
-from meta_deploy.targets.target import MODEL, Backend, BuildOptions, Built, Estimate, Target, open_model_file
+from meta_deploy.targets.target import (
+    MODEL,
+    Backend,
+    BuildOptions,
+    Built,
+    Estimate,
+    Target,
+    TritonBackend,
+    open_model_file,
+)
 from meta_deploy.targets.tensorrt.library import Here, load
 
 ENGINE = "model.engine"
@@ -60,8 +69,16 @@ class TensorRT(Target):
     gpu_only = ("bf16",)
     last_resort = "on a CPU a bundle made for onnxruntime is several times faster"
 
-    def __init__(self, name: str, title: str, operators: tuple[str, ...], doubtful: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        name: str,
+        title: str,
+        operators: tuple[str, ...],
+        doubtful: tuple[str, ...] = (),
+        triton: TritonBackend | None = None,
+    ):
         self.name, self.title, self.operators, self.doubtful = name, title, operators, doubtful
+        self.triton = triton
 
     def offer(self) -> tuple[bool, str]:
         try:
@@ -189,7 +206,10 @@ class TensorRT(Target):
 
 TARGETS = (
     # The lowered form has static shapes, which a CUDA graph needs. Building takes minutes: none in doubt.
-    TensorRT("tensorrt", "TensorRT", ("lowered", "native")),
+    TensorRT(
+        *("tensorrt", "TensorRT", ("lowered", "native")),
+        triton=TritonBackend("tensorrt", ENGINE, "KIND_GPU"),
+    ),
     # It has no NonMaxSuppression, and its RoiAlign does not build without a GPU.
     TensorRT(
         *("tensorrt-rtx", "TensorRT-RTX", ("lowered",)),
