@@ -44,7 +44,7 @@ class OnnxRuntime(Target):
         *("fold-branches", "distribute-sums", "fold-scales", "discarded-rows", "pack-attention"),
     )
     doubtful = (
-        *("fuse-attention", "move-linears", "gather-rows", "pack-attention"),
+        *("fuse-attention", "pack-attention", "move-linears", "gather-rows"),
         *("merge-siblings", "distribute-sums", "fold-branches"),
     )
     hiding = ("pack-attention",)

@@ -7,7 +7,8 @@ more apart.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -23,15 +24,25 @@ from meta_deploy.graph.graph import (
     static_shape,
     tidy,
 )
-from meta_deploy.graph.linear import Linear, has_input, linear_from
+from meta_deploy.graph.linear import has_input, linear_from
 
 _BIAS = 5  # the place of what is added to the products; of MultiHeadAttention's inputs and of Attention's
+
+
+@dataclass(frozen=True)
+class Projection:
+    """q, k and v as one linear map of tokens x (B, N, C): weight (out, C), bias (out,)."""
+
+    x: gs.Tensor
+    weight: np.ndarray
+    bias: np.ndarray
 
 
 def pack_attention(graph: gs.Graph) -> int:
     """Replace MatMul, Add, Split and MultiHeadAttention by Attention.
 
-    Pattern: q, k and v are the parts of a Split of the channels of tokens (B, N, C) times a constant matrix.
+    Pattern: q, k and v are the parts of a Split of the channels of tokens (B, N, C) times a constant matrix,
+    or three such products of the same tokens.
     Check: nothing else reads what lies between; the attention has no other inputs than these and a bias.
 
     Returns:
@@ -53,42 +64,72 @@ def pack_attention(graph: gs.Graph) -> int:
     return changes
 
 
-def _projection(graph: gs.Graph, node: gs.Node, inside: IdentitySet) -> Linear | str:
-    """The linear map that q, k and v are parts of; or why they are of none."""
-    parts, split = node.inputs[:3], producer(node.inputs[0], "Split")
+def _projection(graph: gs.Graph, node: gs.Node, inside: IdentitySet) -> Projection | str:
+    """The linear map that makes q, k and v; or why there is none."""
+    parts = node.inputs[:3]
     if any(has_input(node, place) for place in range(3, len(node.inputs)) if place != _BIAS):
         return f"{shown(node)} has a cache, or a mask of keys"
-    if split is None or split not in inside or len(IdentitySet([*parts, *split.outputs])) != 3:
-        return f"q, k and v are not the three parts of one Split: {made_by(node.inputs[0])}"
-    for tensor in (split.inputs[0], *parts):
+    if len(IdentitySet(parts)) < 3 or parts[0].shape[-1] != parts[1].shape[-1]:
+        return f"q {shown(parts[0])}, k {shown(parts[1])} and v are not three tensors, two of one width"
+    for tensor in parts:
         if not sole_consumer(graph, tensor):
-            return read_elsewhere(graph, tensor, *tensor.outputs[:1])
+            return read_elsewhere(graph, tensor, node)
+    split = producer(parts[0], "Split")
+    if split is not None:
+        return _of_split(graph, split, parts, inside)
+    found = [_of_tokens(graph, tensor, inside) for tensor in parts]
+    if any(isinstance(each, str) for each in found):
+        return next(each for each in found if isinstance(each, str))
+    maps = [each for each in found if isinstance(each, Projection)]
+    if any(each.x is not maps[0].x for each in maps):
+        return f"q, k and v are not of the same tokens: {made_by(parts[0])}"
+    return Projection(
+        maps[0].x,
+        np.concatenate([each.weight for each in maps]),
+        np.concatenate([each.bias for each in maps]),
+    )
+
+
+def _of_split(
+    graph: gs.Graph, split: gs.Node, parts: Sequence[gs.Tensor], inside: IdentitySet
+) -> Projection | str:
+    """The linear map whose channels a Split cuts into q, k and v."""
     packed = split.inputs[0]
-    linear, shape = linear_from(graph, packed), static_shape(packed)
-    if shape is None or len(shape) != 3 or split.attrs.get("axis", 0) % 3 != 2:
-        return f"{shown(packed)} is not of three known sizes, or not cut along the last"
-    if linear is None or linear.node.op != "MatMul" or len(linear.x.shape or ()) != 3:
-        return f"{made_by(packed)}, not from tokens times a constant matrix"
-    if parts[0].shape[-1] != parts[1].shape[-1] or linear.node not in inside:
-        return f"q {shown(parts[0])} and k {shown(parts[1])} are not of one width"
-    return linear
-
-
-def _rewrite(graph: gs.Graph, node: gs.Node, linear: Linear, fresh: Callable[[str], str]) -> None:
-    split, parts = producer(node.inputs[0], "Split"), node.inputs[:3]
-    assert split is not None
+    if split not in inside or len(IdentitySet([*parts, *split.outputs])) != 3:
+        return f"q, k and v are not the three parts of one Split: {made_by(parts[0])}"
+    if not sole_consumer(graph, packed):
+        return read_elsewhere(graph, packed, split)
+    if split.attrs.get("axis", 0) % max(len(packed.shape or ()), 1) != 2:
+        return f"{shown(packed)} is not cut along the last of three axes"
+    whole = _of_tokens(graph, packed, inside)
+    if isinstance(whole, str):
+        return whole
     ends = np.cumsum([0, *(int(tensor.shape[-1]) for tensor in split.outputs)])
     places = [next(i for i, tensor in enumerate(split.outputs) if tensor is part) for part in parts]
     order = np.concatenate([np.arange(ends[i], ends[i + 1]) for i in places])
-    widths = [int(part.shape[-1]) for part in parts]
+    return Projection(whole.x, whole.weight[order], whole.bias[order])
+
+
+def _of_tokens(graph: gs.Graph, y: gs.Tensor, inside: IdentitySet) -> Projection | str:
+    """The linear map over tokens that makes a tensor; or why there is none."""
+    linear, shape = linear_from(graph, y), static_shape(y)
+    if linear is None or linear.node.op != "MatMul" or linear.node not in inside:
+        return f"{made_by(y)}, not from tokens times a constant matrix"
+    if shape is None or len(shape) != 3 or len(linear.x.shape or ()) != 3:
+        return f"{shown(y)} is not of three known sizes"
     bias = np.zeros(linear.out_channels) if linear.bias is None else linear.bias
-    out, dtype, factors = node.outputs[0], linear.weight.dtype, _factors(node, widths)
-    values = {"weight": (linear.weight[order] * factors[:, None]).T, "bias": bias[order] * factors}
+    return Projection(linear.x, linear.weight, bias)
+
+
+def _rewrite(graph: gs.Graph, node: gs.Node, found: Projection, fresh: Callable[[str], str]) -> None:
+    widths = [int(part.shape[-1]) for part in node.inputs[:3]]
+    out, dtype, factors = node.outputs[0], found.weight.dtype, _factors(node, widths)
+    values = {"weight": (found.weight * factors[:, None]).T, "bias": found.bias * factors}
     constants = [
         gs.Constant(fresh(f"{out.name}/{name}"), np.ascontiguousarray(array, dtype))
         for name, array in values.items()
     ]
-    inputs = [linear.x, *constants]
+    inputs = [found.x, *constants]
     if has_input(node, _BIAS):
         inputs += [gs.Variable.empty(), gs.Variable.empty(), node.inputs[_BIAS]]
     attributes = {"num_heads": node.attrs["num_heads"], "qkv_hidden_sizes": widths}

@@ -134,6 +134,38 @@ def test_a_product_that_something_else_reads_stays():
     assert "MultiHeadAttention" in ops(after)
 
 
+def three_products(x=("x", "x", "x"), bias=(True, True, True)):
+    """q, k and v as products of their own, of these tokens."""
+    rng = np.random.default_rng(0)
+    nodes, constants = [], {}
+    for name, tokens, biased in zip("qkv", x, bias, strict=True):
+        constants[f"w{name}"] = rng.standard_normal((6, 8)).astype(np.float32)
+        constants[f"b{name}"] = rng.standard_normal(8).astype(np.float32)
+        nodes.append(node("MatMul", [tokens, f"w{name}"], [f"{name}0" if biased else name]))
+        if biased:
+            nodes.append(node("Add", [f"{name}0", f"b{name}"], [name]))
+    nodes.append(node("MultiHeadAttention", ["q", "k", "v"], ["y"], domain="com.microsoft", num_heads=2))
+    initializers = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    inputs = [value(name, [2, 5, 6]) for name in dict.fromkeys(x)]
+    return model(nodes, inputs, [value("y")], initializers, opset_imports=MICROSOFT)
+
+
+@pytest.mark.parametrize("bias", [(True, True, True), (True, False, True), (False, False, False)])
+def test_three_products_of_the_same_tokens_are_one(bias):
+    proto = three_products(bias=bias)
+    after, changes = rewritten(pack_attention, proto)
+    assert changes == 1
+    assert ops(after) == ["Attention"]
+    same(proto, after)
+
+
+def test_attention_to_other_tokens_stays():
+    proto = three_products(("x", "z", "z"))
+    with explaining() as told:
+        assert rewritten(pack_attention, proto)[1] == 0
+    assert "not of the same tokens" in next(iter(told)).reason
+
+
 @pytest.mark.parametrize("images", [1, 3])
 def test_any_number_of_images(images):
     proto = any_batch(Packed(b=BATCH).proto())
