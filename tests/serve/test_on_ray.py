@@ -134,7 +134,15 @@ def test_the_server_answers_survives_a_killed_replica_and_drains(bundles, pictur
         assert set(statuses) <= {200, 503, 504}
         assert found("/predict/cells/versions/1") == (200, expected)
 
-        server.process.send_signal(signal.SIGTERM)
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as wire:
+            head = f"POST /predict HTTP/1.1\r\nHost: here\r\nContent-Length: {len(body)}\r\n\r\n"
+            wire.sendall(head.encode() + body[:100])
+            time.sleep(0.5)
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(1)
+            assert server.ask("POST", "/predict", body)[0] == server.ask("GET", "/readyz")[0] == 503
+            wire.sendall(body[100:])
+            assert wire.recv(12) == b"HTTP/1.1 200"
         assert server.process.wait(60) == 0
         assert "Traceback" not in log.read_text()
     finally:
