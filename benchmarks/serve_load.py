@@ -1,7 +1,8 @@
 """meta-serve under load: latency and throughput, twice what it can take, malformed requests, kills, hours.
 
     python benchmarks/serve_load.py [load overload malformed killed soak] [--model BUNDLE|free] [--waits MS …]
-        [--clients N …] [--seconds N] [--malformed N] [--soak MINUTES] [--replicas N] [--threads N]
+        [--clients N …] [--seconds N] [--malformed N] [--soak MINUTES] [--rate N] [--replicas N]
+        [--threads N]
 
 Server and clients share this machine. The load is locust's; needs [serve] and locust. No name: all parts.
 """
@@ -59,6 +60,9 @@ def main() -> None:
     p.add_argument("--seconds", type=int, default=30, help="of each load (default: 30)")
     p.add_argument("--malformed", type=int, default=10_000, metavar="N", help="requests (default: 10000)")
     p.add_argument("--soak", type=float, default=30.0, metavar="MINUTES", help="default: 30")
+    p.add_argument(
+        "--rate", type=float, default=0.0, help="requests a second of the soak (default: all that it takes)"
+    )
     p.add_argument("--replicas", type=int, default=1)
     p.add_argument("--threads", type=int, default=1, help="CPU threads of each replica (default: 1)")
     args = p.parse_args()
@@ -280,7 +284,7 @@ def soak(server: Server, args: Any) -> dict[str, Any]:
     """4 clients for a long time: memory of the processes on the way, after a minute and at the end."""
     seconds, seen = 60 * args.soak, []
     with ThreadPoolExecutor(1) as pool:
-        load = pool.submit(locust, server, 4, seconds)
+        load = pool.submit(locust, server, 4, seconds, args.rate / 4)
         while not load.done():
             seen.append(server.memory())
             time.sleep(min(10.0, seconds / 12))
