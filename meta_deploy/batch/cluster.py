@@ -28,7 +28,7 @@ def connected(address: str | None, cpus: int = 0) -> Iterator[None]:
     That one has room for tasks and processes of at least `cpus` CPUs, although there may be fewer.
 
     Raises:
-        InputError: there is no cluster at the address.
+        InputError: there is no cluster at the address, or none can be started here.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its own notes go to standard error
@@ -45,11 +45,15 @@ def connected(address: str | None, cpus: int = 0) -> Iterator[None]:
                 ray.init("local", num_cpus=count, include_dashboard=False, **_SILENT)
             else:
                 ray.init(address, **_SILENT)
-    except (RuntimeError, ValueError, OSError, OverflowError) as error:
-        reason = " ".join(str(error).split())
-        where = f"on this machine: {reason}" if address is None else f"at '{address}': {reason}"
+    except Exception as error:  # Ray raises that itself where a process of its own is late
+        reason = " ".join(str(error).split()).rstrip(".")
+        if address is None:
+            raise InputError(
+                f"Ray does not start on this machine: {reason}; try again when it is less busy"
+            ) from error
         raise InputError(
-            f"there is no Ray {where}; check the address, and that Ray is of the same version there"
+            f"there is no Ray at '{address}': {reason}; check the address, and that Ray is of the same "
+            "version there"
         ) from error
     finally:
         for number, handler in handlers.items():  # Ray takes SIGTERM for itself
