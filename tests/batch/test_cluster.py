@@ -35,7 +35,7 @@ def test_a_ray_that_does_not_start_is_told_in_one_line(failing):
 def test_a_cluster_that_is_of_another_version_is_told_with_its_address(failing):
     failing(RuntimeError("Version mismatch"))
     with (
-        pytest.raises(InputError, match="^there is no Ray at 'auto': Version mismatch; check the address"),
+        pytest.raises(InputError, match=r"^there is no Ray at 'auto': Version mismatch; check the address"),
         connected("auto"),
     ):
         pass
