@@ -27,7 +27,7 @@ from meta_deploy.serve.messages import Answer  # noqa: E402
 from meta_deploy.serve.models import cards_of  # noqa: E402
 from meta_deploy.serve.worker import Worker  # noqa: E402
 
-LIMITS = Limits(body=200_000, pixels=100_000, queue=3, seconds=5)
+LIMITS = Limits(body=200_000, pixels=100_000, queue=3, seconds=60)
 MODELS = ("detector", "segmenter", "raw", "raw-image", "many=detector-dynamic", "many:2=detector")
 
 
@@ -244,14 +244,18 @@ def test_packed_bodies_and_other_forms_of_answers_are_refused(client, picture):
     assert "not drawn" in one_line(png)
 
 
-def test_whatever_is_sent_nothing_is_a_500(service, listening, picture):
+def test_whatever_is_sent_nothing_is_a_500(bundles, listening, picture):
     """Damaged pictures, forms and tensors, wrong headers, cut bodies, over a wire."""
+    (card,) = cards_of([str(bundles / "detector")])
+    worker = Worker(card.path, card.name, card.version, threads=1)  # of the event loop that listens
+    service = Service([Served(card, worker, LIMITS.queue)], LIMITS)
     requests = Requests(0, "detector")
     made = [(kind, requests.make(kind)) for kind in KINDS * 40]
     with listening(application(service)) as address, ThreadPoolExecutor(2) as pool:
         host, _, port = address.partition(":")
         statuses = set(pool.map(lambda request: send(host, int(port), *request), made))
         assert httpx.post(f"http://{address}/predict", content=picture).status_code == 200
+    worker.close()
     assert service.open == 0
     late = {"408", "504"}  # of a machine that is busy
     assert statuses <= {"closed", "200", "400", "404", "405", "406", "413", "415", "422", "429", "431", *late}
