@@ -1,10 +1,8 @@
 """The page for people, in a browser where there is one: a picture is dropped, what was found is seen."""
 
 import base64
-import html
 import io
-import json
-import re
+import queue
 import shutil
 import subprocess
 
@@ -14,6 +12,7 @@ from PIL import Image
 
 pytest.importorskip("fastapi", reason="FastAPI is not installed (pip install 'meta-deploy[serve]')")
 
+from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
 from meta_deploy import Predictor
@@ -56,7 +55,7 @@ const dropped = (bytes, name) => {
   dropped(new TextEncoder().encode("no picture"), "<b>.png");
   await settled(found.other);
   found.error = [$("status").textContent, $("status").className, $("result").hidden];
-  document.body.innerHTML = "<pre>" + JSON.stringify(found).replaceAll("<", "\\\\u003c") + "</pre>";
+  fetch("/steps", {method: "POST", body: JSON.stringify(found)});
 })();
 </script>"""
 
@@ -69,8 +68,10 @@ def picture():
 
 
 @pytest.fixture(scope="module")
-def address(bundles, picture, listening):
-    """A server of two versions of a detector, a segmenter, and raw bundles; /steps is its page, used."""
+def served(bundles, picture, listening):
+    """A server of two versions of a detector, a segmenter, and raw bundles: /steps, its page being used, and
+    a queue of what that tells in the end.
+    """
     given = ["cells={}/detector", "cells:2={}/detector-dynamic", "{}/segmenter", "{}/raw", "{}/raw-image"]
     cards = cards_of([text.replace("{}", str(bundles)) for text in given])
     workers = [Worker(card.path, card.name, card.version, threads=1) for card in cards]
@@ -84,25 +85,35 @@ def address(bundles, picture, listening):
             text.replace("</body>", STEPS.replace("PICTURE", base64.b64encode(picture).decode()))
         )
 
+    told = queue.Queue()
+
+    @app.post("/steps")
+    async def tell(request: Request):
+        told.put(await request.json())
+
     with listening(app) as place:
-        yield f"http://{place}"
+        yield f"http://{place}/steps", told
     for worker in workers:
         worker.close()
 
 
 @pytest.mark.parametrize("width", [500, 1280])
-def test_a_dropped_picture_shows_what_was_found(address, picture, bundles, tmp_path, width):
+def test_a_dropped_picture_shows_what_was_found(served, picture, bundles, tmp_path, width):
+    page, told = served
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900"]
     options = [
         "--enable-logging=stderr",
-        "--virtual-time-budget=20000",
+        "--remote-debugging-port=0",  # it stays until it is ended
         f"--user-data-dir={tmp_path / 'profile'}",
     ]
-    page = f"{address}/steps"
-    done = subprocess.run(
-        [*command, *options, "--dump-dom", page], capture_output=True, text=True, timeout=120
-    )
-    found = json.loads(html.unescape(re.search("<pre>(.*?)</pre>", done.stdout)[1]))
+    log = tmp_path / "log"
+    with log.open("w") as stderr:
+        process = subprocess.Popen([*command, *options, page], stderr=stderr)
+        try:
+            found = told.get(timeout=120)
+        finally:
+            process.terminate()
+            process.wait()
     with Predictor(bundles / "detector") as predictor:
         result = predictor(picture)
     height, wide, _ = result.draw(picture).shape
@@ -111,8 +122,8 @@ def test_a_dropped_picture_shows_what_was_found(address, picture, bundles, tmp_p
     assert found["fewer"] == repr(result.filter(0.7)) != repr(result)
     with Predictor(bundles / "segmenter") as predictor:
         assert (found["other"], found["score"]) == (repr(predictor(picture)), False)
-    told = "the given data is not an image that can be read; give a JPEG, PNG, WebP, TIFF, BMP or GIF file"
-    assert found["error"] == [told, "bad", True]
+    why = "the given data is not an image that can be read; give a JPEG, PNG, WebP, TIFF, BMP or GIF file"
+    assert found["error"] == [why, "bad", True]
     assert found["fits"]
-    told = [line for line in done.stderr.splitlines() if "CONSOLE" in line and "status of 422" not in line]
-    assert told == []
+    console = [line for line in log.read_text().splitlines() if "CONSOLE" in line]
+    assert [line for line in console if "status of 422" not in line] == []
