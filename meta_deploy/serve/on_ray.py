@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from meta_deploy.batch.cluster import connected, gpus_of
 from meta_deploy.bundle.bundle import Bundle, digest_of
 from meta_deploy.errors import BackendError, BundleError, InputError
-from meta_deploy.serve.limits import Limits, room
+from meta_deploy.serve.limits import Limits
 from meta_deploy.serve.messages import Answer, Query, TensorQuery, refusal
 from meta_deploy.serve.models import Card
 
@@ -194,8 +194,8 @@ def application(cards: Sequence[Card], options: Options) -> Application:
         serve.deployment(
             name=names[card.name, card.version],
             num_replicas=options.replicas,
-            # What waits beyond that waits as it came, and not decoded.
-            max_ongoing_requests=room(min(options.batch or card.batch, card.batch)),
+            # Those that wait do so in a replica: before replicas that are full, Ray tries again ever later.
+            max_ongoing_requests=options.limits.queue,
             ray_actor_options={
                 "num_cpus": options.threads,
                 "num_gpus": gpus_of(card.target, options.backend),

@@ -10,11 +10,11 @@ import functools
 import io
 import json
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import numpy as np
@@ -30,11 +30,12 @@ from meta_deploy.runtime.predictor import Predictor
 from meta_deploy.runtime.processor import Prepared, Processor
 from meta_deploy.serve import tensors
 from meta_deploy.serve.batcher import Batcher, Ran
-from meta_deploy.serve.limits import MOST_PIECES, batch_of
+from meta_deploy.serve.limits import MOST_PIECES, batch_of, room
 from meta_deploy.serve.messages import BYTES, JSON, LENGTH, PNG, Answer, Query, Settings, TensorQuery, refusal
 from meta_deploy.tasks.results import ImageResult, Result, Timings
 
 _LONGEST = 200  # characters of a summary
+_Asked = TypeVar("_Asked", Query, TensorQuery)
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Worker:
         self._bundle, self._pixels = self._predictor.bundle, pixels
         self._shown = {"bundle": shown} if shown is not None else {}
         self.batch = batch or batch_of(self._bundle)
+        self._places = asyncio.Semaphore(room(self.batch))
         self._model = ThreadPoolExecutor(1, "model")
         self._hands = ThreadPoolExecutor(2, "images")
         self._batcher: Batcher[Piece, dict[str, np.ndarray]] = Batcher(
@@ -89,11 +91,20 @@ class Worker:
 
     async def predict(self, query: Query) -> Answer:
         """An image's answer: the document of meta-infer --json, or its overlay."""
-        return await _answered(self._predict(query), query.seconds, 422)
+        return await _answered(self._in_turn(self._predict, query), query.seconds, 422)
 
     async def infer(self, query: TensorQuery) -> Answer:
         """Tensors' answer, by the v2 protocol. They are run as they came, in no batch with others."""
-        return await _answered(self._infer(query), query.seconds, 400)
+        return await _answered(self._in_turn(self._infer, query), query.seconds, 400)
+
+    async def _in_turn(self, work: Callable[[_Asked], Coroutine[Any, Any, Answer]], query: _Asked) -> Answer:
+        """The answer, once few enough requests are before this one; those that wait do so as they came."""
+        came = perf_counter()
+        async with self._places:
+            waited = perf_counter() - came
+            answer = await work(query)
+        seconds = {**answer.seconds, "queue": waited + answer.seconds.get("queue", 0.0)}
+        return replace(answer, seconds=seconds)
 
     async def _predict(self, query: Query) -> Answer:
         steps = self._processor(query.settings)
