@@ -289,7 +289,8 @@ def told(result: dict[str, Any]) -> dict[str, Any]:
     steady = [sample for sample in result.get("memory", ()) if sample[0]]
     for i, name in ((1, "driver_mb"), (2, "workers_mb")):
         half = len(steady) // 2
-        row[name] = [max((s[i] for s in part), default=0) for part in (steady[:half], steady[half:])]
+        most = (max((s[i] for s in part), default=0) for part in (steady[:half], steady[half:]))
+        row[name] = ", then ".join(f"{mb:,.0f}" for mb in most)
     return row
 
 
