@@ -265,8 +265,9 @@ def one_run(photos: Path, bundle: str, out: Path, args: Any, count: int) -> tupl
     chosen = [str(path) for path in sorted(photos.iterdir())[:count]]
     inputs, times = gather(chosen), list[tuple[float, int]]()
     options = checked(options_of(bundle, threads=args.threads), None)
+    size = min(args.part_size, max(1, count // 20))  # the rate is that of all parts after the first
     cpu = cpu_seconds()
-    with open_parts(inputs, out, options, args.part_size) as parts:
+    with open_parts(inputs, out, options, size) as parts:
         run(inputs, parts, options, args.workers, done=lambda n: times.append((time.perf_counter(), n)))
     rate = sum(n for _, n in times[1:]) / max(times[-1][0] - times[0][0], 1e-9)
     return rate, 1000 * (cpu_seconds() - cpu) / count
