@@ -32,7 +32,7 @@ _SCORES = ("box_ap", "mask_ap", "mean_iou")
 _ERRORS = ("max_relative_error", "mean_score_difference", "max_score_difference", "logit_error")
 
 _LEAST_SHARE = 0.01
-_NAMED = 3  # entries in a title
+_NAMED = 4  # entries in a title
 _SPEEDS = {"faster": "fast", "slower": "slow"}
 
 
