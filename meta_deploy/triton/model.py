@@ -73,7 +73,7 @@ class TritonPythonModel:
             return _failed(str(error), "INVALID_ARG")
         except MemoryError:
             return _failed("there is not enough memory for this image; make it smaller", "UNAVAILABLE")
-        except Exception as error:  # a fault of ours is one request's too
+        except Exception as error:  # an internal error is that of one request, too
             return _failed(f"internal error: {type(error).__name__}: {error}", "INTERNAL")
 
 

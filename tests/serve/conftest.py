@@ -1,10 +1,21 @@
-"""Fixtures for the server: an application that listens, for clients that need a port."""
+"""Fixtures for the server: a picture, and an application that listens, for clients that need a port."""
 
 import contextlib
+import io
 import threading
 import time
 
+import numpy as np
 import pytest
+from PIL import Image
+
+
+@pytest.fixture(scope="session")
+def picture():
+    """A PNG of 96x64: its file's bytes."""
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 200, (64, 96, 3), np.uint8)).save(stream, "PNG")
+    return stream.getvalue()
 
 
 @pytest.fixture(scope="session")

@@ -52,12 +52,6 @@ def client(service):
         yield client
 
 
-@pytest.fixture(scope="module")
-def picture():
-    """A PNG of 96x64: its file's bytes."""
-    return encoded(np.random.default_rng(0).integers(0, 200, (64, 96, 3), np.uint8))
-
-
 def encoded(pixels, form="PNG"):
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, form)

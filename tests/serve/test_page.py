@@ -1,14 +1,11 @@
 """The page for people, in a browser where there is one: a picture is dropped, what was found is seen."""
 
 import base64
-import io
 import queue
 import shutil
 import subprocess
 
-import numpy as np
 import pytest
-from PIL import Image
 
 pytest.importorskip("fastapi", reason="FastAPI is not installed (pip install 'meta-deploy[serve]')")
 
@@ -58,13 +55,6 @@ const dropped = (bytes, name) => {
   fetch("/steps", {method: "POST", body: JSON.stringify(found)});
 })();
 </script>"""
-
-
-@pytest.fixture(scope="module")
-def picture():
-    stream = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 200, (64, 96, 3), np.uint8)).save(stream, "PNG")
-    return stream.getvalue()
 
 
 @pytest.fixture(scope="module")

@@ -1,23 +1,11 @@
 """A model at work, without HTTP and Ray."""
 
 import asyncio
-import io
 import threading
-
-import numpy as np
-import pytest
-from PIL import Image
 
 from meta_deploy.serve.limits import room
 from meta_deploy.serve.messages import Query, Settings
 from meta_deploy.serve.worker import Worker
-
-
-@pytest.fixture
-def picture():
-    stream = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 200, (64, 96, 3), np.uint8)).save(stream, "PNG")
-    return stream.getvalue()
 
 
 def test_few_images_are_decoded_ahead_and_the_rest_waits_as_it_came(bundles, picture, monkeypatch):
