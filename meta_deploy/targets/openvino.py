@@ -68,15 +68,13 @@ class OpenVINO(Target):
     }
     backends = ("openvino",)
     automatic = ("openvino",)
-    triton = TritonBackend(
-        "openvino", XML, "KIND_CPU", batches=False
-    )  # it would pad each batch to the largest
+    # In batches it would pad each to the largest.
+    triton = TritonBackend("openvino", XML, "KIND_CPU", batches=False)
     builds = True
 
     def check(self, options: BuildOptions) -> None:
         super().check(options)
-        core = _core()
-        _check_hint(core, _hint(core, options.precision))
+        _check_hint(_core(), self._hint(options.precision))
 
     def build(
         self,
@@ -96,7 +94,7 @@ class OpenVINO(Target):
             files = {name: (path.parent / name).read_bytes() for name in (XML, WEIGHTS)}
         section = OpenVINOModel(
             version=_version(),
-            precision_hint=_hint(core, options.precision),
+            precision_hint=self._hint(options.precision),
             nodes=sum(op.get_type_name() not in _NO_NODES for op in graph.get_ops()),
         )
         return Built(files, section)
@@ -104,8 +102,12 @@ class OpenVINO(Target):
     def rest(self, precision: str) -> str:
         return "bf16" if precision == "int8" and _has_bfloat16(_core()) else super().rest(precision)
 
+    def _hint(self, precision: str) -> Any:
+        """What a precision computes in on this processor; int8, what is not in 8 bits."""
+        return _HINTS[self.rest(precision)]
+
     def runner(self, files: Mapping[str, bytes], profiles: Sequence[Profile], precision: str) -> Runner:
-        hint = _hint(_core(), precision)
+        hint = self._hint(precision)
         with _told("load the model that it made", "use --target onnxruntime", EngineError):
             compiled = compile_model(files[XML], files[WEIGHTS], hint, limited_threads())
         return _Model(compiled, hint, "the model that it made")
@@ -242,11 +244,6 @@ def _told(what: str, remedy: str, error_type: type[InputError] = BackendError) -
         # Some say where in OpenVINO's sources, and not what.
         reason = " ".join(line for line in lines if not line.startswith(("Exception from", "Check '")))
         raise error_type(f"OpenVINO cannot {what}: {reason[:_LONGEST_REASON]}; {remedy}") from error
-
-
-def _hint(core: Any, precision: str) -> Any:
-    """What a precision computes in on this processor; int8, what is not in 8 bits."""
-    return _HINTS[("bf16" if _has_bfloat16(core) else "fp32") if precision == "int8" else precision]
 
 
 def _has_bfloat16(core: Any) -> bool:
