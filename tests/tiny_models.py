@@ -66,6 +66,13 @@ def segmenter(**backbone):
     return UPerNetConfig("tiny-upernet", backbone, num_classes=6, channels=8, input_size=SIZE)
 
 
+def adapter_segmenter(**backbone):
+    """A segmenter on the least of a ViT-Adapter."""
+    small = {"embed_dim": 16, "depth": 4, "num_heads": 2, "deform_heads": 2, "inplanes": 4, "pos_grid": 4}
+    least = {"interactions": 1, "extra_extractors": 0}
+    return replace(segmenter(), backbone=ViTAdapterConfig(**{**small, **least, **backbone}))
+
+
 def lively(config, seed=0):
     """A model with no weight and no statistic at its initialization, that detects several classes."""
     torch.manual_seed(seed)
@@ -181,7 +188,13 @@ def exported(
     **backbone,
 ):
     """Made once for each set of arguments."""
-    kinds = {"detector": detector, "adapter": adapter, "dense": dense, "segmenter": segmenter}
+    kinds = {
+        "detector": detector,
+        "adapter": adapter,
+        "dense": dense,
+        "segmenter": segmenter,
+        "adapter segmenter": adapter_segmenter,
+    }
     config = kinds[kind](**backbone)
     return Exported(config, size, batch, dynamic_batch, dynamic_size, operators)
 

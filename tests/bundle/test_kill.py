@@ -116,15 +116,15 @@ def test_killed_at_any_moment_it_leaves_old_or_new_and_the_next_one_clears_up(ou
 
 
 @pytest.mark.parametrize(
-    ("there", "number"),
-    [("a bundle", signal.SIGINT), ("a bundle", signal.SIGTERM), ("two renames", signal.SIGINT)],
+    ("there", "number", "step"),
+    [("a bundle", signal.SIGINT, 1), ("a bundle", signal.SIGTERM, 4), ("two renames", signal.SIGINT, 2)],
 )
-def test_interrupted_at_any_moment_the_exit_code_says_which_is_there(out, number, there, request):
+def test_interrupted_at_any_moment_the_exit_code_says_which_is_there(out, number, step, there, request):
     if there == "two renames":
         request.getfixturevalue("two_renames")
     codes = set()
     write(out, "old")
-    for child in each_call(lambda: export(out, "new"), step=2 if there == "two renames" else 1):
+    for child in each_call(lambda: export(out, "new"), step=step):
         code = child.end(number)
         assert look(out) == ("new" if code == 0 else "old"), code
         codes.add(code)

@@ -77,7 +77,7 @@ def test_a_dynamic_batch_gives_each_image_what_it_gets_alone():
 
 @pytest.mark.slow
 def test_a_backbone_with_every_setting_changed_agrees():
-    agree(exported("segmenter", **CHANGED), pictures(1))
+    agree(exported("detector", **CHANGED), pictures(1))
 
 
 SIZES = [(96, 128), (32, 32), (32, 128), (128, 64), (96, 96), (128, 128), (64, 96)]
