@@ -133,13 +133,13 @@ def by_time(
 ) -> Tuning | None:
     """Time graphs in turns, as many as `seconds` leave three rounds for; None where that is only one.
 
-    (Opening the first is not counted.)
+    (Opening the first is not counted, but tells whether there is time for another.)
     The first ships unless another is surely faster; of others that are, one with more nodes has to be surely
     faster than those with fewer.
     """
     tried: list[TriedPipeline] = []
     runs: list[Run] = []
-    end, began, longest, a_round = 0.0, 0.0, 0.0, 0.0
+    end, began, longest, a_round = math.inf, time.perf_counter(), 0.0, 0.0
     for name, graph in candidates:
         try:
             run = opened(graph)
@@ -149,18 +149,19 @@ def by_time(
                 return None  # the comparison with the original will tell
             continue
         now = time.perf_counter()
-        if not tried:
-            end, began = now + seconds, now
         if now + FEWEST * (a_round + first) > end:
             break
+        if not tried:
+            end = now + seconds
         tried.append(TriedPipeline(name=name, nodes=len(graph.graph.node)))
         runs.append(run)
         longest, a_round, began = max(longest, now - began), a_round + first, now
-        if now + longest + FEWEST * a_round > end:  # the next one takes as long to make
+        if now + longest + FEWEST * (a_round + first) > end:  # the next one takes as long to make and to run
             break
     if len(tried) < 2:
         return None
-    times = np.array(interleaved(runs, feed, ROUNDS, end - time.perf_counter(), FEWEST))
+    left = end - time.perf_counter() - a_round  # a round of it warms up
+    times = np.array(interleaved(runs, feed, ROUNDS, left, FEWEST))
     medians, ratios = 1000 * np.median(times, axis=0), np.median(times / times[:, :1], axis=0)
     best = 0
     for i in sorted(range(1, len(tried)), key=lambda i: tried[i].nodes):
