@@ -1,11 +1,13 @@
 """Models side by side in one pipeline: nodes, bytes moved, latency, memory and engines, each over the first.
 
     python benchmarks/backbones.py [CASE,CASE,… …] [--part backbone] [--eager] [--no-engines] [--no-time]
+        [--profile]
 
 CASE is MODEL@SIDE or MODEL@HxW, with random weights, or a checkpoint: FILE.pth or FILE.pth@SIDE. Cases joined
 by commas make a table: each is compared with the first of them, and their runs are interleaved. Engines are
 TensorRT-RTX's in float16, built without a GPU and not run. Peak memory is what a process of its own takes to
-open the graph and to run it. What is not installed is left out.
+open the graph and to run it. `--profile` says where ONNX Runtime's time goes, by class of operators. What is
+not installed is left out.
 """
 
 from __future__ import annotations
@@ -52,6 +54,8 @@ from meta_deploy.imaging.images import read_image
 from meta_deploy.imaging.preprocess import Preprocessor
 from meta_deploy.models.checkpoint.load import load_model
 from meta_deploy.ort import onnxruntime
+from meta_deploy.report.profile import profile
+from meta_deploy.report.schema import CLASSES, ClassRow
 from meta_deploy.report.subject import peak_memory_mb
 from meta_deploy.targets import TARGETS
 from meta_deploy.targets.onnxruntime import session_options
@@ -64,7 +68,8 @@ ENGINES = "tensorrt-rtx"
 EAGER = "PyTorch"
 # What runs a graph: its module, and the target whose graph it is.
 LIBRARIES = {"ONNX Runtime": ("onnxruntime", "onnxruntime"), "OpenVINO": ("openvino", "openvino")}
-WARM_UP = 2
+PROFILED = "ONNX Runtime"
+WARM_UP, RUNS = 2, 8  # RUNS under the profiler, of which the fastest counts
 COMPARED = ("feature_", "map_", "logits")  # outputs that can be compared number by number
 
 Row = dict[str, Any]
@@ -93,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--eager", action="store_true", help="time PyTorch too, without any export")
     p.add_argument("--no-engines", action="store_true", help="build no engines")
     p.add_argument("--no-time", action="store_true", help="time nothing, and take no memory")
+    p.add_argument("--profile", action="store_true", help="time by class of operators, on ONNX Runtime")
     p.add_argument("--rounds", type=int, default=10, help="timed runs of each (default: %(default)s)")
     p.add_argument("--threads", type=int, default=2, help="default: %(default)s")
     args = p.parse_args(argv)
@@ -100,9 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     for cases in args.groups or map(group, GROUPS):
         with tempfile.TemporaryDirectory() as folder:
-            rows, ratios = measured(cases, Path(folder), args)
-        print(table(rows), table(ratios), sep="\n\n", end="\n\n", flush=True)
-        tables.append({"rows": rows, "ratios": ratios})
+            found = measured(cases, Path(folder), args)
+        print(*map(table, found.values()), sep="\n\n", end="\n\n", flush=True)
+        tables.append(found)
         save(args.json, machine=here, part=args.part, rounds=args.rounds, threads=args.threads, tables=tables)
     return 0
 
@@ -112,8 +118,8 @@ def group(text: str) -> list[Case]:
     return [Case.parse(part) for part in text.split(",")]
 
 
-def measured(cases: Sequence[Case], folder: Path, args: Any) -> tuple[list[Row], list[Row]]:
-    """A row of figures for each case, and one of their ratios to the first's."""
+def measured(cases: Sequence[Case], folder: Path, args: Any) -> dict[str, list[Row]]:
+    """`rows` with the figures of each case, `ratios` to the first's, and `classes` of operators."""
     rows, contenders = [], []
     for i, case in enumerate(cases):
         subject = Subject.load(case, args.part, args.photos)
@@ -124,8 +130,9 @@ def measured(cases: Sequence[Case], folder: Path, args: Any) -> tuple[list[Row],
         contenders.append(own)
         del subject
         gc.collect()  # graphs refer to themselves in circles
+    classes = {"classes": by_class(rows, contenders)} if args.profile else {}
     if args.no_time:
-        return rows, [ratios(row, rows[0]) for row in rows]
+        return {"rows": rows, "ratios": [ratios(row, rows[0]) for row in rows], **classes}
     for row, own in zip(rows, contenders, strict=True):
         print(f"{row['model']}: taking its memory", file=sys.stderr)
         row |= {f"{one.library} peak MB": peak_mb(one) for one in own}
@@ -135,7 +142,7 @@ def measured(cases: Sequence[Case], folder: Path, args: Any) -> tuple[list[Row],
     for row, over, own in zip(rows, compared, times, strict=True):
         row |= {f"{library} ms": float(np.median(values)) for library, values in own.items()}
         over |= {f"{library} ms": ratio(values, times[0][library]) for library, values in own.items()}
-    return rows, compared
+    return {"rows": rows, "ratios": compared, **classes}
 
 
 def ratios(row: Row, first: Row) -> Row:
@@ -263,6 +270,11 @@ class Contender:
         session = onnxruntime.InferenceSession(self.path.read_bytes(), session_options(self.threads))
         return lambda turn: session.run(None, {"images": self.images})
 
+    def profile(self) -> Sequence[ClassRow]:
+        """Where the fastest of some runs goes, of ONNX Runtime."""
+        feed, options = {"images": self.images}, session_options(self.threads)
+        return profile(self.path.read_bytes(), feed, options, self.path.parent, RUNS, best=True).classes
+
     def _eager(self, module: nn.Module, turn: int) -> None:
         with torch.inference_mode():
             module(torch.from_numpy(self.images))
@@ -277,6 +289,36 @@ def timed(groups: Sequence[Sequence[Contender]], rounds: int) -> list[dict[str, 
         {one.library: times[f"{i} {one.library}"] for one in contenders}
         for i, contenders in enumerate(groups)
     ]
+
+
+def by_class(rows: Sequence[Row], groups: Sequence[Sequence[Contender]]) -> list[Row]:
+    """Nodes, milliseconds and GFLOP of each class of operators on ONNX Runtime, for each model."""
+    found: dict[str, dict[str, ClassRow]] = {}
+    for row, contenders in zip(rows, groups, strict=True):
+        for one in contenders:
+            if one.library == PROFILED:
+                print(f"{row['model']}: profiling", file=sys.stderr)
+                found[row["model"]] = {each.name: each for each in one.profile()}
+    return [
+        {
+            "class": name,
+            **{
+                f"{model}: {what}": value(own[name]) if name in own else 0
+                for model, own in found.items()
+                for what, value in _OF_A_CLASS.items()
+            },
+        }
+        for name in CLASSES
+        if any(name in own for own in found.values())
+    ]
+
+
+_OF_A_CLASS: dict[str, Callable[[ClassRow], float]] = {
+    "nodes": lambda row: row.nodes,
+    "ms": lambda row: row.ms,
+    "GFLOP": lambda row: row.flops / 1e9,
+    "MB": lambda row: (row.bytes_read + row.bytes_written) / 1e6,
+}
 
 
 def peak_mb(contender: Contender) -> float | None:

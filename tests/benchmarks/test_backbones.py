@@ -56,6 +56,7 @@ def test_each_model_is_measured_against_the_first(tiny_checkpoint, tmp_path, mon
         "backbone",
         "--no-engines",
         "--eager",
+        "--profile",
         "--rounds",
         "3",
         "--threads",
@@ -73,7 +74,13 @@ def test_each_model_is_measured_against_the_first(tiny_checkpoint, tmp_path, mon
     assert [over["M parameters"] for over in numbers["ratios"]] == [1, 2]
     assert [over["ONNX Runtime peak MB"] for over in numbers["ratios"]] == [1, 1]
     assert numbers["ratios"][0]["OpenVINO ms"] == 1
-    assert len(capsys.readouterr().out.strip().split("\n\n")) == 2
+    convolutions = next(row for row in numbers["classes"] if row["class"] == "convolution")
+    for row, width in zip(numbers["rows"], (32, 64), strict=True):
+        assert convolutions[f"{row['model']}: nodes"] == 1
+        assert convolutions[f"{row['model']}: GFLOP"] == pytest.approx(2 * 27 * width * 32 * 32 / 1e9, rel=0.1)
+        times = sum(one[f"{row['model']}: ms"] for one in numbers["classes"])
+        assert 0 < convolutions[f"{row['model']}: ms"] < times
+    assert len(capsys.readouterr().out.strip().split("\n\n")) == 3
 
 
 @pytest.mark.slow
