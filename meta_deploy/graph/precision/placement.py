@@ -112,7 +112,7 @@ def place(graph: ir.Graph, rules: EightBitRules, outputs: Collection[str] | None
     for node in graph:
         if node.op_type not in _PRODUCTS or node.domain not in ("", "ai.onnx"):
             continue
-        found = _product(node, rules)
+        found = product_of(node, rules)
         reason = found if isinstance(found, str) else _declines(graph, found, rules, node in last)
         if reason or isinstance(found, str):
             made.declined[node] = reason
@@ -139,7 +139,7 @@ def readers_of(products: Collection[Product]) -> dict[str, list[Product]]:
     return readers
 
 
-def _product(node: ir.Node, rules: EightBitRules) -> Product | str:
+def product_of(node: ir.Node, rules: EightBitRules) -> Product | str:
     """A node as a product with weights, or why it is none that has an 8-bit kernel."""
     if node.op_type == "ConvTranspose":
         return "transposed convolutions have no 8-bit kernel"
