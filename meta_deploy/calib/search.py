@@ -128,7 +128,7 @@ class Search:
 
     def _fastest(self, chosen: list[Row], rows: list[Row]) -> tuple[list[Row], bool, dict[str, Any]]:
         """The set that the graph is fastest with, whether 8 bits are carried on between its products, and how
-        fast that is: the chosen one, or one near it.
+        fast that is: the chosen one, or one near it that is faster by more than noise.
         """
         sets = list({len(one): one for one in (chosen, *self.costs.near(chosen, rows))}.values())
         options = [(one, False) for one in sets]
@@ -136,7 +136,8 @@ class Search:
         found = self.costs.compare([self._quantized(*option) for option in options])
         others = zip(options[1:], found[1:], strict=True)
         for option, facts in sorted(others, key=lambda pair: pair[1]["ratio"]):
-            if facts["ratio"] < self.costs.margin * found[0]["ratio"] and self._allowed(*option):
+            margin = 1 if option[0] is sets[0] else self.costs.margin  # of the same products
+            if facts["ratio"] < margin * found[0]["ratio"] and self._allowed(*option):
                 return *option, facts
         return *options[0], found[0]
 
