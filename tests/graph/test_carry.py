@@ -194,19 +194,20 @@ def test_a_target_that_carries_nothing_has_nothing_carried():
 OPS = ["MaxPool", "Resize", "Transpose", "Reshape", "Concat", "Sigmoid", "Neg"]
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_in_one_range_no_number_changes_whatever_is_between(data):
-    """Moves, joins and other operators at random between two 8-bit branches and a last convolution."""
+def drawn(data, ops):
+    """Operators at random between two 8-bit branches and a last convolution."""
     tensors, nodes = {"b": 8, "c": 8}, []
-    for i in range(data.draw(st.integers(1, 6))):
-        op, name = data.draw(st.sampled_from(OPS)), f"t{i}"
+    for i in range(data.draw(st.integers(1, 7))):
+        op, name = data.draw(st.sampled_from(ops)), f"t{i}"
         first = data.draw(st.sampled_from(sorted(tensors)))
         channels = tensors[first]
         if op == "Concat":
             second = data.draw(st.sampled_from(sorted(tensors)))
             nodes.append(node(op, [first, second], [name], axis=1))
             channels += tensors[second]
+        elif op == "Add":
+            second = data.draw(st.sampled_from([one for one in sorted(tensors) if tensors[one] == channels]))
+            nodes.append(node(op, [first, second], [name]))
         elif op == "Resize":  # rounds to the same size, which moves nothing
             same = numpy_helper.from_array(np.array([1, 1, 1, 1], np.float32), "same")
             nodes.append(node(op, [first, "", "same"], [name], mode="nearest"))
@@ -221,12 +222,37 @@ def test_in_one_range_no_number_changes_whatever_is_between(data):
     loose = [one.output[0] for one in nodes if one.output[0] not in read and one.output[0] != last]
     same = numpy_helper.from_array(np.array([1, 1, 1, 1], np.float32), "same")
     keep = numpy_helper.from_array(np.array([0, 0, 0, 0]), "keep")
-    proto = between(
-        *nodes, last=last, channels=tensors[last], outputs=loose, constants=[same, keep]
-    )  # fmt: skip
+    return between(*nodes, last=last, channels=tensors[last], outputs=loose, constants=[same, keep])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_in_one_range_no_number_changes_whatever_is_between(data):
+    proto = drawn(data, OPS)
     low, plain = quantized(proto), quantized(proto, carries=False)
     for one, other in zip(run(low, images()), run(plain, images()), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_with_sums_numbers_stay_near(data):
+    proto = drawn(data, [*OPS, "Add", "Add", "Add"])
+    ranges = dict.fromkeys(place(normalized(proto).graph, RULES, ["y"]).readers, (-20.0, 20.0))
+    low, plain = quantized(proto, ranges), quantized(proto, ranges, carries=False)
+    for one, other in zip(run(low, images()), run(plain, images()), strict=True):
+        assert np.linalg.norm(one - other) <= 0.1 * max(np.linalg.norm(other), 1)
+
+
+def test_a_sum_of_sums_is_taken_as_far_as_there_are_ranges():
+    """What is joined for a sum alone has the range of its parts; a sum for a sum alone has none."""
+    three = node("Add", ["b", "c"], ["t"]), node("Add", ["t", "b"], ["z"])
+    assert carried(between(*three)) == []
+    joined = node("Concat", ["b", "c"], ["t"], axis=1), node("Add", ["t", "u"], ["z"])
+    proto = between(node("Concat", ["c", "b"], ["u"], axis=1), *joined, channels=16)
+    assert carried(proto) == ["u", "t", "z"]
+    ranges = shared_ranges(placed(proto)[1], {"b": (-1.0, 2.0), "c": (-3.0, 1.0), "z": (-4.0, 3.0)})
+    assert ranges["t"] == ranges["u"] == (-3.0, 2.0)
 
 
 @settings(max_examples=30, deadline=None)

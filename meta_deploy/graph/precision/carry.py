@@ -42,7 +42,8 @@ def carrying(graph: ir.Graph, placement: Placement, rules: EightBitRules) -> Pla
 def shared_ranges(placement: Placement, ranges: Mapping[str, Range]) -> dict[str, Range]:
     """Ranges of all that is quantized: what a node with one input makes has its input's.
 
-    A tensor that no product reads or makes has the range that joins those of what is made of it.
+    A tensor that no product reads or makes has the range that joins those of what is made of it; where that
+    is read by sums alone, of what it is joined from.
 
     Args:
         ranges: of the tensors that products read and make, by name.
@@ -57,8 +58,10 @@ def shared_ranges(placement: Placement, ranges: Mapping[str, Range]) -> dict[str
                 low, high = found.get(name, made)
                 found[name] = min(low, made[0]), max(high, made[1])
     for node in placement.carried:
-        if node.op_type not in _SEVERAL:
-            found[_name(node.outputs[0])] = found[_name(passed(node)[0])]
+        name, ends = _name(node.outputs[0]), [found.get(_name(value)) for value in passed(node)]
+        if node.op_type != "Add" and (len(ends) == 1 or name not in found):
+            lows, highs = zip(*filter(None, ends), strict=True)
+            found[name] = min(lows), max(highs)
     return found
 
 
@@ -108,11 +111,16 @@ class _Search:
         return node.op_type in ("Add", *_MOVES) or _stays_between(node)
 
     def _is_low(self, value: ir.Value, reader: ir.Node) -> bool:
-        """Whether a tensor is in 8 bits without `reader`, or would come to be if it is taken."""
+        """Whether a tensor is in 8 bits without `reader`, or would come to be if it is taken.
+
+        What only sums read has no range of its own, so that a sum has to be read by others too.
+        """
         if value in self._results or value in self._read:
             return True
         maker = value.producer()
-        if maker is None or not self._can(maker) or not self._feeds_none_else(maker, reader):
+        if maker is None or maker.op_type == "Add" or not self._can(maker):
+            return False
+        if not self._feeds_none_else(maker, reader):
             return False
         return all(self._is_low(one, maker) for one in passed(maker))
 
