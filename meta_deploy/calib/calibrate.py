@@ -126,7 +126,7 @@ class Calibrator:
         names, readers = {name: name for name in placement.readers}, placement.readers
         if faster is not None:
             other = normalized(faster())
-            twin = twin_of(placement.products, other.graph, self.rules)
+            twin = twin_of(placement.products, model.graph, other.graph, self.rules)
             if twin is not None:
                 model, names, readers = other, twin.names, twin.readers
         found = collect(

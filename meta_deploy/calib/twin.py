@@ -29,36 +29,41 @@ class Twin:
     readers: dict[str, list[Product]]
 
 
-def twin_of(products: Sequence[Product], graph: ir.Graph, rules: EightBitRules) -> Twin | None:
-    """What a graph has in the place of the tensors that products read and make.
+def twin_of(
+    products: Sequence[Product], graph: ir.Graph, other: ir.Graph, rules: EightBitRules
+) -> Twin | None:
+    """What another graph has in the place of the tensors that products of a graph read and make.
 
     Products are the same if weights, operator and the input's shape are; of several that are, the first is
-    taken for the first. None: there is one that the graph has not.
+    taken for the first. None: there is one that the other graph has not.
 
     Args:
-        products: of the one graph, in its order.
-        graph: the other one, its types and shapes inferred.
+        products: of `graph`, perhaps not all.
+        graph, other: their types and shapes inferred.
     """
-    there = dict(_told_apart([node for node in graph if is_product(node)]))
+    keys = {node: key for key, node in _told_apart(graph)}
+    there = dict(_told_apart(other))
     names: dict[str, str] = {}
     readers: dict[str, list[Product]] = {}
-    for (key, _), product in zip(_told_apart([p.node for p in products]), products, strict=True):
-        node = there.get(key)
-        other = node and product_of(node, rules)
-        if not isinstance(other, Product) or (other.result is None) != (product.result is None):
+    for product in products:
+        node = there.get(keys[product.node])
+        found = node and product_of(node, rules)
+        if not isinstance(found, Product) or (found.result is None) != (product.result is None):
             return None
-        readers.setdefault(_name(other.node.inputs[0]), []).append(other)
-        names.setdefault(_name(product.node.inputs[0]), _name(other.node.inputs[0]))
-        if product.result is not None and other.result is not None:
-            readers.setdefault(_name(other.result), [])
-            names.setdefault(_name(product.result), _name(other.result))
+        readers.setdefault(_name(found.node.inputs[0]), []).append(found)
+        names.setdefault(_name(product.node.inputs[0]), _name(found.node.inputs[0]))
+        if product.result is not None and found.result is not None:
+            readers.setdefault(_name(found.result), [])
+            names.setdefault(_name(product.result), _name(found.result))
     return Twin(names, readers)
 
 
-def _told_apart(nodes: Sequence[ir.Node]) -> Iterator[tuple[Hashable, ir.Node]]:
-    """Products, each with what it has in common with its like in another graph, and the how manieth it is."""
+def _told_apart(graph: ir.Graph) -> Iterator[tuple[Hashable, ir.Node]]:
+    """A graph's products, each behind what it shares with its like in another graph, its number of these
+    included.
+    """
     met: Counter[Hashable] = Counter()
-    for node in nodes:
+    for node in filter(is_product, graph):
         x, weights = node.inputs[:2]
         assert weights is not None
         assert weights.const_value is not None

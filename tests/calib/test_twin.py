@@ -62,9 +62,10 @@ def network(prefix="", gelu=True, left_out=None, sizes=(12, 6), widths=8):
     return model(nodes, inputs, ["y"], constants, opset_imports=opset)
 
 
-def found(one, other, rules=RULES):
-    placement = place(normalized(one).graph, rules)
-    return twin_of(placement.products, normalized(other).graph, rules)
+def found(one, other, rules=RULES, without=()):
+    graph = normalized(one).graph
+    products = [p for p in place(graph, rules).products if p.node.outputs[0].name not in without]
+    return twin_of(products, graph, normalized(other).graph, rules)
 
 
 @pytest.mark.parametrize("results", [True, False])
@@ -75,6 +76,11 @@ def test_each_tensor_is_found_whatever_the_names_and_operators_between(results):
     readers = {name: [p.node.outputs[0].name for p in products] for name, products in twin.readers.items()}
     expected = {"other/g0": ["other/p0"], "other/g1": ["other/p1"], "other/j": ["other/q"]}
     assert readers == expected | ({"other/r0": [], "other/r1": []} if results else {})
+
+
+def test_products_that_are_not_quantized_count_where_several_are_alike():
+    twin = found(network(sizes=(6, 6)), network("other/", sizes=(6, 6)), without=["p0"])
+    assert twin.names["g1"] == "other/g1"
 
 
 @pytest.mark.parametrize("other", [network(left_out="p1"), network(sizes=(12, 7)), network(widths=10)])
