@@ -16,9 +16,7 @@ from meta_deploy.graph.precision.rules import EightBitRules
 from meta_deploy.graph.precision.values import FLOAT, is_constant
 
 # These pick or move numbers, so that rounding before them is rounding behind them; the first input is moved.
-_MOVES = frozenset(
-    ("MaxPool", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Gather", "Concat")
-)
+_MOVES = frozenset(("MaxPool", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Concat"))
 _SEVERAL = ("Concat", "Add")  # of which all inputs are numbers, each with a scale of its own
 
 
