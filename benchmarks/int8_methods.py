@@ -5,9 +5,10 @@
 CASE is `demo`, the detector in the package, or a .pth file. Rows: float32, float16 and bfloat16; `meta-export
 --int8` with its search, and by the rules with each method of calibration; ONNX Runtime's quantize_static;
 NNCF on OpenVINO; and the files of `--add`, which another tool made of build/benchmarks/int8/fp32/model.onnx.
-Accuracy is as in demo_accuracy.py. Model times are taken in turns, as ratios to the first row; memory is the
-peak of a fresh process that runs one picture. Rows are printed as they come; `--plot` draws accuracy
-against time.
+With `--tensorrt`, also the graphs for TensorRT-RTX in float16, int8 and fp8, each result rounded as a GPU
+rounds it: what these lose, without a time. Accuracy is as in demo_accuracy.py. Model times are taken in
+turns, as ratios to the first row; memory is the peak of a fresh process that runs one picture. Rows are
+printed as they come; `--plot` draws accuracy against time.
 """
 
 from __future__ import annotations
@@ -46,18 +47,21 @@ from benchmarks.quantize_static import quantize_static_of
 from meta_deploy.bundle.bundle import Bundle, write_bundle
 from meta_deploy.calib import METHOD_NAMES
 from meta_deploy.export.samples import ImageSamples, evenly
+from meta_deploy.export.verify import OnnxRun
 from meta_deploy.graph.pipeline import run_passes
+from meta_deploy.graph.precision.emulate import emulated
 from meta_deploy.imaging.sources import expand
 from meta_deploy.report.subject import peak_memory_mb
 from meta_deploy.runtime.predictor import Predictor
 from meta_deploy.targets import TARGETS, open_backend
 from meta_deploy.targets.model_file import read_model
 from meta_deploy.targets.openvino import WEIGHTS, XML
-from meta_deploy.targets.target import MODEL
+from meta_deploy.targets.target import MODEL, Arrays, Backend
 from meta_deploy.tasks.detection import Detections
 from tools.training_data import evenly_chosen
 
 FOLDER = WORK / "int8"
+SIMULATED = "simulated"
 
 
 @dataclass(frozen=True)
@@ -68,10 +72,32 @@ class Row:
     bundle: Path
     backend: str
 
+    def open(self, threads: int) -> Backend:
+        bundle = Bundle.open(self.bundle)
+        return Simulated(bundle) if self.backend == SIMULATED else open_backend(bundle, self.backend, threads)
+
     def size(self) -> float:
         """MB of the files that the back end reads."""
         files = (XML, WEIGHTS) if (self.bundle / XML).exists() else (MODEL,)
         return sum((self.bundle / file).stat().st_size for file in files) / 1e6
+
+
+class Simulated(Backend):
+    """A graph for TensorRT, run as it is written, with its rounding, by ONNX Runtime."""
+
+    name = SIMULATED
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._outputs = [output.name for output in bundle.manifest.outputs]
+        self._run = OnnxRun(emulated(onnx.load_from_string(read_model(bundle))), literally=True)
+        self.runs_on = self._run.runs_on
+
+    def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
+        outputs = self._run(inputs)
+        return {name: outputs[name] for name in self._outputs}
+
+    def close(self) -> None:
+        pass
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -85,6 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--tile", type=int, help="as in demo_accuracy.py")
     p.add_argument("--methods", nargs="*", default=METHOD_NAMES, help="of calibration (default: all)")
+    p.add_argument("--tensorrt", action="store_true", help="rows for TensorRT-RTX, simulated")
     p.add_argument("--plot", type=Path, metavar="FILE.png", help="draw accuracy against time")
     p.add_argument(
         "--add", nargs="*", default=[], metavar="NAME=FILE", help="further graphs for ONNX Runtime"
@@ -93,22 +120,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = list(contenders(args))
     truth = evenly_chosen(json.loads((args.data / "instances_val.json").read_text()), args.count)
     pictures = [args.data / "val" / image["file_name"] for image in truth["images"]]
-    times = timed(rows, pictures[0], args.rounds, args.threads)
+    times = timed([row for row in rows if row.backend != SIMULATED], pictures[0], args.rounds, args.threads)
     base, cells = rows[0], []
     whole = float32_graph(Bundle.open(base.bundle)).ByteSize() / 1e6
     for row in rows:
-        with Predictor(row.bundle, row.backend, 0.0, args.threads, tile=args.tile) as predictor:
+        runs, opened = row.name in times, row.open(args.threads)
+        with Predictor(row.bundle, opened, 0.0, args.threads, tile=args.tile) as predictor:
             found, _ = results_of(predictor, truth, args.data / "val")
         cells.append(
             {"": row.name, "back end": row.backend}
             | accuracy(truth, found)
             | {
-                "time / fp32": ratio(times[row.name], times[base.name]),
-                "ms": float(np.median(times[row.name])),
+                "time / fp32": ratio(times[row.name], times[base.name]) if runs else None,
+                "ms": float(np.median(times[row.name])) if runs else None,
             }
             | {
                 "file / fp32": row.size() / whole,
-                "memory, MB": in_fresh_process(memory, row, args.threads, pictures[0]),
+                "memory, MB": in_fresh_process(memory, row, args.threads, pictures[0]) if runs else None,
             }
         )
         print(table(cells), end="\n\n", flush=True)
@@ -148,6 +176,9 @@ def contenders(args: Any) -> Iterator[Row]:
         engine = replace(bundle.manifest.engine, precision_hint=hint)
         name = f"NNCF, rest {hint}"
         yield Row(name, rewritten(bundle, name, files, engine=engine), "openvino")
+    for precision, *more in (("fp16",), ("int8", *calibrated), ("fp8", *calibrated)) if args.tensorrt else ():
+        row = ours(f"TensorRT-RTX {precision}", "tensorrt-rtx", f"--{precision}", *more)
+        yield Row(row.name, row.bundle, SIMULATED)
 
 
 def exported(case: Case, name: str, target: str, *options: object) -> Row:
@@ -234,7 +265,8 @@ def plot(tables: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> None:
     for axes, (title, cells) in zip(np.atleast_1d(panels), tables.items(), strict=True):
         keys = list(cells[0])
         figures = keys[keys.index("back end") + 1 : keys.index("time / fp32")]
-        for cell, colour in zip(cells, pyplot.get_cmap("tab20").colors, strict=False):
+        timed_cells = [cell for cell in cells if cell["time / fp32"] is not None]
+        for cell, colour in zip(timed_cells, pyplot.get_cmap("tab20").colors, strict=False):
             x = cell["time / fp32"]
             y = 100 * min(cell[figure] - cells[0][figure] for figure in figures)
             axes.scatter(x, y, s=250 * cell["file / fp32"], color=colour, alpha=0.7, label=cell[""])
@@ -251,7 +283,7 @@ def timed(rows: Sequence[Row], picture: Path, rounds: int, threads: int) -> dict
     """The model alone, all rows in turns."""
     bundle = Bundle.open(rows[0].bundle)
     (feed,) = ImageSamples([picture], bundle.input, bundle.manifest.preprocess)
-    opened = {row.name: open_backend(Bundle.open(row.bundle), row.backend, threads) for row in rows}
+    opened = {row.name: row.open(threads) for row in rows}
     runs: dict[str, Callable[[int], Any]] = {
         name: lambda turn, run=backend.run: run(feed) for name, backend in opened.items()
     }

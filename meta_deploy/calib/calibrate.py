@@ -12,13 +12,16 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import onnx
 import onnx_ir as ir
 
 from meta_deploy.calib import METHOD_NAMES
 from meta_deploy.calib.choice import best, errors_of, ranges_of
 from meta_deploy.calib.methods import METHODS
 from meta_deploy.calib.statistics import collect
+from meta_deploy.calib.twin import twin_of
 from meta_deploy.errors import InputError
+from meta_deploy.graph.graph import normalized
 from meta_deploy.graph.precision.placement import Placement
 from meta_deploy.graph.precision.quantize import Range
 from meta_deploy.graph.precision.rules import EightBitRules
@@ -77,12 +80,16 @@ class Calibrator:
         self.samples, self.rules, self.method = samples, rules, method
         self.note, self.progress, self.kept = note, progress, kept
 
-    def __call__(self, model: ir.Model, placement: Placement) -> tuple[dict[str, Range], dict[str, Any]]:
+    def __call__(
+        self, model: ir.Model, placement: Placement, faster: Callable[[], onnx.ModelProto] | None = None
+    ) -> tuple[dict[str, Range], dict[str, Any]]:
         """Each tensor's range, and how they were found: samples, their noun, the method, tensors by method.
 
         Args:
             model: in float32, its types and shapes inferred; not changed.
             placement: what is to be quantized in it.
+            faster: makes the same network with operators that run faster here; it is run in the model's
+                place if it has the same products.
 
         Raises:
             InputError: a sample cannot be read, or a tensor is not finite on it; no two samples differ.
@@ -102,7 +109,7 @@ class Calibrator:
         if tensors is not None:
             self.note("the calibration of this graph on these inputs is at hand from before")
         else:
-            tensors = self._measured(model, placement)
+            tensors = self._measured(model, placement, faster)
             self._write(key, tensors)
         chosen = {name: tensor.method(self.method) for name, tensor in tensors.items()}
         facts = {
@@ -113,19 +120,27 @@ class Calibrator:
         }
         return {name: tensor.ranges[chosen[name]] for name, tensor in tensors.items()}, facts
 
-    def _measured(self, model: ir.Model, placement: Placement) -> dict[str, Tensor]:
+    def _measured(
+        self, model: ir.Model, placement: Placement, faster: Callable[[], onnx.ModelProto] | None
+    ) -> dict[str, Tensor]:
+        names, readers = {name: name for name in placement.readers}, placement.readers
+        if faster is not None:
+            other = normalized(faster())
+            twin = twin_of(placement.products, model.graph, other.graph, self.rules)
+            if twin is not None:
+                model, names, readers = other, twin.names, twin.readers
         found = collect(
             model,
-            placement.readers,
+            readers,
             self.samples,
             self.samples.runs(),
             lambda done: self.progress(self.samples.done(done), len(self.samples)),
         )
-        tensors = {}
-        for name, products in placement.readers.items():
+        measured = {}
+        for name, products in readers.items():
             ranges = ranges_of(found[name], self.rules)
-            tensors[name] = Tensor(ranges, errors_of(found.pop(name), ranges, products, self.rules))
-        return tensors
+            measured[name] = Tensor(ranges, errors_of(found.pop(name), ranges, products, self.rules))
+        return {name: measured[other] for name, other in names.items()}
 
     def _read(self, key: str, names: Collection[str]) -> dict[str, Tensor] | None:
         found = cache.read(_CACHE, key) if self.kept else None

@@ -13,15 +13,16 @@ import onnx_ir as ir
 
 from meta_deploy.calib.calibrate import graph_digest
 from meta_deploy.calib.costs import PAYS, Costs, Kept, Row, Verdict
+from meta_deploy.graph.precision.carry import carrying
 from meta_deploy.graph.precision.int8 import TITLES
 from meta_deploy.graph.precision.lower import to_proto
-from meta_deploy.graph.precision.placement import Placement, Product
+from meta_deploy.graph.precision.placement import Placement
 from meta_deploy.graph.precision.qdq import insert
 from meta_deploy.graph.precision.quantize import Range
 from meta_deploy.targets import cache
 
 INACCURATE = "its error is not worth its time"
-_VERSION = 4
+_VERSION = 5
 
 
 def by_worth(rows: Sequence[Row]) -> list[Row]:
@@ -73,7 +74,7 @@ class Search:
         self.kept = Kept(cache.key(*parts))
         self.trial.begin(to_proto(model))
         rows = self.costs.rows(model, placement, ranges, self.kept)
-        chosen = self._chosen([row for row in rows if row.gains])
+        chosen, carries = self._chosen([row for row in rows if row.gains]), False
         facts: dict[str, Any] = {"by": self.costs.by, "max_drop": self.max_drop, "drop": None, "speed": None}
         why = ""
         if not any(row.gains for row in rows):
@@ -81,8 +82,8 @@ class Search:
         elif not chosen:
             why = "no set of the groups that gain time stays within the limit"
         else:
-            chosen, facts["speed"] = self._fastest(chosen, rows)
-            facts["drop"] = round(self._judged(chosen).drop, 3)
+            chosen, carries, facts["speed"] = self._fastest(chosen, rows)
+            facts["drop"] = round(self._judged(chosen, carries).drop, 3)
             if facts["speed"]["ratio"] > PAYS:
                 rest = TITLES[self.trial.rest]
                 why = f"8 bits take {facts['speed']['ratio']:.2f} of {rest}'s time {self.costs.where}"
@@ -94,7 +95,8 @@ class Search:
         faster = [product for row in worth for product in row.group.products]
         products = [product for row in chosen for product in row.group.products]
         slower = f"it gains no time {self.costs.where}"
-        return placement.only(faster, slower).only(products, INACCURATE if products else why), facts
+        found = placement.only(faster, slower).only(products, INACCURATE if products else why)
+        return carrying(model.graph, found, self.rules) if carries else found, facts
 
     def _chosen(self, rows: list[Row]) -> list[Row]:
         """Of the rows that gain time, those that may be in 8 bits together."""
@@ -111,33 +113,43 @@ class Search:
         ordered = by_worth(rows)
         return ordered[: longest(len(rows) - 1, lambda count: self._allowed(ordered[:count]))]
 
-    def _allowed(self, rows: Sequence[Row]) -> bool:
-        verdict = self._judged(rows)
+    def _allowed(self, rows: Sequence[Row], carries: bool = False) -> bool:
+        verdict = self._judged(rows, carries)
         return verdict.error <= 1 and (self.max_drop is None or verdict.drop <= self.max_drop)
 
-    def _judged(self, rows: Sequence[Row]) -> Verdict:
+    def _judged(self, rows: Sequence[Row], carries: bool = False) -> Verdict:
         verdicts = self.kept.table("verdicts")
-        key = " ".join(sorted(row.group.name for row in rows))
+        key = " ".join([*sorted(row.group.name for row in rows), *(["and carried"] if carries else [])])
         if key not in verdicts:
-            verdict = self.trial.judge(self._quantized(rows))
+            verdict = self.trial.judge(self._quantized(rows, carries))
             verdicts[key] = [verdict.drop, verdict.error]
             self.kept.write()
         return Verdict(*verdicts[key])
 
-    def _fastest(self, chosen: list[Row], rows: list[Row]) -> tuple[list[Row], dict[str, Any]]:
-        """The set that the graph is fastest with, and how fast: the chosen one, or one near it."""
+    def _fastest(self, chosen: list[Row], rows: list[Row]) -> tuple[list[Row], bool, dict[str, Any]]:
+        """The set that the graph is fastest with, whether 8 bits are carried on between its products, and how
+        fast that is: the chosen one, or one near it that is faster by more than noise.
+        """
         sets = list({len(one): one for one in (chosen, *self.costs.near(chosen, rows))}.values())
-        found = self.costs.compare([self._quantized(one) for one in sets])
-        for one, facts in sorted(zip(sets[1:], found[1:], strict=True), key=lambda pair: pair[1]["ratio"]):
-            if facts["ratio"] < self.costs.margin * found[0]["ratio"] and self._allowed(one):
-                return one, facts
-        return chosen, found[0]
+        options = [(one, False) for one in sets]
+        options += [(one, True) for one in sets if self._placed(one, True).carried]
+        found = self.costs.compare([self._quantized(*option) for option in options])
+        others = zip(options[1:], found[1:], strict=True)
+        for option, facts in sorted(others, key=lambda pair: pair[1]["ratio"]):
+            margin = 1 if option[0] is sets[0] else self.costs.margin  # of the same products
+            if facts["ratio"] < margin * found[0]["ratio"] and self._allowed(*option):
+                return *option, facts
+        return *options[0], found[0]
 
-    def _quantized(self, rows: Sequence[Row]) -> onnx.ModelProto:
+    def _quantized(self, rows: Sequence[Row], carries: bool = False) -> onnx.ModelProto:
         """The whole graph with these groups in 8 bits."""
         copy = self.model.clone()
         nodes = dict(zip(self.model.graph, copy.graph, strict=True))
         values = {old: new for a, b in nodes.items() for old, new in zip(a.outputs, b.outputs, strict=True)}
-        products: list[Product] = [product for row in rows for product in row.group.products]
-        insert(copy.graph, self.placement.only(products, "").moved(nodes, values), self.ranges, self.rules)
+        placement = self._placed(rows, carries).moved(nodes, values)
+        insert(copy.graph, placement, self.ranges, self.rules)
         return to_proto(copy)
+
+    def _placed(self, rows: Sequence[Row], carries: bool) -> Placement:
+        placement = self.placement.only([product for row in rows for product in row.group.products], "")
+        return carrying(self.model.graph, placement, self.rules) if carries else placement

@@ -173,6 +173,8 @@ def make(
         before = node_count(original)
     builds = Builds(source, plan, progress)
     full, rows, tuning = optimize(original, source, samples, plan, left_out, builds, progress)
+    if quantization is not None and source.traced and plan.form != "native":
+        quantization = calibrated_natively(quantization, source, plan, [row.name for row in rows])
     del original
     gc.collect()  # a graph refers to itself in circles, and a large model's holds gigabytes
     lowered = lower(full, source, samples, plan, quantization, progress)
@@ -411,6 +413,21 @@ def quantizes(source: Source, plan: Plan, progress: Progress) -> Quantization:
         costs = Estimated if plan.target.estimates else Timed
         search = Search(costs(trial_of(source, plan), rules, progress.note, progress.count), options.max_drop)
     return Quantization(rules, calibrate, source.outputs, search, plan.rest)
+
+
+def calibrated_natively(
+    quantization: Quantization, source: Source, plan: Plan, passes: Sequence[str]
+) -> Quantization:
+    """The same, with ranges measured on the graph with native operators.
+
+    Sampling written as arithmetic for a GPU takes most of the time on a CPU.
+    """
+
+    def native() -> onnx.ModelProto:
+        return run_passes(source.graph("native"), passes, plan.target.prices)[0]
+
+    assert isinstance(quantization.calibrate, Calibrator)
+    return replace(quantization, calibrate=functools.partial(quantization.calibrate, faster=native))
 
 
 def trial_of(source: Source, plan: Plan) -> OutputsTrial:

@@ -55,7 +55,15 @@ class OnnxRuntime(Target):
     # Measured by benchmarks/int8_products.py. A bias in float32 would keep Gemm, and a MatMul with an Add,
     # out of its 8-bit kernels.
     eight_bits = {  # noqa: RUF012
-        "int8": EightBitRules(signed=False, results=True, biases=True, speedup=4, value=20, node=1e6)
+        "int8": EightBitRules(
+            signed=False,
+            results=True,
+            biases=True,
+            speedup=4,
+            value=20,
+            node=1e6,
+            carries=("MaxPool", "Resize", "Concat", "Add", "Transpose", "Reshape", "Squeeze", "Unsqueeze"),
+        )
     }
     backends = ("onnxruntime", "openvino", "cuda", "tensorrt")
     automatic = ("cuda", "onnxruntime")

@@ -1,13 +1,14 @@
 """The search: groups are what goes together, what is chosen is the best there is, and nothing is lost."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from meta_deploy.calib import timed as module
-from meta_deploy.calib.costs import Row
+from meta_deploy.calib.costs import Row, Verdict
 from meta_deploy.calib.groups import groups_of, kernels_of, part_of, shapes_of
 from meta_deploy.calib.search import Search, by_worth, longest
 from meta_deploy.calib.timed import Timed, gain_of
@@ -235,6 +236,40 @@ def test_a_set_that_is_faster_as_a_whole_than_its_groups_alone_is_taken(
     chosen, _, facts = searched(trial)
     assert chosen == expected
     assert facts["speed"]["ratio"] == pytest.approx(seconds[len(expected)] / 0.008, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "error", "expected"),
+    [(0.003, 0.1, ["t"]), (0.0049, 0.1, ["t"]), (0.0051, 0.1, []), (0.003, 2.0, [])],
+)
+def test_8_bits_are_carried_between_products_where_the_whole_is_faster_for_it(
+    seconds, error, expected, monkeypatch, different_sizes
+):
+    nodes = [
+        *(node("Gelu", ["x"], ["g"]), node("MatMul", ["g", "w0"], ["p0"]), node("Relu", ["p0"], ["r"])),
+        *(node("Transpose", ["r"], ["t"], perm=[1, 0, 2]), node("MatMul", ["t", "w1"], ["p1"])),
+        *(node("Gelu", ["p1"], ["h"]), node("MatMul", ["h", "last"], ["y"])),
+    ]
+    constants = [constant("w0", 8, 8), constant("w1", 8, 8), constant("last", 8, 4)]
+    opset = [helper.make_opsetid("", 20)]
+    proto = model(nodes, [value("x", ["n", 12, 8])], ["y"], constants, opset_imports=opset)
+    times = {"p0": (4.0, 2.5), "p1": (4.0, 2.5)}
+    trial = Scripted(times, {"p0": 0.1, "p1": 0.1}, monkeypatch=monkeypatch)
+    alone, judge = trial.seconds, trial.judge
+
+    def carries(proto):
+        numbers = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
+        return {"r/scale", "t/scale"} <= set(numbers) and numbers["t/scale"] == numbers["r/scale"]
+
+    trial.seconds = lambda proto: (lambda feed: seconds) if carries(proto) else alone(proto)
+    trial.judge = lambda proto: Verdict(0, error) if carries(proto) else judge(proto)
+    graph, placement = placed(proto)
+    ranges = {**dict.fromkeys(placement.readers, (-1.0, 1.0)), "t": (0.0, 0.9)}
+    rules = replace(RULES, carries=("Transpose",))
+    found, facts = Search(Timed(trial, rules))(graph, placement, ranges)
+    assert [one.outputs[0].name for one in found.carried] == expected
+    assert [product.node.outputs[0].name for product in found.products] == ["p0", "p1"]
+    assert facts["speed"]["ratio"] == pytest.approx((seconds if expected else 0.005) / 0.008, abs=1e-3)
 
 
 def test_an_interrupted_search_goes_on_where_it_was(monkeypatch, different_sizes):

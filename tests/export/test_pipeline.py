@@ -12,6 +12,7 @@ from PIL import Image
 
 from meta_deploy.bundle.bundle import Bundle
 from meta_deploy.bundle.manifest import Edges, SizeRange, TensorSpec, Thresholds
+from meta_deploy.calib import calibrate
 from meta_deploy.errors import (
     BundleError,
     CheckpointError,
@@ -177,9 +178,11 @@ def quick(checkpoint, tmp_path, monkeypatch):
 
     def call(**options):
         kind = {"batch": options.get("batch", 1), "dynamic_batch": options.get("dynamic_batch")}
-        kind["operators"] = "lowered" if options.get("target") == "tensorrt-rtx" else "native"
-        proto = exported("detector", **kind).literal_copy()
-        monkeypatch.setattr(checkpoint_source, "export_onnx", lambda model, spec, operators: proto)
+
+        def export_onnx(model, spec, operators):
+            return exported("detector", operators=operators, **kind).literal_copy()
+
+        monkeypatch.setattr(checkpoint_source, "export_onnx", export_onnx)
         return export(checkpoint, **{"out": "bundle", "calib_images": pictures[0].parent, **options})
 
     return call
@@ -443,6 +446,23 @@ def test_a_bundle_for_tensorrt_holds_an_engine_and_the_graph_that_was_checked(qu
     if precision != "bf16":  # for which a CPU has no kernels
         with Predictor(bundle, backend="onnxruntime", score_threshold=0.0) as predictor:
             assert len(predictor("pictures/a.png").scores) > 0
+
+
+@builds
+def test_for_an_engine_ranges_are_measured_on_the_graph_with_native_operators(quick, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def collect(model, readers, *_):
+        made = {output.name for node in model.graph for output in node.outputs}
+        raise Seen({node.op_type for node in model.graph}, readers.keys() - made)
+
+    monkeypatch.setattr(calibrate, "collect", collect)
+    with pytest.raises(Seen) as seen:
+        quick(target="tensorrt-rtx", precision="int8")
+    ops, missing = seen.value.args
+    assert {"RoiAlign", "NonMaxSuppression"} <= ops
+    assert missing <= {"images"}
 
 
 @builds

@@ -68,6 +68,7 @@ class Quantized:
         declined: why nothing is in 8 bits. Otherwise empty.
         rest: the precision of all that is not in 8 bits.
         lowered: what was done to the graph for that; None where it is float32 there.
+        carried: nodes between products that pass 8-bit numbers on.
     """
 
     products: int
@@ -79,6 +80,7 @@ class Quantized:
     declined: str = ""
     rest: str = "fp32"
     lowered: Conversion | None = None
+    carried: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -121,6 +123,7 @@ class INT8(Precision):
     ) -> tuple[onnx.ModelProto, Quantized]:
         """The graph with 8 bits where they are worth it, and float32 elsewhere."""
         from meta_deploy.graph.graph import normalized
+        from meta_deploy.graph.precision.carry import carrying
         from meta_deploy.graph.precision.lower import LOW_SCALES_OPSET, raise_opset, to_proto
         from meta_deploy.graph.precision.placement import place
         from meta_deploy.graph.precision.qdq import insert
@@ -141,9 +144,14 @@ class INT8(Precision):
         found = None
         if quantization.search is not None:
             placement, found = quantization.search(model, placement, ranges)
+        else:
+            placement = carrying(model.graph, placement, rules)
         products, tensors = len(placement.products), len(placement.readers)
         why = found["declined"] if found else ""
-        done = Quantized(count, products, placement.reasons(), tensors, calibration, found, why)
+        carried = len(placement.carried)
+        done = Quantized(
+            count, products, placement.reasons(), tensors, calibration, found, why, carried=carried
+        )
         if not products:
             return proto, done
         insert(model.graph, placement, ranges, rules)
@@ -154,6 +162,8 @@ class INT8(Precision):
         how = ", ".join(f"{n} by {name}" for name, n in calibration["methods"].items())
         line = f"{conversion['quantized']} of {conversion['products']} products in {self.name}, ranges of "
         line += f"{conversion['tensors']} tensors from {calibration['samples']} {calibration['noun']} ({how})"
+        if conversion["carried"]:
+            line += f"; {conversion['carried']} nodes between them pass 8 bits on"
         rest = TITLES[conversion["rest"]]
         why = "".join(f"\n  {n} in {rest}: {reason}" for reason, n in reasons.items())
         return line + why + searched(conversion["search"])

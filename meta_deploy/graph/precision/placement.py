@@ -58,11 +58,13 @@ class Placement:
         products: in the graph's order.
         declined: product -> why it stays in float32, in words.
         readers: each activation that is quantized, by name, and the products that read it.
+        carried: nodes between them that pass 8-bit numbers on (`carry.py`), in the graph's order.
     """
 
     products: list[Product] = field(default_factory=list)
     declined: dict[ir.Node, str] = field(default_factory=dict)
     readers: dict[str, list[Product]] = field(default_factory=dict)
+    carried: list[ir.Node] = field(default_factory=list)
 
     def reasons(self) -> dict[str, int]:
         """Why products stay in float32, and how many each."""
@@ -88,7 +90,8 @@ class Placement:
             if one.node in nodes
         ]
         declined = {nodes[node]: reason for node, reason in self.declined.items() if node in nodes}
-        return Placement(products, declined, readers_of(products))
+        carried = [nodes[node] for node in self.carried if node in nodes]
+        return Placement(products, declined, readers_of(products), carried)
 
 
 def place(graph: ir.Graph, rules: EightBitRules, outputs: Collection[str] | None = None) -> Placement:
@@ -109,7 +112,7 @@ def place(graph: ir.Graph, rules: EightBitRules, outputs: Collection[str] | None
     for node in graph:
         if node.op_type not in _PRODUCTS or node.domain not in ("", "ai.onnx"):
             continue
-        found = _product(node, rules)
+        found = product_of(node, rules)
         reason = found if isinstance(found, str) else _declines(graph, found, rules, node in last)
         if reason or isinstance(found, str):
             made.declined[node] = reason
@@ -136,7 +139,7 @@ def readers_of(products: Collection[Product]) -> dict[str, list[Product]]:
     return readers
 
 
-def _product(node: ir.Node, rules: EightBitRules) -> Product | str:
+def product_of(node: ir.Node, rules: EightBitRules) -> Product | str:
     """A node as a product with weights, or why it is none that has an 8-bit kernel."""
     if node.op_type == "ConvTranspose":
         return "transposed convolutions have no 8-bit kernel"
@@ -180,8 +183,8 @@ def _declines(graph: ir.Graph, product: Product, rules: EightBitRules, last: boo
     inputs = weights.shape[1] if node.op_type == "Conv" else weights.size // max(outputs, 1)
     if min(inputs, outputs) < rules.channels:
         return f"it has fewer than {rules.channels} channels"
-    macs = _count(node.outputs[0]) * weights.size / outputs
-    if not rules.pays(macs, _count(node.inputs[0]) + _count(node.outputs[0])):
+    macs = count(node.outputs[0]) * weights.size / outputs
+    if not rules.pays(macs, count(node.inputs[0]) + count(node.outputs[0])):
         return "it is too small to gain time"
     return ""
 
@@ -246,7 +249,7 @@ def _reads_input(graph: ir.Graph, node: ir.Node) -> bool:
     return not ends and any(value in graph.inputs for value in (x, *sources) if value is not None)
 
 
-def _count(value: ir.Value | None) -> float:
+def count(value: ir.Value | None) -> float:
     """How many numbers a tensor has for one image; sizes that are open are taken for usual ones."""
     if value is None or value.shape is None:
         return 0.0

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 import numpy as np
 import onnx_ir as ir
 
+from meta_deploy.graph.precision.carry import passed, shared_ranges
 from meta_deploy.graph.precision.placement import Placement, Product
 from meta_deploy.graph.precision.quantize import (
     Range,
@@ -39,10 +40,14 @@ def insert(graph: ir.Graph, placement: Placement, ranges: Mapping[str, Range], r
     stay so are float16 in the file, and a Cast makes them float32 when the model is loaded: that costs no
     time, and far less precision than 8 bits.
     """
-    quantizer = _Quantizer(graph, ranges, rules)
+    quantizer = _Quantizer(graph, shared_ranges(placement, ranges), rules)
     for product in placement.products:
         if product.result is not None:
             quantizer.quantize_for_all(product.result)
+    for node in placement.carried:
+        quantizer.quantize_for_all(node.outputs[0])
+    for node in placement.carried:
+        quantizer.carry(node)
     for product in placement.products:
         quantizer.quantize_product(product)
     if rules.rest == "fp32":
@@ -88,6 +93,11 @@ class _Quantizer:
             scales = widened_scales(scales, numbers_of(bias).ravel(), scale)
             reader.replace_input_with(place, self._bias(node, bias, scales * scale))
         node.replace_input_with(1, self._weight(node, weights, product.axis, scales, scales))
+
+    def carry(self, node: ir.Node) -> None:
+        """Let a node read its numbers from 8 bits."""
+        for i, value in enumerate(passed(node)):
+            node.replace_input_with(i, self._pair(value)[0])
 
     def quantize_for_all(self, value: ir.Value) -> None:
         """Let all that reads a tensor, an output of the graph included, read it from 8 bits."""

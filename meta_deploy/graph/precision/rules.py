@@ -24,6 +24,8 @@ class EightBitRules:
         factors: weights are restored by one scale, and a Mul behind the product has each channel's share of
             it; the Mul is left out behind a convolution whose weights one scale holds well. Otherwise they
             are restored by a scale a channel.
+        carries: operators that it runs on 8-bit numbers as they are, where DequantizeLinear stands before and
+            QuantizeLinear behind them.
     """
 
     signed: bool
@@ -36,6 +38,7 @@ class EightBitRules:
     number: Literal["int8", "fp8"] = "int8"
     rest: Literal["fp32", "fp16"] = "fp32"
     factors: bool = False
+    carries: tuple[str, ...] = ()
 
     @property
     def least(self) -> int:
