@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from meta_deploy.batch import remote
-from meta_deploy.batch.rows import TASKS, result_type, with_columns
+from meta_deploy.batch.rows import TASKS, is_bytes, is_text, result_type, with_columns
 from meta_deploy.bundle.bundle import Bundle, digest_of
 from meta_deploy.bundle.shipped import SHIPPED, locate
 from meta_deploy.errors import BundleError, ImageError, InputError
@@ -205,9 +205,9 @@ def call_rows(batch: int) -> int:
 def read(table: pa.Table, options: Options) -> pa.Table:
     """Paths and URIs to their files' bytes; what else is in the column goes on as it is."""
     column = table[options.image]
-    if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
+    if is_bytes(column.type):
         images: list[Any] = column.to_pylist()
-    elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+    elif is_text(column.type):
         with ThreadPoolExecutor(_READERS) as pool:
             return _next(table, list(pool.map(_caught(_content), column.to_pylist())))
     else:
