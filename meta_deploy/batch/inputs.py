@@ -92,7 +92,9 @@ class Inputs:
         yield from ((self.groups[number], own) for number, own in chosen.items())
 
     def add(self, name: str, place: str) -> None:
-        """One more file, unless it is there already. Raises InputError: its name is no text."""
+        """One more file, unless it is there already. Raises InputError: no file can be called so."""
+        if "\0" in name:
+            raise InputError(f"'{name}' has a NUL character, which no file's name has; correct it")
         try:
             name.encode()
         except UnicodeEncodeError as error:

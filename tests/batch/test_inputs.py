@@ -102,10 +102,12 @@ def test_images_in_a_table_are_found_by_their_places(tmp_path, kind):
         ("none.parquet", "cannot read the Parquet file 'none.parquet'"),
         ("nope://x/y/", "Unrecognized filesystem type"),
         ("a\udcff.jpg", "is not UTF-8"),
+        ("nul.txt", "'b\0.jpg' has a NUL character"),
     ],
 )
 def test_what_cannot_be_a_source_is_told(tmp_path, monkeypatch, name, told):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "nul.txt").write_bytes(b"a.jpg\nb\0.jpg\n")
     with pytest.raises(InputError, match=told):
         gather([name])
 
