@@ -39,6 +39,7 @@ _SECURITY = {
     "frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
 }
+CLOSING = "the server is closing; try another, or later"
 _SPARE = 2.0  # seconds that a model gets beyond its time to say so itself
 
 
@@ -395,7 +396,7 @@ async def _asked(
 ) -> Response:
     """A place in the queue, the body, the model's answer: within the limits. Raises Refused."""
     if service.closing:
-        raise Refused(503, "the server is closing; try another, or later", {"Connection": "close"})
+        raise Refused(503, CLOSING, {"Connection": "close"})
     limits = service.limits
     with one.entered():
         body = await _body(request, limits)
