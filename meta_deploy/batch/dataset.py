@@ -118,7 +118,8 @@ def predict_dataset(
             bundle finds, with that number as `image_id`.
 
     Raises:
-        InputError: no such bundle, options that it does not take, or a column `result` or `error`.
+        InputError: no such bundle, options that it does not take, no such column, or one that is called
+            `result` or `error`.
     """
     options = options_of(
         bundle,
@@ -170,9 +171,7 @@ def staged(
     """`ds` through the stages, `rows` at a time (None: what fills some batches of the model)."""
     from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
-    for name in (RESULT, ERROR):
-        if name in (ds.columns() or ()):
-            raise InputError(f"the dataset has a column '{name}' already; rename it")
+    _check_columns(ds.columns(), options)
     rows = rows or call_rows(options.batch)
     least, most = (workers, workers) if isinstance(workers, int) else workers
     readers, decoders, finishers = (TaskPoolStrategy(size) for size in tasks)
@@ -194,6 +193,18 @@ def staged(
         memory=options.bytes,  # other than what a task needs, or Ray would decode in the model's process
     )
     return each(ds, finish, finishers)
+
+
+def _check_columns(there: Sequence[str] | None, options: Options) -> None:
+    """Raise InputError where a dataset of these columns (None: not known) lacks one, or has one of ours."""
+    if there is None:
+        return
+    for name in (RESULT, ERROR):
+        if name in there:
+            raise InputError(f"the dataset has a column '{name}' already; rename it")
+    for wanted in (options.image, options.coco_ids):
+        if wanted is not None and wanted not in there:
+            raise InputError(f"the dataset has no column '{wanted}'; there are {', '.join(there)}")
 
 
 def call_rows(batch: int) -> int:

@@ -8,7 +8,7 @@ from PIL import Image
 
 pa = pytest.importorskip("pyarrow")
 
-from meta_deploy.batch.dataset import Model, checked, finish, options_of, prepare, read  # noqa: E402
+from meta_deploy.batch.dataset import Model, _check_columns, checked, finish, options_of, prepare, read  # noqa: E402
 from meta_deploy.batch.inputs import gather  # noqa: E402
 from meta_deploy.batch.run import entries, open_parts, records  # noqa: E402
 from meta_deploy.errors import BundleError, InputError  # noqa: E402
@@ -107,6 +107,22 @@ def test_a_row_without_an_image_is_told_by_its_name(bundles):
     options = checked(options_of(bundles / "detector", image="picture"), None)
     table = through(pa.table({"picture": pa.array([None], pa.binary()), "path": ["a.jpg"]}), options)
     assert table["error"].to_pylist() == ["'a.jpg' has no image: the value in its column is null"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        (["path", "id", "result"], "has a column 'result' already"),
+        (["uri", "id"], "has no column 'path'; there are uri, id"),
+        (["path", "key"], "has no column 'id'; there are path, key"),
+    ],
+)
+def test_columns_that_are_there_already_or_not_at_all_are_told(bundles, columns, told):
+    options = checked(options_of(bundles / "detector", coco_ids="id"), None)
+    with pytest.raises(InputError, match=told):
+        _check_columns(columns, options)
+    _check_columns(["path", "id"], options)
+    _check_columns(None, options)
 
 
 def test_coco_records_are_those_of_the_result(bundles, folder):
