@@ -52,8 +52,8 @@ def connected(address: str | None, cpus: int = 0) -> Iterator[None]:
                 f"Ray does not start on this machine: {reason}; try again when it is less busy"
             ) from error
         raise InputError(
-            f"there is no Ray at '{address}': {reason}; check the address, and that Ray is of the same "
-            "version there"
+            f"there is no Ray at '{address}': {reason}; check the address, that Ray is of the same version "
+            "there, and, if that one asks for a token, that RAY_AUTH_MODE=token is set here"
         ) from error
     finally:
         for number, handler in handlers.items():  # Ray takes SIGTERM for itself

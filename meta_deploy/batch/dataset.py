@@ -16,9 +16,10 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from meta_deploy.batch import remote
-from meta_deploy.batch.rows import TASKS, result_type, with_columns
+from meta_deploy.batch.rows import TASKS, is_bytes, is_text, result_type, with_columns
 from meta_deploy.bundle.bundle import Bundle, digest_of
 from meta_deploy.bundle.shipped import SHIPPED, locate
 from meta_deploy.errors import BundleError, ImageError, InputError
@@ -98,7 +99,8 @@ def predict_dataset(
     >>> ds = ray.data.read_parquet("s3://photos/index/")     # a column `path` of paths or URIs
     >>> predict_dataset(ds, "my-bundle", workers=8).write_parquet("s3://photos/found/")
 
-    Column `image` holds paths, URIs (s3://, gs://, …), encoded files as bytes, or RGB uint8 arrays (H, W, 3).
+    Column `image` holds paths, URIs (s3://, gs://, …), encoded files (bytes, or a struct with a field
+    `bytes`), or RGB uint8 arrays (H, W, 3).
     All columns stay, apart from bytes and arrays, and two are added: `result`, a struct as the entries of
     `meta-infer --json`, masks as COCO RLE, and `error`, why there is none. One of the two is null. What
     cannot be read fails alone. `path` is the column of the names that results and errors tell, if there is
@@ -116,7 +118,8 @@ def predict_dataset(
             bundle finds, with that number as `image_id`.
 
     Raises:
-        InputError: no such bundle, options that it does not take, or a column `result` or `error`.
+        InputError: no such bundle, options that it does not take, no such column, or one that is called
+            `result` or `error`.
     """
     options = options_of(
         bundle,
@@ -168,9 +171,7 @@ def staged(
     """`ds` through the stages, `rows` at a time (None: what fills some batches of the model)."""
     from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
-    for name in (RESULT, ERROR):
-        if name in (ds.columns() or ()):
-            raise InputError(f"the dataset has a column '{name}' already; rename it")
+    _check_columns(ds.columns(), options)
     rows = rows or call_rows(options.batch)
     least, most = (workers, workers) if isinstance(workers, int) else workers
     readers, decoders, finishers = (TaskPoolStrategy(size) for size in tasks)
@@ -194,6 +195,18 @@ def staged(
     return each(ds, finish, finishers)
 
 
+def _check_columns(there: Sequence[str] | None, options: Options) -> None:
+    """Raise InputError where a dataset of these columns (None: not known) lacks one, or has one of ours."""
+    if there is None:
+        return
+    for name in (RESULT, ERROR):
+        if name in there:
+            raise InputError(f"the dataset has a column '{name}' already; rename it")
+    for wanted in (options.image, options.coco_ids):
+        if wanted is not None and wanted not in there:
+            raise InputError(f"the dataset has no column '{wanted}'; there are {', '.join(there)}")
+
+
 def call_rows(batch: int) -> int:
     """The rows that a stage is called with: full batches of the model, and some memory only."""
     return batch * -(-_CALL // batch)
@@ -204,19 +217,29 @@ def call_rows(batch: int) -> int:
 
 def read(table: pa.Table, options: Options) -> pa.Table:
     """Paths and URIs to their files' bytes; what else is in the column goes on as it is."""
-    column = table[options.image]
-    if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
-        images: list[Any] = column.to_pylist()
-    elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+    name, column = options.image, table[options.image]
+    kind = column.type
+    if is_text(kind):
         with ThreadPoolExecutor(_READERS) as pool:
             return _next(table, list(pool.map(_caught(_content), column.to_pylist())))
-    else:
+    table = table.drop_columns([name])
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:  # as in Hugging Face's data sets
+        column = pc.struct_field(column, "bytes")
+    images: list[Any]
+    if is_bytes(column.type) or pa.types.is_null(column.type):
+        images = column.to_pylist()
+    elif pa.types.is_list(kind) or pa.types.is_large_list(kind) or isinstance(kind, pa.BaseExtensionType):
         from ray.data.block import BlockAccessor
 
-        images = list(BlockAccessor.for_block(table).to_numpy(options.image))
-        table = table.drop_columns([options.image])
-    empty = InputError(f"there is no image in column '{options.image}'")
-    return _next(table, [empty if image is None else image for image in images])
+        images = list(BlockAccessor.for_block(pa.table({name: column})).to_numpy(name))
+    else:
+        odd = InputError(f"column '{name}' is of {kind}, and not of paths, encoded files or arrays")
+        images = [odd] * len(table)
+    for i, (image, called) in enumerate(zip(images, _names(table, options), strict=True)):
+        if image is None:
+            told = "there is no image" if called is None else f"'{called}' has no image"
+            images[i] = InputError(f"{told}: the value in its column is null")
+    return _next(table, images)
 
 
 def prepare(table: pa.Table, options: Options) -> pa.Table:
@@ -294,7 +317,7 @@ def finish(table: pa.Table, options: Options) -> pa.Table:
 
 def _next(table: pa.Table, states: Sequence[Any]) -> pa.Table:
     """The table with what the next stage needs of each row."""
-    drop = [f.name for f in table.schema if pa.types.is_binary(f.type) or pa.types.is_large_binary(f.type)]
+    drop = [field.name for field in table.schema if is_bytes(field.type)]
     packed = pa.array([pickle.dumps(state, protocol=5) for state in states], pa.large_binary())
     return with_columns(table, drop, **{_STATE: packed})
 
@@ -304,7 +327,7 @@ def _states(table: pa.Table) -> Iterator[Any]:
 
 
 def _names(table: pa.Table, options: Options) -> list[str | None]:
-    named = options.path in table.column_names and pa.types.is_string(table[options.path].type)
+    named = options.path in table.column_names and is_text(table[options.path].type)
     return table[options.path].to_pylist() if named else [None] * len(table)
 
 

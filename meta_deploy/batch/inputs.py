@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from pyarrow.fs import LocalFileSystem
 
 from meta_deploy.batch import remote
+from meta_deploy.batch.rows import is_bytes, is_text
 from meta_deploy.errors import InputError
 from meta_deploy.imaging.sources import ARRAY_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES, expand
 
@@ -91,7 +92,9 @@ class Inputs:
         yield from ((self.groups[number], own) for number, own in chosen.items())
 
     def add(self, name: str, place: str) -> None:
-        """One more file, unless it is there already. Raises InputError: its name is no text."""
+        """One more file, unless it is there already. Raises InputError: no file can be called so."""
+        if "\0" in name:
+            raise InputError(f"'{name}' has a NUL character, which no file's name has; correct it")
         try:
             name.encode()
         except UnicodeEncodeError as error:
@@ -170,7 +173,8 @@ def _suffix(name: str) -> str:
 def _lines(name: str) -> list[str]:
     try:
         data = remote.content(name) if remote.is_uri(name) else Path(name).read_bytes()
-        lines = data.decode().splitlines()
+        # Only what ends a line in a file: a name may hold any other character that Unicode breaks lines at.
+        lines = [line.removesuffix("\r") for line in data.decode("utf-8-sig").split("\n")]
     except OSError as error:
         raise InputError(f"cannot read the list '{name}': {error.strerror}; check the path") from error
     except UnicodeDecodeError as error:
@@ -198,18 +202,17 @@ def _add_table(inputs: Inputs, name: str) -> None:
     inputs._known.add(place)
     with opened(name) as file:
         schema = file.schema_arrow
-        column = _column(schema, lambda kind: _has_bytes(kind))
-        names = _column(
-            schema, lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind), _NAMES
-        )
+        column = _column(schema, _has_bytes)
+        names = _column(schema, is_text, _NAMES)
         if column is None:
             if names is None:
+                there = ", ".join(f"{field.name} ({field.type})" for field in schema)
                 raise InputError(
-                    f"'{name}' has no column of images, paths or URIs, only {', '.join(schema.names)}; "
-                    "name one path"
+                    f"'{name}' has no column of images, paths or URIs, only {there}; give one of "
+                    "strings, called path"
                 )
             for value in file.read([names])[names].to_pylist():
-                if value is None:
+                if not value:
                     raise InputError(f"'{name}' has a row without a path in column {names}; leave it out")
                 _add(inputs, value)
             return
@@ -232,7 +235,7 @@ def _has_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         index = kind.get_field_index("bytes")
         return index >= 0 and _has_bytes(kind.field(index).type)
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    return is_bytes(kind)
 
 
 def _column(schema: pa.Schema, fits: Callable[[Any], bool], names: Sequence[str] = ()) -> str | None:

@@ -47,6 +47,20 @@ def result_type(task: str, coco: bool = False) -> pa.DataType:
     )
 
 
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column holds strings, also of the kinds that pandas and newer writers make of them."""
+    if pa.types.is_dictionary(kind):
+        return is_text(kind.value_type)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def is_bytes(kind: pa.DataType) -> bool:
+    """Whether a column holds bytes of any length."""
+    if pa.types.is_dictionary(kind):
+        return is_bytes(kind.value_type)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+
+
 def with_columns(table: pa.Table, drop: Iterable[str] = (), **columns: Sequence[Any] | pa.Array) -> pa.Table:
     """A table with columns put in or replaced, and others left out."""
     table = table.drop_columns([name for name in {*drop, *columns} if name in table.column_names])

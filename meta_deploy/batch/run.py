@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -136,7 +137,9 @@ def _quiet() -> Iterator[None]:
     try:
         for name, value in settings.items():
             setattr(context, name, value)
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"ray\.")  # as that there are fewer images than models
+            yield
     finally:
         for name, value in before.items():
             setattr(context, name, value)

@@ -39,6 +39,7 @@ _SECURITY = {
     "frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
 }
+CLOSING = "the server is closing; try another, or later"
 _SPARE = 2.0  # seconds that a model gets beyond its time to say so itself
 
 
@@ -136,6 +137,7 @@ def application(service: Service) -> FastAPI:
         version=_version(),
         description="Models over HTTP: images to what is in them, and tensors by KServe's v2 protocol.",
         redoc_url=None,
+        redirect_slashes=False,  # an answer without a line that says why
     )
     app.state.service = service
     for kind, handler in ((HTTPException, _refuse), (RequestValidationError, _refuse_parameter)):
@@ -276,6 +278,8 @@ def _check_parameters(request: Request, settings: Settings, card: Card) -> None:
     known = [field.name for field in fields(Settings)]
     if odd := [name for name in request.query_params if name not in known]:
         raise Refused(422, f"there is no parameter '{odd[0][:100]}'; there are {', '.join(known)}")
+    if twice := [name for name in known if len(request.query_params.getlist(name)) > 1]:
+        raise Refused(422, f"the parameter '{twice[0]}' is there twice; give it once")
     if settings.score_threshold is not None and card.score_threshold is None:
         raise Refused(
             422, f"score_threshold is for detections, and model '{card.name}' gives none; leave it out"
@@ -297,7 +301,7 @@ async def _image(request: Request, body: bytes) -> tuple[bytes, str | None]:
     try:
         form = await parser.parse()
     except (MultiPartException, KeyError, ValueError, LookupError) as error:
-        why = getattr(error, "message", None) or "its parts cannot be told"
+        why = (getattr(error, "message", None) or "its parts cannot be told").rstrip(".")
         raise Refused(
             422, f"the form is broken: {why}; send one file in it, or the image as the body"
         ) from error
@@ -392,7 +396,7 @@ async def _asked(
 ) -> Response:
     """A place in the queue, the body, the model's answer: within the limits. Raises Refused."""
     if service.closing:
-        raise Refused(503, "the server is closing; try another, or later", {"Connection": "close"})
+        raise Refused(503, CLOSING, {"Connection": "close"})
     limits = service.limits
     with one.entered():
         body = await _body(request, limits)
@@ -452,7 +456,10 @@ def too_long(scope: Scope) -> Response | None:
 async def _refuse(request: Request, error: HTTPException) -> Response:
     told = {404: "there is no such page; see /docs", 405: "this page is not for that method; see /docs"}
     why = error.detail if isinstance(error, Refused) else told.get(error.status_code, str(error.detail))
-    return JSONResponse({"error": why}, error.status_code, dict(error.headers or {}))
+    headers = dict(error.headers or {})
+    if headers.get("Allow") == "GET":
+        headers["Allow"] = "GET, HEAD"
+    return JSONResponse({"error": why}, error.status_code, headers)
 
 
 async def _refuse_parameter(request: Request, error: RequestValidationError) -> Response:
@@ -471,6 +478,8 @@ class _Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":  # what GET gives; the HTTP server sends no body
+            scope = {**scope, "method": "GET"}
         began, code = perf_counter(), 0
         self._service.open += 1
 

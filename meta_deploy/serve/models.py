@@ -103,6 +103,12 @@ def _parsed(given: str) -> tuple[str, str, str]:
     match = re.fullmatch(f"({_NAME})(?::({_VERSION}))?=(.+)", given, re.DOTALL)
     if match and not os.path.lexists(given):
         return match[1], match[2] or FIRST, match[3]
+    told, equals, _ = given.partition("=")
+    if equals and os.sep not in told and not os.path.lexists(given):
+        raise InputError(
+            f"'{given}' is not NAME=BUNDLE or NAME:VERSION=BUNDLE; names and versions are of letters, "
+            "digits, '.', '_' and '-', and begin with a letter or a digit"
+        )
     name = Path(os.path.abspath(given)).name
     if not re.fullmatch(_NAME, name):
         raise InputError(

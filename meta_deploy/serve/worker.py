@@ -10,6 +10,7 @@ import functools
 import io
 import json
 import os
+import warnings
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -72,6 +73,7 @@ class Worker:
         import cv2
 
         cv2.setNumThreads(1)  # there are threads for the images
+        warnings.filterwarnings("ignore", module="PIL")  # of what is refused, or is fine
         self.name, self.version = name, version
         self._predictor = Predictor(bundle, backend, threads=threads)
         self._bundle, self._pixels = self._predictor.bundle, pixels

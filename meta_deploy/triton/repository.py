@@ -144,8 +144,10 @@ def _check_same(folder: Path, version: int, model: Model, name: str) -> None:
         there = known[model.name]
     except (InputError, KeyError):
         raise _anothers(folder) from None
-    if (place / MODEL_PY).exists() != (there.runs is not None):
-        raise _anothers(folder)
+    if (place / MODEL_PY).exists() != (there.runs is not None):  # as 'cells-network', which 'cells' runs
+        raise InputError(
+            f"'{folder}' is there already, as another kind of model; choose another --triton-name"
+        )
     if (there.config, there.labels) != (model.config, model.labels):
         what = "other inputs, outputs or batches" if there.config != model.config else "other classes"
         raise InputError(

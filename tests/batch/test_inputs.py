@@ -51,17 +51,32 @@ def test_lists_folders_and_files_name_an_image_once(tmp_path, small_images, monk
     assert gather([str(small_images)]).image_ids() == [220, 60]
 
 
-def test_a_table_of_paths_is_a_list(tmp_path):
-    pq.write_table(pa.table({"id": [1, 2], "path": ["/a.jpg", "gs://b/c.jpg"]}), tmp_path / "t.parquet")
+def test_a_list_is_of_lines_as_any_editor_writes_them(tmp_path):
+    odd = ("/a\x0bb.jpg", "/a\x0cb.jpg", "/a\x85b.jpg", "/a\u2028b.jpg", " /a.jpg ", "/é.jpg")
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*odd, "", " ", odd[0]]).encode())
+    assert gather([str(tmp_path / "list.txt")]).names == list(odd)
+
+
+@pytest.mark.parametrize("kind", [None, "large_string", "string_view", "dictionary"])
+def test_a_table_of_paths_is_a_list(tmp_path, kind):
+    paths = pa.array(["/a.jpg", "gs://b/c.jpg"])
+    if kind == "dictionary":  # pandas' categories
+        paths = paths.dictionary_encode()
+    elif kind:
+        paths = paths.cast(getattr(pa, kind)())
+    pq.write_table(pa.table({"id": [1, 2], "path": paths}), tmp_path / "t.parquet")
     inputs = gather([str(tmp_path / "t.parquet")])
     assert inputs.places == ["/a.jpg", "gs://b/c.jpg"]
     assert not inputs.groups
 
 
-@pytest.mark.parametrize("struct", [False, True])
-def test_images_in_a_table_are_found_by_their_places(tmp_path, struct):
+@pytest.mark.parametrize("kind", ["binary", "binary_view", "struct"])
+def test_images_in_a_table_are_found_by_their_places(tmp_path, kind):
     contents = [f"image {i}".encode() for i in range(10)]
-    images = [{"bytes": c, "path": None} for c in contents] if struct else contents
+    if kind == "struct":
+        images = pa.array([{"bytes": c, "path": None} for c in contents])
+    else:
+        images = pa.array(contents, getattr(pa, kind)())
     table = pa.table({"image": images, "file_name": [f"{i}.jpg" for i in range(9)] + [None]})
     pq.write_table(table, tmp_path / "t.parquet", row_group_size=4)
     inputs = gather(["/first.jpg", str(tmp_path / "*.parquet"), "/last.jpg"])
@@ -87,12 +102,28 @@ def test_images_in_a_table_are_found_by_their_places(tmp_path, struct):
         ("none.parquet", "cannot read the Parquet file 'none.parquet'"),
         ("nope://x/y/", "Unrecognized filesystem type"),
         ("a\udcff.jpg", "is not UTF-8"),
+        ("nul.txt", "'b\0.jpg' has a NUL character"),
     ],
 )
 def test_what_cannot_be_a_source_is_told(tmp_path, monkeypatch, name, told):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "nul.txt").write_bytes(b"a.jpg\nb\0.jpg\n")
     with pytest.raises(InputError, match=told):
         gather([name])
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        ({"path": ["/a.jpg", None]}, "a row without a path in column path"),
+        ({"path": ["/a.jpg", ""]}, "a row without a path in column path"),
+        ({"path": [1], "n": ["x"]}, r"no column of images, paths or URIs, only path \(int64\), n \(string\)"),
+    ],
+)
+def test_a_table_without_names_is_refused(tmp_path, columns, told):
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    with pytest.raises(InputError, match=told):
+        gather([str(tmp_path / "t.parquet")])
 
 
 def test_other_inputs_or_another_order_have_another_digest(small_images):

@@ -8,7 +8,7 @@ from PIL import Image
 
 pa = pytest.importorskip("pyarrow")
 
-from meta_deploy.batch.dataset import Model, checked, finish, options_of, prepare, read  # noqa: E402
+from meta_deploy.batch.dataset import Model, _check_columns, checked, finish, options_of, prepare, read  # noqa: E402
 from meta_deploy.batch.inputs import gather  # noqa: E402
 from meta_deploy.batch.run import entries, open_parts, records  # noqa: E402
 from meta_deploy.errors import BundleError, InputError  # noqa: E402
@@ -69,8 +69,60 @@ def test_bytes_are_taken_as_files_are_and_not_kept(bundles, folder):
     with Predictor(bundles / "detector") as predictor:
         for result, data in zip(done["result"].to_pylist(), contents, strict=False):
             assert without_times(result) == without_times(predictor(data).to_dict())
-    assert done["error"].to_pylist()[2] == "there is no image in column 'photo'"
+    assert done["error"].to_pylist()[2] == "there is no image: the value in its column is null"
     assert done["error"].to_pylist()[3].startswith("the given data is not an image")
+
+
+def test_columns_of_any_kind_give_results_or_errors(bundles, folder):
+    options = checked(options_of(bundles / "detector"), None)
+    path = str(folder / "a.png")
+    content = (folder / "a.png").read_bytes()
+    expected = Predictor(bundles / "detector")(path).to_dict()
+
+    def done(images, **columns):
+        return through(pa.table({"path": images, **columns}), options)
+
+    for images in (
+        pa.array([path], pa.string_view()),
+        pa.array([path]).dictionary_encode(),
+        pa.array([content], pa.binary_view()),
+        pa.array([{"bytes": content, "path": None}]),
+    ):
+        found = done(images)["result"][0].as_py()
+        assert {**found, "timings": None, "path": None} == {**expected, "timings": None, "path": None}
+    for images, why in (
+        (pa.array([1, None]), "is of int64, and not of paths, encoded files or arrays"),
+        (pa.array([{"a": 1}, None]), "is of struct"),
+        (pa.nulls(2), "there is no image: the value in its column is null"),
+        (pa.array([None, {"bytes": None}]), "there is no image: the value in its column is null"),
+        (pa.array([None, None], pa.binary()), "there is no image: the value in its column is null"),
+        (pa.array([None, ""]), "its path is empty"),
+    ):
+        table = done(images, mark=["x", "y"])
+        assert table["mark"].to_pylist() == ["x", "y"]
+        assert all(why in error for error in table["error"].to_pylist())
+
+
+def test_a_row_without_an_image_is_told_by_its_name(bundles):
+    options = checked(options_of(bundles / "detector", image="picture"), None)
+    table = through(pa.table({"picture": pa.array([None], pa.binary()), "path": ["a.jpg"]}), options)
+    assert table["error"].to_pylist() == ["'a.jpg' has no image: the value in its column is null"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        (["path", "id", "result"], "has a column 'result' already"),
+        (["uri", "id"], "has no column 'path'; there are uri, id"),
+        (["path", "key"], "has no column 'id'; there are path, key"),
+    ],
+)
+def test_columns_that_are_there_already_or_not_at_all_are_told(bundles, columns, told):
+    options = checked(options_of(bundles / "detector", coco_ids="id"), None)
+    with pytest.raises(InputError, match=told):
+        _check_columns(columns, options)
+    _check_columns(["path", "id"], options)
+    _check_columns(None, options)
 
 
 def test_coco_records_are_those_of_the_result(bundles, folder):

@@ -139,6 +139,11 @@ def test_names_and_versions_are_those_that_are_given(bundles, tmp_path, monkeypa
     ]
     with pytest.raises(serve.InputError, match="'a=b' cannot be a model's name"):
         cards_of(["a=b"])
+    for wrong in ("ü={}", "..={}", "a:={}", "a:1:2={}", "={}", "a="):
+        with pytest.raises(serve.InputError, match="is not NAME=BUNDLE or NAME:VERSION=BUNDLE"):
+            cards_of([wrong.format(odd)])
+    with pytest.raises(serve.InputError, match="there is no bundle at"):
+        cards_of([f"{tmp_path}/c=d/e"])
 
 
 def test_versions_are_in_the_order_of_their_numbers():

@@ -149,7 +149,9 @@ def test_the_form_of_the_answer_is_negotiated(client, picture, accept, kind):
         ("/predict/raw", 422, "use /v2/models/raw/infer"),
         ("/predict?score=1", 422, "there is no parameter 'score'; there are score_threshold, tile"),
         ("/predict/segmenter?score_threshold=0.5", 422, "is for detections"),
+        ("/predict?depth=8&tile=0&depth=9", 422, "'depth' is there twice"),
         ("/elsewhere", 404, "see /docs"),
+        ("/predict/", 404, "see /docs"),
     ],
 )
 def test_what_cannot_be_asked_for_is_refused_in_one_line(client, picture, path, status, why):
@@ -226,6 +228,15 @@ def test_a_body_over_the_limit_is_refused_unread_and_read(client):
     found = client.post("/predict", content=endless())
     assert found.status_code == 413
     assert "200000 bytes" in one_line(found)
+
+
+def test_head_is_get_without_the_body(client):
+    for path in ("/", "/healthz", "/readyz", "/metrics", "/models", "/docs", "/v2/models/detector"):
+        assert client.head(path).status_code == client.get(path).status_code == 200
+    found = client.head("/predict")
+    assert (found.status_code, found.headers["Allow"]) == (405, "POST")
+    found = client.delete("/healthz")
+    assert (found.status_code, found.headers["Allow"]) == (405, "GET, HEAD")
 
 
 def test_packed_bodies_and_other_forms_of_answers_are_refused(client, picture):

@@ -9,6 +9,7 @@ pytest.importorskip("fastapi", reason="FastAPI is not installed (pip install 'me
 from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.testclient import TestClient
 
+from meta_deploy.serve.app import CLOSING
 from meta_deploy.serve.gate import Gate
 
 
@@ -35,7 +36,7 @@ def test_headers_are_those_that_ray_can_decode_and_none_that_it_obeys():
 
     async def proxy(scope, receive, send):
         seen.extend(scope["headers"])
-        await send({"type": "http.response.start"})
+        await send({"type": "http.response.start", "status": 200})
 
     async def send(message):
         pass
@@ -43,6 +44,26 @@ def test_headers_are_those_that_ray_can_decode_and_none_that_it_obeys():
     scope = {"type": "http", "headers": list(given.items()), "query_string": b""}
     asyncio.run(Gate(proxy)(scope, None, send))
     assert seen == [(b"x", "ÿ".encode()), (b"y", "é".encode())]
+
+
+def test_once_the_application_has_said_that_it_closes_it_is_not_asked_again():
+    answer = JSONResponse({"error": "not ready"}, 503)
+
+    async def application(scope, receive, send):
+        seen.append(scope["method"])
+        await answer(scope, receive, send)
+
+    seen = []
+    client = TestClient(Gate(application))
+    assert [client.post("/predict").status_code for _ in range(2)] == [503, 503]
+    answer = JSONResponse({"error": "closing"}, 503, {"Connection": "close"})
+    client.post("/predict")
+    assert seen == ["POST"] * 3
+    found = client.post("/predict")
+    assert (found.status_code, found.json()) == (503, {"error": CLOSING})
+    assert seen == ["POST"] * 3
+    client.get("/healthz")
+    assert seen[3:] == ["GET"]
 
 
 def test_headers_over_the_limit_come_to_nobody():

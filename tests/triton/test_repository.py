@@ -84,6 +84,8 @@ def test_another_kind_of_model_is_no_version(made, tmp_path):
     for name in ("segmenter", "four", "raw", "boxes"):
         with pytest.raises(InputError, match="has other inputs, outputs or batches than this bundle"):
             write_models(Bundle.open(made / name), tmp_path, "cells")
+    with pytest.raises(InputError, match="cells-network' is there already, as another kind of model"):
+        write_models(Bundle.open(made / "detector"), tmp_path, "cells-network")
     bundle = Bundle.open(made / "detector")
     renamed = msgspec.structs.replace(bundle.manifest, classes=("a", "b", "c"))
     with pytest.raises(InputError, match=r"model 'cells' in .* has other classes than this bundle"):
