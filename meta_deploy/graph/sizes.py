@@ -85,12 +85,14 @@ class _Inference:
             else:
                 found = self.inferred(node, types, numbers)
             for name, declared in zip(node.output, known, strict=True):
+                if not name:
+                    continue
                 types[name] = _pairwise(
                     _more, found.get(name) or self.always(None), declared or self.always(None)
                 )
                 if not declared or not _is_static(declared[0]):
                     self.note(graph, infos, name, types[name])
-            if len(node.output) == 1 and not bodies:
+            if [*map(bool, node.output)] == [True] and not bodies:
                 numbers[node.output[0]] = self.computed(node, types, numbers)
 
     def always(self, value: T | None) -> _Each[T]:
@@ -126,12 +128,13 @@ class _Inference:
             kinds = dict(zip(names, inputs, strict=False))
             if any(kind is None for kind in kinds.values()):
                 return {}
-            few = {
-                name: numpy_helper.from_array(array, name)
-                for name, array in zip(names, inputs[len(names) :], strict=True)
-                if isinstance(array, np.ndarray) and array.size <= FEW
-            }
+            arrays = zip(names, inputs[len(names) :], strict=True)
             try:
+                few = {
+                    name: numpy_helper.from_array(array, name)
+                    for name, array in arrays
+                    if isinstance(array, np.ndarray) and array.size <= FEW
+                }
                 return infer_node_outputs(schema, node, kinds, few, opset_imports=self.imports)  # type: ignore[arg-type]
             except Exception:  # of a foreign file, anything
                 return {}
