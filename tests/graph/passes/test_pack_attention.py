@@ -160,6 +160,50 @@ def test_three_products_of_the_same_tokens_are_one(bias):
     same(proto, after)
 
 
+def two_and_one(tokens="x", parts=("k", "q"), reader=""):
+    """q and k as parts of one product of x, v as a product of its own of these tokens."""
+    rng = np.random.default_rng(0)
+    sizes = {"wqk": (6, 8 * len(parts)), "bqk": (8 * len(parts),), "wv": (6, 12), "bv": (12,)}
+    nodes = [
+        node("MatMul", ["x", "wqk"], ["qk0"]),
+        node("Add", ["qk0", "bqk"], ["qk"]),
+        node("Split", ["qk"], list(parts), axis=2, num_outputs=len(parts)),
+        node("MatMul", [tokens, "wv"], ["v0"]),
+        node("Add", ["v0", "bv"], ["v"]),
+        node("MultiHeadAttention", ["q", "k", "v"], ["y"], domain="com.microsoft", num_heads=2),
+        *([node("Neg", [reader], ["read"])] if reader else []),
+    ]
+    initializers = [
+        numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name)
+        for name, shape in sizes.items()
+    ]
+    inputs = [value(name, [2, 5, 6]) for name in dict.fromkeys(("x", tokens))]
+    outputs = [value(name) for name in ("y", *(["read"] if reader else []))]
+    return model(nodes, inputs, outputs, initializers, opset_imports=MICROSOFT)
+
+
+def test_two_parts_and_a_product_of_the_same_tokens_are_one():
+    """As in a Transformer in Transformer."""
+    proto = two_and_one()
+    after, changes = rewritten(pack_attention, proto)
+    assert changes == 1
+    assert ops(after) == ["Attention"]
+    same(proto, after)
+
+
+@pytest.mark.parametrize(
+    "proto",
+    [two_and_one("z"), two_and_one(parts=("k", "q", "more"), reader="more"), two_and_one(reader="q")],
+    ids=["other tokens", "a part that is not of it", "a part read twice"],
+)
+def test_parts_that_something_else_needs_stay(proto):
+    with explaining() as told:
+        after, changes = rewritten(pack_attention, proto)
+    assert changes == 0
+    assert told
+    same(proto, after)
+
+
 def test_attention_to_other_tokens_stays():
     proto = three_products(("x", "z", "z"))
     with explaining() as told:
