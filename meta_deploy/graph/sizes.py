@@ -35,8 +35,8 @@ def infer_open_sizes(model: onnx.ModelProto) -> set[str]:
     """Write down the sizes that are open and that inference tells, in place.
 
     Inference computes with numbers alone, so it is told several for an unknown batch. What is the same for
-    all does not depend on it; what grows like it is a multiple of it. It goes node after node, and what is
-    made of sizes is computed: so sizes are known that come from others, however often in a row.
+    all is taken not to depend on it; what grows like it is a multiple of it. It goes node after node, and
+    what is made of sizes is computed: so sizes are known that come from others, however often in a row.
 
     Returns:
         The names of the values of which more sizes are known than before.
