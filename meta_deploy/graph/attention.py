@@ -48,7 +48,8 @@ def find_attention(graph: gs.Graph, softmax: gs.Node, fusing: bool = False) -> A
     Pattern: q, k and v (B, heads, N, d), the scale a constant on q, k or their product, or none. With
     `fusing`, what a fused operator takes as well: what is added to the products (a bias, a mask, with a
     Reshape between; constants or computed), a scale for each head, values of another width than the keys,
-    float16, and q, k and v of three axes, (B, N, d), where there is one head.
+    float16, and q, k and v of three axes, (B, N, d), where there is one head, or of five, where there are
+    windows, (B, windows, heads, N, d) or (B, heads, windows, N, d), and nothing is added.
     Check: nothing else reads what lies between, the softmax goes over the keys, sizes
     but the batch are known.
     """
@@ -67,11 +68,13 @@ def _attention(graph: gs.Graph, softmax: gs.Node, last: gs.Node, fusing: bool) -
     """The attention that these two are of, or why they are of none."""
     rank = len(last.inputs[1].shape or ()) if fusing else 4
     axis = softmax.attrs.get("axis", -1 if graph.opset >= 13 else 1)
-    if rank not in (3, 4) or axis not in (-1, rank - 1):
+    if rank not in (3, 4, 5) or axis not in (-1, rank - 1):
         return f"the softmax goes over axis {axis}, not over the last of four"
     scores = _scores(graph, softmax.inputs[0], fusing)
     if isinstance(scores, str):
         return scores
+    if rank == 5 and (scores.bias is not None or scores.added):
+        return f"something is added to products of five axes, {shown(scores.product)}"
     matmul = producer(scores.product, "MatMul")
     if matmul is None:
         return f"{made_by(scores.product)}, not from the product of q and k"

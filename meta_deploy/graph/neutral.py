@@ -13,8 +13,9 @@ _NEUTRAL = {"Add": 0, "Sub": 0, "Mul": 1, "Div": 1}
 def drop_neutral(graph: gs.Graph) -> None:
     """Let nothing read an Add or Sub of 0, a Mul or Div of 1, a Pad of width zero, or a Concat of one tensor;
 
-    nor a Slice, an Expand or a Resize to the shape that was there already. Let Convs do the padding before
-    them, and sums and products the broadcasting.
+    nor a Slice, an Expand or a Resize to the shape that was there already, nor what replaces a softmax of
+    nothing but masked scores where there is none. Let Convs do the padding before them, and sums and products
+    the broadcasting.
 
     What is left without readers is not removed yet. The sum of -0 and 0 is 0 and becomes -0, which is equal.
     """
@@ -44,12 +45,52 @@ def _unchanged(node: gs.Node) -> gs.Tensor | None:
     if is_op(node, "Resize"):
         shape = static_shape(node.outputs[0])
         return node.inputs[0] if _samples_in_place(node) and shape == static_shape(node.inputs[0]) else None
+    if is_op(node, "Where"):
+        return node.inputs[2] if _guards_in_vain(node) else None
     if not is_op(node, *_NEUTRAL):
         return None
     a, b = node.inputs
     pairs = [(a, b)] if node.op in ("Sub", "Div") else [(a, b), (b, a)]
     number = _NEUTRAL[node.op]
-    return next((x for x, other in pairs if _is_all(other, number) and _keeps_shape(x, other)), None)
+    return next((x for x, other in pairs if _is_filled(other, number) and _keeps_shape(x, other)), None)
+
+
+def _guards_in_vain(where: gs.Node) -> bool:
+    """Whether a Where puts a number where a softmax is not a number, as none of finite scores ever is.
+
+    PyTorch writes it for attention with a mask, which may hide all keys; a constant one is known not to.
+    """
+    nan, softmax = producer(where.inputs[0], "IsNaN"), producer(where.inputs[2], "Softmax")
+    if nan is None or softmax is None or nan.inputs[0] is not where.inputs[2]:
+        return False
+    shape, scores = static_shape(softmax.outputs[0]), softmax.inputs[0]
+    if (
+        not shape
+        or static_shape(where.outputs[0]) != shape
+        or softmax.attrs.get("axis") not in (-1, len(shape) - 1)
+    ):
+        return False
+    add = producer(scores, "Add")
+    if add is not None:
+        scores, mask = add.inputs if isinstance(add.inputs[1], gs.Constant) else add.inputs[::-1]
+        hidden = constant_value(mask)
+        if (
+            hidden is None
+            or not hidden.ndim
+            or not np.isfinite(hidden).any(-1).all()
+            or np.isnan(hidden).any()
+            or np.isposinf(hidden).any()
+        ):
+            return False
+    return producer(scores, "MatMul") is not None
+
+
+def _is_filled(tensor: gs.Tensor, number: int) -> bool:
+    """Whether a tensor is a constant of nothing but this number."""
+    if not isinstance(tensor, gs.Constant) or 0 in tensor.shape:
+        return False
+    values = tensor.values
+    return bool(values.flat[0] == number) and bool((values == number).all())
 
 
 def _samples_in_place(resize: gs.Node) -> bool:
@@ -78,9 +119,12 @@ def _is_all(tensor: gs.Tensor, number: int) -> bool:
     return one and bool(tensor.values.item() == number)
 
 
-def _keeps_shape(x: gs.Tensor, one: gs.Constant) -> bool:
-    """Whether x broadcast to a constant of one element is as it was: then its rank is not less."""
-    return not one.shape or (x.shape is not None and len(one.shape) <= len(x.shape))
+def _keeps_shape(x: gs.Tensor, other: gs.Constant) -> bool:
+    """Whether x broadcast to a constant's shape is as it was."""
+    if x.shape is None or len(other.shape) > len(x.shape):
+        return not other.shape
+    ends = x.shape[len(x.shape) - len(other.shape) :]
+    return all(size in (1, end) for size, end in zip(other.shape, ends, strict=True))
 
 
 def _take_in(graph: gs.Graph, conv: gs.Node) -> None:

@@ -18,6 +18,7 @@ from meta_deploy.graph.graph import from_model, normalized, to_proto
 from meta_deploy.graph.modules import inherit_modules
 from meta_deploy.graph.passes.clean_up import clean_up
 from meta_deploy.graph.passes.collapse_chains import collapse_chains
+from meta_deploy.graph.passes.convolve_linears import convolve_linears
 from meta_deploy.graph.passes.discarded_rows import discarded_rows
 from meta_deploy.graph.passes.distribute_sums import distribute_sums
 from meta_deploy.graph.passes.flatten_concats import flatten_concats
@@ -54,6 +55,7 @@ PASSES: dict[str, Callable[[gs.Graph], int]] = {
     "fuse-rotary": fuse_rotary,
     "slices-to-split": slices_to_split,
     "collapse-chains": collapse_chains,
+    "convolve-linears": convolve_linears,
     "move-linears": move_linears,
     "order-tokens": order_tokens,
     "stack-attention": stack_attention,

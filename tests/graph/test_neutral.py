@@ -43,6 +43,56 @@ def test_a_constant_that_broadcasts_stays():
     assert "Mul" in cleaned(nodes, {"c": np.ones((5, 1), np.float32)}, [1, 4], [5, 4])
 
 
+@pytest.mark.parametrize(
+    ("sizes", "number", "goes"),
+    [((4,), 0, True), ((3, 4), 0, True), ((1, 4), 0, True), ((2, 3, 4), 0, True), ((3, 4), 1, False)],
+)
+def test_a_tensor_of_zeros_goes(sizes, number, goes):
+    constant = np.zeros(sizes, np.float32)
+    constant.flat[-1] = number
+    nodes = [node("Relu", ["x"], ["a"]), node("Add", ["c", "a"], ["b"]), node("Exp", ["b"], ["y"])]
+    assert ("Add" not in cleaned(nodes, {"c": constant}, [2, 3, 4])) == goes
+
+
+def guarded(mask=None, number=0.0, of="weights", axis=-1, computed=False):
+    """Attention's weights as PyTorch writes them: where they are not a number, another stands for them."""
+    constants = {"w": RNG.standard_normal((4, 3)).astype(np.float32), "number": np.float32(number)}
+    nodes = [node("MatMul", ["x", "w"], ["scores"])]
+    if computed:
+        nodes += [node("Log", ["scores"], ["logs"]), node("Identity", ["logs"], ["masked"])]
+    elif mask is not None:
+        constants["mask"] = np.array(mask, np.float32)
+        nodes.append(node("Add", ["scores", "mask"], ["masked"]))
+    nodes += [
+        node("Softmax", ["scores" if mask is None and not computed else "masked"], ["weights"], axis=axis),
+        node("IsNaN", [of], ["nan"]),
+        node("Where", ["nan", "number", "weights"], ["safe"]),
+        node("Exp", ["safe"], ["y"]),
+    ]
+    return cleaned(nodes, constants, [2, 4])
+
+
+@pytest.mark.parametrize("mask", [None, [0.0, 0.0, 0.0], [[0.0, -np.inf, 1.0], [-np.inf, -np.inf, 2.0]]])
+def test_a_softmax_of_finite_scores_needs_no_other_number(mask):
+    assert "Where" not in guarded(mask)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"mask": [[0.0, 0.0, 0.0], [-np.inf, -np.inf, -np.inf]]},  # a row without keys
+        {"mask": [np.inf, 0.0, 0.0]},
+        {"mask": [np.nan, 0.0, 0.0]},
+        {"of": "scores"},
+        {"axis": 0},
+        {"computed": True},
+    ],
+    ids=str,
+)
+def test_a_softmax_that_may_be_no_number_keeps_the_other(case):
+    assert "Where" in guarded(**case)
+
+
 @pytest.mark.parametrize("mode", ["constant", "reflect"])
 def test_a_pad_of_width_zero_goes(mode):
     nodes = [node("Pad", ["x", "p"], ["a"], mode=mode), node("Relu", ["a"], ["y"])]

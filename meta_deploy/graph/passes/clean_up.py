@@ -6,10 +6,10 @@ takes two seconds; onnxslim 11 s and onnxscript's full optimizer 21 s remove lit
 """
 
 import math
-import re
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 import onnx_ir as ir
 from onnx_ir.passes.common import (
@@ -17,7 +17,6 @@ from onnx_ir.passes.common import (
     IdentityEliminationPass,
     LiftConstantsToInitializersPass,
     RemoveUnusedNodesPass,
-    ShapeInferencePass,
 )
 from onnxscript import optimizer
 
@@ -29,23 +28,19 @@ from meta_deploy.graph.graph import (
     is_batch,
     is_op,
     is_output,
+    made_in,
     producer,
     replace,
     static_shape,
     take_over,
     to_model,
+    to_proto,
 )
 from meta_deploy.graph.neutral import drop_neutral
+from meta_deploy.graph.sizes import FEW, RANDOM, infer_open_sizes
 from meta_deploy.ort import onnxruntime
 
-# What sizes are inferred for where the batch is open. The last is larger than any batch, but not so large
-# that inference makes large constants.
-_BATCHES = (1, 2, 1014)
-_FEW = 64  # numbers that go into a shape
 _DOMAIN = "meta_deploy.pins"
-_RANDOM = (
-    *("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"),
-)
 
 
 def clean_up(graph: gs.Graph, model: ir.Model | None = None) -> int:
@@ -59,13 +54,14 @@ def clean_up(graph: gs.Graph, model: ir.Model | None = None) -> int:
         Nodes removed.
     """
     before = len(graph.nodes)
-    _clean(graph, to_model(graph) if model is None else model)
+    known = _sizes_inferred(graph)  # first, as what they make constant need not be cleaned twice
+    _clean(graph, known.model if known else model or to_model(graph))
     # What is gone may tell sizes that were open; then more is constant.
-    while learned := _infer_open_sizes(model := to_model(graph)):
-        if not any(map(_decides, learned)):
-            take_over(graph, from_model(model))
+    while known := _sizes_inferred(graph):
+        if not known.decides:
+            take_over(graph, from_model(known.model))
             break
-        _clean(graph, model)
+        _clean(graph, known.model)
     return before - len(graph.nodes)
 
 
@@ -89,7 +85,7 @@ def _clean(graph: gs.Graph, model: ir.Model) -> None:
         fold_shapes=False,
         flatten_subgraphs=False,
         recurse_subgraphs=False,
-        should_exclude_node=lambda node: node.domain == _DOMAIN or node.op in _RANDOM,
+        should_exclude_node=lambda node: node.domain == _DOMAIN or node.op in RANDOM,
     )
     _write_known_targets(cleaned)
     drop_neutral(cleaned)
@@ -107,97 +103,49 @@ def _fills_a_shape(node: ir.Node) -> bool | None:
 def _makes_few(node: ir.Node) -> bool:
     """Whether a node makes no more numbers than go into a shape."""
     shape = node.outputs[0].shape
-    return shape is not None and shape.is_static() and math.prod(shape.numpy()) <= _FEW
+    return shape is not None and shape.is_static() and math.prod(shape.numpy()) <= FEW
 
 
 # --- sizes ------------------------------------------------------------------------------------------------
 
 
-def _decides(value: ir.Value) -> bool:
-    """Whether something computes with a value's sizes: a Shape, or the Reshape that makes it so."""
-    maker = value.producer()
-    target = maker.inputs[1] if maker is not None and maker.op_type == "Reshape" else None
-    computed = target is not None and target.const_value is None
-    return computed or any(reader.op_type == "Shape" for reader, _ in value.uses())
+class _Known(NamedTuple):
+    """A graph with sizes that were open before; whether something computes with these."""
+
+    model: ir.Model
+    decides: bool
 
 
-def _infer_open_sizes(model: ir.Model) -> list[ir.Value]:
-    """Infer the sizes that are open, anew, as inference keeps what it is given; the values that it told of.
-
-    Inference computes with numbers alone, so it is told several for an unknown batch. What is the same for
-    all does not depend on it; what grows like it is a multiple of it.
-    """
-    batch = _batch_of(model)
-    open_values = [value for value in _made(model) if _open_sizes(value.shape, batch)]
-    if not open_values:
-        return []
-    told = [_sizes_for(model, batch, number) for number in (_BATCHES if batch else (1,))]
-    learned = []
-    for value in open_values:
-        known = value.shape
-        value.shape = _merged(known, [shapes[value] for shapes in told], batch)
-        if _open_sizes(value.shape, batch) < _open_sizes(known, batch):
-            learned.append(value)
-    return learned
+def _sizes_inferred(graph: gs.Graph) -> _Known | None:
+    """The graph with more sizes known than before; None where inference tells none."""
+    if all(_is_known(tensor) for each in _all_graphs(graph) for tensor in made_in(each)):
+        return None
+    proto = to_proto(graph)
+    learned = infer_open_sizes(proto)
+    return _Known(ir.from_proto(proto), _decide(proto.graph, learned)) if learned else None
 
 
-def _sizes_for(model: ir.Model, batch: str, number: int) -> dict[ir.Value, ir.Shape | None]:
-    """The shape of each value that is not known to the last number, for this one as the batch.
-
-    A copy is folded, node after node, with each one's shape inferred before: so sizes are known that are
-    computed from others, however often in a row.
-    """
-    copy = model.clone()
-    for value in copy.graph.inputs:
-        if value.shape is not None:
-            value.shape = ir.Shape([number if batch and str(dim) == batch else dim for dim in value.shape])
-    pairs = [pair for pair in zip(_made(model), _made(copy), strict=True) if not _is_static(pair[0])]
-    for _, copied in pairs:
-        copied.shape = None
-    ShapeInferencePass()(copy)  # of branches and loops, too
-    optimizer.fold_constants(copy, onnx_shape_inference=True, should_fold=_makes_few)
-    return {value: copied.shape for value, copied in pairs}
+def _all_graphs(graph: gs.Graph) -> list[gs.Graph]:
+    return [graph, *graph.subgraphs(recursive=True)]
 
 
-def _made(model: ir.Model) -> list[ir.Value]:
-    """What the nodes of a model make, those of branches and loops' bodies too."""
-    return [value for node in model.graph.all_nodes() for value in node.outputs]
+def _is_known(tensor: gs.Tensor) -> bool:
+    shape = tensor.shape
+    return shape is not None and all(isinstance(size, (int, np.integer)) for size in shape)
 
 
-def _batch_of(model: ir.Model) -> str:
-    """What the first axis of the first input is called where its size is open; else an empty string."""
-    first = next((value.shape[0] for value in model.graph.inputs[:1] if value.shape), None)
-    return first.value or "" if isinstance(first, ir.SymbolicDim) else ""
-
-
-def _is_static(value: ir.Value) -> bool:
-    return value.shape is not None and value.shape.is_static()
-
-
-def _open_sizes(shape: ir.Shape | None, batch: str) -> int:
-    """How many sizes are not known, multiples of the batch aside; more than any for an unknown rank."""
-    if shape is None:
-        return 99
-    known = re.compile(rf"\d+|(\d+\*)?{re.escape(batch)}" if batch else r"\d+")
-    return sum(not known.fullmatch(str(size)) for size in shape)
-
-
-def _merged(before: ir.Shape | None, told: list[ir.Shape | None], batch: str) -> ir.Shape | None:
-    """A shape with the sizes that inference tells; names of open ones stay, as the exporter's tell more."""
-    shapes = [shape for shape in told if shape is not None]
-    ranks = {len(shape) for shape in (before, *shapes) if shape is not None}
-    if len(shapes) < len(told) or len(ranks) != 1:
-        return before
-    merged: list[Any] = [None] * len(shapes[0]) if before is None else list(before)
-    for axis, sizes in enumerate(zip(*shapes, strict=True)):
-        one = sizes[0]
-        if not all(isinstance(size, int) for size in sizes):
-            continue
-        if all(size == one for size in sizes):
-            merged[axis] = one
-        elif all(size == one * number for size, number in zip(sizes, _BATCHES, strict=True)):
-            merged[axis] = batch if one == 1 else f"{one}*{batch}"
-    return ir.Shape(merged)
+def _decide(graph: onnx.GraphProto, names: set[str]) -> bool:
+    """Whether something computes with sizes of these: a Shape, or the Reshape that makes them so."""
+    constants = {tensor.name for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Shape" and node.input[0] in names:
+            return True
+        if node.op_type == "Reshape" and node.input[-1] not in constants and node.output[0] in names:
+            return True
+        bodies = (body for a in node.attribute for body in (a.g, *a.graphs))
+        if any(_decide(body, names) for body in bodies):
+            return True
+    return False
 
 
 def _write_known_sizes(graph: gs.Graph) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -24,12 +25,12 @@ from meta_deploy.graph.graph import (
     static_shape,
     tidy,
 )
-from meta_deploy.graph.moves import add_move
+from meta_deploy.graph.moves import add_move, chain_before, fewest, moves_of
 from meta_deploy.graph.rowwise import node_places, transposed
 
 
 def fuse_attention(graph: gs.Graph) -> int:
-    """Replace softmax(q * scale @ k^T + bias) @ v of three or four axes by MultiHeadAttention.
+    """Replace softmax(q * scale @ k^T + bias) @ v of three to five axes by MultiHeadAttention.
 
     Pattern and check: see `find_attention`; the number of heads is known.
     Rewrite: heads move beside d, as the operator takes them, and back; `collapse-chains` joins these moves
@@ -47,7 +48,7 @@ def fuse_attention(graph: gs.Graph) -> int:
             continue
         if found.last not in inside:
             declined(node, "it is used inside a branch or a loop")
-        elif is_batch(found.q.shape[1]):
+        elif any(map(is_batch, found.q.shape[1 : max(2, len(found.q.shape) - 2)])):
             declined(node, f"the number of heads of {shown(found.q)} is not known")
         elif _too_large(found):
             declined(node, f"{shown(found.q)} has windows without heads, or their biases are too large")
@@ -61,13 +62,16 @@ def fuse_attention(graph: gs.Graph) -> int:
 
 
 def _rewrite(graph: gs.Graph, found: Attention, places: dict[int, int], fresh: Callable[[str], str]) -> None:
+    if found.k_transposed:
+        k = found.k
+        order = [*range(len(k.shape) - 2), len(k.shape) - 1, len(k.shape) - 2]
+        swapped = gs.Variable(fresh(f"{k.name}/swapped"), k.dtype, [k.shape[axis] for axis in order])
+        add_move(graph, "Transpose", order, k, swapped, fresh)
+        found = replace(found, k=swapped, k_transposed=False)
+    if len(found.q.shape) == 5:
+        found = _of_four_axes(graph, found, fresh)
     out, q, k, v = found.last.outputs[0], found.q, found.k, found.v
     (b, *heads, n, _), width = static_shape(q), static_shape(v)[-1]  # type: ignore[misc, index]
-    if found.k_transposed:
-        order = [*range(len(k.shape) - 2), len(k.shape) - 1, len(k.shape) - 2]
-        swapped = gs.Variable(fresh(f"{out.name}/k/swapped"), k.dtype, [k.shape[axis] for axis in order])
-        add_move(graph, "Transpose", order, k, swapped, fresh)
-        k = swapped
     inputs, windows, h = [q, k, v], _windows(found), heads[0] if heads else 1
     if heads:
         q, k, v = (transposed(graph, x, (0, 2, 1, 3), places, fresh) for x in inputs)
@@ -88,6 +92,52 @@ def _rewrite(graph: gs.Graph, found: Attention, places: dict[int, int], fresh: C
         _apart(graph, joined, [b // windows, n, windows, h, width], (0, 2, 3, 1, 4), out, fresh)
     elif heads:
         _apart(graph, joined, [b, n, h, width], (0, 2, 1, 3), out, fresh)
+
+
+def _of_four_axes(graph: gs.Graph, found: Attention, fresh: Callable[[str], str]) -> Attention:
+    """The same of q, k and v (B * windows, heads, N, d): of the axes of windows and heads in any order.
+
+    Which of them are heads does not matter to the result: those with which fewer moves are left.
+    """
+    axis = min((2, 1), key=lambda axis: sum(_moves_to(graph, x, axis) for x in (found.q, found.k, found.v)))
+    perm = [0, 3 - axis, axis, 3, 4]
+    q, k, v = (_windowed(graph, x, perm, fresh) for x in (found.q, found.k, found.v))
+    out = found.last.outputs[0]
+    b, windows, heads, n = (found.q.shape[i] for i in perm[:4])
+    width = found.v.shape[-1]
+    joined = gs.Variable(fresh(f"{out.name}/windows"), out.dtype, [b * windows, heads, n, width])
+    found.last.outputs.clear()
+    found.last.outputs.append(joined)
+    out.shape = [found.q.shape[0], *found.q.shape[1:4], width]
+    apart = [b, windows, heads, n, width]
+    if axis == 2:
+        add_move(graph, "Reshape", apart, joined, out, fresh)
+    else:
+        _apart(graph, joined, apart, tuple(perm), out, fresh)
+    return replace(found, q=q, k=k, v=v)
+
+
+def _moves_to(graph: gs.Graph, x: gs.Tensor, axis: int) -> int:
+    """How many moves lead to a tensor of five axes as tokens, their heads, which are this axis, merged."""
+    start, chain = chain_before(graph, x)
+    b, windows, heads, n, d = (x.shape[i] for i in (0, 3 - axis, axis, 3, 4))
+    perm, moved, joined = [0, 3 - axis, 3, axis, 4], [b, windows, n, heads, d], [b * windows, n, heads * d]
+    moves = moves_of(start, chain) or []
+    return len(
+        fewest(static_shape(start) or [], [*moves, ("Transpose", perm, moved), ("Reshape", joined, joined)])
+    )
+
+
+def _windowed(graph: gs.Graph, x: gs.Tensor, perm: list[int], fresh: Callable[[str], str]) -> gs.Tensor:
+    """(B, windows, heads, N, d), permuted so, as (B * windows, heads, N, d)."""
+    moved = x
+    if perm != sorted(perm):
+        moved = gs.Variable(fresh(f"{x.name}/windows"), x.dtype, [x.shape[axis] for axis in perm])
+        add_move(graph, "Transpose", perm, x, moved, fresh)
+    b, windows, *rest = moved.shape
+    joined = gs.Variable(fresh(f"{x.name}/joined"), x.dtype, [b * windows, *rest])
+    add_move(graph, "Reshape", list(joined.shape), moved, joined, fresh)
+    return joined
 
 
 def _bias(graph: gs.Graph, found: Attention, windows: int, fresh: Callable[[str], str]) -> gs.Tensor | None:

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from meta_deploy.graph.affine import RESHAPES
 from meta_deploy.graph.explain import declined, made_by, read_elsewhere, shown
 from meta_deploy.graph.graph import (
     CONTRIBUTED,
     IdentitySet,
     fresh_names,
+    is_op,
     own_nodes,
     producer,
     sole_consumer,
@@ -42,7 +44,7 @@ def pack_attention(graph: gs.Graph) -> int:
     """Replace MatMul, Add, Split and MultiHeadAttention by Attention.
 
     Pattern: q, k and v are the parts of a Split of the channels of tokens (B, N, C) times a constant matrix,
-    or three such products of the same tokens.
+    of all channels or of each head's (with Reshapes before and after), or such products of the same tokens.
     Check: nothing else reads what lies between; the attention has no other inputs than these and a bias.
 
     Returns:
@@ -74,13 +76,14 @@ def _projection(graph: gs.Graph, node: gs.Node, inside: IdentitySet) -> Projecti
     for tensor in parts:
         if not sole_consumer(graph, tensor):
             return read_elsewhere(graph, tensor, node)
-    split = producer(parts[0], "Split")
-    if split is not None:
-        return _of_split(graph, split, parts, inside)
-    found = [_of_tokens(graph, tensor, inside) for tensor in parts]
-    if any(isinstance(each, str) for each in found):
-        return next(each for each in found if isinstance(each, str))
-    maps = [each for each in found if isinstance(each, Projection)]
+    pieces = [_with_heads(graph, tensor, inside) for tensor in parts]
+    maps: list[Projection] = []
+    for piece in pieces:
+        split = producer(piece, "Split")
+        found = _of_part(graph, split, piece, pieces, inside) if split else _of_tokens(graph, piece, inside)
+        if isinstance(found, str):
+            return found
+        maps.append(found)
     if any(each.x is not maps[0].x for each in maps):
         return f"q, k and v are not of the same tokens: {made_by(parts[0])}"
     return Projection(
@@ -90,24 +93,36 @@ def _projection(graph: gs.Graph, node: gs.Node, inside: IdentitySet) -> Projecti
     )
 
 
-def _of_split(
-    graph: gs.Graph, split: gs.Node, parts: Sequence[gs.Tensor], inside: IdentitySet
+def _with_heads(graph: gs.Graph, tensor: gs.Tensor, inside: IdentitySet) -> gs.Tensor:
+    """What a tensor (B, N, C) is before a Reshape that merged heads and their channels, if one did."""
+    node, shape = producer(tensor), static_shape(tensor)
+    if node is None or not is_op(node, *RESHAPES) or node not in inside or not sole_consumer(graph, tensor):
+        return tensor
+    before = static_shape(node.inputs[0])
+    return tensor if not before or not shape or before[:2] != shape[:2] else node.inputs[0]
+
+
+def _of_part(
+    graph: gs.Graph, split: gs.Node, part: gs.Tensor, parts: Sequence[gs.Tensor], inside: IdentitySet
 ) -> Projection | str:
-    """The linear map whose channels a Split cuts into q, k and v."""
+    """The linear map of a part of a Split, which cuts channels or those of each head and makes no others."""
     packed = split.inputs[0]
-    if split not in inside or len(IdentitySet([*parts, *split.outputs])) != 3:
-        return f"q, k and v are not the three parts of one Split: {made_by(parts[0])}"
-    if not sole_consumer(graph, packed):
-        return read_elsewhere(graph, packed, split)
-    if split.attrs.get("axis", 0) % max(len(packed.shape or ()), 1) != 2:
-        return f"{shown(packed)} is not cut along the last of three axes"
-    whole = _of_tokens(graph, packed, inside)
+    if split not in inside or any(all(out is not each for each in parts) for out in split.outputs):
+        return f"q, k and v are not all the parts of one Split: {made_by(part)}"
+    shape, tokens = static_shape(packed), _with_heads(graph, packed, inside)
+    for tensor in (tokens, packed, part):
+        if not sole_consumer(graph, tensor):
+            return read_elsewhere(graph, tensor, tensor.outputs[0])
+    axis = split.attrs.get("axis", 0) % max(len(shape or ()), 1)
+    if not shape or axis < 2:
+        return f"{shown(packed)} is not cut along the channels of tokens"
+    whole = _of_tokens(graph, tokens, inside)
     if isinstance(whole, str):
         return whole
-    ends = np.cumsum([0, *(int(tensor.shape[-1]) for tensor in split.outputs)])
-    places = [next(i for i, tensor in enumerate(split.outputs) if tensor is part) for part in parts]
-    order = np.concatenate([np.arange(ends[i], ends[i + 1]) for i in places])
-    return Projection(whole.x, whole.weight[order], whole.bias[order])
+    ends = np.cumsum([int(tensor.shape[axis]) for tensor in split.outputs])
+    channels = np.split(np.arange(len(whole.weight)).reshape(shape[2:]), ends[:-1], axis - 2)
+    rows = next(rows for rows, out in zip(channels, split.outputs, strict=True) if out is part).reshape(-1)
+    return Projection(whole.x, whole.weight[rows], whole.bias[rows])
 
 
 def _of_tokens(graph: gs.Graph, y: gs.Tensor, inside: IdentitySet) -> Projection | str:

@@ -52,7 +52,7 @@ class TensorRT(Target):
     passes = (
         *("clean-up", "plain-attention", "plain-einsum", "fuse-layer-norm", "share-norms"),
         *("fold-batch-norm", "merge-siblings", "gather-rows"),
-        *("slices-to-split", "collapse-chains", "move-linears", "collapse-chains"),
+        *("slices-to-split", "collapse-chains", "convolve-linears", "move-linears", "collapse-chains"),
         *("fold-scales", "order-tokens", "stack-attention"),
         *("fold-branches", "distribute-sums", "flatten-concats", "collapse-chains"),
     )
@@ -213,6 +213,9 @@ TARGETS = (
     # It has no NonMaxSuppression, and its RoiAlign does not build without a GPU.
     TensorRT(
         *("tensorrt-rtx", "TensorRT-RTX", ("lowered",)),
-        doubtful=("move-linears", "gather-rows", "merge-siblings", "fold-branches", "distribute-sums"),
+        doubtful=(
+            *("move-linears", "gather-rows", "merge-siblings", "fold-branches", "distribute-sums"),
+            "convolve-linears",
+        ),
     ),
 )

@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from meta_deploy.graph.graph import BATCH, CONTRIBUTED
+from meta_deploy.graph.passes.collapse_chains import collapse_chains
 from meta_deploy.graph.passes.fuse_attention import fuse_attention
 from tests.graph import rewriting
 from tests.graph.rewriting import RANDOM, TYPES, node, ops, same
 from tests.small_graphs import any_batch, model, value
+
+FIVE = {"q": (2, 4, 3, 5, 8), "k": (2, 4, 3, 6, 8), "v": (2, 4, 3, 6, 8)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,11 +279,50 @@ def test_attention_becomes_one_operator():
         Attention(rank=3, perm=(0, 2, 1), mask=(3, 5, 4), computed_mask=True),
         Attention(rank=3, perm=(0, 2, 1), mask=(1, 5, 4), computed_mask=True),
         Attention(n=6, second=((2, 3, 2, 3, 4), (2, 3, 2, 3, 4)), computed_mask=True),
+        # windows beside the heads
+        Attention(shapes=FIVE, perm=(0, 1, 2, 4, 3)),
+        Attention(shapes=FIVE | {"v": (2, 4, 3, 6, 7)}, perm=(0, 1, 2, 4, 3), axis=4),
+        Attention(shapes=FIVE | {"k": (8, 3, 4, 6, 2)}, perm=(4, 2, 1, 0, 3)),
+        Attention(shapes=FIVE, perm=(0, 1, 2, 4, 3), q_scale=None, scale=("Mul", 0.5, (), False)),
     ],
     ids=str,
 )
 def test_variants_become_one_operator(attention):
     agree(attention, 1)
+
+
+def windows(heads_first, batch=2):
+    """Attention in each of four windows of five tokens (B, 4, 5, 24), of three heads."""
+    perm = (0, 3, 1, 2, 4) if heads_first else (0, 1, 3, 2, 4)
+    constants = {"apart": np.array([0, 4, 5, 3, 8]), "joined": np.array([0, 4, 5, 24])}
+    nodes = []
+    for name in "qkv":
+        nodes.append(node("Reshape", [f"{name}_in", "apart"], [f"{name}_apart"]))
+        nodes.append(node("Transpose", [f"{name}_apart"], [name], perm=perm))
+    back = [perm.index(axis) for axis in range(5)]
+    nodes += [
+        node("Transpose", ["k"], ["kt"], perm=(0, 1, 2, 4, 3)),
+        node("MatMul", ["q", "kt"], ["product"]),
+        node("Softmax", ["product"], ["weights"], axis=-1),
+        node("MatMul", ["weights", "v"], ["out"]),
+        node("Transpose", ["out"], ["moved"], perm=back),
+        node("Reshape", ["moved", "joined"], ["y"]),
+    ]
+    initializers = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    inputs = [value(f"{name}_in", [batch, 4, 5, 24]) for name in "qkv"]
+    return model(nodes, inputs, ["y"], initializers)
+
+
+@pytest.mark.parametrize("batch", [2, "n"])
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_windows_join_the_batch_without_a_transpose(heads_first, batch):
+    proto = windows(heads_first, batch)
+    after, changes = rewriting.rewritten(
+        lambda graph: fuse_attention(graph) and collapse_chains(graph), proto
+    )
+    assert changes
+    assert sorted(ops(after)) == ["MultiHeadAttention", *["Reshape"] * 4]
+    same(proto, after)
 
 
 @pytest.mark.parametrize(
@@ -321,6 +363,12 @@ def test_variants_become_one_operator(attention):
         Attention(rank=3, perm=(0, 2, 1), axis=1),
         Attention(rank=3, perm=(0, 2, 1), shapes={"v": (1, 4, 8)}),
         Attention(rank=3, perm=(0, 2, 1), mask=(1, 3, 5, 4)),
+        Attention(shapes=FIVE, perm=(0, 1, 2, 4, 3), mask=(5, 6)),
+        Attention(shapes=FIVE, perm=(0, 1, 2, 4, 3), mask=(3, 5, 6), computed_mask=True),
+        Attention(shapes=FIVE, perm=(0, 1, 2, 4, 3), scale=("Mul", 0.5, (3, 1, 1), False), vary=True),
+        Attention(shapes=FIVE, perm=(0, 1, 2, 4, 3), axis=3),
+        Attention(shapes=FIVE | {"v": (2, 1, 3, 6, 8)}, perm=(0, 1, 2, 4, 3)),
+        Attention(shapes={name: (1, *shape) for name, shape in FIVE.items()}, perm=(0, 1, 2, 3, 5, 4)),
         Attention(b=8, second=((2, 4, 3, 5, 4), (1, 4, 1, 5, 4)), reader="reshaped"),
         Attention(b=8, second=((2, 4, 3, 5, 4), (1, 4, 1, 5, 4)), output="summed"),
         Attention(b=8, batch="b", second=((-1, 4, 3, 5, 4), (1, 4, 1, 5, 4))),

@@ -1,6 +1,7 @@
 """pack_attention: the same attention with its projection in one operator; near-misses declined."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -159,6 +160,50 @@ def test_three_products_of_the_same_tokens_are_one(bias):
     same(proto, after)
 
 
+def two_and_one(tokens="x", parts=("k", "q"), reader=""):
+    """q and k as parts of one product of x, v as a product of its own of these tokens."""
+    rng = np.random.default_rng(0)
+    sizes = {"wqk": (6, 8 * len(parts)), "bqk": (8 * len(parts),), "wv": (6, 12), "bv": (12,)}
+    nodes = [
+        node("MatMul", ["x", "wqk"], ["qk0"]),
+        node("Add", ["qk0", "bqk"], ["qk"]),
+        node("Split", ["qk"], list(parts), axis=2, num_outputs=len(parts)),
+        node("MatMul", [tokens, "wv"], ["v0"]),
+        node("Add", ["v0", "bv"], ["v"]),
+        node("MultiHeadAttention", ["q", "k", "v"], ["y"], domain="com.microsoft", num_heads=2),
+        *([node("Neg", [reader], ["read"])] if reader else []),
+    ]
+    initializers = [
+        numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name)
+        for name, shape in sizes.items()
+    ]
+    inputs = [value(name, [2, 5, 6]) for name in dict.fromkeys(("x", tokens))]
+    outputs = [value(name) for name in ("y", *(["read"] if reader else []))]
+    return model(nodes, inputs, outputs, initializers, opset_imports=MICROSOFT)
+
+
+def test_two_parts_and_a_product_of_the_same_tokens_are_one():
+    """As in a Transformer in Transformer."""
+    proto = two_and_one()
+    after, changes = rewritten(pack_attention, proto)
+    assert changes == 1
+    assert ops(after) == ["Attention"]
+    same(proto, after)
+
+
+@pytest.mark.parametrize(
+    "proto",
+    [two_and_one("z"), two_and_one(parts=("k", "q", "more"), reader="more"), two_and_one(reader="q")],
+    ids=["other tokens", "a part that is not of it", "a part read twice"],
+)
+def test_parts_that_something_else_needs_stay(proto):
+    with explaining() as told:
+        after, changes = rewritten(pack_attention, proto)
+    assert changes == 0
+    assert told
+    same(proto, after)
+
+
 def test_attention_to_other_tokens_stays():
     proto = three_products(("x", "z", "z"))
     with explaining() as told:
@@ -166,9 +211,83 @@ def test_attention_to_other_tokens_stays():
     assert "not of the same tokens" in next(iter(told)).reason
 
 
+@dataclasses.dataclass(frozen=True)
+class HeadByHead:
+    """The Split cuts the channels of each head (or of all at once), between Reshapes; to vary."""
+
+    b: int = 2
+    n: int = 5
+    heads: tuple = (2, 12)  # the axes of the channels of the product
+    axis: int = 3  # that the Split cuts
+    sizes: tuple = (4, 4, 4)
+    order: tuple = (0, 1, 2)
+    tokens: bool = True  # the Reshape before leaves the tokens as they are
+    reader: str = ""
+
+    def proto(self):
+        rng, b = np.random.default_rng(0), self.b
+        channels = math.prod(self.heads)
+        shape = (b, self.n, *self.heads) if self.tokens else (b, self.heads[0], self.n, *self.heads[1:])
+        merged = (0, self.n, -1)
+        constants = {
+            "w": rng.standard_normal((6, channels)).astype(np.float32),
+            "b": rng.standard_normal(channels).astype(np.float32),
+            "apart": np.array(shape),
+            "merged": np.array(merged),
+            "sizes": np.array(self.sizes),
+        }
+        q, k, v = (f"joined{i}" for i in self.order)
+        nodes = [
+            node("MatMul", ["x", "w"], ["p"]),
+            node("Add", ["p", "b"], ["packed"]),
+            node("Reshape", ["packed", "apart"], ["heads"]),
+            node("Split", ["heads", "sizes"], ["part0", "part1", "part2"], axis=self.axis),
+            *(node("Reshape", [f"part{i}", "merged"], [f"joined{i}"]) for i in range(3)),
+            node("MultiHeadAttention", [q, k, v], ["y"], domain="com.microsoft", num_heads=2),
+        ]
+        outputs = ["y"]
+        if self.reader:
+            nodes.append(node("Neg", [self.reader], ["read"]))
+            outputs.append("read")
+        initializers = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+        inputs = [value("x", [b, self.n, 6])]
+        return model(nodes, inputs, [value(name) for name in outputs], initializers, opset_imports=MICROSOFT)
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        HeadByHead(),
+        HeadByHead(heads=(2, 14), sizes=(3, 3, 8)),
+        HeadByHead(heads=(2, 14), sizes=(8, 3, 3), order=(1, 2, 0)),
+        HeadByHead(heads=(3, 2, 4), axis=2, sizes=(1, 1, 1)),
+        HeadByHead(heads=(2, 3, 4), axis=3, sizes=(1, 1, 1), order=(2, 1, 0)),
+    ],
+    ids=str,
+)
+def test_each_head_of_the_projection_may_be_cut(packed):
+    assert ops(agree(packed, 1)) == ["Attention"]
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        HeadByHead(tokens=False),
+        HeadByHead(heads=(2, 12), axis=1, n=6, sizes=(2, 2, 2)),  # tokens, not channels
+        HeadByHead(reader="heads"),
+        HeadByHead(reader="part1"),
+        HeadByHead(reader="packed"),
+    ],
+    ids=str,
+)
+def test_what_is_not_a_cut_of_heads_is_declined(packed):
+    assert "MultiHeadAttention" in ops(agree(packed, 0))
+
+
 @pytest.mark.parametrize("images", [1, 3])
-def test_any_number_of_images(images):
-    proto = any_batch(Packed(b=BATCH).proto())
+@pytest.mark.parametrize("packed", [Packed(b=BATCH), HeadByHead(b=BATCH)], ids=str)
+def test_any_number_of_images(packed, images):
+    proto = any_batch(packed.proto())
     after, changes = rewritten(pack_attention, proto)
     assert changes == 1
     x = np.random.default_rng(0).standard_normal((images, 5, 6)).astype(np.float32)
