@@ -68,7 +68,6 @@ ENGINES = "tensorrt-rtx"
 EAGER = "PyTorch"
 # What runs a graph: its module, and the target whose graph it is.
 LIBRARIES = {"ONNX Runtime": ("onnxruntime", "onnxruntime"), "OpenVINO": ("openvino", "openvino")}
-PROFILED = "ONNX Runtime"
 WARM_UP, RUNS = 2, 8  # RUNS under the profiler, of which the fastest counts
 COMPARED = ("feature_", "map_", "logits")  # outputs that can be compared number by number
 
@@ -296,7 +295,7 @@ def by_class(rows: Sequence[Row], groups: Sequence[Sequence[Contender]]) -> list
     found: dict[str, dict[str, ClassRow]] = {}
     for row, contenders in zip(rows, groups, strict=True):
         for one in contenders:
-            if one.library == PROFILED:
+            if one.library == "ONNX Runtime":
                 print(f"{row['model']}: profiling", file=sys.stderr)
                 found[row["model"]] = {each.name: each for each in one.profile()}
     return [

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from meta_deploy.graph.precision.placement import Product, is_product, product_of
 from meta_deploy.graph.precision.rules import EightBitRules
+from meta_deploy.graph.precision.values import name_of
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,11 @@ def twin_of(
         found = node and product_of(node, rules)
         if not isinstance(found, Product) or (found.result is None) != (product.result is None):
             return None
-        readers.setdefault(_name(found.node.inputs[0]), []).append(found)
-        names.setdefault(_name(product.node.inputs[0]), _name(found.node.inputs[0]))
+        readers.setdefault(name_of(found.node.inputs[0]), []).append(found)
+        names.setdefault(name_of(product.node.inputs[0]), name_of(found.node.inputs[0]))
         if product.result is not None and found.result is not None:
-            readers.setdefault(_name(found.result), [])
-            names.setdefault(_name(product.result), _name(found.result))
+            readers.setdefault(name_of(found.result), [])
+            names.setdefault(name_of(product.result), name_of(found.result))
     return Twin(names, readers)
 
 
@@ -72,9 +73,3 @@ def _told_apart(graph: ir.Graph) -> Iterator[tuple[Hashable, ir.Node]]:
         key = node.op_type, numbers, tuple(weights.const_value.shape.numpy()), tuple(sizes)
         met[key] += 1
         yield (*key, met[key]), node
-
-
-def _name(value: ir.Value | None) -> str:
-    assert value is not None
-    assert value.name
-    return value.name

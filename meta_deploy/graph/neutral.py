@@ -13,9 +13,8 @@ _NEUTRAL = {"Add": 0, "Sub": 0, "Mul": 1, "Div": 1}
 def drop_neutral(graph: gs.Graph) -> None:
     """Let nothing read an Add or Sub of 0, a Mul or Div of 1, a Pad of width zero, or a Concat of one tensor;
 
-    nor a Slice, an Expand or a Resize to the shape that was there already, nor what replaces a softmax of
-    nothing but masked scores where there is none. Let Convs do the padding before them, and sums and products
-    the broadcasting.
+    nor a Slice, an Expand or a Resize to the shape that was there already, nor the guard of a softmax whose
+    mask hides no whole row. Let Convs do the padding before them, and sums and products the broadcasting.
 
     What is left without readers is not removed yet. The sum of -0 and 0 is 0 and becomes -0, which is equal.
     """
@@ -56,9 +55,9 @@ def _unchanged(node: gs.Node) -> gs.Tensor | None:
 
 
 def _guards_in_vain(where: gs.Node) -> bool:
-    """Whether a Where puts a number where a softmax is not a number, as none of finite scores ever is.
+    """Whether a Where replaces the NaNs of a softmax that has none if its scores are finite.
 
-    PyTorch writes it for attention with a mask, which may hide all keys; a constant one is known not to.
+    PyTorch writes it for attention with a mask, which may hide all keys; of a constant one it is known.
     """
     nan, softmax = producer(where.inputs[0], "IsNaN"), producer(where.inputs[2], "Softmax")
     if nan is None or softmax is None or nan.inputs[0] is not where.inputs[2]:
@@ -113,12 +112,6 @@ def _read_unexpanded(node: gs.Node) -> None:
             node.inputs[place] = expand.inputs[0]
 
 
-def _is_all(tensor: gs.Tensor, number: int) -> bool:
-    """Whether a tensor is one constant number, in any rank."""
-    one = isinstance(tensor, gs.Constant) and all(size == 1 for size in tensor.shape)
-    return one and bool(tensor.values.item() == number)
-
-
 def _keeps_shape(x: gs.Tensor, other: gs.Constant) -> bool:
     """Whether x broadcast to a constant's shape is as it was."""
     if x.shape is None or len(other.shape) > len(x.shape):
@@ -152,6 +145,6 @@ def _take_in(graph: gs.Graph, conv: gs.Node) -> None:
 
 def _pads_zeros(pad: gs.Node) -> bool:
     """Whether a Pad writes zeros, to all axes in order."""
-    zeros = len(pad.inputs) < 3 or pad.inputs[2].is_empty() or _is_all(pad.inputs[2], 0)
+    zeros = len(pad.inputs) < 3 or pad.inputs[2].is_empty() or _is_filled(pad.inputs[2], 0)
     all_axes = all(axes.is_empty() for axes in pad.inputs[3:])
     return pad.attrs.get("mode", "constant") == "constant" and zeros and all_axes

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from meta_deploy.graph.precision.placement import Placement, count
 from meta_deploy.graph.precision.quantize import Range
 from meta_deploy.graph.precision.rules import EightBitRules
-from meta_deploy.graph.precision.values import FLOAT, is_constant
+from meta_deploy.graph.precision.values import FLOAT, is_constant, name_of
 
 # These pick or move numbers, so that rounding before them is rounding behind them; the first input is moved.
 _MOVES = frozenset(("MaxPool", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Concat"))
@@ -48,15 +48,15 @@ def shared_ranges(placement: Placement, ranges: Mapping[str, Range]) -> dict[str
     """
     found = dict(ranges)
     for node in reversed(placement.carried):
-        made = found.get(_name(node.outputs[0]))
+        made = found.get(name_of(node.outputs[0]))
         if made is None or node.op_type == "Add":
             continue
-        for name in map(_name, passed(node)):
+        for name in map(name_of, passed(node)):
             if name not in ranges:
                 low, high = found.get(name, made)
                 found[name] = min(low, made[0]), max(high, made[1])
     for node in placement.carried:
-        name, ends = _name(node.outputs[0]), [found.get(_name(value)) for value in passed(node)]
+        name, ends = name_of(node.outputs[0]), [found.get(name_of(value)) for value in passed(node)]
         if node.op_type != "Add" and (len(ends) == 1 or name not in found):
             lows, highs = zip(*filter(None, ends), strict=True)
             found[name] = min(lows), max(highs)
@@ -147,8 +147,3 @@ def _stays_between(node: ir.Node) -> bool:
 
 def _text(node: ir.Node, name: str, default: str) -> str:
     return node.attributes[name].as_string() if name in node.attributes else default
-
-
-def _name(value: ir.Value) -> str:
-    assert value.name
-    return value.name

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from meta_deploy.graph.precision.lower import deciding, leading_to
 from meta_deploy.graph.precision.rules import EightBitRules
-from meta_deploy.graph.precision.values import FLOAT, is_constant, numbers_of
+from meta_deploy.graph.precision.values import FLOAT, is_constant, name_of, numbers_of
 
 # What an activation in 8 bits is measured anew by: products with weights, attention, norms.
 _ENDS = frozenset(
@@ -132,10 +132,10 @@ def readers_of(products: Collection[Product]) -> dict[str, list[Product]]:
     """The tensors that are quantized for some products, by name, and which of these read each."""
     readers: dict[str, list[Product]] = {}
     for product in products:
-        readers.setdefault(_name(product.node.inputs[0]), []).append(product)
+        readers.setdefault(name_of(product.node.inputs[0]), []).append(product)
     for product in products:
         if product.result is not None:
-            readers.setdefault(_name(product.result), [])
+            readers.setdefault(name_of(product.result), [])
     return readers
 
 
@@ -265,9 +265,3 @@ def _int(node: ir.Node, name: str, default: int) -> int:
 
 def _float(node: ir.Node, name: str) -> float:
     return node.attributes[name].as_float() if name in node.attributes else 1.0
-
-
-def _name(value: ir.Value | None) -> str:
-    assert value is not None
-    assert value.name
-    return value.name

@@ -24,6 +24,13 @@ def has_graphs(node: ir.Node) -> bool:
     return any(attribute.type in kinds for attribute in node.attributes.values())
 
 
+def name_of(value: ir.Value | None) -> str:
+    """The name of a value that is there and has one."""
+    assert value is not None
+    assert value.name
+    return value.name
+
+
 def is_constant(value: ir.Value) -> bool:
     """An initializer with a value. One that is a graph input too is none: a user may feed another."""
     return value.is_initializer() and value.const_value is not None and not value.is_graph_input()
