@@ -492,10 +492,9 @@ def test_dead_moves_do_not_matter():
 
 
 def taken_apart(shape, reshaped, axis, sizes, *parts, aside=False):
-    """A Reshape, a Split, and the moves of each part: lists of a permutation (a tuple) or a shape (a list)."""
-    axis_of = {"axis": axis}
+    """A Reshape, a Split, and the moves of each part: permutations (tuples) and shapes (lists)."""
     nodes = [node("Identity", ["x"], ["i"]), node("Reshape", ["i", "to"], ["r"])]
-    nodes += [node("Split", ["r", "sizes"], [f"p{i}" for i in range(len(sizes))], **axis_of)]
+    nodes += [node("Split", ["r", "sizes"], [f"p{i}" for i in range(len(sizes))], axis=axis)]
     constants, outputs = {"to": reshaped, "sizes": sizes}, []
     for i, chain in enumerate(parts):
         name = f"p{i}"
@@ -549,8 +548,8 @@ def test_a_part_without_moves_gets_the_reshape_if_the_others_save_more():
 def test_a_reshape_stays_before_a_split(shape, reshaped, axis, sizes, parts, aside):
     proto = taken_apart(shape, reshaped, axis, sizes, *parts, aside=aside)
     after = unharmed(proto, x=numbers(shape))
-    reshape, split = after.graph.node[1:3] if ops(after)[1] == "Reshape" else (None, None)
-    assert reshape is not None and (reshape.op_type, split.op_type) == ("Reshape", "Split")
+    assert ops(after)[1] == "Reshape"
+    assert "Split" in ops(after)[2:4]
 
 
 @st.composite
