@@ -323,12 +323,13 @@ def compare(
     precision, conversion = lowered.precision, lowered.conversion
     with progress.stage("verify"):
         exported: Run = graph_run(lowered, plan)
-        shipped_run = plan.target.runner(made.built.files, source.profiles, precision.name)
+        shipped_run = plan.target.runner(made.built, source.profiles, precision.name)
         if shipped_run:
             exported = WithStages(shipped_run, exported)
         recorded = Recorded(exported)
         verification = verify(source, recorded, samples, precision.tolerances, progress.count)
         verification["emulated"] = is_rounded(lowered, plan)
+        verification["ran"] = shipped_run is not None or not plan.target.builds
     if lowered.full is not None:
         speed = (
             conversion.search["speed"] if isinstance(conversion, Quantized) and conversion.search else None

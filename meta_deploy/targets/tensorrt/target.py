@@ -22,6 +22,7 @@ from meta_deploy.targets.target import (
     BuildOptions,
     Built,
     Estimate,
+    Runner,
     Target,
     TritonBackend,
     open_model_file,
@@ -135,6 +136,17 @@ class TensorRT(Target):
             files[LAYERS] = to_json(engine.layers)
         return Built(files, section)
 
+    def runner(self, built: Built, profiles: Sequence[Profile], precision: str) -> Runner | None:
+        from meta_deploy.targets.tensorrt.backend import EngineRun
+
+        assert isinstance(built.engine, TensorRTEngine)
+        try:
+            if Here.find(self.name).machine.misfit(built.engine) is not None:
+                return None
+            return EngineRun(built.files[ENGINE], self.name)
+        except BackendError:  # no GPU, or one that this library does not know or whose memory is taken
+            return None
+
     def figures(self, section: Engine | None) -> dict[str, Any]:
         assert isinstance(section, TensorRTEngine)
         names = ("layers", "activation_mb", "plan_mb")
@@ -176,8 +188,7 @@ class TensorRT(Target):
         low = "".join(f"{n} products in {name}, " for name, n in section.eight_bits.items())
         return (
             f"{line}{section.layers} layers, {section.fused_attention} of {section.attention} attentions "
-            f"fused, {low}{section.activation_mb:.0f} MB activations, {section.weights_mb:.0f} MB weights; "
-            "it has not run here"
+            f"fused, {low}{section.activation_mb:.0f} MB activations, {section.weights_mb:.0f} MB weights"
         )
 
     def open(self, bundle: Bundle, backend: str, threads: int | None) -> Backend:
