@@ -55,7 +55,11 @@ class Trial(ABC):
 
     @abstractmethod
     def begin(self, proto: onnx.ModelProto) -> None:
-        """Take a graph in float32 as what others are held against."""
+        """Take a graph in float32 as what others are timed and priced against."""
+
+    @abstractmethod
+    def expect(self, proto: onnx.ModelProto) -> None:
+        """Take results of a graph in float32, of the same network, as what others' are held against."""
 
     @abstractmethod
     def price(self, proto: onnx.ModelProto) -> Mapping[str, Any]:

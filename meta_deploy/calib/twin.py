@@ -19,13 +19,15 @@ from meta_deploy.graph.precision.values import name_of
 
 @dataclass(frozen=True)
 class Twin:
-    """Where the tensors of a placement are in another graph.
+    """Where products of a graph, and the tensors that they read and make, are in another one.
 
     Attributes:
+        products: there, in the order in which those of the graph were given.
         names: each tensor's name there.
         readers: by that name, the products there that read it.
     """
 
+    products: list[Product]
     names: dict[str, str]
     readers: dict[str, list[Product]]
 
@@ -44,6 +46,7 @@ def twin_of(
     """
     keys = {node: key for key, node in _told_apart(graph)}
     there = dict(_told_apart(other))
+    same: list[Product] = []
     names: dict[str, str] = {}
     readers: dict[str, list[Product]] = {}
     for product in products:
@@ -51,12 +54,13 @@ def twin_of(
         found = node and product_of(node, rules)
         if not isinstance(found, Product) or (found.result is None) != (product.result is None):
             return None
+        same.append(found)
         readers.setdefault(name_of(found.node.inputs[0]), []).append(found)
         names.setdefault(name_of(product.node.inputs[0]), name_of(found.node.inputs[0]))
         if product.result is not None and found.result is not None:
             readers.setdefault(name_of(found.result), [])
             names.setdefault(name_of(product.result), name_of(found.result))
-    return Twin(names, readers)
+    return Twin(same, names, readers)
 
 
 def _told_apart(graph: ir.Graph) -> Iterator[tuple[Hashable, ir.Node]]:

@@ -174,7 +174,7 @@ def make(
     builds = Builds(source, plan, progress)
     full, rows, tuning = optimize(original, source, samples, plan, left_out, builds, progress)
     if quantization is not None and source.traced and plan.form != "native":
-        quantization = calibrated_natively(quantization, source, plan, [row.name for row in rows])
+        quantization = measured_natively(quantization, source, plan, [row.name for row in rows])
     del original
     gc.collect()  # a graph refers to itself in circles, and a large model's holds gigabytes
     lowered = lower(full, source, samples, plan, quantization, progress)
@@ -416,19 +416,25 @@ def quantizes(source: Source, plan: Plan, progress: Progress) -> Quantization:
     return Quantization(rules, calibrate, source.outputs, search, plan.rest)
 
 
-def calibrated_natively(
+def measured_natively(
     quantization: Quantization, source: Source, plan: Plan, passes: Sequence[str]
 ) -> Quantization:
-    """The same, with ranges measured on the graph with native operators.
+    """The same, with ranges measured on the graph with native operators; errors too, if what ships does not
+    run here.
 
     Sampling written as arithmetic for a GPU takes most of the time on a CPU.
     """
 
+    @functools.cache
     def native() -> onnx.ModelProto:
         return run_passes(source.graph("native"), passes, plan.target.prices)[0]
 
-    assert isinstance(quantization.calibrate, Calibrator)
-    return replace(quantization, calibrate=functools.partial(quantization.calibrate, faster=native))
+    calibrate, search = quantization.calibrate, quantization.search
+    assert isinstance(calibrate, Calibrator)
+    calibrate = functools.partial(calibrate, faster=native)
+    if isinstance(search, Search) and plan.target.estimates:
+        return replace(quantization, calibrate=calibrate, search=functools.partial(search, faster=native))
+    return replace(quantization, calibrate=calibrate)
 
 
 def trial_of(source: Source, plan: Plan) -> OutputsTrial:

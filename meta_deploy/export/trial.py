@@ -62,6 +62,8 @@ class OutputsTrial(Trial):
 
     def begin(self, proto: onnx.ModelProto) -> None:
         self.full = proto
+
+    def expect(self, proto: onnx.ModelProto) -> None:
         run = OnnxRun(proto)
         self._expected = [run(feed) for feed in self.feeds]
 
@@ -81,8 +83,13 @@ class OutputsTrial(Trial):
         return self._verdict(self._simulated(proto), QUICK).error
 
     def judge(self, proto: onnx.ModelProto) -> Verdict:
-        shipped, whole = self.open(proto), self._simulated(proto)
-        return self._verdict(whole if isinstance(shipped, OnnxRun) else WithStages(shipped, whole), JUDGED)
+        return self._verdict(self._with_stages(proto), JUDGED)
+
+    def _with_stages(self, proto: onnx.ModelProto) -> Run:
+        """A whole graph as it runs, its stages beside it."""
+        whole = self._simulated(proto)
+        shipped = whole if self.target.estimates else self.open(proto)
+        return whole if isinstance(shipped, OnnxRun) else WithStages(shipped, whole)
 
     def _opened(self, proto: onnx.ModelProto, precision: str) -> Run:
         return opened(self.target, self._ships(proto), self.source.profiles, precision)
@@ -136,14 +143,15 @@ class AnnotatedTrial(OutputsTrial):
         self.samples, self.bundle, self.truth = samples, bundle, truth
         self.facts = [*self.facts, *samples.digests(), truth.digest(samples.names())]
 
-    def begin(self, proto: onnx.ModelProto) -> None:
-        super().begin(proto)
+    def expect(self, proto: onnx.ModelProto) -> None:
+        super().expect(proto)
         self._best = self._points(self._opened(proto, "fp32"))
 
     def judge(self, proto: onnx.ModelProto) -> Verdict:
-        points = self._points(self.open(proto))
+        run = self._with_stages(proto)
+        points = self._points(run)
         drop = max(best - points[name] for name, best in self._best.items())
-        return Verdict(drop, super().judge(proto).error)
+        return Verdict(drop, self._verdict(run, JUDGED).error)
 
     def _points(self, run: Run) -> dict[str, float]:
         """What a graph scores, of 100."""

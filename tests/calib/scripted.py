@@ -46,7 +46,7 @@ class Scripted(Trial):
 
     def __init__(self, times, errors, drops=None, monkeypatch=None):
         self.times, self.errors = times, errors
-        self.asked = []
+        self.asked, self.expected = [], None
         monkeypatch.setattr(timed, "interleaved", lambda runs, *_: [[run(FEED) for run in runs]] * 5)
 
     def low(self, proto):
@@ -66,6 +66,9 @@ class Scripted(Trial):
 
     def begin(self, proto):
         self.full = proto
+
+    def expect(self, proto):
+        self.expected = proto
 
     def open(self, proto):
         return self.seconds(proto)

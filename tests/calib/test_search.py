@@ -144,10 +144,10 @@ def test_other_work_on_the_machine_hides_no_gain():
         assert (found.gains, found.loses) == (gains, loses)
 
 
-def searched(trial, max_drop=None, count=4, note=lambda line: None):
+def searched(trial, max_drop=None, count=4, note=lambda line: None, faster=None):
     graph, placement = placed(network(count))
     ranges = dict.fromkeys(placement.readers, (-1.0, 1.0))
-    found, facts = Search(Timed(trial, RULES, note), max_drop)(graph, placement, ranges)
+    found, facts = Search(Timed(trial, RULES, note), max_drop)(graph, placement, ranges, faster)
     return [product.node.outputs[0].name for product in found.products], found, facts
 
 
@@ -295,6 +295,36 @@ def test_an_interrupted_search_goes_on_where_it_was(monkeypatch, different_sizes
     once_more = Scripted(times, errors, monkeypatch=monkeypatch)
     assert searched(once_more)[0] == whole
     assert once_more.asked == []
+
+
+def test_errors_are_measured_on_the_faster_graph_with_the_same_products(monkeypatch, different_sizes):
+    times = dict.fromkeys(["p0", "p1", "p2", "p3"], (2.0, 1.0))
+    errors = {"p0": 0.9, "p1": 0.8, "p2": 0.7, "p3": 0.1}
+    other, made = prefixed(network(), "other/"), []
+    trial = Scripted(times, {f"other/{name}": error for name, error in errors.items()}, None, monkeypatch)
+    whole, _, facts = searched(trial, faster=lambda: made.append(other) or other)
+    assert whole == ["p2", "p3"]
+    assert [row["error"] for row in facts["groups"]] == list(errors.values())
+    assert {name for low in trial.asked for name in low} == {f"other/{name}" for name in errors}
+    assert trial.low(trial.expected) == []
+    assert trial.expected.graph.node[0].output[0] == "other/g0"
+    # Where all is at hand from before it is not even made, and one without these products is not taken.
+    assert searched(Scripted(times, {}, None, monkeypatch), faster=lambda: made.append(other))[0] == whole
+    assert len(made) == 1
+    plain = Scripted(times, errors, None, monkeypatch)
+    assert searched(plain, count=3, faster=lambda: network(2))[0] == ["p2"]
+    assert plain.expected.graph.node[0].output[0] == "g0"
+
+
+def prefixed(proto, prefix):
+    """A copy whose nodes make values of other names, but for the graph's output."""
+    copy = type(proto)()
+    copy.CopyFrom(proto)
+    names = {name: name if name == "y" else prefix + name for n in copy.graph.node for name in n.output}
+    for one in copy.graph.node:
+        one.input[:] = [names.get(name, name) for name in one.input]
+        one.output[:] = [names[name] for name in one.output]
+    return copy
 
 
 def test_progress_counts_groups(monkeypatch):

@@ -7,12 +7,13 @@ import pytest
 from onnx import helper, numpy_helper
 
 from meta_deploy.calib.calibrate import Calibrator
+from meta_deploy.calib.search import Whole
 from meta_deploy.calib.twin import twin_of
 from meta_deploy.export.samples import Samples
 from meta_deploy.graph.graph import normalized
 from meta_deploy.graph.precision.placement import place
 from meta_deploy.graph.precision.rules import EightBitRules
-from tests.small_graphs import model, value
+from tests.small_graphs import model, run, value
 
 RULES = EightBitRules(False, True, True, speedup=4, value=0, node=0, channels=2)
 node = helper.make_node
@@ -86,6 +87,22 @@ def test_products_that_are_not_quantized_count_where_several_are_alike():
 @pytest.mark.parametrize("other", [network(left_out="p1"), network(sizes=(12, 7)), network(widths=10)])
 def test_a_graph_without_the_same_products_is_none(other):
     assert found(network(), other) is None
+
+
+@pytest.mark.parametrize("factors", [False, True])
+@pytest.mark.parametrize("chosen", [{0}, {2}, {0, 1, 2}])
+def test_the_same_products_are_quantized_in_the_same_way(chosen, factors):
+    rules = replace(RULES, signed=factors, results=not factors, biases=not factors, factors=factors)
+    graph, other = normalized(network(gelu=False)), normalized(network("other/"))
+    placement = place(graph.graph, rules)
+    ranges = {name: (-0.5 - i, 1.0 + i) for i, name in enumerate(placement.readers)}
+    whole = Whole(graph, placement, ranges, rules)
+    twin = whole.twin(other)
+    feed = next(iter(Feeds()))
+    low, full = (run(one.quantized(chosen), **feed)["y"] for one in (twin, whole))
+    np.testing.assert_allclose(low, full, rtol=1e-4, atol=1e-5)
+    assert np.abs(low - run(network(), **feed)["y"]).max() > 1e-3
+    assert whole.twin(normalized(network(left_out="p1"))) is None
 
 
 class Feeds(Samples):

@@ -43,6 +43,7 @@ def trial(model, truth, **options):
         source, target, samples, tolerances, BuildOptions(), bundle, open_annotations(truth)
     )
     made.begin(source.graph("native"))
+    made.expect(source.graph("native"))
     return made, source.graph("native")
 
 
