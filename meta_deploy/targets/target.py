@@ -205,11 +205,10 @@ class Target(ABC):
         """
         return Built({MODEL: model})
 
-    def estimate(self, model: bytes, options: BuildOptions) -> Estimate:
-        """What a graph of known shapes costs, by an engine built for it; where the target `estimates`.
+    def estimate(self, built: Built) -> Estimate:
+        """What was built of a graph of known shapes costs; where the target `estimates`.
 
         Raises:
-            EngineError: the library refuses the graph.
             InputError: the library does not tell what it built.
         """
         raise NotImplementedError(f"{self.name} estimates nothing")

@@ -160,14 +160,15 @@ class TensorRT(Target):
             return options.gpus
         return sorted(filter(has_fp8, gpu_targets(load(self.name))))
 
-    def estimate(self, model: bytes, options: BuildOptions) -> Estimate:
-        from meta_deploy.targets.tensorrt.build import build_engine
+    def estimate(self, built: Built) -> Estimate:
+        from meta_deploy.targets.tensorrt.layers import read_json
 
-        engine = build_engine(model, self.name, (), compute_capabilities=self._gpus(options))
-        section = engine.section()
-        launched = [layer for layer in engine.layers if not layer.synchronizes]
-        if not launched:
+        section = built.engine
+        assert isinstance(section, TensorRTEngine)
+        if LAYERS not in built.files:
             raise InputError(f"{self.title}'s log does not tell what it builds; use --no-search")
+        layers = read_json(built.files[LAYERS], "the engine that it built")
+        launched = [layer for layer in layers if not layer.synchronizes]
         macs = sum(layer.macs / (_SPEEDUP if layer.eight_bits else 1) for layer in launched)
         moved = GPU.value * sum(layer.bytes for layer in launched) / _BYTES
         return Estimate(
