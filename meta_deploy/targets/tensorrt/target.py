@@ -55,7 +55,7 @@ class TensorRT(Target):
         *("fold-batch-norm", "merge-siblings", "gather-rows"),
         *("slices-to-split", "collapse-chains", "convolve-linears", "move-linears", "collapse-chains"),
         *("fold-scales", "order-tokens", "stack-attention"),
-        *("fold-branches", "distribute-sums", "flatten-concats", "collapse-chains"),
+        *("fold-branches", "distribute-sums", "join-kernels", "flatten-concats", "collapse-chains"),
     )
     required_passes = ("clean-up",)  # the parser does not take all that PyTorch exports
     prices = GPU
@@ -227,7 +227,7 @@ TARGETS = (
         *("tensorrt-rtx", "TensorRT-RTX", ("lowered",)),
         doubtful=(
             *("move-linears", "gather-rows", "merge-siblings", "fold-branches", "distribute-sums"),
-            "convolve-linears",
+            *("convolve-linears", "join-kernels"),
         ),
     ),
 )
