@@ -39,6 +39,7 @@ from meta_deploy.graph.passes.plain_einsum import plain_einsum
 from meta_deploy.graph.passes.share_norms import share_norms
 from meta_deploy.graph.passes.slices_to_split import slices_to_split
 from meta_deploy.graph.passes.stack_attention import stack_attention
+from meta_deploy.graph.passes.transpose_last import transpose_last
 from meta_deploy.graph.prices import CPU, Cost
 from meta_deploy.graph.traffic import bytes_known
 
@@ -64,6 +65,7 @@ PASSES: dict[str, Callable[[gs.Graph], int]] = {
     "distribute-sums": distribute_sums,
     "join-kernels": join_kernels,
     "flatten-concats": flatten_concats,
+    "transpose-last": transpose_last,
     "discarded-rows": discarded_rows,
     "pack-attention": pack_attention,
 }

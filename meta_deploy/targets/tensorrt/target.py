@@ -56,6 +56,7 @@ class TensorRT(Target):
         *("slices-to-split", "collapse-chains", "convolve-linears", "move-linears", "collapse-chains"),
         *("fold-scales", "order-tokens", "stack-attention"),
         *("fold-branches", "distribute-sums", "join-kernels", "flatten-concats", "collapse-chains"),
+        "transpose-last",
     )
     required_passes = ("clean-up",)  # the parser does not take all that PyTorch exports
     prices = GPU
@@ -227,7 +228,7 @@ TARGETS = (
         *("tensorrt-rtx", "TensorRT-RTX", ("lowered",)),
         doubtful=(
             *("move-linears", "gather-rows", "merge-siblings", "fold-branches", "distribute-sums"),
-            *("convolve-linears", "join-kernels"),
+            *("convolve-linears", "join-kernels", "transpose-last"),
         ),
     ),
 )

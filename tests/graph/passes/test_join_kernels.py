@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meta_deploy.graph.explain import explaining
-from meta_deploy.graph.graph import to_graph
+from meta_deploy.graph.graph import BATCH, to_graph
 from meta_deploy.graph.passes.join_kernels import join_kernels
 from meta_deploy.graph.prices import CPU, GPU, Cost
 from tests.graph.rewriting import RANDOM, Writer, agree, feeds, node, ops, rewritten
@@ -162,7 +162,7 @@ def test_a_map_of_unknown_size_stays_and_says_so():
 @pytest.mark.parametrize("tokens", [0, 3, 4])
 def test_any_batch(tokens):
     maps = (Map((1, 1)), Map((3, 3))) if not tokens else BLOCK
-    proto = any_batch(Case(maps, tokens=4 if tokens else 0).proto())
+    proto = any_batch(Case(maps, (BATCH, 3, 4, 6), tokens).proto())
     agree(join_kernels, proto, feeds(proto, 5), 1, NODES)
 
 
