@@ -14,7 +14,8 @@ def drop_neutral(graph: gs.Graph) -> None:
     """Let nothing read an Add or Sub of 0, a Mul or Div of 1, a Pad of width zero, or a Concat of one tensor;
 
     nor a Slice, an Expand or a Resize to the shape that was there already, nor the guard of a softmax whose
-    mask hides no whole row. Let Convs do the padding before them, and sums and products the broadcasting.
+    mask hides no whole row. Let Convs do the padding before them, sums and products the broadcasting, and
+    Slices what Slices before them do along other axes.
 
     What is left without readers is not removed yet. The sum of -0 and 0 is 0 and becomes -0, which is equal.
     """
@@ -27,6 +28,8 @@ def drop_neutral(graph: gs.Graph) -> None:
             _take_in(graph, node)
         elif is_op(node, *_NEUTRAL):
             _read_unexpanded(node)
+        elif is_op(node, "Slice"):
+            _take_in_slice(graph, node)
 
 
 def _unchanged(node: gs.Node) -> gs.Tensor | None:
@@ -118,6 +121,34 @@ def _keeps_shape(x: gs.Tensor, other: gs.Constant) -> bool:
         return not other.shape
     ends = x.shape[len(x.shape) - len(other.shape) :]
     return all(size in (1, end) for size, end in zip(other.shape, ends, strict=True))
+
+
+def _take_in_slice(graph: gs.Graph, node: gs.Node) -> None:
+    """Have a Slice do what the one before it does for it alone along other axes."""
+    before = producer(node.inputs[0], "Slice")
+    if before is None or not sole_consumer(graph, node.inputs[0]):
+        return
+    both = [_cuts(before), _cuts(node)]
+    if None in both or set(both[0]) & set(both[1]):  # type: ignore[arg-type]
+        return
+    cuts = both[0] | both[1]  # type: ignore[operator]
+    columns = zip(*((axis, *cut) for axis, cut in cuts.items()), strict=True)
+    axes, starts, ends, steps = (np.array(column, np.int64) for column in columns)
+    numbers = {"starts": starts, "ends": ends, "axes": axes, "steps": steps}
+    out = node.outputs[0].name
+    node.inputs = [before.inputs[0], *(gs.Constant(f"{out}/{name}", v) for name, v in numbers.items())]
+
+
+def _cuts(node: gs.Node) -> dict[int, tuple[int, int, int]] | None:
+    """Start, end and step of a Slice by axis; None where they are not known."""
+    values = [constant_value(tensor) for tensor in node.inputs[1:]]
+    if len(values) < 2 or node.inputs[0].shape is None or any(value is None for value in values):
+        return None
+    starts, ends, *others = (value.tolist() for value in values if value is not None)
+    axes = others[0] if others else range(len(starts))
+    steps = others[1] if len(others) > 1 else [1] * len(starts)
+    rank = len(node.inputs[0].shape)
+    return {axis % rank: cut for axis, *cut in zip(axes, starts, ends, steps, strict=True)}  # type: ignore[misc]
 
 
 def _take_in(graph: gs.Graph, conv: gs.Node) -> None:

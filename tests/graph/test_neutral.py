@@ -150,6 +150,37 @@ def test_a_slice_of_all_goes(start, end, axis, step):
     assert ("Slice" not in cleaned(nodes, constants, [3, 4], shape)) == same_as_before
 
 
+@settings(RANDOM, max_examples=20)
+@given(
+    axes=st.lists(st.integers(-3, 2), min_size=2, max_size=3),
+    starts=st.lists(st.integers(-2, 1), min_size=3, max_size=3),
+    steps=st.lists(st.sampled_from([1, 1, 2, -1]), min_size=3, max_size=3),
+    small=st.booleans(),
+    again=st.sampled_from([None, None, 0, 1]),
+)
+def test_slices_along_other_axes_are_one(axes, starts, steps, small, again):
+    """Not along the same axis, nor where something else reads what one of them takes (`again`)."""
+    x, constants, nodes, kind = "x", {}, [], np.int32 if small else np.int64
+    ends = [2**31 - 1 if step > 0 else -(2**31) for step in steps]
+    for i, (axis, start, end, step) in enumerate(zip(axes, starts, ends, steps, strict=False)):
+        names = [f"{name}{i}" for name in "seat"]
+        constants.update(zip(names, (np.array([n], kind) for n in (start, end, axis, step)), strict=True))
+        nodes.append(node("Slice", [x, *names], [f"c{i}"]))
+        x = f"c{i}"
+    nodes += [node("Exp", [x], ["e"]), node("ReduceMax", [f"c{again}" if again is not None else "e"], ["m"])]
+    taken = np.zeros((4, 5, 6))
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=False):
+        taken = taken.take(range(*slice(start, end, step).indices(taken.shape[axis])), axis)
+    if not taken.size:
+        return
+    after = cleaned([*nodes, node("Add", ["e", "m"], ["y"])], constants, [4, 5, 6], list(taken.shape))
+    joined = len({axis % 3 for axis in axes}) == len(axes) and (again is None or again >= len(axes) - 1)
+    if joined:
+        assert after.count("Slice") <= 1
+    elif len(axes) == 2 and 1 in starts[:1] and 1 in starts[1:2]:
+        assert after.count("Slice") == 2
+
+
 @pytest.mark.parametrize(("to", "stays"), [([3, 4], False), ([1, 1], False), ([2, 3, 4], True), ([4], False)])
 def test_an_expand_to_the_same_shape_goes(to, stays):
     nodes = [node("Relu", ["x"], ["r"]), node("Expand", ["r", "to"], ["b"]), node("Exp", ["b"], ["y"])]
