@@ -45,6 +45,7 @@ class Attention:
     hides: bool = False  # some of it is -inf
     computed_mask: bool = False  # what is added, also between two Reshapes, is computed
     second: tuple | None = None  # the shapes between two Reshapes, and of what is added there
+    normed: bool = False  # q is transposed to heads first, and divided by its length
     rank: int = 4
     vary: bool = False  # constants that scale are of several numbers
     reader: str = ""  # another node reads this tensor
@@ -84,6 +85,13 @@ class Attention:
 
         for name in "qkv":
             nodes.append(node("Identity", [n(f"{name}_in")], [n(name)]))
+        if self.normed:
+            for start, end in (("q_in", "tokens"), ("tokens", "q_moved")):
+                nodes.append(node("Transpose", [n(start)], [n(end)], perm=[0, 2, 1, 3]))
+            initializers.append(numpy_helper.from_array(np.array([-1]), n("last")))
+            nodes[0] = node("ReduceL2", [n("q_moved"), n("last")], [n("length")])
+            nodes.append(nodes.pop(0))
+            nodes.append(node("Div", [n("q_moved"), n("length")], [n("q")]))
         if self.computed_mask and (self.mask or self.second):
             nodes.append(node("ReduceMean", [n("q_in")], [n("q_mean")], keepdims=0))
         q = scaled(n("q"), self.q_scale, "q_scaled")
@@ -416,6 +424,7 @@ def test_a_batch_of_any_size_is_fused(batch):
             second=((BATCH, 4, 3, 5, 4), (1, 4, 3, 5, 4)), scale=("Mul", 0.5, (3, 1, 1), False), vary=True
         ),
         Attention(second=((BATCH, 4, 3, 5, 4), (3, 1, 4)), mask=(5, 4)),
+        Attention(second=((BATCH, 4, 3, 5, 4), (1, 4, 1, 5, 4)), normed=True),
         Attention(second=((BATCH, 4, 3, 5, 4), (4, 1, 5, 4)), shapes={"v": (4 * BATCH, 3, 4, 7)}),
     ],
 )
