@@ -442,7 +442,7 @@ def test_masks_of_windows_of_any_number_of_images(attention, images):
 
 @pytest.mark.parametrize("perm", [(0, 2, 1), (1, 2, 0), (0, 1, 2)])
 def test_keys_transposed_with_three_axes(perm):
-    """PyTorch joins batch and heads to do it. Other permutations of these axes are another product."""
+    """PyTorch joins batch and heads to do it. Other permutations of these axes make other keys."""
     nodes = [
         node("Reshape", ["k", "three"], ["k3"]),
         node("Transpose", ["k3"], ["kt3"], perm=perm),
@@ -455,9 +455,53 @@ def test_keys_transposed_with_three_axes(perm):
     initializers = [numpy_helper.from_array(np.array(shape), name) for name, shape in shapes.items()]
     proto = model(nodes, [value(name, [2, 3, 5, 5]) for name in "qkv"], initializers=initializers)
     after, changes = rewritten(proto)
-    assert changes == (perm == (0, 2, 1))
+    assert changes == 1
     rng = np.random.default_rng(0)
     same(proto, after, {name: rng.standard_normal((2, 3, 5, 5)).astype(np.float32) for name in "qkv"})
+
+
+@pytest.mark.parametrize("perm", [(0, 2, 1), None])
+def test_keys_that_heads_share_are_transposed_with_three_axes(perm):
+    """Grouped queries: keys and values of one head, expanded. Without the Transpose it is another product."""
+    shapes = {"all": [2, 1, 3, 5, 5], "three": [6, 5, 5], "four": [2, 3, 5, 5]}
+    nodes = [
+        node("Unsqueeze", ["k", "two"], ["k5"]),
+        node("Expand", ["k5", "all"], ["k_all"]),
+        node("Reshape", ["k_all", "three"], ["k3"]),
+        node("Transpose", ["k3"], ["kt3"], perm=perm) if perm else node("Neg", ["k3"], ["kt3"]),
+        node("Reshape", ["kt3", "four"], ["kt"]),
+        node("MatMul", ["q", "kt"], ["product"]),
+        node("Softmax", ["product"], ["weights"], axis=-1),
+        node("MatMul", ["weights", "v"], ["y"]),
+    ]
+    initializers = [numpy_helper.from_array(np.array(shape), name) for name, shape in shapes.items()]
+    initializers.append(numpy_helper.from_array(np.array([2]), "two"))
+    inputs = [value("q", [2, 3, 5, 5]), value("k", [2, 1, 5, 5]), value("v", [2, 3, 5, 5])]
+    proto = model(nodes, inputs, initializers=initializers)
+    after, changes = rewritten(proto)
+    assert changes == (perm is not None)
+    same(proto, after)
+
+
+@pytest.mark.parametrize("constant", ["q", "kt"])
+def test_learned_queries_beside_a_computed_mask(constant):
+    """Attention pooling. What multiplies q on the right without being computed is a linear map, not keys."""
+    nodes = [
+        node("Transpose", ["k"], ["kt"], perm=(0, 2, 1)),
+        node("MatMul", ["q", "kt"], ["product"]),
+        node("Exp", ["mask"], ["added"]),
+        node("Add", ["added", "product"], ["scores"]),
+        node("Softmax", ["scores"], ["weights"], axis=-1),
+        node("MatMul", ["weights", "v"], ["y"]),
+    ][constant == "kt" :]
+    shapes = {"q": [3, 2, 8], "k": [3, 5, 8], "kt": [3, 8, 5], "v": [3, 5, 8], "mask": [3, 2, 5]}
+    numbers = np.random.default_rng(0).standard_normal(shapes[constant]).astype(np.float32)
+    names = [name for name in ("q", "k", "v", "mask") if name != constant and (name, constant) != ("k", "kt")]
+    inputs = [value(name, shapes[name]) for name in names]
+    proto = model(nodes, inputs, initializers=[numpy_helper.from_array(numbers, constant)])
+    after, changes = rewritten(proto)
+    assert changes == (constant == "q")
+    same(proto, after)
 
 
 @pytest.mark.parametrize("operand", [0, 1])
