@@ -85,7 +85,7 @@ def _attention(graph: gs.Graph, softmax: gs.Node, last: gs.Node, fusing: bool) -
         if not sole_consumer(graph, tensor):
             return read_elsewhere(graph, tensor, reader)
     untransposed = _untransposed(graph, transposed, rank)
-    if untransposed is None and not _is_transposed(transposed, rank):
+    if untransposed is None and not _is_transposed(graph, transposed, rank):
         return f"{made_by(transposed)}, and is not a k of known shape with its last two axes swapped"
     k, k_before = (transposed, 1.0) if untransposed is None else _unscaled(graph, untransposed)
     v = last.inputs[1]
@@ -210,12 +210,15 @@ def _unreshaped(graph: gs.Graph, tensor: gs.Tensor) -> gs.Tensor:
 
 
 def _is_product(graph: gs.Graph, tensor: gs.Tensor, depth: int = 8) -> bool:
-    """Whether a tensor is a product of two computed ones, but for scales, sums and Reshapes."""
+    """Whether a tensor is a product with a computed one, but for scales, sums and Reshapes.
+
+    A linear map has its constant on the right; on the left are queries that are learned.
+    """
     node = producer(tensor)
     if node is None or not depth:
         return False
     if is_op(node, "MatMul"):
-        return not any(isinstance(x, gs.Constant) for x in node.inputs)
+        return not isinstance(node.inputs[1], gs.Constant)
     if is_op(node, *RESHAPES):
         return _is_product(graph, node.inputs[0], depth - 1)
     if not is_op(node, "Add", "Mul", "Div"):
@@ -249,10 +252,10 @@ def _untransposed(graph: gs.Graph, tensor: gs.Tensor, rank: int) -> gs.Tensor | 
     return None
 
 
-def _is_transposed(tensor: gs.Tensor, rank: int) -> bool:
-    """Whether a Transpose makes a tensor of known sizes: another one after it costs nothing."""
-    shape = static_shape(tensor)
-    return producer(tensor, "Transpose") is not None and shape is not None and len(shape) == rank
+def _is_transposed(graph: gs.Graph, tensor: gs.Tensor, rank: int) -> bool:
+    """Whether a Transpose, and moves after it, make a tensor of known sizes: another one costs nothing."""
+    shape, (_, chain) = static_shape(tensor), chain_before(graph, tensor)
+    return any(is_op(node, "Transpose") for node in chain) and shape is not None and len(shape) == rank
 
 
 def _unscaled(graph: gs.Graph, tensor: gs.Tensor) -> tuple[gs.Tensor, float]:

@@ -5,8 +5,21 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from meta_deploy.graph.graph import constant_value, is_op, producer, replace, sole_consumer, static_shape
+from meta_deploy.graph.graph import (
+    IdentitySet,
+    constant_value,
+    fresh_names,
+    is_op,
+    producer,
+    replace,
+    sole_consumer,
+    static_shape,
+)
 
+_ELEMENTWISE = (
+    *("Where", "Not", "And", "Or", "Cast", "Add", "Sub", "Mul", "Div"),
+    *("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"),
+)
 _NEUTRAL = {"Add": 0, "Sub": 0, "Mul": 1, "Div": 1}
 
 
@@ -14,7 +27,8 @@ def drop_neutral(graph: gs.Graph) -> None:
     """Let nothing read an Add or Sub of 0, a Mul or Div of 1, a Pad of width zero, or a Concat of one tensor;
 
     nor a Slice, an Expand or a Resize to the shape that was there already, nor the guard of a softmax whose
-    mask hides no whole row. Let Convs do the padding before them, and sums and products the broadcasting.
+    mask hides no whole row. Let Convs do the padding before them, sums and products the broadcasting, and
+    Slices what Slices before them do along other axes.
 
     What is left without readers is not removed yet. The sum of -0 and 0 is 0 and becomes -0, which is equal.
     """
@@ -27,6 +41,8 @@ def drop_neutral(graph: gs.Graph) -> None:
             _take_in(graph, node)
         elif is_op(node, *_NEUTRAL):
             _read_unexpanded(node)
+        elif is_op(node, "Slice"):
+            _take_in_slice(graph, node)
 
 
 def _unchanged(node: gs.Node) -> gs.Tensor | None:
@@ -57,7 +73,7 @@ def _unchanged(node: gs.Node) -> gs.Tensor | None:
 def _guards_in_vain(where: gs.Node) -> bool:
     """Whether a Where replaces the NaNs of a softmax that has none if its scores are finite.
 
-    PyTorch writes it for attention with a mask, which may hide all keys; of a constant one it is known.
+    PyTorch writes it for attention with a mask, which may hide all keys; of some it is known that none does.
     """
     nan, softmax = producer(where.inputs[0], "IsNaN"), producer(where.inputs[2], "Softmax")
     if nan is None or softmax is None or nan.inputs[0] is not where.inputs[2]:
@@ -71,17 +87,25 @@ def _guards_in_vain(where: gs.Node) -> bool:
         return False
     add = producer(scores, "Add")
     if add is not None:
-        scores, mask = add.inputs if isinstance(add.inputs[1], gs.Constant) else add.inputs[::-1]
-        hidden = constant_value(mask)
-        if (
-            hidden is None
-            or not hidden.ndim
-            or not np.isfinite(hidden).any(-1).all()
-            or np.isnan(hidden).any()
-            or np.isposinf(hidden).any()
-        ):
+        scores, mask = add.inputs if _leaves_a_key(add.inputs[1]) else add.inputs[::-1]
+        if not _leaves_a_key(mask):
             return False
     return producer(scores, "MatMul") is not None
+
+
+def _leaves_a_key(mask: gs.Tensor) -> bool:
+    """Whether a mask is known to be finite for a key of each query, and a number or -inf for the others.
+
+    It is a constant, or chosen from finite numbers by what is computed.
+    """
+    choice = producer(mask, "Where")
+    if choice is not None:
+        values = [constant_value(tensor) for tensor in choice.inputs[1:]]
+        return all(value is not None and np.isfinite(value).all() for value in values)
+    hidden = constant_value(mask)
+    if hidden is None or not hidden.ndim or np.isnan(hidden).any() or np.isposinf(hidden).any():
+        return False
+    return bool(np.isfinite(hidden).any(-1).all())
 
 
 def _is_filled(tensor: gs.Tensor, number: int) -> bool:
@@ -102,13 +126,48 @@ def _samples_in_place(resize: gs.Node) -> bool:
     return scales is not None and bool((scales == 1).all()) and static_shape(resize.outputs[0]) is not None
 
 
+def expand_last(graph: gs.Graph) -> bool:
+    """Let element-wise operators of expanded constants compute before the Expand, where all is constant.
+
+    The mask of a transformer is so for any batch: where nothing is hidden, it then turns out to be zeros.
+
+    Returns:
+        Whether something was changed; what has become constant is not folded yet.
+    """
+    fresh, constant = fresh_names(graph), IdentitySet[gs.Tensor]()
+    for node in list(graph.nodes):
+        if not is_op(node, *_ELEMENTWISE) or not node.outputs:  # folded
+            continue
+        expands = [producer(tensor, "Expand") for tensor in node.inputs]
+        sources = [x if e is None else e.inputs[0] for x, e in zip(node.inputs, expands, strict=True)]
+        out = node.outputs[0]
+        whole = next((e for e in expands if e and _same_shape(e.outputs[0], out)), None)
+        shapes = [static_shape(source) for source in sources]
+        known = all(isinstance(x, gs.Constant) or x in constant for x in sources)
+        if whole is None or None in shapes or not known:
+            continue
+        shape = list(np.broadcast_shapes(*map(tuple, shapes)))  # type: ignore[arg-type]
+        small = gs.Variable(fresh(f"{out.name}/unexpanded"), out.dtype, shape)
+        node.inputs, node.outputs = sources, [small]
+        last = gs.Node("Expand", fresh(f"{out.name}/expand"), {}, [small, whole.inputs[1]], [out])
+        graph.nodes.insert(graph.nodes.index(node) + 1, last)
+        constant.add(small)
+    return bool(constant)
+
+
+def _same_shape(a: gs.Tensor, b: gs.Tensor) -> bool:
+    shape = static_shape(a)
+    return shape is not None and shape == static_shape(b)
+
+
 def _read_unexpanded(node: gs.Node) -> None:
     """Let an operator of two tensors read before an Expand where it broadcasts to the same shape itself."""
     for place in (0, 1):
-        expand, other = producer(node.inputs[place], "Expand"), static_shape(node.inputs[1 - place])
-        if expand is None or not other or not static_shape(expand.inputs[0]):
+        expand, out = producer(node.inputs[place], "Expand"), static_shape(node.outputs[0])
+        if expand is None or not out:
             continue
-        if other == static_shape(node.inputs[place]) == static_shape(node.outputs[0]):
+        shapes = [static_shape(expand.inputs[0]), static_shape(node.inputs[1 - place])]
+        if None not in shapes and out == list(np.broadcast_shapes(*map(tuple, shapes))):  # type: ignore[arg-type]
             node.inputs[place] = expand.inputs[0]
 
 
@@ -118,6 +177,34 @@ def _keeps_shape(x: gs.Tensor, other: gs.Constant) -> bool:
         return not other.shape
     ends = x.shape[len(x.shape) - len(other.shape) :]
     return all(size in (1, end) for size, end in zip(other.shape, ends, strict=True))
+
+
+def _take_in_slice(graph: gs.Graph, node: gs.Node) -> None:
+    """Have a Slice do what the one before it does for it alone along other axes."""
+    before = producer(node.inputs[0], "Slice")
+    if before is None or not sole_consumer(graph, node.inputs[0]):
+        return
+    both = [_cuts(before), _cuts(node)]
+    if None in both or set(both[0]) & set(both[1]):  # type: ignore[arg-type]
+        return
+    cuts = both[0] | both[1]  # type: ignore[operator]
+    columns = zip(*((axis, *cut) for axis, cut in cuts.items()), strict=True)
+    axes, starts, ends, steps = (np.array(column, np.int64) for column in columns)
+    numbers = {"starts": starts, "ends": ends, "axes": axes, "steps": steps}
+    out = node.outputs[0].name
+    node.inputs = [before.inputs[0], *(gs.Constant(f"{out}/{name}", v) for name, v in numbers.items())]
+
+
+def _cuts(node: gs.Node) -> dict[int, tuple[int, int, int]] | None:
+    """Start, end and step of a Slice by axis; None where they are not known."""
+    values = [constant_value(tensor) for tensor in node.inputs[1:]]
+    if len(values) < 2 or node.inputs[0].shape is None or any(value is None for value in values):
+        return None
+    starts, ends, *others = (value.tolist() for value in values if value is not None)
+    axes = others[0] if others else range(len(starts))
+    steps = others[1] if len(others) > 1 else [1] * len(starts)
+    rank = len(node.inputs[0].shape)
+    return {axis % rank: cut for axis, *cut in zip(axes, starts, ends, steps, strict=True)}  # type: ignore[misc]
 
 
 def _take_in(graph: gs.Graph, conv: gs.Node) -> None:

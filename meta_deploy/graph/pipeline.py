@@ -137,7 +137,8 @@ def run_passes(
         seconds = round(time.perf_counter() - start, 2)
         seen(name, changes, graph)
         was = nodes, moves, moved, exact
-        nodes, moves, moved, exact = _measured(graph)
+        if changes or name == "clean-up":  # which also learns sizes
+            nodes, moves, moved, exact = _measured(graph)
         results.append(
             PassResult(
                 *(name, changes, was[0], nodes, was[1], moves, was[2], moved),

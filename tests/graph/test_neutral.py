@@ -54,7 +54,7 @@ def test_a_tensor_of_zeros_goes(sizes, number, goes):
     assert ("Add" not in cleaned(nodes, {"c": constant}, [2, 3, 4])) == goes
 
 
-def guarded(mask=None, number=0.0, of="weights", axis=-1, computed=False):
+def guarded(mask=None, number=0.0, of="weights", axis=-1, computed=False, hidden=None):
     """Attention's weights as PyTorch writes them: where they are not a number, another stands for them."""
     constants = {"w": RNG.standard_normal((4, 3)).astype(np.float32), "number": np.float32(number)}
     nodes = [node("MatMul", ["x", "w"], ["scores"])]
@@ -62,7 +62,11 @@ def guarded(mask=None, number=0.0, of="weights", axis=-1, computed=False):
         nodes += [node("Log", ["scores"], ["logs"]), node("Identity", ["logs"], ["masked"])]
     elif mask is not None:
         constants["mask"] = np.array(mask, np.float32)
-        nodes.append(node("Add", ["scores", "mask"], ["masked"]))
+        if hidden is not None:
+            constants["hidden"] = np.float32(hidden)
+            nodes.append(node("Cast", ["scores"], ["hides"], to=9))
+            nodes += [node("Where", ["hides", "hidden", "mask"], ["chosen"])]
+        nodes.append(node("Add", ["scores", "mask" if hidden is None else "chosen"], ["masked"]))
     nodes += [
         node("Softmax", ["scores" if mask is None and not computed else "masked"], ["weights"], axis=axis),
         node("IsNaN", [of], ["nan"]),
@@ -77,12 +81,20 @@ def test_a_softmax_of_finite_scores_needs_no_other_number(mask):
     assert "Where" not in guarded(mask)
 
 
+def test_a_mask_chosen_from_finite_numbers_is_finite():
+    after = guarded([0.0, 1.0, 2.0], hidden=np.finfo(np.float32).min)
+    assert after.count("Where") == 1
+    assert "IsNaN" not in after
+
+
 @pytest.mark.parametrize(
     "case",
     [
         {"mask": [[0.0, 0.0, 0.0], [-np.inf, -np.inf, -np.inf]]},  # a row without keys
         {"mask": [np.inf, 0.0, 0.0]},
         {"mask": [np.nan, 0.0, 0.0]},
+        {"mask": [0.0, 0.0, 0.0], "hidden": -np.inf},
+        {"mask": [0.0, -np.inf, 0.0], "hidden": 0.0},
         {"of": "scores"},
         {"axis": 0},
         {"computed": True},
@@ -90,7 +102,7 @@ def test_a_softmax_of_finite_scores_needs_no_other_number(mask):
     ids=str,
 )
 def test_a_softmax_that_may_be_no_number_keeps_the_other(case):
-    assert "Where" in guarded(**case)
+    assert "IsNaN" in guarded(**case)
 
 
 @pytest.mark.parametrize("mode", ["constant", "reflect"])
@@ -148,6 +160,68 @@ def test_a_slice_of_all_goes(start, end, axis, step):
     shape = [3, len(taken)] if axis else [len(taken), 4]
     same_as_before = list(taken) == list(range(4 if axis else 3))
     assert ("Slice" not in cleaned(nodes, constants, [3, 4], shape)) == same_as_before
+
+
+@pytest.mark.parametrize("op", ["Add", "Mul", "Sub", "Where"])
+@pytest.mark.parametrize(
+    ("size", "other", "computed", "stays"),
+    [
+        ((1, 3), (), False, False),
+        ((3,), (1, 3), False, False),
+        ((1, 1), (3,), False, False),
+        ((1, 1), (4, 1, 3), False, True),  # to another shape than the Expand's
+        ((1, 3), (), True, True),
+    ],
+)
+def test_expanded_constants_are_computed_before_the_expand(op, size, other, computed, stays):
+    """What is the same for each image of any batch; not where something computed is expanded."""
+    constants = {"c": RNG.standard_normal(size), "d": RNG.standard_normal(other)}
+    initializers = [numpy_helper.from_array(np.asarray(v, np.float32), n) for n, v in constants.items()]
+    nodes = [
+        node("Shape", ["x"], ["to"]),
+        node("ReduceMax", ["x"], ["m"]),
+        node("Add", ["c", "m" if computed else "c"], ["start"]),
+        node("Expand", ["start", "to"], ["e"]),
+        node("Cast", ["e"], ["chosen"], to=9),
+        node(op, ["chosen", "d", "e"] if op == "Where" else ["e", "d"], ["f"]),
+        node("Mul", ["x", "f"], ["y"]),
+    ]
+    out = ["b", 3] if len(other) < 3 else [4, "b", 3]
+    proto = model(nodes, [value("x", ["b", 3])], [value("y", out)], initializers)
+    after, _ = rewritten(clean_up, proto)
+    same(proto, after)
+    assert ("Expand" in ops(after)) == stays
+
+
+@settings(RANDOM, max_examples=20)
+@given(
+    axes=st.lists(st.integers(-3, 2), min_size=2, max_size=3),
+    starts=st.lists(st.integers(-2, 1), min_size=3, max_size=3),
+    steps=st.lists(st.sampled_from([1, 1, 2, -1]), min_size=3, max_size=3),
+    small=st.booleans(),
+    again=st.sampled_from([None, None, 0, 1]),
+)
+def test_slices_along_other_axes_are_one(axes, starts, steps, small, again):
+    """Not along the same axis, nor where something else reads what one of them takes (`again`)."""
+    x, constants, nodes, kind = "x", {}, [], np.int32 if small else np.int64
+    ends = [2**31 - 1 if step > 0 else -(2**31) for step in steps]
+    for i, (axis, start, end, step) in enumerate(zip(axes, starts, ends, steps, strict=False)):
+        names = [f"{name}{i}" for name in "seat"]
+        constants.update(zip(names, (np.array([n], kind) for n in (start, end, axis, step)), strict=True))
+        nodes.append(node("Slice", [x, *names], [f"c{i}"]))
+        x = f"c{i}"
+    nodes += [node("Exp", [x], ["e"]), node("ReduceMax", [f"c{again}" if again is not None else "e"], ["m"])]
+    taken = np.zeros((4, 5, 6))
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=False):
+        taken = taken.take(range(*slice(start, end, step).indices(taken.shape[axis])), axis)
+    if not taken.size:
+        return
+    after = cleaned([*nodes, node("Add", ["e", "m"], ["y"])], constants, [4, 5, 6], list(taken.shape))
+    joined = len({axis % 3 for axis in axes}) == len(axes) and (again is None or again >= len(axes) - 1)
+    if joined:
+        assert after.count("Slice") <= 1
+    elif len(axes) == 2 and 1 in starts[:1] and 1 in starts[1:2]:
+        assert after.count("Slice") == 2
 
 
 @pytest.mark.parametrize(("to", "stays"), [([3, 4], False), ([1, 1], False), ([2, 3, 4], True), ([4], False)])

@@ -37,7 +37,7 @@ from meta_deploy.graph.graph import (
     to_model,
     to_proto,
 )
-from meta_deploy.graph.neutral import drop_neutral
+from meta_deploy.graph.neutral import drop_neutral, expand_last
 from meta_deploy.graph.sizes import FEW, RANDOM, infer_open_sizes
 from meta_deploy.ort import onnxruntime
 
@@ -79,21 +79,28 @@ def _clean(graph: gs.Graph, model: ir.Model) -> None:
         step(model)
     cleaned = from_model(model)
     _write_known_sizes(cleaned)
-    onnxruntime.set_default_logger_severity(4)  # folding runs it on fragments, which it comments on
-    # Without what graph-surgeon gets wrong: its casts of sizes lose fractions, its Shape ignores `start` and
-    # `end`, and its flat If loses an output that passes an outer tensor on.
-    cleaned.fold_constants(
-        fold_shapes=False,
-        flatten_subgraphs=False,
-        recurse_subgraphs=False,
-        should_exclude_node=lambda node: node.domain == _DOMAIN or node.op in RANDOM,
-    )
+    _fold(cleaned)
+    if expand_last(cleaned):
+        _fold(cleaned)
     _write_known_targets(cleaned)
     drop_neutral(cleaned)
     cleaned.cleanup(remove_unused_graph_inputs=False)
     _unpin(cleaned, names)
     cleaned.toposort()
     take_over(graph, cleaned)
+
+
+def _fold(graph: gs.Graph) -> None:
+    """Evaluate what is constant, by graph-surgeon."""
+    onnxruntime.set_default_logger_severity(4)  # folding runs it on fragments, which it comments on
+    # Without what graph-surgeon gets wrong: its casts of sizes lose fractions, its Shape ignores `start` and
+    # `end`, and its flat If loses an output that passes an outer tensor on.
+    graph.fold_constants(
+        fold_shapes=False,
+        flatten_subgraphs=False,
+        recurse_subgraphs=False,
+        should_exclude_node=lambda node: node.domain == _DOMAIN or node.op in RANDOM,
+    )
 
 
 def _fills_a_shape(node: ir.Node) -> bool | None:

@@ -73,11 +73,11 @@ def _rewrite(graph: gs.Graph, found: Attention, places: dict[int, int], fresh: C
     out, q, k, v = found.last.outputs[0], found.q, found.k, found.v
     (b, *heads, n, _), width = static_shape(q), static_shape(v)[-1]  # type: ignore[misc, index]
     inputs, windows, h = [q, k, v], _windows(found), heads[0] if heads else 1
+    bias = _bias(graph, found, windows, fresh)  # first, as norms of q may become those of q transposed
     if heads:
         q, k, v = (transposed(graph, x, (0, 2, 1, 3), places, fresh) for x in inputs)
         q = q if found.head_scales is None else _scaled(graph, q, found.head_scales, fresh)
         inputs = [_joined(graph, x, windows, fresh) for x in (q, k, v)]
-    bias = _bias(graph, found, windows, fresh)
     if bias is not None:  # in the place after those of a bias of q, k and v, and of a mask of keys
         inputs += [gs.Variable.empty(), gs.Variable.empty(), bias]
     attributes = {"num_heads": windows * h, "scale": found.scale}

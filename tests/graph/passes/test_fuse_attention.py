@@ -45,6 +45,7 @@ class Attention:
     hides: bool = False  # some of it is -inf
     computed_mask: bool = False  # what is added, also between two Reshapes, is computed
     second: tuple | None = None  # the shapes between two Reshapes, and of what is added there
+    normed: bool = False  # q is transposed to heads first, and divided by its length
     rank: int = 4
     vary: bool = False  # constants that scale are of several numbers
     reader: str = ""  # another node reads this tensor
@@ -84,6 +85,13 @@ class Attention:
 
         for name in "qkv":
             nodes.append(node("Identity", [n(f"{name}_in")], [n(name)]))
+        if self.normed:
+            for start, end in (("q_in", "tokens"), ("tokens", "q_moved")):
+                nodes.append(node("Transpose", [n(start)], [n(end)], perm=[0, 2, 1, 3]))
+            initializers.append(numpy_helper.from_array(np.array([-1]), n("last")))
+            nodes[0] = node("ReduceL2", [n("q_moved"), n("last")], [n("length")])
+            nodes.append(nodes.pop(0))
+            nodes.append(node("Div", [n("q_moved"), n("length")], [n("q")]))
         if self.computed_mask and (self.mask or self.second):
             nodes.append(node("ReduceMean", [n("q_in")], [n("q_mean")], keepdims=0))
         q = scaled(n("q"), self.q_scale, "q_scaled")
@@ -416,6 +424,7 @@ def test_a_batch_of_any_size_is_fused(batch):
             second=((BATCH, 4, 3, 5, 4), (1, 4, 3, 5, 4)), scale=("Mul", 0.5, (3, 1, 1), False), vary=True
         ),
         Attention(second=((BATCH, 4, 3, 5, 4), (3, 1, 4)), mask=(5, 4)),
+        Attention(second=((BATCH, 4, 3, 5, 4), (1, 4, 1, 5, 4)), normed=True),
         Attention(second=((BATCH, 4, 3, 5, 4), (4, 1, 5, 4)), shapes={"v": (4 * BATCH, 3, 4, 7)}),
     ],
 )
@@ -433,7 +442,7 @@ def test_masks_of_windows_of_any_number_of_images(attention, images):
 
 @pytest.mark.parametrize("perm", [(0, 2, 1), (1, 2, 0), (0, 1, 2)])
 def test_keys_transposed_with_three_axes(perm):
-    """PyTorch joins batch and heads to do it. Other permutations of these axes are another product."""
+    """PyTorch joins batch and heads to do it. Other permutations of these axes make other keys."""
     nodes = [
         node("Reshape", ["k", "three"], ["k3"]),
         node("Transpose", ["k3"], ["kt3"], perm=perm),
@@ -446,9 +455,53 @@ def test_keys_transposed_with_three_axes(perm):
     initializers = [numpy_helper.from_array(np.array(shape), name) for name, shape in shapes.items()]
     proto = model(nodes, [value(name, [2, 3, 5, 5]) for name in "qkv"], initializers=initializers)
     after, changes = rewritten(proto)
-    assert changes == (perm == (0, 2, 1))
+    assert changes == 1
     rng = np.random.default_rng(0)
     same(proto, after, {name: rng.standard_normal((2, 3, 5, 5)).astype(np.float32) for name in "qkv"})
+
+
+@pytest.mark.parametrize("perm", [(0, 2, 1), None])
+def test_keys_that_heads_share_are_transposed_with_three_axes(perm):
+    """Grouped queries: keys and values of one head, expanded. Without the Transpose it is another product."""
+    shapes = {"all": [2, 1, 3, 5, 5], "three": [6, 5, 5], "four": [2, 3, 5, 5]}
+    nodes = [
+        node("Unsqueeze", ["k", "two"], ["k5"]),
+        node("Expand", ["k5", "all"], ["k_all"]),
+        node("Reshape", ["k_all", "three"], ["k3"]),
+        node("Transpose", ["k3"], ["kt3"], perm=perm) if perm else node("Neg", ["k3"], ["kt3"]),
+        node("Reshape", ["kt3", "four"], ["kt"]),
+        node("MatMul", ["q", "kt"], ["product"]),
+        node("Softmax", ["product"], ["weights"], axis=-1),
+        node("MatMul", ["weights", "v"], ["y"]),
+    ]
+    initializers = [numpy_helper.from_array(np.array(shape), name) for name, shape in shapes.items()]
+    initializers.append(numpy_helper.from_array(np.array([2]), "two"))
+    inputs = [value("q", [2, 3, 5, 5]), value("k", [2, 1, 5, 5]), value("v", [2, 3, 5, 5])]
+    proto = model(nodes, inputs, initializers=initializers)
+    after, changes = rewritten(proto)
+    assert changes == (perm is not None)
+    same(proto, after)
+
+
+@pytest.mark.parametrize("constant", ["q", "kt"])
+def test_learned_queries_beside_a_computed_mask(constant):
+    """Attention pooling. What multiplies q on the right without being computed is a linear map, not keys."""
+    nodes = [
+        node("Transpose", ["k"], ["kt"], perm=(0, 2, 1)),
+        node("MatMul", ["q", "kt"], ["product"]),
+        node("Exp", ["mask"], ["added"]),
+        node("Add", ["added", "product"], ["scores"]),
+        node("Softmax", ["scores"], ["weights"], axis=-1),
+        node("MatMul", ["weights", "v"], ["y"]),
+    ][constant == "kt" :]
+    shapes = {"q": [3, 2, 8], "k": [3, 5, 8], "kt": [3, 8, 5], "v": [3, 5, 8], "mask": [3, 2, 5]}
+    numbers = np.random.default_rng(0).standard_normal(shapes[constant]).astype(np.float32)
+    names = [name for name in ("q", "k", "v", "mask") if name != constant and (name, constant) != ("k", "kt")]
+    inputs = [value(name, shapes[name]) for name in names]
+    proto = model(nodes, inputs, initializers=[numpy_helper.from_array(numbers, constant)])
+    after, changes = rewritten(proto)
+    assert changes == (constant == "q")
+    same(proto, after)
 
 
 @pytest.mark.parametrize("operand", [0, 1])
