@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 import onnx
 
+from meta_deploy.graph.graph import to_graph
+from meta_deploy.graph.traffic import bytes_moved
 from meta_deploy.ort import onnxruntime
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -187,6 +189,17 @@ def interleave(
             contenders[name](turn)
             times[name].append(1000 * (clock() - began))
     return times
+
+
+def counted(proto: onnx.ModelProto) -> dict[str, Any]:
+    """Nodes (functions inlined, constants not counted), moves among them, and the bytes that these move."""
+    graph = to_graph(proto)
+    moved = bytes_moved(graph)
+    return {
+        "nodes": len(graph.nodes),
+        "moves": sum(node.op in ("Transpose", "Reshape") for node in graph.nodes),
+        "MB moved": None if moved is None else moved / 1e6,
+    }
 
 
 def ratio(times: Sequence[float], base: Sequence[float]) -> float:

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import onnx
 
-from benchmarks.common import WORK, interleave, machine, open_session, parser, ratio, table
+from benchmarks.common import WORK, counted, interleave, machine, open_session, parser, ratio, table
 from benchmarks.optimizers import OURS, STOCK, names, optimized, ort_optimized
 from meta_deploy.bundle.files import atomic_write
 from meta_deploy.bundle.manifest import Profile
@@ -44,7 +44,6 @@ from meta_deploy.export.tune import by_build, by_time, candidates, pipelines, we
 from meta_deploy.graph.attention import attention_count
 from meta_deploy.graph.graph import to_graph
 from meta_deploy.graph.pipeline import run_passes
-from meta_deploy.graph.traffic import bytes_moved
 from meta_deploy.targets import TARGETS
 from meta_deploy.targets.openvino import compile_model
 from meta_deploy.targets.tensorrt.build import available, build_engine
@@ -184,8 +183,8 @@ class Case:
             found = in_order(found, expected)
         pairs = zip(found, expected, strict=True)
         differences = [np.abs(a - b).max() / np.abs(b).max() for a, b in pairs]
-        runs = len(ort_optimized(proto).graph.node)
-        return {form: {**costs, **counted(proto), "run": runs, "difference": float(max(differences))}}
+        counts = {**counted(proto), **attentions(proto), "run": len(ort_optimized(proto).graph.node)}
+        return {form: {**costs, **counts, "difference": float(max(differences))}}
 
     # --- engines ----------------------------------------------------------------------------------------
 
@@ -290,17 +289,10 @@ def in_order(found: list[np.ndarray], expected: list[np.ndarray]) -> list[np.nda
     return [output[:, distances.argmin(1)] for output in found]
 
 
-def counted(proto: onnx.ModelProto) -> Row:
-    """Nodes (functions inlined, constants not counted), the bytes they move, and attentions as one node."""
-    graph = to_graph(proto)
-    moved = bytes_moved(graph)
-    return {
-        "nodes": len(graph.nodes),
-        "moves": sum(node.op in ("Transpose", "Reshape") for node in graph.nodes),
-        "MB moved": None if moved is None else moved / 1e6,
-        "attentions": attention_count(proto),
-        "fused": sum(node.op in ("Attention", "MultiHeadAttention") for node in graph.nodes),
-    }
+def attentions(proto: onnx.ModelProto) -> Row:
+    """Attentions that are written out, and those that are one node."""
+    fused = sum(node.op in ("Attention", "MultiHeadAttention") for node in to_graph(proto).nodes)
+    return {"attentions": attention_count(proto), "fused": fused}
 
 
 def standard(proto: onnx.ModelProto) -> bool:

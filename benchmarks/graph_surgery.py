@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from benchmarks.common import (
     Case,
     checkpoint,
+    counted,
     interleave,
     machine,
     open_session,
@@ -47,10 +48,8 @@ from meta_deploy.export.operators import TRANSLATIONS
 from meta_deploy.export.options import Options
 from meta_deploy.export.sources.checkpoint import input_spec, preprocess_rules
 from meta_deploy.export.trace import OPSET, quiet
-from meta_deploy.graph.graph import to_graph
 from meta_deploy.graph.pipeline import run_passes
 from meta_deploy.graph.precision import PRECISIONS
-from meta_deploy.graph.traffic import bytes_moved
 from meta_deploy.imaging.images import read_image
 from meta_deploy.imaging.preprocess import Preprocessor
 from meta_deploy.models.checkpoint.load import load_model
@@ -72,7 +71,7 @@ OVER_OURS = "OpenVINO / ours for ONNX Runtime there"
 GOALS: dict[str, dict[str, float]] = {
     "meta-t-mask-rcnn@512x512": {
         "nodes": 1400,
-        "Transpose+Reshape": 450,
+        "moves": 450,
         "fp16 layers": 450,
         "fp16 activation MB": 40,
         "fp16 build s": 10,
@@ -210,17 +209,6 @@ def clocked(call: Callable[[], Any]) -> tuple[Any, float]:
 
 
 # --- the measures -------------------------------------------------------------------------------------------
-
-
-def counted(proto: onnx.ModelProto) -> Measures:
-    """Nodes (functions inlined, constants not counted) and the bytes they move."""
-    graph = to_graph(proto)
-    moved = bytes_moved(graph)
-    return {
-        "nodes": len(graph.nodes),
-        "Transpose+Reshape": sum(node.op in ("Transpose", "Reshape") for node in graph.nodes),
-        "MB moved": None if moved is None else moved / 1e6,
-    }
 
 
 def errors(files: dict[str, Path], images: np.ndarray) -> dict[str, float | None]:

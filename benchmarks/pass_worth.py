@@ -18,13 +18,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import onnx
 
-from benchmarks.common import Case, interleave, machine, open_session, parser, ratio, save, table
+from benchmarks.common import Case, counted, interleave, machine, open_session, parser, ratio, save, table
 from benchmarks.graph_surgery import (
     CASES,
     ENGINES,
     OURS,
     THREADS,
-    counted,
     engine_measures,
     subject,
     traced,

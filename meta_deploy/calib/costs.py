@@ -72,6 +72,14 @@ class Trial(ABC):
         """
 
     @abstractmethod
+    def engine(self, proto: onnx.ModelProto) -> tuple[Mapping[str, Any], Run | None]:
+        """The price of a whole graph, and what runs it; None: what is built does not run on this machine.
+
+        Raises:
+            EngineError: it cannot be built.
+        """
+
+    @abstractmethod
     def open(self, proto: onnx.ModelProto) -> Run:
         """A graph as 8 bits run in the target's library; of a whole one, what ships of it."""
 
@@ -138,8 +146,8 @@ class Costs(ABC):
     """
 
     by: ClassVar[str]
-    where: ClassVar[str]
-    margin: ClassVar[float]
+    where: str
+    margin: float
 
     def __init__(
         self,

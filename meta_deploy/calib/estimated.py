@@ -1,13 +1,13 @@
-"""What 8 bits gain where nothing can be timed: prices of engines that are built, of parts and of the whole.
+"""What 8 bits gain by prices of engines that are built; on a machine that runs them, whole ones are timed.
 
 Knows groups and prices; must not know what builds an engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import combinations
-from typing import Any
+from typing import Any, TypeVar
 
 import onnx
 import onnx_ir as ir
@@ -15,12 +15,15 @@ import onnx_ir as ir
 from meta_deploy.calib.costs import PAYS, Costs, Kept, Row, structure
 from meta_deploy.calib.groups import Group, groups_of, part_of, shapes_of
 from meta_deploy.calib.surroundings import surroundings
+from meta_deploy.calib.timing import facts_of_each, interleaved
 from meta_deploy.errors import EngineError
 from meta_deploy.graph.precision.placement import Placement
 from meta_deploy.graph.precision.quantize import Range
 
-_UNBUILDABLE = 1e9  # ms
+_NO_ENGINE = {"ms": 1e9}  # above all others
 _DOUBT = 1 - PAYS
+
+T = TypeVar("T")
 
 
 class Estimated(Costs):
@@ -55,7 +58,7 @@ class Estimated(Costs):
         def price(proto: onnx.ModelProto) -> float:
             key = structure(proto)
             if key not in prices:
-                prices[key] = self._price(proto)["ms"]
+                prices[key] = (_or_none(self.trial.price, proto) or _NO_ENGINE)["ms"]
                 kept.write()
             return float(prices[key])
 
@@ -83,19 +86,27 @@ class Estimated(Costs):
 
     def compare(self, protos: Sequence[onnx.ModelProto]) -> list[dict[str, Any]]:
         self.note(f"building {len(protos) + 1} whole engines")
-        rest = self.trial.price(self.trial.full)
-        found = [self._price(proto) for proto in protos]
-        return [
+        rest, rest_run = self.trial.engine(self.trial.full)
+        engines = [_or_none(self.trial.engine, proto) or (_NO_ENGINE, None) for proto in protos]
+        found: list[dict[str, Any]] = [
             {"ratio": round(low["ms"] / rest["ms"], 5), "engine": dict(low), "rest_engine": dict(rest)}
-            for low in found
+            for low, _ in engines
         ]
+        if rest_run is not None:
+            self.where, self.margin = "on this machine", PAYS
+            run_here = [(facts, run) for facts, (_, run) in zip(found, engines, strict=True) if run]
+            times = interleaved([*(run for _, run in run_here), rest_run], self.trial.feed)
+            for (facts, _), timed in zip(run_here, facts_of_each(times), strict=True):
+                facts |= timed
+        return found
 
-    def _price(self, proto: onnx.ModelProto) -> Mapping[str, Any]:
-        """The trial's; above all others where there is no such engine."""
-        try:
-            return self.trial.price(proto)
-        except EngineError:
-            return {"ms": _UNBUILDABLE}
+
+def _or_none(build: Callable[[onnx.ModelProto], T], proto: onnx.ModelProto) -> T | None:
+    """What is built of a graph; None where the library refuses it."""
+    try:
+        return build(proto)
+    except EngineError:
+        return None
 
 
 def cheapest(count: int, changes: Mapping[tuple[int, ...], float]) -> set[int]:

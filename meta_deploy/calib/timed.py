@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from meta_deploy.calib.costs import PAYS, Costs, Kept, Row, structure
 from meta_deploy.calib.groups import groups_of, kernels_of, part_of, shapes_of
-from meta_deploy.calib.timing import facts_of, interleaved
+from meta_deploy.calib.timing import facts_of_each, interleaved
 from meta_deploy.graph.precision.placement import Placement
 from meta_deploy.graph.precision.quantize import Range
 
@@ -52,8 +52,7 @@ class Timed(Costs):
 
     def compare(self, protos: Sequence[onnx.ModelProto]) -> list[dict[str, Any]]:
         runs = [self.trial.open(proto) for proto in protos]
-        times = interleaved([*runs, self.trial.baseline()], self.trial.feed)
-        return [facts_of([(turn[i], turn[-1]) for turn in times]) for i in range(len(protos))]
+        return facts_of_each(interleaved([*runs, self.trial.baseline()], self.trial.feed))
 
 
 def gain_of(times: Sequence[Sequence[float]]) -> list[float]:

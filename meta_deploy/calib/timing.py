@@ -41,6 +41,11 @@ def is_sure(wins: int, rounds: int) -> bool:
     return sum(math.comb(rounds, k) for k in range(wins, rounds + 1)) <= _LEVEL * 2**rounds
 
 
+def facts_of_each(times: Sequence[Sequence[float]]) -> list[dict[str, float]]:
+    """`facts_of` each of several runs in 8 bits; the last of every round is the one without."""
+    return [facts_of([(turn[i], turn[-1]) for turn in times]) for i in range(len(times[0]) - 1)]
+
+
 def facts_of(times: Sequence[Sequence[float]]) -> dict[str, float]:
     """Of rounds of seconds, (with 8 bits, without) each: medians `ratio`, `ms` and `rest_ms`."""
     ratios = [low / rest for low, rest in times]

@@ -414,7 +414,8 @@ def summary(bundle: Bundle, seconds: float) -> str:
     lines.append(verdict(manifest.verification))
     target = get_target(bundle.target)
     if manifest.engine is not None:
-        lines.append(target.describe(manifest.engine))
+        ran = manifest.verification is not None and manifest.verification.get("ran")
+        lines.append(target.describe(manifest.engine) + ("" if ran else "; it has not run here"))
     size = sum(entry.bytes for entry in manifest.files.values()) / 1e6
     memory = f", peak memory {manifest.peak_rss_mb / 1e3:.1f} GB" if manifest.peak_rss_mb else ""
     path = escaped(str(bundle.path))

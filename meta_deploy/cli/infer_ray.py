@@ -95,6 +95,8 @@ def _note(line: str) -> None:
 
 def _check(args: Namespace) -> None:
     """Refuse what does not go with --ray. Raises InputError."""
+    from meta_deploy.bundle.files import check_writable
+
     for value, option in (
         (args.csv, "--csv"),
         (args.label_image, "--label-image"),
@@ -112,6 +114,8 @@ def _check(args: Namespace) -> None:
             "--coco-json holds all that the bundle gives, and with --ray there is nothing else that "
             "--score-threshold could be for; leave it out"
         )
+    if args.coco_json:
+        check_writable(args.coco_json)  # now, as it is written when all is done
 
 
 def _options(args: Namespace) -> Options:

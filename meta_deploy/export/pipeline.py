@@ -323,23 +323,23 @@ def compare(
     precision, conversion = lowered.precision, lowered.conversion
     with progress.stage("verify"):
         exported: Run = graph_run(lowered, plan)
-        shipped_run = plan.target.runner(made.built.files, source.profiles, precision.name)
+        shipped_run = plan.target.runner(made.built, source.profiles, precision.name)
         if shipped_run:
             exported = WithStages(shipped_run, exported)
         recorded = Recorded(exported)
         verification = verify(source, recorded, samples, precision.tolerances, progress.count)
         verification["emulated"] = is_rounded(lowered, plan)
-    if lowered.full is not None:
-        speed = (
-            conversion.search["speed"] if isinstance(conversion, Quantized) and conversion.search else None
-        )
-        if speed is None:
+        verification["ran"] = shipped_run is not None or not plan.target.builds
+    if isinstance(conversion, Quantized) and not conversion.declined:
+        speed = conversion.search["speed"] if conversion.search else None
+        if speed is None and lowered.full is not None:
             with progress.stage("speed"):
                 graphs = shipped, drop_outputs(lowered.full, source.outputs)
                 feed = next(iter(samples))
                 speed = measured(plan.target, shipped_run, graphs, source.profiles, feed, plan.rest)
-        verification["speed"] = speed
-        progress.note(verdict(speed, precision.name, plan.rest))
+        if speed is not None and "ms" in speed:  # not where it is an estimate
+            verification["speed"] = speed
+            progress.note(verdict(speed, precision.name, plan.rest))
     return verification, recorded.shapes
 
 

@@ -46,7 +46,7 @@ def opened(target: Target, graph: onnx.ModelProto, profiles: Sequence[Profile], 
     if target.estimates:
         return OnnxRun(graph, arena=True)
     built = target.build(graph.SerializeToString(), profiles, BuildOptions(precision))
-    return target.runner(built.files, profiles, precision) or OnnxRun(graph, arena=True)
+    return target.runner(built, profiles, precision) or OnnxRun(graph, arena=True)
 
 
 def verdict(facts: Mapping[str, Any], precision: str, rest: str) -> str:

@@ -24,7 +24,7 @@ from meta_deploy.export.speed import opened
 from meta_deploy.export.trace import drop_outputs
 from meta_deploy.export.verify import OnnxRun, Run, WithStages
 from meta_deploy.graph.precision import PRECISIONS
-from meta_deploy.targets.target import BuildOptions, Target
+from meta_deploy.targets.target import BuildOptions, Built, Target
 from meta_deploy.tasks.accuracy import Pixels, coco_ap
 from meta_deploy.tasks.annotations import Annotations, CocoAnnotations, LabelImages
 
@@ -71,10 +71,12 @@ class OutputsTrial(Trial):
         return self._opened(self.full, self.rest)
 
     def price(self, proto: onnx.ModelProto) -> dict[str, Any]:
-        graph = of_shapes(self._ships(proto), self.feed) if self._is_whole(proto) else proto
-        float32_operators = self.target.float32_operators.get("fp16", ())
-        lowered, _ = PRECISIONS["fp16"].convert(graph, (), float32_operators)
-        return to_builtins(self.target.estimate(lowered.SerializeToString(), self.options))
+        return to_builtins(self.target.estimate(self._built(proto)))
+
+    def engine(self, proto: onnx.ModelProto) -> tuple[dict[str, Any], Run | None]:
+        built = self._built(of_shapes(self._ships(proto), self.feed))
+        run = self.target.runner(built, self.source.profiles, self.options.precision)
+        return to_builtins(self.target.estimate(built)), run
 
     def open(self, proto: onnx.ModelProto) -> Run:
         return self._opened(proto, "int8")
@@ -93,6 +95,12 @@ class OutputsTrial(Trial):
 
     def _opened(self, proto: onnx.ModelProto, precision: str) -> Run:
         return opened(self.target, self._ships(proto), self.source.profiles, precision)
+
+    def _built(self, proto: onnx.ModelProto) -> Built:
+        """Of a graph of known shapes, with the rest in its precision."""
+        float32_operators = self.target.float32_operators.get(self.rest, ())
+        lowered, _ = PRECISIONS[self.rest].convert(proto, (), float32_operators)
+        return self.target.build(lowered.SerializeToString(), (), self.options)
 
     def _simulated(self, proto: onnx.ModelProto) -> OnnxRun:
         """A graph for its numbers; for a library that is not ONNX Runtime, as it is written."""

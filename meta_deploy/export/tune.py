@@ -1,6 +1,6 @@
 """Which pipeline of passes ships: what is in doubt is measured against the target's own pipeline.
 
-On a CPU graphs are timed in turns, in the library that runs the bundle; of engines, which do not run here,
+Graphs are timed in turns, in the library that runs the bundle; of engines that do not run on this machine,
 what their builds tell is compared. Knows targets, runs and clocks; must not know what a pass does.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import msgspec
@@ -63,17 +64,23 @@ def tune(
     feed = next(iter(samples), None)
     if len(found) < 2 or (feed is None and not plan.target.estimates):
         return None
+
+    def run_of(graph: onnx.ModelProto) -> Run | None:
+        if not plan.target.estimates:
+            return opened(plan.target, graph, source.profiles, plan.rest)
+        return plan.target.runner(build(graph), source.profiles, plan.rest)
+
     graphs = (
         (name, drop_outputs(graph, source.outputs))
         for name, graph in candidates(found, full, cleaned, plan.target, plan.rest)
     )
     seconds = budget(progress.seconds)
-    if feed is not None and not plan.target.estimates:
-        tuning = by_time(
-            graphs, lambda graph: opened(plan.target, graph, source.profiles, plan.rest), feed, seconds
-        )
+    first = next(graphs)
+    every = chain([first], graphs)
+    if feed is None or (plan.target.estimates and run_of(first[1]) is None):
+        tuning = by_build(every, lambda graph: plan.target.figures(build(graph).engine), seconds)
     else:
-        tuning = by_build(graphs, lambda graph: plan.target.figures(build(graph).engine), seconds)
+        tuning = by_time(every, run_of, feed, seconds)
     if tuning is None:
         progress.note(f"no pipeline was tried but the target's own: {seconds:.0f} s are too few for another")
         return None
@@ -129,11 +136,12 @@ def candidates(
 
 
 def by_time(
-    candidates: Candidates, opened: Callable[[onnx.ModelProto], Run], feed: Feed, seconds: float
+    candidates: Candidates, opened: Callable[[onnx.ModelProto], Run | None], feed: Feed, seconds: float
 ) -> Tuning | None:
     """Time graphs in turns, as many as `seconds` leave three rounds for; None where that is only one.
 
-    (Opening the first is not counted, but tells whether there is time for another.)
+    (Opening the first is not counted, but tells whether there is time for another. What cannot be opened is
+    left out.)
     The first ships unless another is surely faster; of others that are, one with more nodes has to be surely
     faster than those with fewer.
     """
@@ -143,8 +151,10 @@ def by_time(
     for name, graph in candidates:
         try:
             run = opened(graph)
-            first = _seconds(run, feed)
+            first = _seconds(run, feed) if run else math.inf
         except MetaDeployError:
+            run = None
+        if run is None:
             if not tried:
                 return None  # the comparison with the original will tell
             continue

@@ -89,9 +89,16 @@ def _dims(graph: onnx.GraphProto) -> Iterator[onnx.TensorShapeProto.Dimension]:
     for info in (*graph.input, *graph.value_info, *graph.output):
         yield from info.type.tensor_type.shape.dim
     for node in graph.node:
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _dims(inner)
+        for body in bodies(node):
+            yield from _dims(body)
+
+
+def bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """The graphs in a node's attributes: an If's branches, the body of a Loop or a Scan."""
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            yield attribute.g
+        yield from attribute.graphs
 
 
 def normalized(proto: onnx.ModelProto) -> ir.Model:

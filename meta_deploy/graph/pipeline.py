@@ -29,6 +29,7 @@ from meta_deploy.graph.passes.fuse_attention import fuse_attention
 from meta_deploy.graph.passes.fuse_layer_norm import fuse_layer_norm
 from meta_deploy.graph.passes.fuse_rotary import fuse_rotary
 from meta_deploy.graph.passes.gather_rows import gather_rows
+from meta_deploy.graph.passes.join_kernels import join_kernels
 from meta_deploy.graph.passes.merge_siblings import merge_siblings
 from meta_deploy.graph.passes.move_linears import move_linears
 from meta_deploy.graph.passes.order_tokens import order_tokens
@@ -61,6 +62,7 @@ PASSES: dict[str, Callable[[gs.Graph], int]] = {
     "stack-attention": stack_attention,
     "fold-branches": fold_branches,
     "distribute-sums": distribute_sums,
+    "join-kernels": join_kernels,
     "flatten-concats": flatten_concats,
     "discarded-rows": discarded_rows,
     "pack-attention": pack_attention,
@@ -70,6 +72,7 @@ PRICED: dict[str, Callable[[gs.Graph, Cost], int]] = {
     "merge-siblings": merge_siblings,
     "fold-branches": fold_branches,
     "distribute-sums": distribute_sums,
+    "join-kernels": join_kernels,
 }
 
 

@@ -15,6 +15,8 @@ from onnx import AttributeProto, TypeProto, helper, numpy_helper
 from onnx.reference.ops import load_op
 from onnx.shape_inference import infer_node_outputs
 
+from meta_deploy.graph.graph import bodies
+
 # What sizes are inferred for where the batch is open. The last is larger than any batch, but not so large
 # that inference makes large constants.
 _BATCHES = (1, 2, 1014)
@@ -75,11 +77,12 @@ class _Inference:
             numbers[info.name] = self.always(None)  # whatever the initializer of this name
         for node in graph.node:
             known = [self.declared(infos[name].type) if name in infos else () for name in node.output]
-            if bodies := [body for a in node.attribute for body in _graphs(a)]:
-                scopes = [types.new_child() for _ in bodies]
-                for body, scope in zip(bodies, scopes, strict=True):
+            inner = list(bodies(node))
+            if inner:
+                scopes = [types.new_child() for _ in inner]
+                for body, scope in zip(inner, scopes, strict=True):
                     self.visit(body, scope, numbers.new_child())
-                found = _of_branches(node, bodies, scopes) if node.op_type == "If" else {}
+                found = _of_branches(node, inner, scopes) if node.op_type == "If" else {}
             elif all(each and _is_static(each[0]) for each in known):
                 found = {}
             else:
@@ -92,7 +95,7 @@ class _Inference:
                 )
                 if not declared or not _is_static(declared[0]):
                     self.note(graph, infos, name, types[name])
-            if [*map(bool, node.output)] == [True] and not bodies:
+            if [*map(bool, node.output)] == [True] and not inner:
                 numbers[node.output[0]] = self.computed(node, types, numbers)
 
     def always(self, value: T | None) -> _Each[T]:
@@ -220,16 +223,12 @@ def _pairwise(function: Callable[..., T | None], *columns: _Each) -> _Each[T]:
     return tuple(function(*row) for row in rows)
 
 
-def _graphs(attribute: AttributeProto) -> Iterable[onnx.GraphProto]:
-    return [attribute.g] if attribute.type == AttributeProto.GRAPH else attribute.graphs
-
-
 def _of_branches(
-    node: onnx.NodeProto, bodies: Sequence[onnx.GraphProto], types: Sequence[_Types]
+    node: onnx.NodeProto, branches: Sequence[onnx.GraphProto], types: Sequence[_Types]
 ) -> dict[str, _Each[TypeProto]]:
     """The types of an If's outputs that both branches make of the same sizes."""
     made = zip(
-        *([scope.get(o.name) for o in body.output] for body, scope in zip(bodies, types, strict=True)),
+        *([scope.get(o.name) for o in body.output] for body, scope in zip(branches, types, strict=True)),
         strict=False,
     )
     return {

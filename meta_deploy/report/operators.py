@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import onnx
 
 from meta_deploy.graph import traffic
+from meta_deploy.graph.graph import bodies
 from meta_deploy.report.schema import Cost, OperatorClass
 
 _OPS: dict[OperatorClass, tuple[str, ...]] = {
@@ -113,9 +114,8 @@ def classes(graph: onnx.GraphProto) -> dict[str, OperatorClass]:
     found: dict[str, OperatorClass] = {}
     for node in graph.node:
         found[node.name] = class_of(node.op_type)
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                found |= classes(inner)
+        for body in bodies(node):
+            found |= classes(body)
     for attention in written_out(graph):
         found |= dict.fromkeys((node.name for node in attention.nodes), "attention")  # type: ignore[arg-type]
     return found

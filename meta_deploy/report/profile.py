@@ -19,6 +19,7 @@ import numpy as np
 import onnx
 from msgspec.structs import asdict
 
+from meta_deploy.graph.graph import bodies
 from meta_deploy.graph.modules import are_modules, in_order, module_of, modules_of
 from meta_deploy.graph.traffic import RENAMES
 from meta_deploy.ort import onnxruntime
@@ -268,9 +269,8 @@ def _weights(graph: onnx.GraphProto) -> dict[str, Tensor]:
         tensor.name: Tensor(_type_name(tensor.data_type), tuple(tensor.dims)) for tensor in graph.initializer
     }
     for node in graph.node:
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                found |= _weights(inner)
+        for body in bodies(node):
+            found |= _weights(body)
     return found
 
 
@@ -381,19 +381,17 @@ def _tensors(
 def _read_by(node: onnx.NodeProto) -> Iterator[str]:
     """What a node reads, by the graphs in it too."""
     yield from filter(None, node.input)
-    for attribute in node.attribute:
-        for inner in (attribute.g, *attribute.graphs):
-            for each in inner.node:
-                yield from _read_by(each)
-            yield from (output.name for output in inner.output)
+    for body in bodies(node):
+        for each in body.node:
+            yield from _read_by(each)
+        yield from (output.name for output in body.output)
 
 
 def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
     for node in graph.node:
         yield node
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _all_nodes(inner)
+        for body in bodies(node):
+            yield from _all_nodes(body)
 
 
 def _name_nodes(graph: onnx.GraphProto) -> None:

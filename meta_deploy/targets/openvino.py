@@ -11,7 +11,7 @@ import hashlib
 import io
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +106,10 @@ class OpenVINO(Target):
         """What a precision computes in on this processor; int8, what is not in 8 bits."""
         return _HINTS[self.rest(precision)]
 
-    def runner(self, files: Mapping[str, bytes], profiles: Sequence[Profile], precision: str) -> Runner:
+    def runner(self, built: Built, profiles: Sequence[Profile], precision: str) -> Runner:
         hint = self._hint(precision)
         with _told("load the model that it made", "use --target onnxruntime", EngineError):
-            compiled = compile_model(files[XML], files[WEIGHTS], hint, limited_threads())
+            compiled = compile_model(built.files[XML], built.files[WEIGHTS], hint, limited_threads())
         return _Model(compiled, hint, "the model that it made")
 
     def describe(self, section: Engine) -> str:

@@ -139,8 +139,8 @@ class Target(ABC):
             such a graph is verified with the rounding written out.
         compacts: it folds constants when it opens the graph, so that the file may hold them in fewer bytes.
         builds: what ships is more than the graph, and making it takes time.
-        estimates: what is built does not run on the exporting machine, and `estimate` and `figures` say what
-            it costs.
+        estimates: what is built need not run on the exporting machine; where it does not (`runner`),
+            `estimate` and `figures` say what it costs.
         bounded: what is built reserves memory for the largest input, so that every size needs an upper end.
         backends: what `--backend` can name for its bundles.
         automatic: those of them that `--backend auto` tries, the best first.
@@ -205,19 +205,16 @@ class Target(ABC):
         """
         return Built({MODEL: model})
 
-    def estimate(self, model: bytes, options: BuildOptions) -> Estimate:
-        """What a graph of known shapes costs, by an engine built for it; where the target `estimates`.
+    def estimate(self, built: Built) -> Estimate:
+        """What was built of a graph of known shapes costs; where the target `estimates`.
 
         Raises:
-            EngineError: the library refuses the graph.
             InputError: the library does not tell what it built.
         """
         raise NotImplementedError(f"{self.name} estimates nothing")
 
-    def runner(
-        self, files: Mapping[str, bytes], profiles: Sequence[Profile], precision: str
-    ) -> Runner | None:
-        """What runs the files that `build` made, so that verification compares what ships.
+    def runner(self, built: Built, profiles: Sequence[Profile], precision: str) -> Runner | None:
+        """What runs what `build` made, so that verification compares what ships.
 
         None: what was built does not run on the exporting machine, or is the graph itself; the export then
         compares the graph on ONNX Runtime.

@@ -79,6 +79,9 @@ class Scripted(Trial):
     def price(self, proto):
         return {"ms": self.seconds(proto)(FEED)}
 
+    def engine(self, proto):
+        return self.price(proto), None
+
     def quick(self, proto):
         low = self.low(proto)
         self.asked.append(low)

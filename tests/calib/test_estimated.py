@@ -13,7 +13,7 @@ from meta_deploy.calib.groups import Group
 from meta_deploy.calib.search import Search
 from meta_deploy.calib.surroundings import surroundings
 from meta_deploy.errors import EngineError
-from tests.calib.scripted import RULES, Scripted, constant, network, placed
+from tests.calib.scripted import FEED, RULES, Scripted, constant, network, placed
 from tests.small_graphs import model, value
 
 node = helper.make_node
@@ -128,6 +128,44 @@ def test_neighbours_go_to_8_bits_together_where_one_alone_would_cost_more():
     assert row["gain_ms"] == pytest.approx(4 - 1.5)
     assert facts["speed"]["ratio"] == pytest.approx((15 - 4 + 1.5) / 15, abs=1e-3)
     assert (facts["by"], facts["speed"]["rest_engine"]) == ("estimate", {"ms": 15.0})
+
+
+class OnGpu(Priced):
+    """Whole engines run here, and take what is written down for so many products in 8 bits."""
+
+    def __init__(self, ms, monkeypatch, **given):
+        super().__init__(0.5, **given)
+        self.ms = ms
+        monkeypatch.setattr(estimated, "interleaved", lambda runs, *_: [[run(FEED) for run in runs]] * 5)
+
+    def engine(self, proto):
+        price, low = self.price(proto), len(self.low(proto))
+        return price, lambda feed: self.ms[low] / 1000
+
+
+def test_whole_engines_that_run_here_are_timed(monkeypatch):
+    chosen, facts = searched(OnGpu({0: 10.0, 4: 7.0}, monkeypatch))
+    assert len(chosen) == 4
+    speed = facts["speed"]
+    assert (speed["ratio"], speed["ms"], speed["rest_ms"]) == (0.7, 7.0, 10.0)
+    assert speed["engine"]["ms"] != 7.0  # the estimate
+
+
+def test_what_only_prices_make_faster_is_declined(monkeypatch):
+    chosen, facts = searched(OnGpu({0: 10.0, 4: 9.9}, monkeypatch))
+    assert chosen == []
+    assert facts["declined"] == "8 bits take 0.99 of float32's time on this machine"
+
+
+def test_an_engine_that_cannot_be_built_is_not_timed(monkeypatch):
+    class Refuses(OnGpu):
+        def engine(self, proto):
+            if len(self.low(proto)) == 4:
+                raise EngineError("no")
+            return super().engine(proto)
+
+    chosen, facts = searched(Refuses({0: 10.0}, monkeypatch))
+    assert (chosen, facts["speed"]["ratio"] > 1000) == ([], True)
 
 
 def test_what_saves_nothing_even_together_stays():

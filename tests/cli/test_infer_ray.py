@@ -34,6 +34,7 @@ def test_without_ray_it_says_what_to_install(refused, monkeypatch, module):
         (["--ray", "--rebuild"], "--rebuild does not go with --ray"),
         (["--ray", "--json", "--coco-json", "x.json"], "of --json or of --coco-json"),
         (["--ray", "--coco-json", "x.json", "--score-threshold", "0.5"], "--score-threshold"),
+        (["--ray", "--coco-json", "none/x.json"], "cannot write 'none/x.json'"),
         (["--workers", "2"], "--workers is for --ray"),
         (["--part-size", "2"], "--part-size is for --ray"),
     ],

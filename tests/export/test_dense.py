@@ -31,6 +31,6 @@ def test_openvino_agrees():
     e, target, images = exported("dense"), TARGETS["openvino"], pictures(1)
     graph, _ = run_passes(e.literal, list(target.passes), target.prices)
     built = target.build(graph.SerializeToString(), [e.spec.profile], BuildOptions("fp32"))
-    outputs = target.runner(built.files, [e.spec.profile], "fp32")({"images": images.numpy()})
+    outputs = target.runner(built, [e.spec.profile], "fp32")({"images": images.numpy()})
     with torch.inference_mode():
         same({name: value.numpy() for name, value in e.model(images).items()}, outputs)

@@ -34,7 +34,7 @@ def test_openvino_agrees():
     e, target, images = made(), TARGETS["openvino"], pictures(2)
     graph, _ = run_passes(e.literal, list(target.passes), target.prices)
     built = target.build(graph.SerializeToString(), [e.spec.profile], BuildOptions("fp32"))
-    outputs = target.runner(built.files, [e.spec.profile], "fp32")({"images": images.numpy()})
+    outputs = target.runner(built, [e.spec.profile], "fp32")({"images": images.numpy()})
     with torch.inference_mode():
         expected = {name: value.numpy() for name, value in e.model(images, stages=True).items()}
     assert_same(expected, {name: outputs[name] for name in expected})

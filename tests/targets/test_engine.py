@@ -570,9 +570,11 @@ def test_a_convolution_in_8_bits_takes_its_bias_and_relu_in():
 @builds
 def test_an_engine_is_estimated_by_layers_bytes_and_multiply_adds():
     target = get_target(RTX)
-    half = PRECISIONS["fp16"].convert(products())[0].SerializeToString()
-    low = target.estimate(in_8_bits("int8").SerializeToString(), BuildOptions("int8"))
-    full = target.estimate(half, BuildOptions("fp16"))
+    protos = {"fp16": PRECISIONS["fp16"].convert(products())[0], "int8": in_8_bits("int8")}
+    full, low = (
+        target.estimate(target.build(proto.SerializeToString(), (), BuildOptions(precision)))
+        for precision, proto in protos.items()
+    )
     assert (full.eight_bits, low.eight_bits) == (0, 2)
     assert full.layers >= 3
     assert low.weights_mb < full.weights_mb

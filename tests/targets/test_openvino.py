@@ -1,5 +1,6 @@
 """OpenVINO gives what ONNX Runtime gives, in float32, from files that were checked; failures are one line."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -175,7 +176,7 @@ def test_weights_and_arithmetic_are_those_of_the_precision(precision):
     built = TARGET.build(product(weights), [], options)
     assert built.engine.precision_hint == ("bf16" if precision == "bf16" else "f32")
     assert len(built.files["model.bin"]) == weights.size * (2 if precision == "fp16" else 4)
-    y = TARGET.runner(built.files, [], precision)({"x": x})["y"]
+    y = TARGET.runner(built, [], precision)({"x": x})["y"]
     rounded = weights.astype(np.float16) if precision == "fp16" else weights
     exact = x.astype(np.float64) @ rounded.astype(np.float64)
     error = np.abs(y - exact).max() / np.abs(exact).max()
@@ -213,7 +214,7 @@ def test_products_run_in_8_bits_from_weights_of_8_bits():
     ]
     assert sum(kind in ("u8", "i8") for kind in kinds) == 2
     x = rng.normal(size=(1, 900, 128)).astype(np.float32)
-    actual, expected = TARGET.runner(built.files, [], "int8")({"x": x})["y"], run(proto, x=x)["y"]
+    actual, expected = TARGET.runner(built, [], "int8")({"x": x})["y"], run(proto, x=x)["y"]
     assert np.linalg.norm(actual - expected) < 0.05 * np.linalg.norm(expected)
 
 
@@ -328,7 +329,7 @@ def test_what_openvino_does_not_take_is_one_line():
 def test_what_was_built_and_does_not_load_is_one_line():
     built = TARGET.build(segmenter(SIZE), [], BuildOptions())
     with pytest.raises(EngineError, match="OpenVINO cannot load the model that it made") as caught:
-        TARGET.runner({**built.files, "model.xml": b"<net>"}, [], "fp32")
+        TARGET.runner(dataclasses.replace(built, files={**built.files, "model.xml": b"<net>"}), [], "fp32")
     one_line(caught.value)
 
 

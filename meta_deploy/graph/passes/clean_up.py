@@ -22,6 +22,7 @@ from onnxscript import optimizer
 
 from meta_deploy.graph.graph import (
     IdentitySet,
+    bodies,
     constant_value,
     fresh_names,
     from_model,
@@ -142,8 +143,7 @@ def _decide(graph: onnx.GraphProto, names: set[str]) -> bool:
             return True
         if node.op_type == "Reshape" and node.input[-1] not in constants and node.output[0] in names:
             return True
-        bodies = (body for a in node.attribute for body in (a.g, *a.graphs))
-        if any(_decide(body, names) for body in bodies):
+        if any(_decide(body, names) for body in bodies(node)):
             return True
     return False
 

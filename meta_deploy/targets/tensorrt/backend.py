@@ -6,11 +6,12 @@ Knows engines, buffers and streams; must not know how engines are built, nor tas
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -67,7 +68,7 @@ class TensorRTBackend(Backend):
             contract.check(*_values(engine, here.trt))
             contract.check_range(_profiles(engine, here.trt))
             self._contract = contract
-            self._runner = _Runner(engine, here, sha256, contract, stack, timed)
+            self._runner = _Runner(engine, here, sha256, contract.what, contract.outputs, stack, timed)
             # Also runs when the last reference goes, and before the interpreter ends.
             self._free = weakref.finalize(self, stack.pop_all().close)
 
@@ -102,6 +103,35 @@ class TensorRTBackend(Backend):
     def close(self) -> None:
         with self._runner.lock:
             self._free()
+
+
+class EngineRun:
+    """An engine that was just built, on the GPU: inputs by name to outputs by name.
+
+    Attributes:
+        runs_on: library, version and GPU, for people.
+    """
+
+    def __init__(self, plan: bytes, library: str):
+        """Load the engine and run it once.
+
+        Raises:
+            BackendError: no library or GPU, or the engine does not load there or run.
+        """
+        here, what = Here.find(library), "the engine that it built"
+        self.runs_on = f"{here.machine.title} on {here.machine.gpu}"
+        sha256 = hashlib.sha256(plan).hexdigest()
+        with contextlib.ExitStack() as stack:
+            load = partial(_deserialize, lambda: plan, here, what)
+            engine = stack.enter_context(_ENGINES.borrow((sha256, here.machine.title), load))
+            inputs, outputs = _values(engine, here.trt)
+            self._inputs = list(inputs)
+            self._runner = _Runner(engine, here, sha256, what, list(outputs), stack)
+            weakref.finalize(self, stack.pop_all().close)
+
+    def __call__(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Raises BackendError: the inputs' shapes are out of its range, or CUDA fails."""
+        return self._runner.run({name: feed[name] for name in self._inputs})
 
 
 def gpu_name() -> str | None:
@@ -316,12 +346,14 @@ class _Runner:
         engine: Any,
         here: Here,
         sha256: str,
-        contract: Contract,
+        what: str,
+        promised: Iterable[str],
         stack: contextlib.ExitStack,
         timed: bool = False,
     ):
+        """`what` is the engine in messages; `promised` are the outputs that runs give."""
         self.lock = threading.Lock()
-        self._trt, self._cuda, self._machine, self._what = here.trt, here.cuda, here.machine, contract.what
+        self._trt, self._cuda, self._machine, self._what = here.trt, here.cuda, here.machine, what
         self._profiles = _profiles(engine, here.trt)
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._graph: Any = None
@@ -348,7 +380,7 @@ class _Runner:
         static = all(profile.min == profile.max for profile in self._profiles.values())
         if static and not self._own_graphs:
             self._capture()
-        self._promised = contract.outputs
+        self._promised = promised
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name, for inputs of shapes that the engine takes. Raises BackendError: closed, CUDA."""

@@ -22,6 +22,7 @@ from meta_deploy.targets.target import (
     BuildOptions,
     Built,
     Estimate,
+    Runner,
     Target,
     TritonBackend,
     open_model_file,
@@ -54,7 +55,7 @@ class TensorRT(Target):
         *("fold-batch-norm", "merge-siblings", "gather-rows"),
         *("slices-to-split", "collapse-chains", "convolve-linears", "move-linears", "collapse-chains"),
         *("fold-scales", "order-tokens", "stack-attention"),
-        *("fold-branches", "distribute-sums", "flatten-concats", "collapse-chains"),
+        *("fold-branches", "distribute-sums", "join-kernels", "flatten-concats", "collapse-chains"),
     )
     required_passes = ("clean-up",)  # the parser does not take all that PyTorch exports
     prices = GPU
@@ -135,6 +136,17 @@ class TensorRT(Target):
             files[LAYERS] = to_json(engine.layers)
         return Built(files, section)
 
+    def runner(self, built: Built, profiles: Sequence[Profile], precision: str) -> Runner | None:
+        from meta_deploy.targets.tensorrt.backend import EngineRun
+
+        assert isinstance(built.engine, TensorRTEngine)
+        try:
+            if Here.find(self.name).machine.misfit(built.engine) is not None:
+                return None
+            return EngineRun(built.files[ENGINE], self.name)
+        except BackendError:  # no GPU, or one that this library does not know or whose memory is taken
+            return None
+
     def figures(self, section: Engine | None) -> dict[str, Any]:
         assert isinstance(section, TensorRTEngine)
         names = ("layers", "activation_mb", "plan_mb")
@@ -148,14 +160,15 @@ class TensorRT(Target):
             return options.gpus
         return sorted(filter(has_fp8, gpu_targets(load(self.name))))
 
-    def estimate(self, model: bytes, options: BuildOptions) -> Estimate:
-        from meta_deploy.targets.tensorrt.build import build_engine
+    def estimate(self, built: Built) -> Estimate:
+        from meta_deploy.targets.tensorrt.layers import read_json
 
-        engine = build_engine(model, self.name, (), compute_capabilities=self._gpus(options))
-        section = engine.section()
-        launched = [layer for layer in engine.layers if not layer.synchronizes]
-        if not launched:
+        section = built.engine
+        assert isinstance(section, TensorRTEngine)
+        if LAYERS not in built.files:
             raise InputError(f"{self.title}'s log does not tell what it builds; use --no-search")
+        layers = read_json(built.files[LAYERS], "the engine that it built")
+        launched = [layer for layer in layers if not layer.synchronizes]
         macs = sum(layer.macs / (_SPEEDUP if layer.eight_bits else 1) for layer in launched)
         moved = GPU.value * sum(layer.bytes for layer in launched) / _BYTES
         return Estimate(
@@ -176,8 +189,7 @@ class TensorRT(Target):
         low = "".join(f"{n} products in {name}, " for name, n in section.eight_bits.items())
         return (
             f"{line}{section.layers} layers, {section.fused_attention} of {section.attention} attentions "
-            f"fused, {low}{section.activation_mb:.0f} MB activations, {section.weights_mb:.0f} MB weights; "
-            "it has not run here"
+            f"fused, {low}{section.activation_mb:.0f} MB activations, {section.weights_mb:.0f} MB weights"
         )
 
     def open(self, bundle: Bundle, backend: str, threads: int | None) -> Backend:
@@ -215,7 +227,7 @@ TARGETS = (
         *("tensorrt-rtx", "TensorRT-RTX", ("lowered",)),
         doubtful=(
             *("move-linears", "gather-rows", "merge-siblings", "fold-branches", "distribute-sums"),
-            "convolve-linears",
+            *("convolve-linears", "join-kernels"),
         ),
     ),
 )

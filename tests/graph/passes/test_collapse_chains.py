@@ -488,6 +488,102 @@ def test_dead_moves_do_not_matter():
     assert collapsed(after)[1] == 0
 
 
+# --- a Reshape before a Split ---
+
+
+def taken_apart(shape, reshaped, axis, sizes, *parts, aside=False):
+    """A Reshape, a Split, and the moves of each part: permutations (tuples) and shapes (lists)."""
+    nodes = [node("Identity", ["x"], ["i"]), node("Reshape", ["i", "to"], ["r"])]
+    nodes += [node("Split", ["r", "sizes"], [f"p{i}" for i in range(len(sizes))], axis=axis)]
+    constants, outputs = {"to": reshaped, "sizes": sizes}, []
+    for i, chain in enumerate(parts):
+        name = f"p{i}"
+        for k, move in enumerate(chain):
+            out, shape_name = f"{name}_{k}", f"{name}_{k}_shape"
+            if isinstance(move, tuple):
+                nodes.append(node("Transpose", [name], [out], perm=move))
+            else:
+                nodes.append(node("Reshape", [name, shape_name], [out]))
+                constants[shape_name] = move
+            name = out
+        nodes.append(node("Identity", [name], [f"y{i}"]))
+        outputs.append(f"y{i}")
+    if aside:
+        nodes.append(node("Identity", ["r"], ["aside"]))
+        outputs.append("aside")
+    initializers = [numpy_helper.from_array(np.array(v, np.int64), name) for name, v in constants.items()]
+    empty = [helper.make_empty_tensor_value_info(name) for name in outputs]
+    for out in empty:
+        out.type.tensor_type.elem_type = TensorProto.FLOAT
+    return model(nodes, [value("x", list(shape))], empty, initializers)
+
+
+TOKENS = [[[1, 2, 12], (0, 2, 1)], [[1, 4, 12], (0, 2, 1)]]
+
+
+@pytest.mark.parametrize("axis", [1, -3])
+def test_a_reshape_before_a_split_goes_into_the_chains_of_its_parts(axis):
+    proto = taken_apart((1, 6, 12), [1, 6, 3, 4], axis, [2, 4], *TOKENS)
+    after = unharmed(proto, x=numbers((1, 6, 12)))
+    assert [op for op in ops(after) if op != "Identity"] == ["Split", "Transpose", "Transpose"]
+
+
+def test_a_part_without_moves_gets_the_reshape_if_the_others_save_more():
+    proto = taken_apart((1, 6, 12), [1, 6, 3, 4], 1, [2, 4, 0], [], TOKENS[1], [])
+    assert moves(unharmed(proto, x=numbers((1, 6, 12)))) == moves(proto)  # no elements: not known to fit
+    proto = taken_apart((1, 6, 12), [1, 6, 3, 4], 1, [2, 4], [], TOKENS[1])
+    after = unharmed(proto, x=numbers((1, 6, 12)))
+    assert sorted(op for op in ops(after) if op != "Identity") == ["Reshape", "Split", "Transpose"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "reshaped", "axis", "sizes", "parts", "aside"),
+    [
+        ((1, 6, 12), [1, 6, 3, 4], 1, [2, 4], [[(0, 2, 1, 3)], [(0, 2, 1, 3)]], False),  # no fewer behind it
+        ((1, 18, 4), [1, 6, 3, 4], 1, [2, 4], TOKENS, False),  # the axis is cut from a longer one
+        ((6, 12), [3, 2, 12], 0, [1, 2], [[[2, 12], (1, 0)], [[4, 12], (1, 0)]], False),
+        ((1, 6, 12), [1, 6, 3, 4], 1, [2, 4], TOKENS, True),  # something else reads it
+    ],
+)
+def test_a_reshape_stays_before_a_split(shape, reshaped, axis, sizes, parts, aside):
+    proto = taken_apart(shape, reshaped, axis, sizes, *parts, aside=aside)
+    after = unharmed(proto, x=numbers(shape))
+    assert ops(after)[1] == "Reshape"
+    assert "Split" in ops(after)[2:4]
+
+
+@st.composite
+def splits_of_reshapes(draw):
+    """Random moves of random parts behind a random Reshape."""
+    shape = draw(st.lists(st.sampled_from((1, 2, 3, 4, 6)), min_size=1, max_size=4))
+    reshaped = splits(draw, math.prod(shape)) or [1]
+    axis = draw(st.integers(0, len(reshaped) - 1))
+    first = draw(st.integers(1, reshaped[axis]))
+    sizes = [size for size in (first, reshaped[axis] - first) if size]
+    parts = []
+    for size in sizes:
+        part, chain = [*reshaped[:axis], size, *reshaped[axis + 1 :]], []
+        for _ in range(draw(st.integers(0, 3))):
+            if draw(st.booleans()):
+                chain.append(tuple(draw(st.permutations(range(len(part))))))
+                part = [part[p] for p in chain[-1]]
+            else:
+                part = splits(draw, math.prod(part)) or [1]
+                chain.append(list(part))
+        parts.append(chain)
+    axis -= len(reshaped) if draw(st.booleans()) else 0
+    return shape, taken_apart(
+        shape, reshaped, axis, sizes, *parts, aside=draw(st.sampled_from((False,) * 4 + (True,)))
+    )
+
+
+@settings(RANDOM, max_examples=200)
+@given(splits_of_reshapes())
+def test_random_parts_keep_their_elements(case):
+    shape, proto = case
+    unharmed(proto, x=numbers(shape))
+
+
 # --- random chains ---
 
 
