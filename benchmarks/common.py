@@ -207,6 +207,11 @@ def ratio(times: Sequence[float], base: Sequence[float]) -> float:
     return float(np.median(np.divide(times, base)))
 
 
+def least_ratio(times: Sequence[float], base: Sequence[float]) -> float:
+    """One contender's least time relative to another's: what of CPU time other work does not blow up."""
+    return min(times) / min(base)
+
+
 # --- telling ------------------------------------------------------------------------------------------------
 
 

@@ -39,6 +39,7 @@ from benchmarks.common import (
     checkpoint,
     in_fresh_process,
     interleave,
+    least_ratio,
     machine,
     parser,
     ratio,
@@ -287,11 +288,6 @@ def plot(tables: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> None:
         for handle in legend.legend_handles:
             handle.set_sizes([40])
     fig.savefig(path, dpi=110)
-
-
-def least_ratio(times: Sequence[float], base: Sequence[float]) -> float:
-    """One contender's least time relative to another's: what of CPU time other work does not blow up."""
-    return min(times) / min(base)
 
 
 def timed(

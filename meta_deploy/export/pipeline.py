@@ -418,8 +418,8 @@ def quantizes(source: Source, plan: Plan, progress: Progress) -> Quantization:
 def measured_natively(
     quantization: Quantization, source: Source, plan: Plan, passes: Sequence[str]
 ) -> Quantization:
-    """The same, with ranges measured on the graph with native operators; errors too, if what ships does not
-    run here.
+    """The same, with ranges measured on the graph with native operators; errors of engines too, which are
+    those of graphs on ONNX Runtime in any case.
 
     Sampling written as arithmetic for a GPU takes most of the time on a CPU.
     """

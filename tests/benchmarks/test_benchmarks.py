@@ -19,7 +19,7 @@ from benchmarks import (
     inference,
     large_pictures,
 )
-from benchmarks.common import ASSETS, Case, Run, interleave, ratio, run_command, table
+from benchmarks.common import ASSETS, Case, Run, interleave, least_ratio, ratio, run_command, table
 from meta_deploy.runtime.predictor import Predictor
 from tests.small_graphs import model, value
 from tests.tiny_models import exported
@@ -43,6 +43,13 @@ def test_contenders_take_turns_at_being_first():
 
 def test_a_ratio_is_the_median_of_the_rounds_and_not_of_the_medians():
     assert ratio([1.0, 4.0, 9.0], [1.0, 2.0, 3.0]) == 2.0
+
+
+def test_times_are_by_the_clock_that_is_given_and_of_the_least_other_work_adds_nothing():
+    seconds = iter([0, 2, 10, 13, 20, 29, 30, 31])
+    times = interleave({"a": lambda turn: None, "b": lambda turn: None}, 2, lambda: next(seconds))
+    assert times == {"a": [2000, 1000], "b": [3000, 9000]}  # b is first in the second round
+    assert least_ratio(times["b"], times["a"]) == 3.0
 
 
 def test_a_table_shows_numbers_at_the_precision_they_have():

@@ -1,5 +1,7 @@
 """--int8: calibrated on what was given, verified, told in the manifest; and refused in one line."""
 
+from types import SimpleNamespace
+
 import msgspec
 import numpy as np
 import onnx
@@ -10,13 +12,17 @@ from PIL import Image
 from meta_deploy import Predictor
 from meta_deploy.bundle.manifest import BatchRange, Fit, InputSpec, Preprocess, SizeRange
 from meta_deploy.calib import timed, timing
+from meta_deploy.calib.calibrate import Calibrator
+from meta_deploy.calib.search import Search
 from meta_deploy.cli.export import summary
 from meta_deploy.errors import InputError
 from meta_deploy.export import Progress, export, samples, speed, trial
 from meta_deploy.export.options import Options
+from meta_deploy.export.pipeline import measured_natively
 from meta_deploy.export.plan import planned
 from meta_deploy.export.verify import OnnxRun
-from meta_deploy.targets import choose_target
+from meta_deploy.graph.precision.int8 import Quantization
+from meta_deploy.targets import TARGETS, choose_target
 from tests.small_graphs import model, run, value, without_size
 
 node = helper.make_node
@@ -303,6 +309,22 @@ def test_an_engine_that_8_bits_would_not_make_faster_is_in_float16(here, search)
     kinds = {t.data_type for t in onnx.load(bundle.path / "model.onnx").graph.initializer}
     assert onnx.TensorProto.FLOAT16 in kinds
     assert onnx.TensorProto.FLOAT not in kinds
+
+
+def test_for_an_engine_ranges_and_errors_are_measured_on_one_graph_with_native_operators():
+    made = []
+    source = SimpleNamespace(graph=lambda form: made.append(form) or network())
+    costs = SimpleNamespace(trial=None, rules=None, note=None, progress=None)
+    calibrate = Calibrator(["an input"], TARGETS["tensorrt-rtx"].eight_bits["int8"])
+    given = Quantization(calibrate.rules, calibrate, None, Search(costs))
+    found = {
+        target: measured_natively(given, source, SimpleNamespace(target=TARGETS[target]), ["clean-up"])
+        for target in ("tensorrt-rtx", "onnxruntime")
+    }
+    graph = found["tensorrt-rtx"].calibrate.keywords["faster"]()
+    assert found["tensorrt-rtx"].search.keywords["faster"]() is graph
+    assert made == ["native"]
+    assert found["onnxruntime"].search is given.search  # which judges what ships
 
 
 def test_the_drop_is_what_does_not_agree_and_the_error_a_share_of_the_tolerance():
