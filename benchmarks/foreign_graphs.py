@@ -40,7 +40,7 @@ from meta_deploy.bundle.files import atomic_write
 from meta_deploy.bundle.manifest import Profile
 from meta_deploy.errors import EngineError
 from meta_deploy.export.speed import opened
-from meta_deploy.export.tune import by_build, by_time, candidates, pipelines, weight
+from meta_deploy.export.tune import by_build, by_time, candidates, lightest, pipelines
 from meta_deploy.graph.attention import attention_count
 from meta_deploy.graph.graph import to_graph
 from meta_deploy.graph.pipeline import run_passes
@@ -209,7 +209,7 @@ class Case:
         tuning = by_build(self.candidates(ENGINES), figures, float("inf"))
         if tuning is None:
             return {form: built[0]}
-        best = tuning.tried.index(min(tuning.tried, key=weight))
+        best = tuning.tried.index(lightest(tuning.tried))
         tried = {each.name: row for each, row in zip(tuning.tried, built, strict=True)}
         return {form: {**built[best], "chosen": tuning.chosen, "tried": tried}}
 

@@ -34,6 +34,7 @@ from meta_deploy.targets.target import Built, Target
 SECONDS, SHARE = 10.0, 0.5  # that measuring may take; or this share of the export so far, where that is more
 ROUNDS, FEWEST = 15, 3
 CLEANS = "clean-up"
+ALONE = f"{CLEANS} alone"
 
 Candidates = Iterator[tuple[str, onnx.ModelProto]]  # names and graphs; the target's own pipeline is the first
 Figures = Mapping[str, Any]
@@ -102,7 +103,7 @@ def pipelines(rows: Sequence[PassResult], doubtful: Sequence[str]) -> dict[str, 
     changed = {row.name for row in rows if row.changes} - {CLEANS}
     found = {"all passes": names}
     if changed:
-        found[f"{CLEANS} alone"] = [name for name in names if name == CLEANS]
+        found[ALONE] = [name for name in names if name == CLEANS]
     for doubt in doubtful:
         if doubt in changed and len(changed) > 1:
             found[f"without {doubt}"] = [name for name in names if name != doubt]
@@ -199,7 +200,8 @@ def by_build(
 ) -> Tuning | None:
     """Build engines, as many as `seconds` allow, and compare what the builds tell; None without two.
 
-    The first ships unless another weighs less. (Its own build, which has to be made anyway, is not counted.)
+    The first ships unless another weighs less, or it has more layers than the clean-up alone leaves. (Its own
+    build, which has to be made anyway, is not counted.)
     """
     tried: list[TriedPipeline] = []
     end, began = 0.0, time.perf_counter()
@@ -220,7 +222,13 @@ def by_build(
         began = now
     if len(tried) < 2:
         return None
-    return Tuning(chosen=min(tried, key=weight).name, tried=tuple(tried))
+    return Tuning(chosen=lightest(tried).name, tried=tuple(tried))
+
+
+def lightest(tried: Sequence[TriedPipeline]) -> TriedPipeline:
+    """The engine that weighs least, of those with no more layers than the clean-up alone leaves."""
+    limit = next((each.layers for each in tried if each.name == ALONE), None)
+    return min((each for each in tried if limit is None or (each.layers or 0) <= limit), key=weight)
 
 
 def weight(tried: TriedPipeline) -> float:

@@ -220,6 +220,10 @@ def test_of_engines_layers_activations_and_size_decide(clock):
     assert tuning.chosen == "without it"
     assert [(t.name, t.layers) for t in tuning.tried] == [(n, f["layers"]) for n, f in figures.items()]
     assert tune.by_build(graphs(["own", "own", "clean-up alone"]), build, 100).chosen == "own"
+    figures["own"]["layers"] = 143  # more than the clean-up alone leaves
+    figures["own"]["activation_mb"] = 6.0
+    assert tune.by_build(graphs(["own", "clean-up alone"]), build, 100).chosen == "clean-up alone"
+    assert tune.by_build(graphs(["own", "without it", "clean-up alone"]), build, 100).chosen == "without it"
     made.clear()
     assert len(tune.by_build(graphs(figures), build, 5).tried) == len(made) == 2  # the first is not counted
     assert tune.by_build(graphs(figures), build, 2) is None
