@@ -44,8 +44,8 @@ MAX_ELEMENTS = 1 << 26  # of a linear map's output whose channels are followed
 def fold_scales(graph: gs.Graph) -> int:
     """Fold constants that multiply, divide or shift what a linear map makes into its weight and bias.
 
-    Pattern: Mul or Div by one value a channel, Add or Sub of such; or Mul or Div of all elements by one
-    number, where only data movements and zeros put in, or a product with another tensor, are between.
+    Pattern: Mul or Div by one value a channel, Add or Sub of such; of a Mul or Div, data movements and zeros
+    put in may be between, and a product with another tensor too, where the factor is one number.
     Check: nothing else reads the channels that change, the constant gives the result no other shape, and is
     finite and, as a factor, not zero.
 
@@ -137,18 +137,18 @@ def _made_by(
         if factor is None:
             declined(node, _not_a_value_each(scale, x))
         return [] if factor is None else [(linear, factor)]
-    if scale.size != 1 or x.shape is None or scale.ndim > len(x.shape):
+    if x.shape is None or scale.ndim > len(x.shape):
         return []
-    product = producer(x, "MatMul")
+    product = producer(x, "MatMul") if scale.size == 1 else None
     sides = [x] if product is None else [side for side in product.inputs if sole_consumer(graph, side)]
-    sources = [_moved_from(graph, node, side, inside) for side in sides]
-    return [(source[0], np.where(source[1], scale.item(), 1.0)) for source in sources if source is not None]
+    sources = [_moved_from(graph, node, side, scale, inside) for side in sides]
+    return [source for source in sources if source is not None]
 
 
 def _moved_from(
-    graph: gs.Graph, node: gs.Node, x: gs.Tensor, inside: IdentitySet
+    graph: gs.Graph, node: gs.Node, x: gs.Tensor, scale: np.ndarray, inside: IdentitySet
 ) -> tuple[Linear, np.ndarray] | None:
-    """The linear map that x is moved from, and for each of its channels whether x has it; tells why not.
+    """The linear map that x is moved from, and for each of its channels by what x scales it; tells why not.
 
     What has one of these channels and is not x must not be read but by moves that lead to x.
     """
@@ -159,11 +159,15 @@ def _moved_from(
             return None
     linear = linear_from(graph, path[-1])
     if linear is None or len(path) == 1:
-        return None if linear is None else (linear, np.ones(linear.out_channels, bool))
+        return None if linear is None else (linear, np.full(linear.out_channels, scale.item()))
     channels = _channels_of_elements(linear)
     reached = None if channels is None else _along(path[-2::-1], channels)
     if channels is None or reached is None:
         declined(node, f"the graph does not tell which channels of {shown(linear.y)} are in {shown(x)}")
+        return None
+    factors = _factors(reached, scale, linear.out_channels)
+    if factors is None:
+        declined(node, _not_a_value_each(scale, linear.y))
         return None
     chosen = np.zeros(linear.out_channels + 1, bool)
     chosen[_distinct(reached)] = True
@@ -171,7 +175,24 @@ def _moved_from(
     if not _reach_only(graph, linear.y, channels, x, chosen, inside):
         declined(node, f"the channels of {shown(linear.y)} that are in {shown(x)} go elsewhere, too")
         return None
-    return linear, chosen[:-1]
+    return linear, factors
+
+
+def _factors(reached: np.ndarray, scale: np.ndarray, channels: int) -> np.ndarray | None:
+    """The factor of each channel, given the channel of each element that a constant scales; 1 for others.
+
+    None where a channel has several, or the constant more elements.
+    """
+    if np.broadcast_shapes(reached.shape, scale.shape) != reached.shape:
+        return None
+    values = np.broadcast_to(scale, reached.shape)
+    here = tuple(
+        slice(None) if a or b else slice(1) for a, b in zip(reached.strides, values.strides, strict=True)
+    )
+    reached, values = reached[here], values[here]
+    factors = np.ones(channels + 1)
+    factors[reached] = values
+    return factors[:-1] if (factors[reached] == values)[reached != NOWHERE].all() else None
 
 
 def _along(path: list[gs.Tensor], array: np.ndarray) -> np.ndarray | None:

@@ -472,8 +472,6 @@ def test_it_is_taken_in_every_opset(cut, opset):
         Attention("three", reader="pq"),
         Attention(scales=(("Mul", "kt", 0.5),), reader="k"),
         Attention(scales=(("Mul", "product", 0.5),), reader="product"),
-        Attention(scales=(("Mul", "q", 0.5),), shape=(4,)),
-        Attention(scales=(("Mul", "q", 0.5),), shape=(2, 1, 1)),
         Attention(scales=(("Mul", "product", 0.5),), shape=(3,)),
         Attention(scales=(("Mul", "q", 0.5),), shape=(1,) * 5),
         Attention(scales=(("Div", "q", 0.5),), first=True),
@@ -483,6 +481,93 @@ def test_it_is_taken_in_every_opset(cut, opset):
 )
 def test_attention_that_differs_a_little_stays(case):
     agree(case.proto(), 0)
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 1, 1), (2, 1, 4)])
+def test_a_factor_for_each_head_or_channel_of_the_queries_is_taken(shape):
+    agree(Attention(scales=(("Mul", "q", 0.5),), shape=shape).proto(), 1)
+
+
+def channelwise(moves, factor, op="Mul", reader=""):
+    """A product of tokens (2, 6, 4) whose result is moved, by permutations and shapes, then scaled."""
+    rng = np.random.default_rng(3)
+    constants = {"w": rng.normal(size=(5, 4)), "b": rng.normal(size=4), "f": factor}
+    nodes = [node("MatMul", ["x", "w"], ["m"]), node("Add", ["m", "b"], ["t0"])]
+    for i, move in enumerate(moves):
+        if isinstance(move, tuple):
+            nodes.append(node("Transpose", [f"t{i}"], [f"t{i + 1}"], perm=move))
+        else:
+            nodes.append(node("Reshape", [f"t{i}", f"s{i}"], [f"t{i + 1}"]))
+    initializers = [numpy_helper.from_array(np.asarray(v, np.float32), k) for k, v in constants.items()]
+    initializers += [
+        numpy_helper.from_array(np.array(move, np.int64), f"s{i}")
+        for i, move in enumerate(moves)
+        if isinstance(move, list)
+    ]
+    nodes += [node(op, [f"t{len(moves)}", "f"], ["z"]), node("Tanh", ["z"], ["y"])]
+    outputs = ["y"]
+    if reader:
+        nodes.append(node("Neg", [reader], ["read"]))
+        outputs.append("read")
+    return model(nodes, [value("x", [2, 6, 5])], outputs, initializers)
+
+
+MAP = ((0, 2, 1), [2, 4, 2, 3])
+FOUR = np.array([0.5, 2.0, -3.0, 1.5])
+
+
+@pytest.mark.parametrize(
+    ("moves", "factor", "op", "changes"),
+    [
+        (MAP, FOUR.reshape(4, 1, 1), "Mul", 1),
+        (MAP, FOUR.reshape(1, 4, 1, 1), "Div", 1),
+        (((0, 2, 1),), FOUR.reshape(4, 1), "Mul", 1),
+        (([2, 24],), np.tile(FOUR, 6), "Mul", 1),
+        (([2, 24],), np.repeat(FOUR, 6), "Mul", 0),
+        (MAP, np.array([2.0, 3.0]).reshape(2, 1), "Mul", 0),  # of a row
+        (MAP, np.array([2.0, 2.0]).reshape(2, 1), "Mul", 1),  # which are all alike
+        (MAP, np.array([2.0, 3.0]).reshape(2, 1, 1, 1), "Mul", 0),  # of an image
+        (((0, 2, 1),), FOUR.reshape(1, 1, 4, 1), "Mul", 0),  # makes another shape
+        (MAP, np.array([1.0, 0.0, 1.0, 1.0]).reshape(4, 1, 1), "Mul", 0),
+    ],
+)
+def test_a_factor_for_each_channel_goes_through_moves(moves, factor, op, changes):
+    agree(channelwise(moves, factor, op), changes)
+
+
+@pytest.mark.parametrize("reader", ["t0", "t1", "t2"])
+def test_channels_that_something_else_reads_keep_their_factor(reader):
+    agree(channelwise(MAP, FOUR.reshape(4, 1, 1), reader=reader), 0)
+
+
+@st.composite
+def moved_factors(draw):
+    """Moves of (2, 6, 4), a factor, and whether all elements of a channel get the same one."""
+    held, moves = np.broadcast_to(np.arange(4), (2, 6, 4)), []
+    for _ in range(draw(st.integers(1, 3))):
+        if draw(st.booleans()):
+            moves.append(tuple(draw(st.permutations(range(held.ndim)))))
+            held = held.transpose(moves[-1])
+        else:
+            moves.append(
+                list(draw(st.sampled_from(([2, 4, 2, 3], [2, 6, 4], [48], [8, 6], [2, 24], [1, 4, 12]))))
+            )
+            held = held.reshape(moves[-1])
+    shape = [size if draw(st.booleans()) else 1 for size in held.shape]
+    factor = np.random.default_rng(draw(st.integers(0, 99))).choice([0.5, 2.0, -1.5], shape)
+    if draw(st.booleans()):  # by channel, as far as the shape can tell channels apart
+        corner = tuple(slice(None) if size > 1 else slice(1) for size in shape)
+        factor = FOUR[held[corner]]
+    each = np.broadcast_to(factor, held.shape)
+    alike = all(len(np.unique(each[held == channel])) == 1 for channel in range(4))
+    return moves, factor, alike
+
+
+@settings(RANDOM, max_examples=150)
+@given(moved_factors())
+def test_random_factors_behind_random_moves(case):
+    moves, factor, alike = case
+    agree(channelwise(moves, factor), int(alike))
 
 
 @pytest.mark.parametrize("cut", CUTS)
