@@ -271,8 +271,9 @@ class Case:
         outputs = self.folder / "outputs.json"
         shape = "x:[{}]".format(",".join(map(str, self.images().shape)))
         common = ["--onnxrt", "--input-shapes", shape, "--val-range", "[-1,1]"]
-        if not outputs.exists():
-            polygraphy("run", self.file(STOCK), *common, "--save-outputs", outputs)
+        stock = ["run", self.file(STOCK), *common, "--save-outputs", outputs]
+        if not outputs.exists() and not polygraphy(*stock):
+            return {form: {}}  # it does not run as exported
         bounds = ["--atol", "1e-3", "--rtol", "1e-3", "--check-error-stat", "max"]
         passed = polygraphy("run", self.file(form), *common, "--load-outputs", outputs, *bounds)
         return {form: {"passed": passed}}
