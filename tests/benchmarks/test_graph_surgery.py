@@ -56,7 +56,7 @@ def test_every_graph_is_measured(small, tmp_path, capsys):
     assert {"stock", *(f"ours: {target}" for target in OURS)} <= set(graphs)
     stock, ours = graphs["stock"], graphs["ours: onnxruntime"]
     for measures in graphs.values():
-        assert measures["nodes"] > measures["Transpose+Reshape"] >= 0
+        assert measures["nodes"] > measures["moves"] >= 0
         assert measures["MB moved"] > 0
         assert measures[ORT] > 0
     assert 0 <= ours[ERROR] < 1e-5
