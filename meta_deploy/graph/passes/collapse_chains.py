@@ -116,8 +116,9 @@ def _reshape_parts(graph: gs.Graph, split: gs.Node, fresh: Callable[[str], str])
         if moves is None or shape is None:
             return 0
         shapes.append([*before[:place], shape[axis], *before[place + 1 :]])
-        plan = fewest(shapes[-1], [("Reshape", shape, shape), *moves])
-        spared += len(chain) - (len(plan) or int(is_output(graph, end)))
+        apart, joined = fewest(shape, moves), fewest(shapes[-1], [("Reshape", shape, shape), *moves])
+        kept = int(is_output(graph, end))  # an Identity keeps the name
+        spared += (len(apart) or kept) - (len(joined) or kept)
     if spared <= 0:
         return 0
     parts = list(split.outputs)

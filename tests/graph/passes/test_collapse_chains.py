@@ -543,6 +543,8 @@ def test_a_part_without_moves_gets_the_reshape_if_the_others_save_more():
         ((1, 18, 4), [1, 6, 3, 4], 1, [2, 4], TOKENS, False),  # the axis is cut from a longer one
         ((6, 12), [3, 2, 12], 0, [1, 2], [[[2, 12], (1, 0)], [[4, 12], (1, 0)]], False),
         ((1, 6, 12), [1, 6, 3, 4], 1, [2, 4], TOKENS, True),  # something else reads it
+        # Of what has no move left by itself, nothing is spared.
+        ((1, 4, 4, 3), [16, 3, 1, 1], 1, [1, 2], [[[16, 1], (0, 1), [16, 1, 1, 1]], []], False),
     ],
 )
 def test_a_reshape_stays_before_a_split(shape, reshaped, axis, sizes, parts, aside):
