@@ -6,7 +6,6 @@ of length one have no part in that. All sizes but the batch must be known.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import onnx_graphsurgeon as gs
@@ -21,7 +20,7 @@ from meta_deploy.graph.graph import (
     static_shape,
     until_done,
 )
-from meta_deploy.graph.moves import MOVES, Move, add_move, chain_after, chain_before, fewest, moves_of
+from meta_deploy.graph.moves import MOVES, Move, add_move, chain_before, fewest, moves_of
 
 _FURTHER = 6  # moves before a chain that are looked at
 
@@ -30,7 +29,7 @@ def collapse_chains(graph: gs.Graph) -> int:
     """Replace every chain of moves by the fewest that do the same, where that is fewer.
 
     Pattern: moves in a row, each read by the next alone; or that begin earlier, with moves that others read
-    too, which stay. A Reshape before a Split, whose axis it leaves whole, goes into the chains of the parts.
+    too, which stay.
     Check: all sizes are known, but for the batch, and none is zero.
 
     Returns:
@@ -40,16 +39,12 @@ def collapse_chains(graph: gs.Graph) -> int:
 
 
 def _collapse_all(graph: gs.Graph, fresh: Callable[[str], str]) -> int:
-    splits = [node for node in graph.nodes if is_op(node, "Split")]
-    removed = sum(_reshape_parts(graph, split, fresh) for split in splits)
     ends = [node for node in graph.nodes if is_op(node, *MOVES) and _ends_chain(graph, node)]
-    return removed + sum(_collapse(graph, node, fresh) for node in ends)
+    return sum(_collapse(graph, node, fresh) for node in ends)
 
 
 def _ends_chain(graph: gs.Graph, node: gs.Node) -> bool:
-    """Whether no move alone goes on from this one; not if it is replaced already."""
-    if not node.outputs:
-        return False
+    """Whether no move alone goes on from this one."""
     out = node.outputs[0]
     if not sole_consumer(graph, out):
         return True
@@ -95,47 +90,6 @@ def _from_further(start: gs.Tensor, chain: list[gs.Node], plan: list[Move]) -> t
         if len(other) < len(plan):
             start, plan = x, other
     return start, plan
-
-
-def _reshape_parts(graph: gs.Graph, split: gs.Node, fresh: Callable[[str], str]) -> int:
-    """Reshape the parts of a Split in place of what it splits, where their chains then have fewer moves."""
-    reshape = producer(split.inputs[0])
-    if reshape is None or not is_op(reshape, *MOVES) or reshape.op == "Transpose":
-        return 0
-    before, after = static_shape(reshape.inputs[0]), static_shape(reshape.outputs[0])
-    if before is None or after is None or not sole_consumer(graph, reshape.outputs[0]):
-        return 0
-    axis = split.attrs.get("axis", 0) % len(after)
-    place = _axis_before(before, after, axis)
-    if place is None:
-        return 0
-    shapes, spared = [], 1
-    for part in split.outputs:
-        end, chain = chain_after(graph, part)
-        moves, shape = moves_of(part, chain), static_shape(part)
-        if moves is None or shape is None:
-            return 0
-        shapes.append([*before[:place], shape[axis], *before[place + 1 :]])
-        apart, joined = fewest(shape, moves), fewest(shapes[-1], [("Reshape", shape, shape), *moves])
-        kept = int(is_output(graph, end))  # an Identity keeps the name
-        spared += (len(apart) or kept) - (len(joined) or kept)
-    if spared <= 0:
-        return 0
-    parts = list(split.outputs)
-    split.inputs[0], split.attrs["axis"] = reshape.inputs[0], place
-    split.outputs.clear()
-    reshape.outputs.clear()
-    for part, shape in zip(parts, shapes, strict=True):
-        split.outputs.append(gs.Variable(fresh(f"{part.name}/part"), part.dtype, shape))
-        add_move(graph, "Reshape", static_shape(part) or [], split.outputs[-1], part, fresh)
-    return 1 - len(parts)
-
-
-def _axis_before(before: list[int], after: list[int], axis: int) -> int | None:
-    """The axis that a Reshape from one shape to another leaves as it is; None if it does not."""
-    outer = math.prod(after[:axis])
-    whole = (i for i, size in enumerate(before) if size == after[axis] and math.prod(before[:i]) == outer)
-    return next(whole, None)
 
 
 def _fewest_there(graph: gs.Graph, start: gs.Tensor, end: gs.Tensor, count: int) -> str:
